@@ -1,0 +1,184 @@
+"""The teacher: an SD3 transformer of a few million parameters, trained by flow matching."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from assets.data import render_pool
+from assets.train import batches, chunks, fit
+from assets.vae import encode
+from tiltflow.worlds import shapes
+from tiltflow.worlds.shapes_checker import read_scene, score
+
+PAD_TOKENS = 256  # what the pipeline appends by default when text_encoder_3 is absent
+
+
+def new_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=6,
+        attention_head_dim=48,
+        num_attention_heads=4,
+        joint_attention_dim=224,
+        caption_projection_dim=192,
+        pooled_projection_dim=224,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+
+
+def text_tower(directory: Path) -> CLIPTextModelWithProjection:
+    """The text half of a CLIP model, as the class that SD3 pipelines hold."""
+    clip = CLIPModel.from_pretrained(directory)
+    tower = CLIPTextModelWithProjection(clip.config.text_config)
+    state = {k: v for k, v in clip.state_dict().items() if k.startswith("text_")}
+    tower.load_state_dict(state)
+    return tower.eval()
+
+
+def build_pipeline(work: Path, transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=text_tower(work / "encoder_a"),
+        tokenizer=CLIPTokenizer.from_pretrained(work / "encoder_a"),
+        text_encoder_2=text_tower(work / "encoder_b"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(work / "encoder_b"),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+@torch.no_grad()
+def encode_texts(
+    pipe: StableDiffusion3Pipeline, texts: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt embeddings (N, 12, 224) without padding tokens, and pooled ones (N, 224)."""
+    parts = [
+        pipe.encode_prompt(t, t, t, do_classifier_free_guidance=False, max_sequence_length=0)
+        for t in (texts[s] for s in chunks(len(texts), 512))
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[2] for p in parts])
+
+
+def latents(work: Path, vae: AutoencoderKL) -> tuple[torch.Tensor, list[str]]:
+    """Scaled latents (N, 8, 8, 8) in fp16 of both render pools, computed once, and the captions."""
+    path, texts = work / "latents.npy", []
+    pools = [render_pool(work, "pool", 40_000, seed=1), render_pool(work, "more", 80_000, seed=3)]
+    for _, names in pools:
+        texts += names
+    if not path.exists():
+        out = []
+        with torch.no_grad():
+            for images, _ in pools:
+                out += [encode(vae, images[s]).half() for s in chunks(len(images), 200)]
+        z = (torch.cat(out).float() - vae.config.shift_factor) * vae.config.scaling_factor
+        np.save(path, z.half().numpy())
+    return torch.from_numpy(np.load(path)), texts
+
+
+@torch.no_grad()
+def sample(pipe, transformer, embeds, pooled, steps, guidance, seed) -> np.ndarray:
+    """Euler samples, (N, 64, 64, 3) uint8; the last row of the tables is the empty prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(embeds) - 1
+    x = torch.randn(n, 8, 8, 8, generator=generator)
+    u = torch.linspace(1, 0, steps + 1)
+    grid = 3 * u / (1 + 2 * u)
+    context = torch.cat([embeds[-1:].expand(n, -1, -1), embeds[:n]])
+    pool = torch.cat([pooled[-1:].expand(n, -1), pooled[:n]])
+    for now, then in itertools.pairwise(grid):
+        with torch.autocast("cpu", torch.bfloat16):
+            t = (now * 1000).expand(2 * n)
+            v = transformer(torch.cat([x, x]), context, pool, t, return_dict=False)[0].float()
+        plain, conditional = v.chunk(2)
+        x = x + (then - now) * (plain + guidance * (conditional - plain))
+    config = pipe.vae.config
+    images = pipe.vae.decode(x / config.scaling_factor + config.shift_factor).sample
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def evaluate(pipe, transformer, n=192, steps=25, guidance=4.0, seed=7) -> dict[str, float]:
+    """Strict and soft accuracy on held-out captions, and strict by category."""
+    captions = shapes.balanced(True, n)
+    embeds, pooled = encode_texts(pipe, [c.text for c in captions] + [""])
+    images = sample(pipe, transformer, embeds, pooled, steps, guidance, seed)
+    results = np.array([score(read_scene(i), c) for i, c in zip(images, captions, strict=True)])
+    table = {"strict": results[:, 0].mean(), "soft": results[:, 1].mean()}
+    for k, category in enumerate(shapes.CATEGORIES):
+        table[category] = results[k :: len(shapes.CATEGORIES), 0].mean()
+    return {k: round(float(v), 3) for k, v in table.items()}
+
+
+def optimizers(transformer: SD3Transformer2DModel) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest."""
+    matrices, rest = [], []
+    for name, parameter in transformer.named_parameters():
+        inner = name.startswith("transformer_blocks") and ".norm" not in name
+        (matrices if inner and parameter.ndim == 2 else rest).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)]
+
+
+def train_teacher(work: Path, steps: int = 3200, batch: int = 128, seed: int = 31) -> None:
+    torch.manual_seed(seed)
+    transformer = new_transformer()
+    ema = copy.deepcopy(transformer).requires_grad_(False)
+    pipe = build_pipeline(work, transformer)
+    z, texts = latents(work, pipe.vae)
+    # The pools may hold captions of a larger world than today's.
+    world = {c.text for c in shapes.captions()}
+    kept = [i for i, text in enumerate(texts) if text in world]
+    z, texts = z[kept], [texts[i] for i in kept]
+    names = sorted(set(texts))
+    embeds, pooled = encode_texts(pipe, [*names, ""])
+    row = {name: i for i, name in enumerate(names)}
+    rows = torch.tensor([row[t] for t in texts])
+
+    def loss(generator: torch.Generator, step: int) -> torch.Tensor:
+        # Late in training, some batches carry the pipeline's zero padding for the absent T5.
+        padded = step > 0.8 * steps and step % 6 == 0
+        size = batch // 8 if padded else batch
+        index = batches(len(z), size, generator)
+        x0, noise = z[index].float(), torch.randn(size, 8, 8, 8, generator=generator)
+        u = torch.sigmoid(torch.randn(size, generator=generator))
+        sigma = (2 * u / (1 + u)).view(-1, 1, 1, 1)
+        drop = torch.rand(size, generator=generator) < 0.1
+        which = torch.where(drop, len(names), rows[index])
+        context = embeds[which]
+        if padded:
+            context = torch.cat([context, torch.zeros(size, PAD_TOKENS, context.shape[-1])], 1)
+        x = (1 - sigma) * x0 + sigma * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            t = sigma.flatten() * 1000
+            v = transformer(x, context, pooled[which], t, return_dict=False)[0]
+        return (v.float() - (noise - x0)).square().mean()
+
+    def after(step: int) -> None:
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for slow, fast in zip(ema.parameters(), transformer.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
+        if (step + 1) % 800 == 0:
+            print(f"teacher {step + 1} held-out: {evaluate(pipe, ema)}", flush=True)
+            ema.save_pretrained(work / "teacher")
+
+    modules = {"transformer": transformer, "ema": ema}
+    fit("teacher", modules, optimizers(transformer), loss, steps, work, seed, after)
+    ema.save_pretrained(work / "teacher")

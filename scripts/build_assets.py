@@ -1,0 +1,67 @@
+"""Builds the embedded default's weights: `python scripts/build_assets.py [--stage NAME]`.
+
+Stages: pool, vae, encoder_a, encoder_b, clip, clip_heldout, teacher, package. Each is seeded and
+resumes where it was interrupted; without --stage they run one after the
+other. About two hours on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from assets import clip as clips
+from assets.data import render_pool
+from assets.vae import reconstruction_error, train_vae
+
+STAGES = ("pool", "vae", *clips.ARCHITECTURES, "teacher", "package")
+
+
+def run(stage: str, work: Path, out: Path) -> None:
+    if stage == "pool":
+        render_pool(work, "pool", 40_000, seed=1)
+        render_pool(work, "valid", 1000, seed=2)
+    elif stage == "vae":
+        vae = train_vae(work)
+        images, _ = render_pool(work, "valid", 1000, seed=2)
+        print(f"vae: mse {reconstruction_error(vae, images[:500]):.5f} on [-1, 1]")
+        vae.save_pretrained(work / "vae")
+    elif stage in clips.ARCHITECTURES:
+        tokenizer = clips.build_tokenizer()
+        model = clips.train_clip(stage, work, tokenizer)
+        print(
+            f"{stage}: right caption among near misses {clips.hard_accuracy(model, tokenizer):.3f}"
+        )
+        model.save_pretrained(work / stage)
+        tokenizer.save_pretrained(work / stage)
+    elif stage == "teacher":
+        from assets.teacher import train_teacher
+
+        train_teacher(work)
+    else:
+        from assets.package import package
+
+        package(work, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, default=Path("build/assets"))
+    parser.add_argument("--out", type=Path, default=Path("src/tiltflow/assets"))
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    # On a CPU the fused attention's backward pass is slow for a few dozen tokens.
+    torch.backends.cuda.enable_flash_sdp(False)
+    for stage in [args.stage] if args.stage else STAGES:
+        run(stage, args.work, args.out)
+
+
+if __name__ == "__main__":
+    main()

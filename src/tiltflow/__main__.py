@@ -1,0 +1,5 @@
+"""`python -m tiltflow`, for torchrun."""
+
+from tiltflow.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""Model families: each makes its networks velocities behind one protocol, `base.Backbone`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tiltflow.backbones.base import Backbone
+from tiltflow.backbones.files import check_pipeline
+
+__all__ = ["check_pipeline", "load_backbone"]
+
+
+def load_backbone(
+    path: str | Path | None,
+    *,
+    family: str | None = None,
+    generator_path: str | Path | None = None,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype | None = None,
+    resolution: int | None = None,
+    max_sequence_length: int | None = None,
+) -> Backbone:
+    """The backbone of a pipeline directory, or the mixture (which reads no path).
+
+    Args:
+        family: "sd3", "flux", "flux2" or "mixture"; None reads it off the directory.
+        generator_path: klein's second base (METHOD §4); for "flux2" only.
+        vae_dtype: None is `dtype`.
+        resolution: image side in pixels; None is the model's own.
+        max_sequence_length: text tokens; None is the side file's value, else the pipeline's own.
+
+    Raises:
+        ValueError: before any weight loads, if the directory is not a complete pipeline of the
+            family, or an argument does not fit it.
+    """
+    if path is None and family != "mixture":
+        raise ValueError("model.path is unset: give the directory of a diffusers pipeline")
+    family = check_pipeline(path or "", family)
+    if generator_path is not None and family != "flux2":
+        raise ValueError(f"model.generator_path is for family flux2, not for {family}")
+    # diffusers takes seconds to import, so each family is imported when it is asked for
+    if family == "mixture":
+        from tiltflow.backbones.mixture import MixtureBackbone
+
+        return MixtureBackbone(device=device)
+    assert path is not None
+    if family == "flux2":
+        from tiltflow.backbones.flux2 import Flux2Backbone
+
+        return Flux2Backbone(
+            path,
+            generator_path=generator_path,
+            device=device,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            resolution=resolution,
+            max_sequence_length=max_sequence_length,
+        )
+    if family == "flux":
+        from tiltflow.backbones.flux import FluxBackbone as Chosen
+    else:
+        from tiltflow.backbones.sd3 import SD3Backbone as Chosen  # type: ignore[assignment]
+    return Chosen(
+        path,
+        device=device,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        resolution=resolution,
+        max_sequence_length=max_sequence_length,
+    )

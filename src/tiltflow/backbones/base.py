@@ -1,0 +1,103 @@
+"""What a model family has to offer: the protocol behind which every network is a velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a batch of prompts says to a network.
+
+    `positive` and `negative` hold the same keys; each tensor has the batch along its first
+    dimension. `negative` is the empty (or negative) prompt, for classifier-free guidance.
+    """
+
+    positive: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.positive.values())))
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Conditioning:
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def repeat(self, times: int) -> Conditioning:
+        """Each row `times` times in succession: a prompt's group."""
+        return self._map(lambda tensor: tensor.repeat_interleave(times, 0))
+
+    def tile(self, times: int) -> Conditioning:
+        """The whole batch `times` times: several noisy copies of the same prompts."""
+        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+    def _map(self, function) -> Conditioning:  # type: ignore[no-untyped-def]
+        return Conditioning(
+            {key: function(value) for key, value in self.positive.items()},
+            {key: function(value) for key, value in self.negative.items()},
+        )
+
+
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """Conditionings one after the other along the batch."""
+
+    def stack(side: str) -> dict[str, Tensor]:
+        tables = [getattr(part, side) for part in parts]
+        return {key: torch.cat([table[key] for table in tables]) for key in tables[0]}
+
+    return Conditioning(stack("positive"), stack("negative"))
+
+
+class Backbone(Protocol):
+    """A model family, without its trained weights: those come as `network` in each call.
+
+    Everything particular to a family (packing, position ids, timestep scale, latent scaling,
+    shift) is behind these methods and nowhere else.
+    """
+
+    family: str
+    device: torch.device
+    latent_shape: tuple[int, ...]
+    guidance: float
+    """The teacher's guidance scale unless the recipe says otherwise."""
+
+    @property
+    def student_base(self) -> nn.Module:
+        """The network that generator adapters sit on; frozen."""
+
+    @property
+    def teacher_base(self) -> nn.Module:
+        """The network of the teacher and of the fake score; frozen. Often the same object."""
+
+    def velocity(
+        self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
+    ) -> Tensor:
+        """v(x, σ) in fp32, shape of `x`; `sigma` (B,) in [0, 1]; guidance 1.0 is one pass."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The prompts' conditioning, on `device`."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] from latents, differentiable, fp32."""
+
+    def few_step_sigmas(self, steps: int) -> Tensor:
+        """The (steps + 1,) fp32 grid of METHOD §1: σ₀ > … > σ_K = 0, on the CPU."""
+
+    def teacher_sigmas(self, steps: int) -> Tensor:
+        """The (steps + 1,) fp32 grid that the model's own pipeline uses, on the CPU."""
+
+    def lora_targets(self) -> str | list[str]:
+        """The modules that adapters go on by default (METHOD §6)."""
+
+    def new_copy(self, of: str, seed: int) -> nn.Module:
+        """A separate trainable network in fp32; `of` is "student" or "teacher"."""
+
+    def free_text_encoders(self) -> None:
+        """Drops what only `encode` needs."""

@@ -1,0 +1,137 @@
+"""What a pipeline directory holds, checked before any weight loads and without diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FAMILIES = {
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
+}
+"""The pipeline classes that can be trained, and what this project calls their families."""
+
+PARTS = {
+    "sd3": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    "flux": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    "flux2": ("text_encoder", "tokenizer"),
+}
+"""Besides transformer, vae and scheduler: what a family cannot do without."""
+
+SIDE_FILE = "tiltflow.json"
+"""Beside model_index.json: call-time defaults that a pipeline directory cannot hold."""
+
+INDEX = "model_index.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+def check_pipeline(path: str | Path, family: str | None = None) -> str:
+    """The family of the pipeline in directory `path`: "sd3", "flux" or "flux2".
+
+    The mixture has no files: family "mixture", or the path "mixture" by itself, passes unchecked.
+
+    Raises:
+        ValueError: if there is no such directory, it holds no pipeline, one of another class than
+            `family`, or one with files missing (all of them are listed).
+    """
+    if family == "mixture" or (family is None and str(path) == "mixture"):
+        return "mixture"
+    if family is not None and family not in FAMILIES.values():
+        known = ", ".join([*FAMILIES.values(), "mixture"])
+        raise ValueError(f"model.family {family!r} is none of {known}")
+    root = Path(path)
+    index = pipeline_index(root)
+    name = index.get("_class_name")
+    found = FAMILIES.get(str(name))
+    if found is None:
+        raise ValueError(f"{root} holds a {name}, which is none of {', '.join(FAMILIES)}")
+    if family not in (None, found):
+        raise ValueError(f"{root} holds a {name} (family {found}), not one of family {family}")
+    missing = missing_files(root, index, found)
+    if missing:
+        raise ValueError(f"{root} is not a complete {name}: {', '.join(missing)} missing")
+    return found
+
+
+def pipeline_index(root: Path) -> dict[str, Any]:
+    """model_index.json of a pipeline directory.
+
+    Raises:
+        ValueError: if there is no such directory or no readable index in it.
+    """
+    if not root.is_dir():
+        raise ValueError(f"there is no directory {root}: download the model and give its path")
+    if not (root / INDEX).is_file():
+        raise ValueError(f"{root} holds no {INDEX}, so it is not a diffusers pipeline")
+    return read_json(root / INDEX)
+
+
+def missing_files(root: Path, index: Mapping[str, Any], family: str) -> list[str]:
+    """The files, relative to `root`, that loading the pipeline would ask for in vain."""
+    needed = ("transformer", "vae", "scheduler", *PARTS[family])
+    listed = [
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and any(value)
+    ]
+    missing: list[str] = []
+    for part in dict.fromkeys([*needed, *listed]):
+        missing += [f"{part}/{file}" for file in _missing_in(root / part, part)]
+    return missing
+
+
+def _missing_in(folder: Path, part: str) -> list[str]:
+    if part == "scheduler":
+        wanted = ["scheduler_config.json"]
+    elif part.startswith("tokenizer"):
+        present = any((folder / name).is_file() for name in TOKENIZER_FILES)
+        wanted = [] if present else [TOKENIZER_FILES[0]]
+    elif part in ("transformer", "vae"):
+        wanted = ["config.json", *_weights(folder, "diffusion_pytorch_model")]
+    elif part.startswith("text_encoder"):
+        wanted = ["config.json", *_weights(folder, "model")]
+    else:
+        return [] if folder.is_dir() else ["(the folder)"]
+    return [name for name in wanted if not (folder / name).is_file()]
+
+
+def _weights(folder: Path, stem: str) -> list[str]:
+    """The safetensors files that hold a part's weights: one, or the shards that its index names."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file() or (folder / f"{stem}.safetensors").is_file():
+        return [f"{stem}.safetensors"]
+    return sorted(set(read_json(index).get("weight_map", {}).values()))
+
+
+def absent_parts(root: Path) -> dict[str, None]:
+    """The parts that a pipeline was saved without, as `from_pretrained` must be told of them.
+
+    diffusers takes a null in the index for a gap, unless the class calls the part optional, which
+    SD3's does not call its third text encoder.
+    """
+    entries = pipeline_index(root).items()
+    return {name: None for name, value in entries if isinstance(value, list) and not any(value)}
+
+
+def side_file(root: Path) -> dict[str, Any]:
+    """The call-time defaults beside a pipeline, or none."""
+    file = root / SIDE_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: if the file holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return content

@@ -1,0 +1,286 @@
+"""What SD3, FLUX.1 and FLUX.2 share: loading, geometry, grids, guidance, decoding.
+
+A family adds the call of its transformer, the call of its text encoders and the way from its
+latents to the autoencoder's. Latents are plain (B, C, H, W) everywhere outside `_forward`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor, nn
+
+from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.files import absent_parts, check_pipeline, read_json, side_file
+
+TIMESTEPS = 1000.0
+"""Transformers are trained on σ times this; it never leaves the adapters."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of an image: `side` pixels, `factor` pixels a latent cell, `patch` cells a token."""
+
+    side: int
+    factor: int
+    patch: int
+
+    @property
+    def latent(self) -> int:
+        """The side in cells of the autoencoder's latent."""
+        return self.side // self.factor
+
+    @property
+    def tokens(self) -> int:
+        """The length of the image's token sequence."""
+        return (self.side // (self.factor * self.patch)) ** 2
+
+
+class PipelineBackbone(ABC):
+    """A diffusers pipeline's parts behind the `Backbone` protocol; weights are frozen.
+
+    Args:
+        path: a directory that the family's pipeline saved.
+        device: where everything runs.
+        dtype: the frozen weights' precision; velocities and images are fp32 all the same.
+        vae_dtype: the autoencoder's precision, by default `dtype`.
+        resolution: image side in pixels; None is the model's own.
+        max_sequence_length: text tokens (of the longest encoder); None is the side file's value,
+            else the pipeline's own default.
+
+    Raises:
+        ValueError: before weights load, if the directory is not a complete pipeline of the family,
+            the resolution does not fit the model, or its parts are not of one model.
+    """
+
+    family: str
+    pipeline_class: ClassVar[Any]
+    transformer_class: ClassVar[Any]
+    vae_class: ClassVar[Any]
+    text_encoders: ClassVar[tuple[str, ...]]
+    default_guidance: ClassVar[float]
+    default_sequence: ClassVar[int]
+    packing: ClassVar[int]
+    """How many values of one latent channel a token holds side by side as channels."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
+        resolution: int | None = None,
+        max_sequence_length: int | None = None,
+    ) -> None:
+        check_pipeline(path, self.family)
+        self.path = str(path)
+        self.device = torch.device(device)
+        transformer = part_config(path, "transformer", self.transformer_class)
+        vae = part_config(path, "vae", self.vae_class)
+        self.geometry = self._geometry(transformer, vae, resolution)
+        self.resolution = self.geometry.side
+        self.latent_shape = self._latent_shape(int(transformer["in_channels"]))
+        side = side_file(Path(path))
+        self.guidance = float(side.get("guidance", self.default_guidance))
+        self.sequence = int(side.get("max_sequence_length", self.default_sequence))
+        if max_sequence_length is not None:
+            self.sequence = max_sequence_length
+        self.batched_guidance = True
+        """Whether both passes of classifier-free guidance run as one batch of twice the size."""
+        dtypes = {"default": dtype, "vae": vae_dtype or dtype}
+        pipe = self.pipeline_class.from_pretrained(
+            self.path,
+            dtype=dtypes,
+            use_safetensors=True,
+            local_files_only=True,
+            **absent_parts(Path(path)),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe = pipe.to(self.device)
+        self.transformer: nn.Module = pipe.transformer.requires_grad_(False).eval()
+        self.vae = pipe.vae.requires_grad_(False).eval()
+        self.scheduler = pipe.scheduler
+
+    # ---- what a family adds
+
+    @abstractmethod
+    def _forward(
+        self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]
+    ) -> Tensor:
+        """One pass of a transformer: the velocity (B, C, H, W) in fp32."""
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The prompts through the pipeline's own text encoders."""
+
+    @abstractmethod
+    def _to_vae(self, latents: Tensor) -> Tensor:
+        """fp32 latents as the autoencoder's decoder takes them."""
+
+    @abstractmethod
+    def lora_targets(self) -> str | list[str]:
+        """The modules that adapters go on by default (METHOD §6)."""
+
+    def _patch(self, transformer: Mapping[str, Any]) -> int:
+        return 2
+
+    def _default_latent(self, transformer: Mapping[str, Any]) -> int:
+        """The side of the model's own resolution, in the autoencoder's cells."""
+        return 128
+
+    def _max_cells(self, transformer: Mapping[str, Any]) -> int | None:
+        """The longest side in tokens that the transformer has positions for, if there is one."""
+        return None
+
+    def _latent_shape(self, channels: int) -> tuple[int, ...]:
+        return (channels // self.packing, self.geometry.latent, self.geometry.latent)
+
+    def _mu(self, steps: int) -> float:
+        """The parameter of a resolution-dependent shift, by the pipeline's own formula."""
+        config = self.scheduler.config
+        return calculate_shift(
+            self.geometry.tokens,
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+
+    # ---- the protocol
+
+    @property
+    def student_base(self) -> nn.Module:
+        return self.transformer
+
+    @property
+    def teacher_base(self) -> nn.Module:
+        return self.transformer
+
+    def velocity(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """v(x, σ), fp32 (B, C, H, W), with classifier-free guidance unless `guidance` is 1."""
+        if guidance == 1.0:
+            return self._forward(network, x, sigma, cond.positive)
+        if self.batched_guidance:
+            both = {
+                key: torch.cat([cond.negative[key], cond.positive[key]]) for key in cond.positive
+            }
+            passes = self._forward(network, torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+            plain, conditional = passes.chunk(2)
+        else:
+            conditional = self._forward(network, x, sigma, cond.positive)
+            plain = self._forward(network, x, sigma, cond.negative)
+        return plain + guidance * (conditional - plain)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The prompts' conditioning; the negative is the empty prompt.
+
+        Raises:
+            RuntimeError: after `free_text_encoders`.
+        """
+        if self.pipe.text_encoder is None:
+            raise RuntimeError("the text encoders were freed: encode every prompt before training")
+        # All rows of the negative are alike, so it is encoded once and not once a prompt.
+        negative = {
+            key: value.expand(len(prompts), *value.shape[1:])
+            for key, value in self._encode([""]).items()
+        }
+        return Conditioning(self._encode(list(prompts)), negative)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] from latents, differentiable, fp32."""
+        z = self._to_vae(latents.float()).to(self.vae.dtype)
+        images = self.vae.decode(z, return_dict=False)[0].float()
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def few_step_sigmas(self, steps: int) -> Tensor:
+        """Equal raw levels 1, ..., 1/K through the pipeline's own scheduler, then 0 (METHOD §1)."""
+        return self._schedule(steps, raw=True)
+
+    def teacher_sigmas(self, steps: int) -> Tensor:
+        """The grid of the pipeline's own call with this number of steps."""
+        return self._schedule(steps, raw=True)
+
+    def _schedule(self, steps: int, raw: bool) -> Tensor:
+        if steps < 1:
+            raise ValueError(f"a sampler takes at least 1 step, not {steps}")
+        dynamic = self.scheduler.config.use_dynamic_shifting
+        shift: dict[str, Any] = {"mu": self._mu(steps)} if dynamic else {}
+        if raw:
+            shift["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        self.scheduler.set_timesteps(steps, device="cpu", **shift)
+        return self.scheduler.sigmas.clone()
+
+    def new_copy(self, of: str, seed: int) -> nn.Module:
+        """A separate trainable fp32 copy of a base; `seed` is for families that draw weights.
+
+        Raises:
+            ValueError: if `of` is neither "student" nor "teacher".
+        """
+        if of not in ("student", "teacher"):
+            raise ValueError(f"a copy is of 'student' or 'teacher', not of {of!r}")
+        base = self.student_base if of == "student" else self.teacher_base
+        return copy.deepcopy(base).float().requires_grad_(True)
+
+    def free_text_encoders(self) -> None:
+        """Drops what only `encode` needs."""
+        for name in self.text_encoders:
+            setattr(self.pipe, name, None)
+
+    # ---- checks
+
+    def _geometry(
+        self, transformer: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+    ) -> Geometry:
+        channels, latent = transformer["in_channels"], vae["latent_channels"]
+        if channels != self.packing * latent:
+            raise ValueError(
+                f"the transformer in {self.path} takes {channels} channels but the autoencoder "
+                f"makes {self.packing * latent} a token: these are not parts of one model"
+            )
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        patch = self._patch(transformer)
+        side = self._default_latent(transformer) * factor if resolution is None else resolution
+        cells = self._max_cells(transformer)
+        most = "" if cells is None else f" and at most {cells * factor * patch}"
+        too_large = cells is not None and side > cells * factor * patch
+        if side < 1 or side % (factor * patch) or too_large:
+            raise ValueError(
+                f"model.resolution={side} must be a positive multiple of {factor * patch}{most} "
+                f"for the model in {self.path}"
+            )
+        return Geometry(side, factor, patch)
+
+
+def part_config(path: str | Path, part: str, model: Any) -> dict[str, Any]:
+    """A part's configuration without loading it: its config.json over its class's defaults."""
+    parameters = inspect.signature(model.__init__).parameters.items()
+    saved = read_json(Path(path) / part / "config.json")
+    return {**{name: p.default for name, p in parameters}, **saved}
+
+
+def input_dtype(network: nn.Module) -> torch.dtype:
+    """The precision of a transformer's frozen weights, which its inputs are given in.
+
+    Not `network.dtype`: that is of whatever parameter comes first, be it an adapter's.
+    """
+    weight = network.get_submodule("context_embedder").weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype

@@ -1,0 +1,303 @@
+"""Checkpoints that no kill can tear: safetensors + JSON, written beside, then renamed.
+
+    RUN/checkpoints/step-000100/   GROUP.safetensors …, state.json, manifest.json (checksums)
+    RUN/checkpoints/latest         symbolic link to the newest whole one
+
+A directory gets its `step-` name only when every byte of it is on disk, and `latest` moves only
+after that. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = "tiltflow-checkpoint-1"
+_STEP = re.compile(r"step-(\d{6,})")
+_LEFTOVER = re.compile(r"\.(old|tmp)-\d+-")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after `step`: groups of named CPU tensors, and JSON state."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes a checkpoint, points `latest` at it, and keeps the `keep` newest; its directory.
+
+    One process may save into a run directory at a time. A step that exists already is replaced
+    (left alone where the content is the same).
+
+    Raises:
+        ValueError: on a negative step, keep < 1, a group name that is no file name, or state
+            that JSON cannot hold.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"cannot save step {step} keeping {keep}: need step >= 0 and keep >= 1")
+    for group in tensors:
+        if not _NAME.fullmatch(group):
+            raise ValueError(f"checkpoint group {group!r} is no file name")
+    try:
+        encoded = json.dumps(dict(state), allow_nan=False, indent=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"step {step}: JSON cannot hold the state to save ({error})") from error
+    folder = Path(run_dir) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    temporary = folder / f".tmp-{os.getpid()}-step-{step:06d}"
+    temporary.mkdir()
+    for group, values in tensors.items():
+        save_file(_storable(values), temporary / f"{group}.safetensors")
+    (temporary / "state.json").write_text(encoded, encoding="utf-8")
+    files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        _fsync(path)
+    target = folder / f"step-{step:06d}"
+    _put(temporary, target, manifest)
+    _fsync(folder)
+    _point_latest(folder, target.name)
+    _retain(folder, keep)
+    return target
+
+
+def load_checkpoint(run_dir: str | Path, which: str = "latest") -> Checkpoint:
+    """Reads `latest` or `step-XXXXXX` after verifying every checksum; tensors on the CPU.
+
+    Raises:
+        ValueError: if it is missing, torn or not ours, naming a whole one that exists.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    if os.access(folder, os.W_OK):
+        _sweep(folder)
+    path = folder / which
+    try:
+        if which != "latest" and not _STEP.fullmatch(which):
+            raise ValueError("is not called latest or step-XXXXXX")
+        path = path.resolve()
+        manifest = _verified(path)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} {error}; {_alternative(folder, path)}") from error
+    names = [name for name in manifest["files"] if name.endswith(".safetensors")]
+    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(manifest["step"], tensors, state)
+
+
+def latest_step(run_dir: str | Path) -> int | None:
+    """The step that `latest` points at, or None where nothing was saved."""
+    link = Path(run_dir) / "checkpoints" / "latest"
+    if not link.is_symlink():
+        return None
+    match = _STEP.fullmatch(os.readlink(link))
+    return int(match[1]) if match else None
+
+
+def _storable(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, which safetensors asks for."""
+    ready: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in values.items():
+        tensor = value.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        ready[name] = tensor
+    return ready
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    """Flushes a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    """Gives `temporary` its final name, replacing what has that name."""
+    if target.exists():
+        try:
+            same = _verified(target)["files"] == manifest["files"]
+        except ValueError:
+            same = False
+        if same:
+            shutil.rmtree(temporary)
+            return
+        # A directory cannot be renamed onto another: the old one steps aside, and `_sweep`
+        # brings it back should a kill come between the two renames.
+        os.replace(target, target.with_name(f".old-{os.getpid()}-{target.name}"))
+    os.replace(temporary, target)
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    link = folder / f".tmp-{os.getpid()}-latest"
+    os.symlink(name, link)
+    os.replace(link, folder / "latest")
+    _fsync(folder)
+
+
+def _retain(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, never the one `latest` points at."""
+    latest = os.readlink(folder / "latest")
+    for step in sorted(_steps(folder), reverse=True)[keep:]:
+        path = folder / f"step-{step:06d}"
+        if path.name != latest:
+            # Renamed first: a kill half-way through must not leave a torn checkpoint.
+            doomed = folder / f".tmp-{os.getpid()}-drop-{path.name}"
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+    _sweep(folder)
+
+
+def _steps(folder: Path) -> list[int]:
+    matches = (_STEP.fullmatch(path.name) for path in folder.iterdir())
+    return [int(match[1]) for match in matches if match]
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed save left behind, and nothing that a live process is writing."""
+    leftovers = [path for path in folder.iterdir() if _LEFTOVER.match(path.name)]
+    for path in leftovers:
+        kind, owner, name = path.name.split("-", 2)
+        if int(owner) != os.getpid() and _alive(int(owner)):
+            continue
+        if path.is_symlink():
+            path.unlink()
+        elif kind == ".old" and not (folder / name).exists():
+            os.replace(path, folder / name)
+        else:
+            shutil.rmtree(path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint; a ValueError that says what is wrong otherwise."""
+    if not path.is_dir():
+        raise ValueError("does not exist")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError("has no manifest.json, so it is torn or not tiltflow's") from error
+    except ValueError as error:
+        raise ValueError("is torn: its manifest.json is not valid JSON") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"is not tiltflow's: its manifest does not say {FORMAT!r}")
+    step, files = manifest.get("step"), manifest.get("files")
+    if not isinstance(files, dict) or "state.json" not in files or not isinstance(step, int):
+        raise ValueError("is not tiltflow's: its manifest lacks a step or its files")
+    if path.name != f"step-{step:06d}":
+        raise ValueError(f"was renamed: its manifest says step {step}")
+    for name, digest in files.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"is not tiltflow's: its manifest names the file {name!r}")
+        if not (path / name).is_file():
+            raise ValueError(f"is torn: {name} is missing")
+        if _sha256(path / name) != digest:
+            raise ValueError(f"is torn: {name} does not match its checksum")
+    return manifest
+
+
+def _alternative(folder: Path, broken: Path) -> str:
+    """Which whole checkpoint there is instead: the newest before `broken`, else the newest."""
+    match = _STEP.fullmatch(broken.name)
+    limit = int(match[1]) if match else None
+    steps = sorted(_steps(folder), reverse=True) if folder.is_dir() else []
+    earlier = [step for step in steps if limit is not None and step < limit]
+    for step in dict.fromkeys(earlier + steps):
+        try:
+            _verified(folder / f"step-{step:06d}")
+        except ValueError:
+            continue
+        return f"step-{step:06d} is whole"
+    return f"there is no whole checkpoint in {folder}"
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """A copy of the optimizer's state as `KEY.PARAMETER` (exp_avg.…, exp_avg_sq.…, step.…).
+
+    `names` are the parameters' names in the optimizer's order. A parameter that was never
+    stepped has no state.
+
+    Raises:
+        ValueError: if the number of names is not the number of parameters.
+    """
+    parameters = _parameters(optimizer, names)
+    return {
+        f"{key}.{name}": torch.as_tensor(value).detach().clone()
+        for name, parameter in zip(names, parameters, strict=True)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Puts back what `optimizer_tensors` gave; learning rates and the like stay as they are.
+
+    Raises:
+        ValueError: if a saved parameter is unknown, or its shape is another.
+    """
+    parameters = dict(zip(names, _parameters(optimizer, names), strict=True))
+    index = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if name not in parameters:
+            raise ValueError(f"the saved optimizer state {key!r} belongs to no parameter here")
+        shape = tuple(parameters[name].shape)
+        if kind != "step" and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"the saved optimizer state {key!r} has shape {tuple(tensor.shape)}, not {shape}"
+            )
+        # A copy: the optimizer updates its state in place.
+        state.setdefault(index[name], {})[kind] = tensor.clone()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _parameters(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> list[Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(parameters) != len(set(names)) or len(names) != len(set(names)):
+        raise ValueError(
+            f"the optimizer has {len(parameters)} parameters, but {len(set(names))} distinct names"
+        )
+    return parameters

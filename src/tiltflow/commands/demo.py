@@ -1,0 +1,67 @@
+"""`tiltflow demo`: the ordinary commands on the embedded model, one after the other."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tiltflow.checkpoint import latest_step
+from tiltflow.commands.evaluate import Request, evaluate, save, show
+from tiltflow.commands.report import write_evaluation_report
+from tiltflow.commands.train import run_training
+from tiltflow.config import load_config
+from tiltflow.evaluation.suites import suite_of
+from tiltflow.prompts import load_prompts
+
+MODEL = "packaged:pipeline"
+PROMPTS, FAST_PROMPTS = 516, 36
+FAST = {
+    "cold_start": ("train.steps=20", "log.samples_every=10", "watch.prompts=24"),
+    "tilt": ("train.steps=6", "log.samples_every=3", "watch.prompts=24", "watch.every=3"),
+}
+
+
+def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
+    """Stage 1, stage 2, evaluation on held-out prompts, report; goes on where it was stopped."""
+    began = time.time()
+    if fresh and out.exists():
+        shutil.rmtree(out)
+    for stage in ("cold_start", "tilt"):
+        console.rule(f"[bold]{stage}")
+        _train(stage, out, FAST[stage] if fast else (), console)
+    console.rule("[bold]evaluation on held-out prompts")
+    suite = suite_of("shapes")
+    request = Request(
+        model=MODEL,
+        prompts=load_prompts(str(suite.prompts))[: FAST_PROMPTS if fast else PROMPTS],
+        few_step=out / "tilt" / "export" / "few_step",
+        tilt_lora=out / "tilt" / "export" / "tilt",
+        rewards=dict.fromkeys(suite.rewards),
+        diversity=True,
+        batch=128,
+    )
+    result = evaluate(request, console)
+    save(result, out / "evaluation.json")
+    shutil.copytree(out / "tilt" / "export", out / "export", dirs_exist_ok=True)
+    page = write_evaluation_report(
+        out, result, request.prompts, {s: out / s for s in ("cold_start", "tilt")}
+    )
+    show(result.summary, console)
+    console.print(f"report: {page}")
+    console.print(f"{(time.time() - began) / 60:.1f} minutes")
+
+
+def _train(stage: str, out: Path, changes: Sequence[str], console: Console) -> None:
+    """One stage, resumed if it was begun and passed over if it is done."""
+    overrides = [f"run.out={out / stage}", "run.resume=true", *changes]
+    if stage == "tilt":
+        overrides.append(f"model.few_step={out / 'cold_start'}")
+    cfg = load_config(f"demo_{stage}", overrides)
+    if latest_step(out / stage) == cfg.train.steps and (out / stage / "export").is_dir():
+        console.print(f"{out / stage} is done")
+        return
+    run_training(cfg, console)

@@ -1,0 +1,137 @@
+"""The systems that are sampled and scored: a model, its LoRA folders loaded as diffusers does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tiltflow.backbones.base import Backbone, Conditioning
+from tiltflow.embeddings import EncodedPrompts
+from tiltflow.evaluation.scores import System
+from tiltflow.randomness import Randomness
+from tiltflow.roles import AdapterSwitch, Role
+from tiltflow.sampling import sample_few_step, sample_ode
+
+DRAW_OFFSET = 1_000_003
+"""Between the noise numbers of an index's successive draws."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A backbone with its adapters: the teacher, and the students by name."""
+
+    backbone: Backbone
+    teacher: Role
+    students: dict[str, Role]
+
+
+def load_students(
+    backbone: Backbone, few_step: Path | None, tilt: Path | None, strength: float = 1.0
+) -> Loaded:
+    """Loads LoRA folders through the pipeline's own loader.
+
+    The students are `ac_dmd` (the few-step adapter) and `rtdmd` (the tilt adapter on top, at
+    `strength` in [0, 1]).
+
+    Raises:
+        ValueError: if a folder holds no LoRA, or one of another model.
+    """
+    if tilt is not None and few_step is None:
+        raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
+    for name, folder in (("few_step", few_step), ("tilt", tilt)):
+        if folder is not None:
+            _load(backbone, name, folder)
+    teacher_switch = AdapterSwitch(backbone.teacher_base)
+    student = backbone.student_base
+    switch = teacher_switch if student is backbone.teacher_base else AdapterSwitch(student)
+    if tilt is not None:
+        for layer in switch.layers:
+            if "tilt" in layer.scaling:
+                layer.set_scale("tilt", strength)
+    students = {}
+    if few_step is not None:
+        students["ac_dmd"] = Role("ac_dmd", backbone, student, ("few_step",), switch)
+    if tilt is not None:
+        students["rtdmd"] = Role("rtdmd", backbone, student, ("few_step", "tilt"), switch)
+    teacher = Role("teacher", backbone, backbone.teacher_base, (), teacher_switch)
+    return Loaded(backbone, teacher, students)
+
+
+def _load(backbone: Backbone, name: str, folder: Path) -> None:
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no LoRA (no .safetensors file)")
+    pipe = backbone.pipe  # type: ignore[attr-defined]
+    try:
+        pipe.load_lora_weights(str(folder), adapter_name=name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"the LoRA in {folder} does not fit this model: {first}") from error
+    if name not in getattr(pipe.transformer, "peft_config", {}):
+        raise ValueError(f"the LoRA in {folder} has no weight that this model's transformer knows")
+    pipe.transformer.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are made: the few-step grid and η, the teacher's steps and guidance."""
+
+    encoded: EncodedPrompts
+    randomness: Randomness
+    steps: int = 4
+    eta: float = 0.9
+    teacher_steps: int = 50
+    guidance: float = 4.0
+
+    def few_step(self, role: Role, rows: Sequence[int], draw: int = 0) -> Tensor:
+        """Images of a student, (B, 3, H, W) in [0, 1]."""
+        sigmas = role.backbone.few_step_sigmas(self.steps)
+        cond, numbers = self._batch(role, rows, draw)
+        return _decode(
+            role, sample_few_step(role, cond, numbers, self.randomness, sigmas, self.eta)
+        )
+
+    def ode(self, role: Role, sigmas: Tensor, rows: Sequence[int], draw: int = 0) -> Tensor:
+        """Images of the teacher's ODE, with guidance."""
+        cond, numbers = self._batch(role, rows, draw)
+        return _decode(
+            role, sample_ode(role, cond, numbers, self.randomness, sigmas, self.guidance)
+        )
+
+    def _batch(self, role: Role, rows: Sequence[int], draw: int) -> tuple[Conditioning, list[int]]:
+        cond, _ = self.encoded.select(rows, role.backbone.device)
+        return cond, [row + draw * DRAW_OFFSET for row in rows]
+
+    def systems(self, loaded: Loaded, teacher: bool = True) -> list[System]:
+        """`teacher`, `teacher_4_step` (its own ODE in as many steps as the students), students."""
+        passes = 1 if self.guidance == 1.0 else 2
+        made = []
+        if teacher:
+            grids = {
+                "teacher": loaded.backbone.teacher_sigmas(self.teacher_steps),
+                f"teacher_{self.steps}_step": loaded.backbone.few_step_sigmas(self.steps),
+            }
+            for name, sigmas in grids.items():
+                made.append(_system(name, passes * (len(sigmas) - 1), self._ode(loaded, sigmas)))
+        for name, role in loaded.students.items():
+            made.append(_system(name, self.steps, self._student(role)))
+        return made
+
+    def _ode(self, loaded: Loaded, sigmas: Tensor) -> Callable[[Sequence[int], int], Tensor]:
+        return lambda rows, draw: self.ode(loaded.teacher, sigmas, rows, draw)
+
+    def _student(self, role: Role) -> Callable[[Sequence[int], int], Tensor]:
+        return lambda rows, draw: self.few_step(role, rows, draw)
+
+
+def _system(name: str, nfe: int, make: Callable[[Sequence[int], int], Tensor]) -> System:
+    # Draw 0 is the evaluation's own; diversity starts at 1, on noise of its own.
+    return System(name, nfe, lambda rows: make(rows, 0), lambda rows, draw: make(rows, draw + 1))
+
+
+@torch.no_grad()
+def _decode(role: Role, latents: Tensor) -> Tensor:
+    return role.backbone.decode(latents)

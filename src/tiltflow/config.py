@@ -1,0 +1,260 @@
+"""The run configuration: a recipe and overrides in, a checked `RunConfig` out (DESIGN §2).
+
+`load_config` touches no file but the recipe; `validate_files` looks at the files that a config
+names, before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tiltflow.config_schema import RewardConfig, Rewards, RunConfig, plain_weight
+from tiltflow.paths import resolve_path
+from tiltflow.prompts import load_prompts
+from tiltflow.recipe_source import (
+    list_recipes,
+    nearest,
+    parse_yaml,
+    read_recipe,
+    recipe_name,
+    recipe_text,
+)
+
+__all__ = [
+    "RewardConfig",
+    "RunConfig",
+    "config_keys",
+    "dump_config",
+    "list_recipes",
+    "load_config",
+    "recipe_text",
+    "validate_files",
+]
+
+_REWARDS = (["rewards"], ["watch", "rewards"])
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A packaged recipe or a `.yaml` file, with overrides `a.b=value` (value in YAML).
+
+    `run.out` is `runs/NAME` unless it is given.
+
+    Raises:
+        ValueError: in one sentence: an unknown recipe or key (the nearest is named), bad YAML,
+            a value of the wrong kind, or values that do not go together.
+    """
+    raw = read_recipe(recipe)
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise ValueError(f"the override {override!r} should read key=value")
+        _set(raw, key.strip(), parse_yaml(text, f"the value of {key.strip()}"))
+    raw = _without_empty_sections(raw)
+    _refuse_unknown(raw)
+    run = raw.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("out", f"runs/{recipe_name(recipe)}")
+    try:
+        # By way of JSON, where strict validation takes a list for a tuple.
+        return RunConfig.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise ValueError(_sentence(error)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, which `load_config` reads back as an equal one."""
+    other = "tilt" if config.stage == "cold_start" else "cold_start"
+    values = config.model_dump(mode="json", exclude={other})
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def config_keys() -> list[str]:
+    """Every dotted key of a config, in order; a reward's have NAME in them."""
+    return _keys(RunConfig)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in model.model_fields.items():
+        if info.annotation == Rewards:
+            keys += [f"{prefix}{name}.NAME"]
+            keys += [f"{prefix}{name}.NAME.{key}" for key in RewardConfig.model_fields]
+        elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += _keys(info.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _without_empty_sections(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the sections of which only the name is written (`rewards:`)."""
+    watch = raw.get("watch")
+    if isinstance(watch, dict) and "rewards" in watch and watch["rewards"] is None:
+        raw = {**raw, "watch": {k: v for k, v in watch.items() if k != "rewards"}}
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets one key of the nested mapping, making sections on the way."""
+    path = _split(dotted)
+    at = raw
+    for i, part in enumerate(path[:-1]):
+        inside = {} if at.get(part) is None else at[part]
+        if path[:i] in _REWARDS:
+            inside = plain_weight(inside)
+        if not isinstance(inside, dict):
+            raise ValueError(f"{'.'.join(path[: i + 1])} is {inside!r}, so it has no {path[i + 1]}")
+        at[part] = inside
+        at = inside
+    at[path[-1]] = value
+
+
+def _split(dotted: str) -> list[str]:
+    """The parts of a key. A reward given by dotted path (`package.module:Name`) stays whole."""
+    parts = dotted.split(".")
+    for prefix in _REWARDS:
+        n = len(prefix)
+        if parts[:n] == prefix and ":" in dotted:
+            last = next(i for i, part in enumerate(parts) if ":" in part)
+            return [*prefix, ".".join(parts[n : last + 1]), *parts[last + 1 :]]
+    return parts
+
+
+def _refuse_unknown(raw: Mapping[str, Any]) -> None:
+    """Names the nearest key for the first unknown one."""
+
+    def walk(values: Any, model: type[BaseModel], prefix: str) -> None:
+        if not isinstance(values, dict):
+            return
+        for key, value in values.items():
+            info = model.model_fields.get(str(key))
+            dotted = f"{prefix}{key}"
+            if info is None:
+                shown = nearest(dotted, _candidates(prefix, isinstance(value, dict)))
+                raise ValueError(f"unknown key {dotted}; the nearest is {shown}")
+            if info.annotation == Rewards and isinstance(value, dict):
+                for name, reward in value.items():
+                    walk(reward, RewardConfig, f"{dotted}.{name}.")
+            elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                walk(value, info.annotation, f"{dotted}.")
+
+    walk(raw, RunConfig, "")
+
+
+def _candidates(prefix: str, mapping: bool) -> list[str]:
+    section = prefix.removesuffix(".").rpartition(".")[0]
+    if section in ("rewards", "watch.rewards") or ":" in prefix:
+        return [f"{prefix}{key}" for key in RewardConfig.model_fields]
+    if mapping and not prefix:
+        return list(RunConfig.model_fields)
+    return config_keys()
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one sentence with the dotted key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
+    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
+        return f"{key} is not set: add it to the recipe, or give {key}=VALUE"
+    if first["type"] == "value_error" and not key:
+        return str(first["ctx"]["error"])
+    message = re.sub(r"^(Value error, )?((Input|String|List|Tuple) should )?", "", first["msg"])
+    if first["type"] == "missing":
+        message = "hold more values"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        number = "a number or " if "rewards." in key else ""
+        message = f"be {number}a mapping of keys to values"
+    return f"{key} is {first['input']!r}, but it should {message}"
+
+
+def _is_tag(part: int | str) -> bool:
+    """Whether pydantic put it into a location to say which member of a union it tried."""
+    return isinstance(part, int) or "[" in part or part in ("str", "constrained-str")
+
+
+def validate_files(config: RunConfig) -> None:
+    """Checks that what the config names on disk is there and can be read; loads no weight.
+
+    A model path that is neither on disk nor written like a local path is left to the hub.
+
+    Raises:
+        ValueError: naming the key, the path and what is missing.
+    """
+    model = config.model
+    if model.path != "mixture":
+        for key, path in (
+            ("model.path", model.path),
+            ("model.generator_path", model.generator_path),
+        ):
+            if path is not None:
+                _check_pipeline(key, path)
+    if model.few_step is not None:
+        _check_few_step(model.few_step)
+    for prefix, rewards in (("rewards", config.rewards), ("watch.rewards", config.watch.rewards)):
+        for name, reward in rewards.items():
+            if reward.path is not None and not Path(resolve_path(reward.path)).exists():
+                _require_hub_id(f"{prefix}.{name}.path", reward.path)
+    for prompts in (config.data.prompts, config.data.eval_prompts):
+        if prompts is not None:
+            load_prompts(prompts)
+
+
+def _require_hub_id(key: str, path: str) -> None:
+    """Refuses a path that does not exist and could not be `organisation/name` on the hub."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+        raise ValueError(f"{key} {path} does not exist, and is no hub id (organisation/name)")
+
+
+def _check_pipeline(key: str, path: str) -> None:
+    folder = Path(resolve_path(path))
+    if not folder.exists():
+        _require_hub_id(key, path)
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{key} {path} is a file, not the directory of a diffusers pipeline")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{key} {path} has no model_index.json, so it is no diffusers pipeline")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{key}: {index} is not valid JSON") from error
+    if not isinstance(parts, dict):
+        raise ValueError(f"{key}: {index} should hold a JSON object")
+    # A part is [library, class]; [null, null] is one that the pipeline does without.
+    named = [n for n, v in parts.items() if isinstance(v, list) and v[:1] != [None] and len(v) == 2]
+    missing = [gap for name in named for gap in _gaps(folder, name)]
+    if "transformer" not in named:
+        missing.insert(0, "a transformer in model_index.json")
+    if missing:
+        raise ValueError(f"{key} {path} lacks {', '.join(missing)}")
+
+
+def _gaps(folder: Path, part: str) -> list[str]:
+    """What a part of a pipeline lacks: its directory, its configuration or its weights."""
+    inside = folder / part
+    if not inside.is_dir():
+        return [f"{part}/"]
+    if not part.startswith(("transformer", "vae", "text_encoder")):
+        return []
+    missing = [] if (inside / "config.json").is_file() else [f"{part}/config.json"]
+    return missing if any(inside.glob("*.safetensors")) else [*missing, f"{part}/*.safetensors"]
+
+
+def _check_few_step(path: str) -> None:
+    folder = Path(resolve_path(path))
+    if not folder.is_dir():
+        raise ValueError(f"model.few_step {path} is no directory: train stage cold_start first")
+    if not (folder / "checkpoints" / "latest").exists() and not any(
+        any(folder.glob(pattern)) for pattern in ("*.safetensors", "export/few_step/*.safetensors")
+    ):
+        raise ValueError(
+            f"model.few_step {path} has neither checkpoints/latest nor LoRA weights (*.safetensors)"
+        )

@@ -1,0 +1,241 @@
+"""What a run configuration holds, and which values go together (METHOD §4–§6).
+
+Frozen and strict; defaults are the published values. No file is touched here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and nothing is coerced: 4.0 is no integer, "4" is no number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: Text
+    generator_path: Text | None = None
+    family: Literal["sd3", "flux", "flux2", "mixture"] | None = None
+    resolution: Positive | None = None
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    autocast: Literal["bf16"] | None = None
+    vae_dtype: Literal["fp32", "bf16"] | None = None
+    max_sequence_length: Count | None = None
+    few_step: Text | None = None
+    guidance: float | None = None
+    gradient_checkpointing: bool = False
+
+
+class AdaptersConfig(Section):
+    kind: Literal["lora", "copies"] = "lora"
+    rank: Positive = 32
+    alpha: Rate = 64.0
+    targets: Text | tuple[Text, ...] | None = None
+
+
+class DataConfig(Section):
+    prompts: Text
+    eval_prompts: Text | None = None
+
+
+class SamplerConfig(Section):
+    steps: Positive = 4
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.9
+
+
+class TrainConfig(Section):
+    """`batch_size` is global (stage 2: samples a rollout)."""
+
+    steps: Positive
+    batch_size: Positive
+    micro_batch_size: Positive | None = None
+    generator_lr: Rate
+    fake_score_lr: Rate
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: Weight = 0.0
+    clip: Rate = 1.0
+    ema: Beta = 0.99
+
+    @property
+    def micro(self) -> int:
+        """Samples that go through a network at once: all, or at most `micro_batch_size`."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+
+class ColdStartConfig(Section):
+    """METHOD §4; `consistency_max_delta` is in thousandths of σ."""
+
+    generator_every: Positive = 10
+    consistency: Weight = 0.01
+    consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
+    consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200
+
+
+class TiltConfig(Section):
+    """METHOD §5; `subset` is M."""
+
+    group_size: Annotated[int, Field(ge=2)] = 24
+    subset: Positive = 2
+    clip_range: Rate = 1e-5
+    advantage_clip: Rate = 5.0
+    kl: Weight = 0.0
+    log_prob: Literal["unit", "gaussian"] = "unit"
+    policy_weight: Weight = 1.0
+    matching_weight: Weight = 1e-3
+    reward_weight: Weight = 1e-4
+    reward_target: float = 3.0
+    decode_chunk: Positive | None = None
+    match_steps: Literal["last", "random", "all"] = "last"
+    fake_score_updates: Positive = 1
+    consistency: Weight = 0.01
+
+
+class RewardConfig(Section):
+    """`backprop`: back-propagate it where it is differentiable. `options` go to the reward."""
+
+    weight: float
+    path: Text | None = None
+    backprop: bool = True
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def plain_weight(value: object) -> object:
+    """A bare number as a reward's weight; anything else as it is."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"weight": value} if number else value
+
+
+Rewards = dict[Text, Annotated[RewardConfig, BeforeValidator(plain_weight)]]
+
+
+class WatchConfig(Section):
+    """Held-out rewards: logged, never trained on."""
+
+    rewards: Rewards = Field(default_factory=dict)
+    every: Positive = 50
+    prompts: Positive = 64
+
+
+class RunSection(Section):
+    out: Text
+    seed: Count = 0
+    device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "auto"
+    resume: bool = False
+
+
+class CheckpointConfig(Section):
+    every: Positive = 100
+    keep: Positive = 2
+
+
+class LogConfig(Section):
+    """`samples_every` 0 draws none."""
+
+    every: Positive = 10
+    samples_every: Count = 0
+    samples: Positive = 16
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+class RunConfig(Section):
+    """Everything one run needs. `cold_start` and `tilt` belong to their stage only."""
+
+    stage: Literal["cold_start", "tilt"]
+    model: ModelConfig
+    adapters: AdaptersConfig = AdaptersConfig()
+    data: DataConfig
+    sampler: SamplerConfig = SamplerConfig()
+    train: TrainConfig
+    cold_start: ColdStartConfig = ColdStartConfig()
+    tilt: TiltConfig = TiltConfig()
+    rewards: Rewards = Field(default_factory=dict)
+    watch: WatchConfig = WatchConfig()
+    run: RunSection
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> RunConfig:
+        other = "tilt" if self.stage == "cold_start" else "cold_start"
+        if other in self.model_fields_set:
+            raise ValueError(f"the section {other} is given, but stage is {self.stage}")
+        _check_model(self.model)
+        _check_batch(self.train)
+        if self.stage == "cold_start":
+            if self.rewards:
+                raise ValueError(
+                    f"rewards ({', '.join(self.rewards)}) are given, but stage cold_start trains "
+                    "on none; put them under watch.rewards to log them"
+                )
+        else:
+            _check_tilt(self)
+        return self
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.resolution is not None and model.resolution % 8:
+        raise ValueError(f"model.resolution is {model.resolution}, which is no multiple of 8")
+    if model.family == "mixture" and model.path != "mixture":
+        raise ValueError(
+            f"model.family mixture needs model.path mixture (no files), not {model.path}"
+        )
+    if model.path == "mixture" and model.family not in (None, "mixture"):
+        raise ValueError(f"model.path mixture needs model.family mixture, not {model.family}")
+
+
+def _check_batch(train: TrainConfig) -> None:
+    if train.batch_size % train.micro:
+        raise ValueError(
+            f"train.micro_batch_size {train.micro} does not divide "
+            f"train.batch_size {train.batch_size}"
+        )
+
+
+def _check_tilt(config: RunConfig) -> None:
+    tilt, train, sampler = config.tilt, config.train, config.sampler
+    if config.model.few_step is None:
+        raise ValueError(
+            "stage tilt needs model.few_step, the stage-1 run directory or LoRA to start from"
+        )
+    if not config.rewards:
+        raise ValueError("stage tilt needs at least one reward under rewards")
+    for name, reward in config.rewards.items():
+        if reward.weight == 0:
+            raise ValueError(
+                f"rewards.{name} has weight 0, which trains nothing; put it under watch.rewards"
+            )
+    if train.batch_size % tilt.group_size:
+        raise ValueError(
+            f"tilt.group_size {tilt.group_size} does not divide train.batch_size {train.batch_size}"
+        )
+    if tilt.group_size % train.micro and train.micro % tilt.group_size:
+        raise ValueError(
+            f"train.micro_batch_size {train.micro} must divide tilt.group_size {tilt.group_size} "
+            "or be a multiple of it"
+        )
+    if tilt.subset > sampler.steps - 1:
+        raise ValueError(
+            f"tilt.subset {tilt.subset} is more than the {sampler.steps - 1} stochastic steps "
+            f"of sampler.steps {sampler.steps}"
+        )
+    if sampler.eta == 0 and tilt.policy_weight > 0:
+        raise ValueError(
+            f"sampler.eta 0 makes every step deterministic, but tilt.policy_weight "
+            f"{tilt.policy_weight} trains stochastic ones"
+        )
+    if tilt.policy_weight == tilt.matching_weight == tilt.reward_weight == 0:
+        raise ValueError(
+            "tilt.policy_weight, tilt.matching_weight and tilt.reward_weight are all 0"
+        )

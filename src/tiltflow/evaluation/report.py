@@ -1,0 +1,194 @@
+"""One HTML page that a run leaves behind: what came out, how sure it is, and how it looks.
+
+The page is a single file that works offline: images are inlined, figures are SVG, nothing is
+fetched and nothing runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from numpy.typing import NDArray
+from PIL import Image
+
+from tiltflow.evaluation import figures
+from tiltflow.evaluation.figures import decimals, number
+
+SIGNIFICANT = 0.05
+MAX_SIDE = 256  # pixels; larger images are shrunk, or 24 prompts make a page of 100 MB
+MAIN_CURVES = 6  # a stage; the others are folded away
+
+# What the columns are, for the rewards that come with the package.
+MEASURES = {
+    "shapes": "share of images that show exactly what the prompt describes, by the exact checker",
+    "shapes_soft": "share of the prompt's description that holds, by the exact checker",
+    "clipscore": "cosine similarity of image and prompt under CLIP",
+    "clipscore_heldout": "cosine similarity under a second CLIP, kept apart from training",
+    "diversity": "mean cosine distance between images of one prompt; higher is more varied",
+    "linear": "the first coordinate",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A comparison in words, and the figures it rests on."""
+
+    a: str
+    b: str
+    reward: str
+    words: str
+    significant: bool
+    difference: str
+    interval: str
+    p_value: str
+
+
+def write_report(
+    out: str | Path,
+    *,
+    title: str,
+    evaluation: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    grids: Mapping[str, Sequence[NDArray[np.uint8]]],
+    prompts: Sequence[str],
+    config: Mapping[str, str],
+    versions: Mapping[str, str],
+) -> Path:
+    """Write `report.html` into a directory (or to a path that ends in .html); gives its path.
+
+    Args:
+        evaluation: the content of `evaluation.json`; without systems, that part is left out.
+        curves: by stage, the rows of its `metrics.jsonl`.
+        grids: by system, images (H, W, 3) uint8 of `prompts`, in order and from the same noise.
+        prompts: one caption a row of the grid; rows beyond the shortest system are left out.
+        config: by stage, the resolved configuration's text.
+        versions: of what the run ran on, by name.
+
+    Raises:
+        ValueError: if an image is not (H, W, 3) uint8, or there are more images than prompts.
+    """
+    out = Path(out)
+    path = out if out.suffix == ".html" else out / "report.html"
+    systems = evaluation.get("systems", {})
+    page = _template().render(
+        title=title,
+        evaluation=evaluation,
+        systems=systems,
+        rewards=list(dict.fromkeys(r for s in systems.values() for r in s["scores"])),
+        measures=MEASURES,
+        best=_best(systems),
+        digits=_digits(systems),
+        forests=figures.forests(evaluation) if systems else [],
+        verdicts=[_verdict(c) for c in evaluation.get("comparisons", [])],
+        adjusted=any("p_holm" in c for c in evaluation.get("comparisons", [])),
+        stages={stage: figures.curves(rows) for stage, rows in curves.items()},
+        main_curves=MAIN_CURVES,
+        grid_systems=list(grids),
+        grid=_grid(grids, prompts),
+        config=config,
+        versions=versions,
+        f=figures,
+        number=number,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _template() -> Any:
+    source = resources.files("tiltflow.evaluation").joinpath("report.html.j2")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source.read_text(encoding="utf-8"))
+
+
+def _best(systems: Mapping[str, Any]) -> dict[str, str]:
+    """By reward, the system with the highest mean."""
+    best: dict[str, str] = {}
+    for name, system in systems.items():
+        for reward, score in system["scores"].items():
+            leader = best.get(reward)
+            if leader is None or score["mean"] > systems[leader]["scores"][reward]["mean"]:
+                best[reward] = name
+    return best
+
+
+def _digits(systems: Mapping[str, Any]) -> dict[str, int]:
+    """By reward, the digits after the point that its intervals warrant."""
+    intervals: dict[str, list[Sequence[float]]] = {}
+    for system in systems.values():
+        for reward, score in system["scores"].items():
+            intervals.setdefault(reward, []).append(score["ci95"])
+    return {reward: decimals(found) for reward, found in intervals.items()}
+
+
+def p_text(p: float) -> str:
+    """A p-value for readers: 'p < 0.001', 'p = 0.004', 'p = 0.21'."""
+    if p < 0.001:
+        return "p < 0.001"
+    if 0.0495 <= p < SIGNIFICANT:
+        return f"p = {p:.4f}"  # '0.050' would look as though it were not significant
+    return f"p = {p:.3f}" if p < 0.095 else f"p = {p:.2f}"
+
+
+def _verdict(comparison: Mapping[str, Any]) -> Verdict:
+    """Significance goes by the Holm-adjusted p-value where there is one."""
+    p = comparison.get("p_holm", comparison["p_value"])
+    difference = comparison["difference"]
+    digits = decimals([comparison["ci95"]])
+    low, high = (number(v, digits) for v in comparison["ci95"])
+    size = number(abs(difference), digits)
+    if p >= SIGNIFICANT:
+        words = "no significant difference"
+    else:
+        words = f"{'higher' if difference > 0 else 'lower'} by {size}"
+    return Verdict(
+        a=comparison["a"],
+        b=comparison["b"],
+        reward=comparison["reward"],
+        words=words,
+        significant=p < SIGNIFICANT,
+        difference=size if difference == 0 else ("+" if difference > 0 else "−") + size,
+        interval=f"{low} to {high}",
+        p_value=p_text(p),
+    )
+
+
+def _grid(
+    grids: Mapping[str, Sequence[NDArray[np.uint8]]], prompts: Sequence[str]
+) -> list[tuple[str, list[tuple[str, str, int, int]]]]:
+    """Rows (prompt, [(system, data URI, width, height), …]), as many as every system has."""
+    for name, images in grids.items():
+        if len(images) > len(prompts):
+            raise ValueError(f"{name!r} has {len(images)} images for {len(prompts)} prompts")
+    count = min((len(images) for images in grids.values()), default=0)
+    return [
+        (prompts[row], [(name, *_png(images[row], name)) for name, images in grids.items()])
+        for row in range(count)
+    ]
+
+
+def _png(image: NDArray[np.uint8], system: str) -> tuple[str, int, int]:
+    """A data URI, width and height of an image (H, W, 3) uint8, shrunk to at most `MAX_SIDE`."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"{system!r}: report images are (H, W, 3) uint8, got {image.shape} {image.dtype}"
+        )
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"data:image/png;base64,{data}", picture.width, picture.height

@@ -1,0 +1,114 @@
+"""Intervals and paired tests over prompts: how sure a difference between two systems is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two systems on the same prompts: the mean of a − b, its 95% interval, a two-sided p-value.
+
+    `win_rate` is the share of prompts where a is better, ties counted half. `test` names the
+    test that gave the p-value.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+    n: int
+    win_rate: float
+    test: str = "paired t"
+
+
+def mean_ci(scores: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
+    """The mean of (n,) scores and its t interval (mean, low, high), n >= 2.
+
+    Raises:
+        ValueError: if there are fewer than two scores, or one is not finite.
+    """
+    values = _vector(scores)
+    if not 0 < level < 1:
+        raise ValueError(f"the level of an interval must lie in (0, 1), got {level}")
+    mean = float(values.mean())
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * _standard_error(values)
+    return mean, mean - half, mean + half
+
+
+def paired_comparison(a: ArrayLike, b: ArrayLike) -> Comparison:
+    """Compare (n,) scores of two systems on the same prompts by the paired t test, n >= 2.
+
+    Where all differences are equal the t test has no variance to go by: equal scores give p = 1;
+    one and the same shift everywhere is judged by the exact sign test, p = 2^(1−n).
+
+    Raises:
+        ValueError: if the lengths differ, or there are fewer than two finite scores each.
+    """
+    first, second = _vector(a), _vector(b)
+    if len(first) != len(second):
+        raise ValueError(f"a paired comparison of {len(first)} with {len(second)} scores")
+    differences = first - second
+    # Equal up to the rounding of the subtraction, whose remains would pass for a tiny variance.
+    rounding = 4 * np.finfo(np.float64).eps * max(np.abs(first).max(), np.abs(second).max())
+    n, error, test = len(differences), _standard_error(differences), "paired t"
+    if np.ptp(differences) <= rounding:
+        shifted = abs(differences.mean()) > rounding
+        p_value, test = (2.0 ** (1 - n), "sign") if shifted else (1.0, test)
+    else:
+        p_value = float(2 * stats.t.sf(abs(differences.mean()) / error, n - 1))
+    mean, low, high = mean_ci(differences)
+    wins = float(((differences > 0) + 0.5 * (differences == 0)).mean())
+    return Comparison(mean, (low, high), p_value, n, wins, test)
+
+
+def bootstrap_ci(
+    differences: ArrayLike, seed: int, level: float = 0.95, resamples: int = 10_000
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of (n,) differences; no normality assumed."""
+    values = _vector(differences)
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    block = max(1, 2_000_000 // len(values))  # bounds the memory of the resampled indices
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        means[start : start + size] = values[
+            rng.integers(0, len(values), (size, len(values)))
+        ].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment of p-values in [0, 1] for their number, in the given order.
+
+    Adjusted values under .05 keep the chance of any false finding among them under 5%.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError("p-values must lie in [0, 1]")
+    order = np.argsort(values, kind="stable")
+    steps = values[order] * (len(values) - np.arange(len(values)))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return [float(p) for p in adjusted]
+
+
+def _standard_error(values: Array) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def _vector(scores: ArrayLike) -> Array:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"statistics need two or more scores in a row, got {values.shape}")
+    if not bool(np.isfinite(values).all()):
+        raise ValueError("statistics need finite scores")
+    return values

@@ -1,0 +1,181 @@
+"""What a run measures: sums that stay on the device, one transfer a log line, JSONL on disk."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Values = Mapping[str, Tensor | float]
+
+
+class Accumulator:
+    """Running means of 0-d tensors and floats, without a transfer until they are asked for.
+
+    A metric's mean is over the calls of `add` that named it.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Values) -> None:
+        """Adds one observation of each metric.
+
+        Raises:
+            ValueError: on a tensor that is not 0-d.
+        """
+        for name, value in values.items():
+            tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+            if tensor.ndim:
+                raise ValueError(f"metric {name!r} has shape {tuple(tensor.shape)}, not ()")
+            before = self._sums.get(name)
+            # A copy, so that the caller may go on to change its tensor in place.
+            self._sums[name] = tensor.clone() if before is None else before + tensor
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of every metric since the last reset; one transfer a device.
+
+        Raises:
+            FloatingPointError: naming the first metric that is NaN or infinite.
+        """
+        means: dict[str, float] = {}
+        for device in {tensor.device for tensor in self._sums.values()}:
+            names = [name for name, tensor in self._sums.items() if tensor.device == device]
+            sums = torch.stack([self._sums[name] for name in names]).tolist()
+            means |= {n: s / self._counts[n] for n, s in zip(names, sums, strict=True)}
+        return {name: _finite(name, means[name]) for name in self._sums}
+
+    def reset(self) -> None:
+        """Forgets everything added so far."""
+        self._sums.clear()
+        self._counts.clear()
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"metric {name!r} is {value}")
+    return value
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file. A torn last line, of a run that was killed, is left out.
+
+    Raises:
+        ValueError: if the file is missing, or a line before the last is not a metrics line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no metrics file {path}")
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not an object with a step")
+        except ValueError as error:
+            # A whole file ends in a newline, so its last piece is empty; otherwise it is torn.
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not a metrics line") from error
+        rows.append(row)
+    return rows
+
+
+class MetricsLog:
+    """Appends to a JSONL file, one object a line with `step` first, flushed line by line.
+
+    With `resume_step`, lines of later steps are dropped first (−1 drops all); without it, only
+    a torn last line is. `tensorboard` and `wandb` mirror the values there, beside the file.
+
+    Raises:
+        ValueError: if the existing file is not a metrics file, or an asked-for sink's package
+            is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tensorboard: bool = False,
+        resume_step: int | None = None,
+        wandb: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            self._tensorboard = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+                str(self.path.parent / "tensorboard"),
+                purge_step=None if resume_step is None else resume_step + 1,
+            )
+        if wandb:
+            name = self.path.absolute().parent.name
+            self._wandb = _package("wandb", "wandb").init(
+                project="tiltflow", group=name, name=name, dir=str(self.path.parent)
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._truncate(resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _truncate(self, resume_step: int | None) -> None:
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if resume_step is None or row["step"] <= resume_step]
+        temporary = self.path.with_name(f".tmp-{self.path.name}")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, step: int, values: Values) -> None:
+        """One line.
+
+        Raises:
+            FloatingPointError: naming the first metric that is NaN or infinite; nothing is written.
+            ValueError: if a metric is called `step`.
+        """
+        if "step" in values:
+            raise ValueError("a metric must not be called 'step'")
+        row = {name: _finite(name, float(value)) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _package(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"log.{extra} is true, but {extra} is not installed (pip install 'tiltflow[{extra}]')"
+        ) from error

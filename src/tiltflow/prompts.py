@@ -1,0 +1,192 @@
+"""Prompt sets in the formats people have, and the order in which a run goes through them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiltflow.randomness import Randomness
+from tiltflow.worlds import shapes
+
+TEXT_KEYS = ("prompt", "text", "caption")
+FORMATS = (".txt", ".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption, and the whole object it came with (GenEval's tags, questions, …)."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _shapes(held_out: bool, n: int) -> list[Prompt]:
+    return [Prompt(c.text, c.metadata()) for c in shapes.balanced(held_out, n)]
+
+
+# The train split has far more captions of two coloured objects than of anything else: the six
+# categories in equal shares instead. The mixture knows no text: one empty prompt.
+PACKAGED: dict[str, Callable[[], list[Prompt]]] = {
+    "shapes-train": lambda: _shapes(False, 12_000),
+    "shapes-heldout": lambda: _shapes(True, 1_024),
+    "mixture": lambda: [Prompt("")],
+}
+
+
+def load_prompts(source: str | Path) -> list[Prompt]:
+    """The prompts of a packaged set or a file, in order, duplicates kept.
+
+    A `.txt` has one prompt a line; `.json` a list of strings or objects; `.jsonl` one string or
+    object a line (GenEval, GenEval2 and general); `.parquet` one row a prompt. An object's
+    prompt is its `prompt`, `text` or `caption`, and its metadata the whole object. Blank lines
+    are skipped, surrounding white space is dropped.
+
+    Raises:
+        ValueError: on anything that cannot be read as at least one prompt, saying where.
+    """
+    if str(source) in PACKAGED:
+        return PACKAGED[str(source)]()
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise ValueError(f"prompts: {source} is a directory, not one of {', '.join(FORMATS)} files")
+    if not path.exists():
+        raise ValueError(_missing(str(source), suffix))
+    if suffix not in FORMATS:
+        raise ValueError(f"prompts: {source} should end in one of {', '.join(FORMATS)}")
+    readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl}
+    prompts = list(readers.get(suffix, _read_parquet)(path))
+    if not prompts:
+        raise ValueError(f"prompts: {source} has no prompts in it")
+    return prompts
+
+
+def _missing(source: str, suffix: str) -> str:
+    if suffix:
+        return f"prompts: there is no file {source}"
+    nearest = difflib.get_close_matches(source, PACKAGED, n=1, cutoff=0.0)[0]
+    return f"prompts: there is no file or packaged set {source!r}; the nearest set is {nearest!r}"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(f"prompts: {path} cannot be read ({error.strerror})") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The non-blank lines with their numbers from 1; only newlines end a line, not U+2028."""
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _prompt(value: object, place: str) -> Prompt:
+    """A prompt from a string or an object; `place` says where it stands."""
+    metadata: Mapping[str, Any] = {}
+    if isinstance(value, Mapping):
+        metadata = value
+        key = next((key for key in TEXT_KEYS if value.get(key) is not None), None)
+        if key is None:
+            raise ValueError(f"prompts: {place} has none of the keys {', '.join(TEXT_KEYS)}")
+        value = value[key]
+    if not isinstance(value, str):
+        raise ValueError(f"prompts: {place} is not a string, nor an object with a prompt")
+    if not value.strip():
+        raise ValueError(f"prompts: {place} is an empty prompt")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"prompts: {place} has half a surrogate pair, which is no text")
+    return Prompt(value.strip(), metadata)
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"prompts: {place} is not valid JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise ValueError(f"prompts: {place} is nested too deeply") from error
+
+
+def _read_txt(path: Path) -> Iterator[Prompt]:
+    for number, line in _lines(path):
+        yield _prompt(line, f"{path}, line {number}")
+
+
+def _read_jsonl(path: Path) -> Iterator[Prompt]:
+    for number, line in _lines(path):
+        place = f"{path}, line {number}"
+        yield _prompt(_parse(line, place), place)
+
+
+def _read_json(path: Path) -> Iterator[Prompt]:
+    text = _read_text(path)
+    if not text.strip():
+        return
+    values = _parse(text, str(path))
+    if not isinstance(values, list):
+        raise ValueError(f"prompts: {path} should hold a JSON list of strings or objects")
+    for number, value in enumerate(values, start=1):
+        yield _prompt(value, f"{path}, item {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[Prompt]:
+    try:
+        arrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ValueError(
+            f"prompts: reading {path} needs pyarrow (pip install 'tiltflow[parquet]')"
+        ) from error
+    try:
+        schema = parquet.read_schema(path)
+        if not set(TEXT_KEYS) & set(schema.names):
+            raise ValueError(f"prompts: {path} has none of the columns {', '.join(TEXT_KEYS)}")
+        # Sets such as Pick-a-Pic carry the pictures' bytes: gigabytes that no one asked for.
+        pictures = (arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_struct)
+        columns = [f.name for f in schema if not any(is_a(f.type) for is_a in pictures)]
+        rows = parquet.read_table(path, columns=columns).to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"prompts: {path} cannot be read as parquet") from error
+    for number, row in enumerate(rows, start=1):
+        yield _prompt(row, f"{path}, row {number}")
+
+
+@dataclass(frozen=True)
+class PromptSampler:
+    """The endless order of `n` prompts: epoch after epoch, each in its own seeded order.
+
+    Raises:
+        ValueError: if n < 1.
+    """
+
+    n: int
+    randomness: Randomness
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError("there are no prompts to sample from")
+
+    def indices(self, position: int, count: int) -> list[int]:
+        """The prompts at the global positions position … position + count − 1.
+
+        A function of its arguments alone: two halves of a batch give what the whole gives.
+        """
+        if position < 0 or count < 0:
+            raise ValueError(f"position {position} and count {count} must not be negative")
+        if self.n == 1:
+            return [0] * count
+        chosen: list[int] = []
+        while len(chosen) < count:
+            epoch, start = divmod(position + len(chosen), self.n)
+            order = self.randomness.permutation("prompts", epoch, self.n)
+            chosen += order[start : start + count - len(chosen)].tolist()
+        return chosen

@@ -1,0 +1,264 @@
+"""What a reward is, the one gate through which all are called, and how one is found by name."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tiltflow.paths import nearest
+
+ENTRY_POINTS = "tiltflow.rewards"
+RANGE_TOLERANCE = 1e-3  # decoders clamp to [0, 1]; a bf16 round trip may leave it by this much
+
+Metadata = Mapping[str, object]
+RewardFunction = Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores images: (B, 3, H, W) floats in [0, 1], prompts and metadata to (B,) fp32, more is
+    better. `differentiable` says that gradients flow from the scores to the images.
+
+    A reward of points instead of images ((B, D), any range) says so with `domain = "points"`.
+    """
+
+    name: str
+    differentiable: bool
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor: ...
+
+
+class FunctionReward:
+    """A plain function `f(images, prompts, metadata) -> (B,)` as a reward."""
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        name: str,
+        differentiable: bool = False,
+        domain: str = "images",
+    ) -> None:
+        if domain not in ("images", "points"):
+            raise ValueError(f"reward {name!r}: domain must be images or points, not {domain!r}")
+        self.function = function
+        self.name = name
+        self.differentiable = differentiable
+        self.domain = domain
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        return self.function(images, prompts, metadata)
+
+
+def checked(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> Tensor:
+    """The reward's scores (B,) fp32, on the device of `images`; every caller goes through here.
+
+    Images of any float precision are handed over in fp32. A reward that is not differentiable
+    runs without gradients. A reward that fails is an error, never a score of 0 (METHOD §8).
+
+    Raises:
+        ValueError: if images, prompts or metadata disagree in length, an image has the wrong
+            shape, is not finite or leaves [0, 1] by more than 1e-3, or the scores are not (B,)
+            finite floats that carry the promised gradient. The message names the reward and
+            the first offending prompt; so do errors that the reward itself raises.
+    """
+    domain = getattr(reward, "domain", "images")
+    _check_inputs(reward.name, domain, images, prompts, metadata)
+    images = images.float()
+    try:
+        if reward.differentiable:
+            scores = reward(images, prompts, metadata)
+        else:
+            with torch.no_grad():
+                scores = reward(images.detach(), prompts, metadata)
+    except ValueError as error:
+        raise ValueError(f"reward {reward.name!r}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while reward {reward.name!r} scored {len(prompts)} images")
+        raise
+    return _check_scores(reward, images, prompts, scores)
+
+
+def _check_inputs(
+    name: str, domain: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> None:
+    wrong = images.ndim != 2 if domain == "points" else images.ndim != 4 or images.shape[1] != 3
+    if wrong or not images.is_floating_point():
+        wanted = "(B, D) float points" if domain == "points" else "(B, 3, H, W) float images"
+        raise ValueError(
+            f"reward {name!r} needs {wanted}, got {tuple(images.shape)} {_dtype(images)}"
+        )
+    if not len(images) == len(prompts) == len(metadata):
+        raise ValueError(
+            f"reward {name!r} got {len(images)} {domain}, {len(prompts)} prompts "
+            f"and {len(metadata)} metadata"
+        )
+    rows = images.detach().flatten(1)
+    kind = domain.removesuffix("s")
+    _refuse(~torch.isfinite(rows).all(1), prompts, f"reward {name!r} got a non-finite {kind}")
+    if domain == "images":
+        beyond = (rows < -RANGE_TOLERANCE) | (rows > 1 + RANGE_TOLERANCE)
+        _refuse(beyond.any(1), prompts, f"reward {name!r} got an image outside [0, 1]")
+
+
+def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores: object) -> Tensor:
+    start = f"reward {reward.name!r} must give ({len(prompts)},) float scores"
+    if not torch.is_tensor(scores):
+        raise ValueError(f"{start}, got {type(scores).__name__}")
+    assert isinstance(scores, Tensor)
+    if scores.shape != (len(prompts),) or not scores.is_floating_point():
+        raise ValueError(f"{start}, got {tuple(scores.shape)} {_dtype(scores)}")
+    scores = scores.to(images.device, torch.float32)
+    problem = f"reward {reward.name!r} gave a non-finite score"
+    _refuse(~torch.isfinite(scores.detach()), prompts, problem)
+    promised = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
+    if promised and not scores.requires_grad:
+        raise ValueError(
+            f"reward {reward.name!r} says that it is differentiable, "
+            "but its scores carry no gradient"
+        )
+    return scores
+
+
+def _refuse(bad: Tensor, prompts: Sequence[str], problem: str) -> None:
+    """ValueError that names the first prompt where `bad` (B,) holds."""
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"{problem} for {prompts[first]!r} (row {first} of {len(prompts)})")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _shapes(
+    name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
+) -> Reward:
+    from tiltflow.rewards.shapes import ShapesReward
+
+    _no_path(name, path)
+    _only(name, options, () if name == "shapes_soft" else ("soft",))
+    return ShapesReward(soft=name == "shapes_soft" or bool(options.get("soft", False)))
+
+
+def _clipscore(
+    name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
+) -> Reward:
+    from tiltflow.rewards.clip_family import CLIPScore
+
+    _only(name, options, ())
+    default = "packaged:clip_heldout" if name == "clipscore_heldout" else "packaged:clip"
+    return CLIPScore(path or default, device=device, name=name)
+
+
+def _linear(
+    name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
+) -> Reward:
+    from tiltflow.rewards.mixture import LinearReward
+
+    _no_path(name, path)
+    _only(name, options, ())
+    return LinearReward()
+
+
+BUILTIN: dict[str, Callable[[str, str | None, str | torch.device, Mapping[str, Any]], Reward]] = {
+    "clipscore": _clipscore,
+    "clipscore_heldout": _clipscore,
+    "linear": _linear,
+    "shapes": _shapes,
+    "shapes_soft": _shapes,
+}
+
+
+def load_reward(
+    name: str,
+    *,
+    path: str | None = None,
+    device: str | torch.device = "cpu",
+    options: Mapping[str, Any] | None = None,
+) -> Reward:
+    """A reward by builtin name, entry point (group `tiltflow.rewards`) or `package.module:name`.
+
+    An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
+    -> (B,)`, whose options are `differentiable` and `domain`, or to a class, which is called with
+    `device`, the options and, when given, `path`, and whose instances are rewards. `path` is where
+    the weights are: a directory, a hub id or `packaged:NAME`.
+
+    Raises:
+        ValueError: if there is no such reward (names the nearest), it cannot be imported, or it
+            does not take the path or an option.
+    """
+    options = dict(options or {})
+    if name in BUILTIN:
+        return BUILTIN[name](name, path, device, options)
+    if ":" in name:
+        return _from_target(_dotted(name), name, path, device, options)
+    points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name in points:
+        return _from_target(points[name].load(), name, path, device, options)
+    known = sorted({*BUILTIN, *points})
+    raise ValueError(
+        f"there is no reward {name!r}{nearest(name, known)} "
+        "(a reward of your own is 'package.module:function')"
+    )
+
+
+def _dotted(name: str) -> object:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"reward {name!r}: cannot import {module_name!r}: {error}") from error
+    try:
+        target: object = functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise ValueError(
+            f"reward {name!r}: {module_name!r} has no {attribute!r}{nearest(attribute, public)}"
+        ) from None
+    return target
+
+
+def _from_target(
+    target: object,
+    name: str,
+    path: str | None,
+    device: str | torch.device,
+    options: Mapping[str, Any],
+) -> Reward:
+    if isinstance(target, type):
+        places = {} if path is None else {"path": path}
+        try:
+            reward = target(device=device, **places, **options)
+        except TypeError as error:  # arguments that its constructor does not take
+            raise ValueError(f"reward {name!r}: {error}") from error
+        if not isinstance(reward, Reward):
+            raise ValueError(f"reward {name!r} needs a name, differentiable and a call")
+        return reward
+    if not callable(target):
+        raise ValueError(f"reward {name!r} is neither a function nor a class")
+    _no_path(name, path)
+    _only(name, options, ("differentiable", "domain"))
+    return FunctionReward(target, name, **options)
+
+
+def _no_path(name: str, path: str | None) -> None:
+    if path is not None:
+        raise ValueError(f"reward {name!r} has no weights to load, so it takes no path")
+
+
+def _only(name: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    for key in options:
+        if key not in allowed:
+            raise ValueError(f"reward {name!r} has no option {key!r}{nearest(key, list(allowed))}")

@@ -1,0 +1,91 @@
+"""A weighted set of rewards, scored without gradients or summed with them (METHOD §5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiltflow.rewards.base import Metadata, Reward, checked
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A reward with its weight; with `backprop` it is back-propagated where it is differentiable.
+
+    Raises:
+        ValueError: if the weight is not finite.
+    """
+
+    reward: Reward
+    weight: float = 1.0
+    backprop: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(
+                f"the weight of reward {self.reward.name!r} must be finite, got {self.weight}"
+            )
+
+
+class RewardMixture:
+    """Several rewards with weights; at least one, and no two of one name (ValueError)."""
+
+    def __init__(self, rewards: Sequence[Weighted]) -> None:
+        names = [item.reward.name for item in rewards]
+        if not names:
+            raise ValueError("a reward mixture needs at least one reward")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"reward {name!r} is given twice")
+        self.rewards = tuple(rewards)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(item.reward.name for item in self.rewards)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each reward, by name."""
+        return {item.reward.name: item.weight for item in self.rewards}
+
+    @property
+    def backpropagated(self) -> tuple[Weighted, ...]:
+        """The rewards that `differentiable_total` sums."""
+        return tuple(r for r in self.rewards if r.backprop and r.reward.differentiable)
+
+    @property
+    def has_differentiable(self) -> bool:
+        """Whether any reward is back-propagated."""
+        return bool(self.backpropagated)
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> dict[str, Tensor]:
+        """Every reward's unweighted scores (B,) fp32, without gradients."""
+        with torch.no_grad():
+            return {
+                item.reward.name: checked(item.reward, images, prompts, metadata)
+                for item in self.rewards
+            }
+
+    def differentiable_total(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """R = Σ w r (B,) over the back-propagated rewards, and their detached scores (B,).
+
+        Raises:
+            ValueError: if no reward of the mixture is back-propagated.
+        """
+        scores = {
+            item.reward.name: checked(item.reward, images, prompts, metadata)
+            for item in self.backpropagated
+        }
+        if not scores:
+            raise ValueError("no reward of the mixture is back-propagated")
+        weighted = [self.weights[name] * value for name, value in scores.items()]
+        total = torch.stack(weighted).sum(0)
+        return total, {name: value.detach() for name, value in scores.items()}

@@ -1,0 +1,269 @@
+"""Teacher, generator, fake score, EMA and reference: who predicts a velocity, with which weights.
+
+Two implementations behind one interface. `adapter_roles` keeps one frozen base and gives each
+role LoRA adapters on it; `copy_roles` gives each role a separate fp32 network. Stage 2 stacks a
+second generator adapter (`tilt`) on the frozen stage-1 one (`few_step`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tiltflow.backbones.base import Backbone, Conditioning
+
+State = dict[str, Tensor]
+
+
+class AdapterSwitch:
+    """Flips the active adapters of a network, and nothing else.
+
+    PEFT's own `set_adapter` and `enable_adapters` also change `requires_grad`, which loses the
+    gradient of a graph built under another adapter and unfreezes frozen ones.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+        self.active: tuple[str, ...] | None = None
+        self.set(())
+
+    def set(self, names: tuple[str, ...]) -> None:
+        if names == self.active:
+            return
+        for layer in self.layers:
+            layer._disable_adapters = not names
+            layer._active_adapter = list(names)
+        self.active = names
+
+    @contextmanager
+    def use(self, names: tuple[str, ...]) -> Iterator[None]:
+        before = self.active or ()
+        self.set(names)
+        try:
+            yield
+        finally:
+            self.set(before)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A velocity field: `role(x, sigma, cond, guidance=1.0)`, fp32 of `x`'s shape.
+
+    `parameters` are the role's own weights by canonical name (the adapter's name left out, so
+    that generator and EMA share names); empty for the teacher.
+    """
+
+    name: str
+    backbone: Backbone
+    network: nn.Module
+    adapters: tuple[str, ...] = ()
+    switch: AdapterSwitch | None = None
+    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float = 1.0
+    ) -> Tensor:
+        kind = self.backbone.device.type
+        mixed = torch.autocast(kind, self.autocast) if self.autocast else nullcontext()
+        weights = self.switch.use(self.adapters) if self.switch else nullcontext()
+        with mixed, weights:
+            return self.backbone.velocity(self.network, x, sigma, cond, guidance)
+
+    def field(
+        self, cond: Conditioning, guidance: float = 1.0
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x, σ) → v with the conditioning closed over; x may hold several copies of the batch."""
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            copies = len(x) // len(cond)
+            return self(x, sigma, cond if copies == 1 else cond.tile(copies), guidance)
+
+        return velocity
+
+    def state(self) -> State:
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copies weights in.
+
+        Raises:
+            ValueError: if names or shapes are not this role's.
+        """
+        missing = sorted(set(self.parameters) ^ set(state))
+        if missing:
+            raise ValueError(f"weights of role {self.name!r} do not match, e.g. {missing[0]!r}")
+        for name, parameter in self.parameters.items():
+            if parameter.shape != state[name].shape:
+                raise ValueError(
+                    f"{name!r} of role {self.name!r} is {tuple(parameter.shape)} here but "
+                    f"{tuple(state[name].shape)} in the weights to load"
+                )
+            parameter.copy_(state[name])
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Everyone that takes part in a run. `reference` is the stage-1 policy (stage 2 only)."""
+
+    teacher: Role
+    generator: Role
+    fake_score: Role
+    ema: Role
+    reference: Role | None = None
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """ema ← decay · ema + (1 − decay) · generator, in fp32."""
+        slow, fast = self.ema.parameters, self.generator.parameters
+        torch._foreach_lerp_(list(slow.values()), [fast[name] for name in slow], 1 - decay)
+
+    def state(self) -> dict[str, State]:
+        """What a checkpoint holds; in stage 2 with the frozen adapter underneath, for export."""
+        kept = {r.name: r.state() for r in (self.generator, self.fake_score, self.ema)}
+        if self.reference is not None and self.reference.switch is not None:
+            kept["few_step"] = self.reference.state()
+        return kept
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for role in (self.generator, self.fake_score, self.ema):
+            role.load(state[role.name])
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """A LoRA: rank, α (the update is scaled by α / rank) and the modules it goes on."""
+
+    rank: int
+    alpha: float
+    targets: str | list[str]
+
+    def config(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=self.targets,
+            init_lora_weights="gaussian",
+        )
+
+
+def add_adapter(
+    network: nn.Module, name: str, settings: AdapterSettings, seed: int, trainable: bool
+) -> dict[str, nn.Parameter]:
+    """A new fp32 adapter (A Gaussian, B zero) and its parameters by canonical name."""
+    before = {n for n, p in network.named_parameters() if p.requires_grad}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network.add_adapter(settings.config(), adapter_name=name)
+    mine = {}
+    for full, parameter in network.named_parameters():
+        if f".{name}." in full:
+            parameter.data = parameter.data.float()
+            mine[full.replace(f".{name}.", ".")] = parameter
+        # add_adapter froze the other adapters
+        parameter.requires_grad_(trainable if f".{name}." in full else full in before)
+    return mine
+
+
+def adapter_roles(
+    backbone: Backbone,
+    settings: AdapterSettings,
+    *,
+    seed: int,
+    few_step: tuple[AdapterSettings, State] | None = None,
+    fake_score: State | None = None,
+    checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Roles:
+    """Roles as adapters over the backbone's frozen base(s).
+
+    `few_step` is stage 1's adapter, for stage 2: it stays frozen under the generator's and the
+    EMA's own. `fake_score` are the weights that the fake score starts from (default: the teacher's
+    own, that is, an adapter that does nothing).
+    """
+    student, teacher = backbone.student_base, backbone.teacher_base
+    stack: tuple[str, ...] = ()
+    frozen: dict[str, nn.Parameter] = {}
+    if few_step is not None:
+        stack = ("few_step",)
+        frozen = add_adapter(student, "few_step", few_step[0], seed, trainable=False)
+        Role("few_step", backbone, student, parameters=frozen).load(few_step[1])
+    generator = add_adapter(student, "generator", settings, seed, trainable=True)
+    ema = add_adapter(student, "ema", settings, seed, trainable=False)
+    # The fake score follows the few-step generator, so it has the settings of its adapter.
+    fake_settings = few_step[0] if few_step is not None else settings
+    fake = add_adapter(teacher, "fake_score", fake_settings, seed + 1, trainable=True)
+    switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
+    if checkpointing:
+        for base in {id(b): b for b in (student, teacher)}.values():
+            base.enable_gradient_checkpointing(_checkpointing(switches[id(base)]))
+
+    def role(
+        name: str, base: nn.Module, adapters: tuple[str, ...], own: dict | None = None
+    ) -> Role:
+        return Role(name, backbone, base, adapters, switches[id(base)], own or {}, autocast)
+
+    roles = Roles(
+        teacher=role("teacher", teacher, ()),
+        generator=role("generator", student, (*stack, "generator"), generator),
+        fake_score=role("fake_score", teacher, ("fake_score",), fake),
+        ema=role("ema", student, (*stack, "ema"), ema),
+        reference=role("reference", student, stack, frozen) if stack else None,
+    )
+    roles.ema.load(roles.generator.state())
+    if fake_score is not None:
+        roles.fake_score.load(fake_score)
+    return roles
+
+
+def copy_roles(
+    backbone: Backbone,
+    *,
+    seed: int,
+    few_step: State | None = None,
+    fake_score: State | None = None,
+    checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Roles:
+    """Roles as separate fp32 networks (full fine-tuning); stage 2 starts from `few_step`."""
+
+    def role(name: str, of: str, start: State | None, trainable: bool) -> Role:
+        network = backbone.new_copy(of, seed)
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        own = dict(network.requires_grad_(trainable).named_parameters())
+        made = Role(name, backbone, network, parameters=own, autocast=autocast)
+        if start is not None:
+            made.load(start)
+        return made
+
+    return Roles(
+        teacher=Role("teacher", backbone, backbone.teacher_base, autocast=autocast),
+        generator=role("generator", "student", few_step, True),
+        fake_score=role("fake_score", "teacher", fake_score, True),
+        ema=role("ema", "student", few_step, False),
+        reference=None if few_step is None else role("reference", "student", few_step, False),
+    )
+
+
+def _checkpointing(switch: AdapterSwitch) -> Callable[..., Tensor]:
+    """Gradient checkpointing whose recomputation sees the adapters of the forward pass."""
+
+    def run(module: nn.Module, *args: Tensor) -> Tensor:
+        names = switch.active or ()
+
+        def forward(*inputs: Tensor) -> Tensor:
+            with switch.use(names):
+                return module(*inputs)
+
+        return checkpoint(forward, *args, use_reentrant=False)
+
+    return run

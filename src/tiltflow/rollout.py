@@ -1,0 +1,127 @@
+"""The K-step sampler as a trajectory record (METHOD §2, §5).
+
+A rollout is made without gradient; the losses then re-attach single steps to the graph with
+`attach`, so that memory holds one step's activations whatever K is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.base import join as join_conditioning
+from tiltflow.flow import broadcast, cps_mean_std
+
+Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""v(x, σ, conditioning): a role, or anything that behaves like one."""
+
+LOG_PROBS = ("unit", "gaussian")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories of B samples over the grid σ₀ > … > σ_K, K ≥ 1.
+
+    `states[k]` is x at level σ_k, (B, ...) fp32, for k = 0..K' where K' ≤ K is the last executed
+    step; `sigmas` is (K + 1,). `log_probs[k]` (B,) was recorded while sampling.
+    """
+
+    sigmas: Tensor
+    states: tuple[Tensor, ...]
+    cond: Conditioning
+    eta: float
+    log_probs: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def rows(self, rows: slice) -> Rollout:
+        """The trajectories of some samples."""
+        states = tuple(state[rows] for state in self.states)
+        recorded = {k: value[rows] for k, value in self.log_probs.items()}
+        return Rollout(self.sigmas, states, self.cond[rows], self.eta, recorded)
+
+    @property
+    def steps(self) -> int:
+        """The number of executed steps."""
+        return len(self.states) - 1
+
+    def level(self, k: int) -> Tensor:
+        """σ_k for every sample: (B,)."""
+        x = self.states[0]
+        return self.sigmas[k].to(x.device).expand(len(x))
+
+
+def step(
+    velocity: Velocity, x: Tensor, sigmas: Tensor, k: int, cond: Conditioning, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of step k, from σ_k to σ_{k+1} (METHOD §2)."""
+    now, then = (s.to(x.device).expand(len(x)) for s in (sigmas[k], sigmas[k + 1]))
+    return cps_mean_std(x, velocity(x, now, cond), now, then, eta)
+
+
+@torch.no_grad()
+def rollout(
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    cond: Conditioning,
+    eta: float,
+    noise: Callable[[int], Tensor],
+    stop: int | None = None,
+    record: Collection[int] = (),
+    convention: str = "unit",
+) -> Rollout:
+    """Runs the first `stop` steps (default: all) from noise `x` (B, ...).
+
+    `noise(k)` gives step k's z, (B, ...); it is not called for a deterministic step (η = 0, or
+    the step into σ = 0). The log-probabilities of the steps in `record` are kept.
+    """
+    states, recorded = [x], {}
+    for k in range(len(sigmas) - 1 if stop is None else stop):
+        mean, std = step(velocity, states[-1], sigmas, k, cond, eta)
+        stochastic = eta > 0 and bool(sigmas[k + 1] > 0)
+        states.append(mean + std * noise(k).to(mean) if stochastic else mean)
+        if k in record:
+            recorded[k] = log_prob(states[-1], mean, std, convention)
+    return Rollout(sigmas, tuple(states), cond, eta, recorded)
+
+
+def join(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of several micro-batches as one, along the batch."""
+    states = tuple(torch.cat(column) for column in zip(*(p.states for p in parts), strict=True))
+    cond = join_conditioning([p.cond for p in parts])
+    recorded = {k: torch.cat([p.log_probs[k] for p in parts]) for k in parts[0].log_probs}
+    return Rollout(parts[0].sigmas, states, cond, parts[0].eta, recorded)
+
+
+def attach(velocity: Velocity, trajectory: Rollout, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Step k again, with gradient: (x_{k+1}, mean, std).
+
+    The returned x_{k+1} has the recorded value and the gradient of the step's mean, the noise
+    held fixed.
+    """
+    x, x_next = trajectory.states[k], trajectory.states[k + 1]
+    mean, std = step(velocity, x, trajectory.sigmas, k, trajectory.cond, trajectory.eta)
+    return mean + (x_next - mean).detach(), mean, std
+
+
+def log_prob(x_next: Tensor, mean: Tensor, std: Tensor, convention: str = "unit") -> Tensor:
+    """A stochastic step's log-probability, averaged over the elements of a sample: (B,).
+
+    "unit" is −mean‖x' − mean‖² (the reference's convention); "gaussian" the log density of
+    N(mean, std²) an element (METHOD §5). `x_next` carries no gradient.
+
+    Raises:
+        ValueError: on an unknown convention, or a deterministic step under "gaussian".
+    """
+    error = (x_next.detach() - mean) ** 2
+    if convention == "unit":
+        return -error.flatten(1).mean(1)
+    if convention != "gaussian":
+        raise ValueError(f"log_prob convention {convention!r} is none of {', '.join(LOG_PROBS)}")
+    variance = broadcast(std.flatten(), mean) ** 2
+    if not bool((variance > 0).all()):
+        raise ValueError("a deterministic step has no Gaussian density")
+    return -0.5 * (error / variance + torch.log(2 * torch.pi * variance)).flatten(1).mean(1)

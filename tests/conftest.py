@@ -1,0 +1,27 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny random pipeline by name; each is built once a session.
+
+    Read-only for tests: copy it to change it.
+    """
+    built: dict[str, Path] = {}
+
+    def path(name: str) -> Path:
+        if name not in built:
+            # diffusers takes seconds to import, which tests without pipelines need not wait for
+            import tiny_pipelines
+
+            built[name] = tiny_pipelines.build(name, tmp_path_factory.mktemp(name))
+        return built[name]
+
+    return path

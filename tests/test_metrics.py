@@ -1,0 +1,129 @@
+"""Means, the JSONL file, and what a resumed run does to it."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tiltflow.metrics import Accumulator, MetricsLog, read_metrics
+
+
+def test_means_are_over_the_calls_that_named_a_metric() -> None:
+    sums = Accumulator()
+    sums.add({"loss": torch.tensor(1.0), "lr": 0.5})
+    sums.add({"loss": torch.tensor(2.0), "generator": torch.tensor(7.0, dtype=torch.bfloat16)})
+    sums.add({"loss": torch.tensor(6.0), "lr": 0.25})
+    assert sums.means() == {"loss": 3.0, "lr": 0.375, "generator": 7.0}
+    sums.reset()
+    assert sums.means() == {}
+
+
+def test_adding_keeps_a_value_not_a_reference_or_a_graph() -> None:
+    sums, value = Accumulator(), torch.tensor(1.0, requires_grad=True)
+    sums.add({"a": value})
+    with torch.no_grad():
+        value.fill_(100.0)
+    assert sums.means() == {"a": 1.0}
+    assert not sums._sums["a"].requires_grad
+
+
+def test_adding_does_not_wait_for_the_device() -> None:
+    # A meta tensor has no value: anything that read it would raise.
+    sums = Accumulator()
+    for _ in range(2):
+        sums.add({"a": torch.zeros((), device="meta")})
+    assert sums._sums["a"].device.type == "meta"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_mean_is_an_error_with_its_name(bad: float) -> None:
+    sums = Accumulator()
+    sums.add({"fine": 1.0, "loss/policy": torch.tensor(bad)})
+    with pytest.raises(FloatingPointError, match="'loss/policy'"):
+        sums.means()
+
+
+def test_a_metric_is_a_single_number() -> None:
+    with pytest.raises(ValueError, match=r"'a' has shape \(1,\)"):
+        Accumulator().add({"a": torch.zeros(1)})
+
+
+def test_lines_have_step_first_and_are_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write(10, {"loss": 0.5, "norm": torch.tensor(2.0)})
+        assert path.read_text() == '{"step": 10, "loss": 0.5, "norm": 2.0}\n'
+        log.write(20, {"loss": 0.25})
+    assert read_metrics(path) == [
+        {"step": 10, "loss": 0.5, "norm": 2.0},
+        {"step": 20, "loss": 0.25},
+    ]
+
+
+def test_write_refuses_nan_and_a_second_step(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "m.jsonl") as log:
+        with pytest.raises(FloatingPointError, match="'loss' is nan"):
+            log.write(1, {"loss": float("nan")})
+        with pytest.raises(ValueError, match="'step'"):
+            log.write(1, {"step": 2.0})
+    assert (tmp_path / "m.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(("resume_step", "kept"), [(20, [10, 20]), (None, [10, 20, 30]), (-1, [])])
+def test_resume_drops_later_lines_and_a_torn_one(
+    tmp_path: Path, resume_step: int | None, kept: list[int]
+) -> None:
+    path = tmp_path / "m.jsonl"
+    lines = "".join(json.dumps({"step": s, "a": s / 2}) + "\n" for s in (10, 20, 30))
+    path.write_text(lines + '{"step": 40, "a": 2')
+    assert [row["step"] for row in read_metrics(path)] == [10, 20, 30]
+    with MetricsLog(path, resume_step=resume_step) as log:
+        log.write(31, {"a": 1.0})
+    assert [row["step"] for row in read_metrics(path)] == [*kept, 31]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\nhello\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not a metrics line"):
+        MetricsLog(path, resume_step=1)
+    assert "hello" in path.read_text()
+    with pytest.raises(ValueError, match="there is no metrics file"):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+def test_missing_sinks_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"tensorboard is not installed \(pip install 'tiltflow"):
+        MetricsLog(tmp_path / "m.jsonl", tensorboard=True)
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        MetricsLog(tmp_path / "m.jsonl", wandb=True)
+
+
+def test_sinks_get_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    run = SimpleNamespace(
+        log=lambda row, step: seen.append((row, step)), finish=lambda: seen.append("finish")
+    )
+    board = SimpleNamespace(
+        add_scalar=lambda *args: seen.append(args), flush=lambda: None, close=lambda: None
+    )
+    wandb = SimpleNamespace(init=lambda **settings: run)
+    package = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    with MetricsLog(tmp_path / "m.jsonl", tensorboard=True, wandb=True) as log:
+        log.write(3, {"a": torch.tensor(2.0)})
+    assert seen == [("a", 2.0, 3), ({"a": 2.0}, 3), "finish"]
+
+
+def test_tensorboard_file_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with MetricsLog(tmp_path / "m.jsonl", tensorboard=True) as log:
+        log.write(3, {"a": 2.0})
+    assert list((tmp_path / "tensorboard").glob("events.*"))

@@ -1,0 +1,96 @@
+"""Draws are functions of (seed, stream, step), with the distributions they claim."""
+
+import hashlib
+import math
+
+import pytest
+import torch
+
+from tiltflow.randomness import Randomness
+
+
+def test_generator_is_seeded_with_63_bits_of_blake2b() -> None:
+    digest = hashlib.blake2b(b"7/noise/3", digest_size=8).digest()
+    expected = int.from_bytes(digest, "big") >> 1
+    assert Randomness(7).generator("noise", 3).initial_seed() == expected < 2**63
+
+
+def test_a_draw_depends_on_seed_stream_and_step_alone() -> None:
+    random = Randomness(1)
+    first = random.normal("a", 5, (4, 3))
+    random.normal("b", 9, (100,))
+    torch.manual_seed(123)
+    assert torch.equal(first, Randomness(1).normal("a", 5, (4, 3)))
+    for other in (
+        Randomness(2).normal("a", 5, (4, 3)),
+        random.normal("b", 5, (4, 3)),
+        random.normal("a", 6, (4, 3)),
+    ):
+        assert not torch.equal(first, other)
+
+
+def test_draws_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    Randomness(0).normal("a", 0, (8,))
+    Randomness(0).permutation("a", 0, 8)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_normal_has_mean_0_and_variance_1() -> None:
+    draw = Randomness(0).normal("x", 0, (100_000,))
+    assert draw.dtype == torch.float32
+    assert abs(float(draw.mean())) < 4 / math.sqrt(len(draw))
+    assert float(draw.var()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_uniform_covers_its_range() -> None:
+    draw = Randomness(0).uniform("x", 0, (100_000,), low=-2.0, high=3.0)
+    assert draw.dtype == torch.float32
+    assert -2 <= float(draw.min()) < -1.99 and 2.99 < float(draw.max()) <= 3
+    assert float(draw.mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_integers_exclude_high() -> None:
+    draw = Randomness(0).integers("x", 0, 1, 5, (10_000,))
+    assert draw.dtype == torch.int64
+    counts = torch.bincount(draw, minlength=6)
+    assert counts[0] == counts[5] == 0
+    assert bool((counts[1:5] > 2_300).all())
+
+
+def test_permutation_holds_every_number_once() -> None:
+    order = Randomness(0).permutation("x", 0, 50)
+    assert sorted(order.tolist()) == list(range(50)) != order.tolist()
+
+
+def test_draws_move_to_the_device_asked_for() -> None:
+    random = Randomness(0)
+    assert random.normal("x", 0, (2,), device="meta").device.type == "meta"
+    assert random.uniform("x", 0, (2,), device="meta").device.type == "meta"
+    assert random.integers("x", 0, 0, 2, (2,), device="meta").device.type == "meta"
+
+
+def test_dtype_does_not_follow_the_default() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert Randomness(0).normal("x", 0, (2,)).dtype == torch.float32
+        assert Randomness(0).uniform("x", 0, (2,)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_bad_arguments_are_refused() -> None:
+    random = Randomness(0)
+    with pytest.raises(ValueError, match="-1 is negative"):
+        random.normal("x", -1, (2,))
+    with pytest.raises(ValueError, match="needs a name"):
+        random.permutation("", 0, 2)
+    with pytest.raises(ValueError, match=r"no integer in \[3, 3\)"):
+        random.integers("x", 0, 3, 3, (1,))
+    with pytest.raises(ValueError, match="low 2"):
+        random.uniform("x", 0, (1,), low=2, high=1)
+    with pytest.raises(ValueError, match="0 or more"):
+        Randomness(-1)

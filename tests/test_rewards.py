@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from tiltflow.paths import resolve_path
+from tiltflow.rewards import (
+    FunctionReward,
+    RewardMixture,
+    Weighted,
+    checked,
+    clip_family,
+    load_reward,
+)
+from tiltflow.rewards.clip_family import CLIPScore, Preprocessing
+from tiltflow.worlds import shapes
+
+WORDS = ("a", "red", "blue", "circle", "star")
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def write_clip(folder: Path, seed: int = 0, resize: int = 16) -> str:
+    """A tiny random CLIP model with its tokenizer and its image processor."""
+    vocab = {word + "</w>": i for i, word in enumerate(WORDS)}
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        for token in (letter, letter + "</w>"):
+            vocab.setdefault(token, len(vocab))
+    merges = []
+    for word in WORDS:
+        have = ""
+        for i, letter in enumerate(word):
+            end = "</w>" if i == len(word) - 1 else ""
+            if have:
+                merges.append((have, letter + end))
+            have += letter + end
+            vocab.setdefault(have, len(vocab))
+    vocab["<|startoftext|>"], vocab["<|endoftext|>"] = len(vocab), len(vocab) + 1
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=8)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    text = (
+        sizes
+        | ids
+        | {
+            "num_hidden_layers": 1,
+            "vocab_size": len(vocab),
+            "max_position_embeddings": 8,
+            "pad_token_id": tokenizer.eos_token_id,
+        }
+    )
+    vision = sizes | {"num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(seed)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    crop = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(
+        size={"shortest_edge": resize}, crop_size=crop, image_mean=MEAN, image_std=STD
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clip_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+def natural(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth random image with some sharp edges, (H, W, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    image = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+    image[height // 4 : height // 2, width // 3 : width // 2] = (250, 40, 10)
+    return image
+
+
+def as_tensor(*images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def constant(value: float, **options: object) -> FunctionReward:
+    def function(images: Tensor, prompts: object, metadata: object) -> Tensor:
+        return images.flatten(1).mean(1) * 0 + value
+
+    return FunctionReward(function, "mine", **options)  # type: ignore[arg-type]
+
+
+# --- the gate ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "count", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4), 2, r"'mine' needs \(B, 3, H, W\)"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2, "float images.*uint8"),
+        (torch.zeros(2, 3, 4, 4), 3, "got 2 images, 3 prompts"),
+        (torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 1.01)]), 2, "outside.*'p1'"),
+        (torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), torch.nan)]), 2, "image.*'p1'"),
+    ],
+)
+def test_gate_refuses_bad_images(images: Tensor, count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked(constant(1), images, [f"p{i}" for i in range(count)], [{}] * count)
+
+
+def test_gate_takes_a_rounding_beyond_the_range_and_half_precision() -> None:
+    images = torch.full((1, 3, 4, 4), 1.0005)
+    assert checked(constant(2), images, ["p"], [{}]).tolist() == [2]
+    scores = checked(constant(2), torch.ones(1, 3, 4, 4, dtype=torch.bfloat16), ["p"], [{}])
+    assert scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.tensor([1.0, torch.nan]), "'mine' gave a non-finite score for 'q'"),
+        (torch.ones(2, 1), r"must give \(2,\) float scores, got \(2, 1\)"),
+        (torch.ones(2, dtype=torch.long), "got .* int64"),
+        ([1.0, 1.0], "got list"),
+    ],
+)
+def test_gate_refuses_bad_scores(result: object, message: str) -> None:
+    reward = FunctionReward(lambda *_: result, "mine")  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match=message):
+        checked(reward, torch.zeros(2, 3, 4, 4), ["p", "q"], [{}, {}])
+
+
+def test_a_failing_reward_is_an_error_that_names_it() -> None:
+    def fails(*_: object) -> Tensor:
+        raise KeyError("tag")
+
+    with pytest.raises(KeyError) as caught:
+        checked(FunctionReward(fails, "mine"), torch.zeros(1, 3, 4, 4), ["p"], [{}])
+    assert "'mine'" in caught.value.__notes__[0]
+
+
+def test_gate_demands_the_promised_gradient() -> None:
+    images = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    assert not checked(constant(1), images, ["p"], [{}]).requires_grad
+    assert checked(constant(1, differentiable=True), images, ["p"], [{}]).requires_grad
+    broken = FunctionReward(lambda x, p, m: torch.ones(len(x)), "mine", differentiable=True)
+    with pytest.raises(ValueError, match="carry no gradient"):
+        checked(broken, images, ["p"], [{}])
+    with torch.no_grad():
+        assert checked(broken, images, ["p"], [{}]).tolist() == [1]
+
+
+# --- finding rewards --------------------------------------------------------------------------
+
+
+def test_unknown_names_and_options_are_told() -> None:
+    with pytest.raises(ValueError, match="did you mean 'clipscore'"):
+        load_reward("clipscor")
+    with pytest.raises(ValueError, match="no option 'softt'; did you mean 'soft'"):
+        load_reward("shapes", options={"softt": True})
+    with pytest.raises(ValueError, match="takes no path"):
+        load_reward("linear", path="x")
+    with pytest.raises(ValueError, match="cannot import 'no_such_module'"):
+        load_reward("no_such_module:f")
+
+
+def test_dotted_functions_and_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards_for_test.py").write_text(
+        "def red(images, prompts, metadata):\n"
+        "    return images[:, 0].mean((1, 2))\n"
+        "class Scaled:\n"
+        "    name, differentiable = 'scaled', True\n"
+        "    def __init__(self, device, scale):\n"
+        "        self.scale = scale\n"
+        "    def __call__(self, images, prompts, metadata):\n"
+        "        return self.scale * images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    red = load_reward("my_rewards_for_test:red", options={"differentiable": True})
+    scores = checked(red, images, ["", ""], [{}, {}])
+    assert torch.equal(scores, images[:, 0].mean((1, 2))) and scores.requires_grad
+    assert not load_reward("my_rewards_for_test:red").differentiable
+    scaled = load_reward("my_rewards_for_test:Scaled", options={"scale": 3.0})
+    scores = checked(scaled, images, ["", ""], [{}, {}])
+    assert torch.allclose(scores, 3 * images.mean((1, 2, 3)))
+    with pytest.raises(ValueError, match="has no 'redd'; did you mean 'red'"):
+        load_reward("my_rewards_for_test:redd")
+    with pytest.raises(ValueError, match="Scaled.*scale"):
+        load_reward("my_rewards_for_test:Scaled")
+    del sys.modules["my_rewards_for_test"]
+
+
+def test_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "plug_for_test-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug-for-test\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tiltflow.rewards]\nbright = plug_for_test:bright\n")
+    (tmp_path / "plug_for_test.py").write_text(
+        "def bright(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = load_reward("bright")
+    assert reward.name == "bright"
+    assert checked(reward, torch.ones(1, 3, 4, 4), ["p"], [{}]).tolist() == [1]
+    with pytest.raises(ValueError, match="did you mean 'bright'"):
+        load_reward("brigt")
+
+
+def test_packaged_paths() -> None:
+    assert resolve_path("org/model") == "org/model"
+    assert resolve_path("~/x") == str(Path.home() / "x")
+    for name in ("no-such", "", ".."):
+        with pytest.raises(ValueError, match="there is no packaged"):
+            resolve_path(f"packaged:{name}")
+
+
+# --- shapes and the mixture -------------------------------------------------------------------
+
+
+def test_shapes_scores_renders() -> None:
+    captions = shapes.balanced(held_out=False, n=12)
+    rng = np.random.default_rng(0)
+    images = as_tensor(*(shapes.render(shapes.sample_scene(c, rng)) for c in captions))
+    prompts, metadata = [c.text for c in captions], [c.metadata() for c in captions]
+    strict, soft = load_reward("shapes"), load_reward("shapes", options={"soft": True})
+    assert (strict.name, soft.name) == ("shapes", "shapes_soft")
+    right = checked(strict, images, prompts, metadata)
+    assert right.tolist() == [1.0] * 12
+    assert torch.equal(right, checked(strict, images, prompts, [{}] * 12))
+    shifted = prompts[1:] + prompts[:1]
+    wrong = checked(soft, images, shifted, [{}] * 12)
+    assert bool((wrong < 1).all()) and float(wrong.mean()) > 0.1
+    assert checked(strict, images, shifted, [{}] * 12).sum() == 0
+    with pytest.raises(ValueError, match="'shapes': the metadata of"):
+        checked(strict, images, shifted, metadata)
+    with pytest.raises(ValueError, match="'shapes': 'a dog' is not a caption"):
+        checked(strict, images[:1], ["a dog"], [{}])
+
+
+def test_linear_is_the_first_coordinate_of_points() -> None:
+    points = torch.tensor([[3.0, 1.0], [-2.0, 5.0]], requires_grad=True)
+    reward = load_reward("linear")
+    scores = checked(reward, points, ["", ""], [{}, {}])
+    assert scores.tolist() == [3, -2]
+    (gradient,) = torch.autograd.grad(scores.sum(), points)
+    assert gradient.tolist() == [[1, 0], [1, 0]]
+    with pytest.raises(ValueError, match=r"\(B, D\) float points"):
+        checked(reward, torch.zeros(2, 3, 4, 4), ["", ""], [{}, {}])
+
+
+# --- CLIP -------------------------------------------------------------------------------------
+
+
+def test_clipscore_is_the_models_own_cosine(clip_path: str) -> None:
+    images = [natural(16, 16, seed) for seed in range(3)]
+    prompts = ["a red circle", "a blue star", "a red circle"]
+    reward = load_reward("clipscore_heldout", path=clip_path)
+    assert reward.name == "clipscore_heldout" and reward.differentiable
+    scores = checked(reward, as_tensor(*images), prompts, [{}] * 3)
+    model = CLIPModel.from_pretrained(clip_path).eval()
+    pixels = CLIPImageProcessorPil.from_pretrained(clip_path)(images, return_tensors="pt")
+    tokens = CLIPTokenizer.from_pretrained(clip_path)(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**tokens, **pixels).logits_per_image / model.logit_scale.exp()
+    torch.testing.assert_close(scores, logits.diagonal(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 48), (50, 33), (33, 71), (11, 13), (24, 24)])
+@pytest.mark.parametrize("resize", [16, 20])
+def test_preprocessing_matches_the_processor(
+    size: tuple[int, int], resize: int, tmp_path: Path
+) -> None:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": resize}, crop_size={"height": 16, "width": 16}
+    )
+    processor.save_pretrained(tmp_path)
+    image = natural(*size)
+    expected = processor(image, return_tensors="pt", do_normalize=False)["pixel_values"]
+    ours = Preprocessing.from_pretrained(str(tmp_path))
+    assert (ours.geometry(as_tensor(image)) - expected).abs().max() <= 2 / 255
+    normalised = processor(image, return_tensors="pt")["pixel_values"]
+    assert (ours(as_tensor(image)) - normalised).abs().max() <= 2 / 255 / 0.26
+    if size == (16, 16) and resize == 16:
+        assert torch.equal(ours.geometry(as_tensor(image)), as_tensor(image))
+
+
+def test_preprocessing_refuses_what_it_does_not_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no preprocessor_config"):
+        Preprocessing.from_pretrained(str(tmp_path))
+    CLIPImageProcessorPil(resample=0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bicubic"):
+        Preprocessing.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("side", [16, 24])
+def test_clipscore_gradient_by_finite_differences(clip_path: str, side: int) -> None:
+    reward = CLIPScore(clip_path)
+    reward.model.double()
+    reward.preprocessing = Preprocessing(16, (16, 16), MEAN, STD)
+    images = as_tensor(natural(side, side)).double() * 0.6 + 0.2
+    images.requires_grad_(True)
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).double()
+    text = reward.text_features(["a red star"])
+
+    def score(x: Tensor) -> Tensor:
+        pixels = reward.preprocessing(x)
+        feature = reward.model.get_image_features(pixels).pooler_output
+        return torch.nn.functional.cosine_similarity(feature, text).sum()
+
+    (gradient,) = torch.autograd.grad(score(images), images)
+    h = 1e-4
+    with torch.no_grad():
+        slope = (score(images + h * direction) - score(images - h * direction)) / (2 * h)
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-9)
+
+    reward.model.float()
+    reward._cache.clear()
+    single = images.detach().float().requires_grad_(True)
+    total = checked(reward, single, ["a red star"], [{}]).sum()
+    (ours,) = torch.autograd.grad(total, single)
+    torch.testing.assert_close(ours.double(), gradient, rtol=1e-3, atol=1e-7)
+    assert all(p.grad is None and not p.requires_grad for p in reward.model.parameters())
+
+
+def test_text_features_are_encoded_once_and_bounded(
+    clip_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward, seen = CLIPScore(clip_path), []
+    encode = reward._encode
+    monkeypatch.setattr(reward, "_encode", lambda p: seen.extend(p) or encode(p))
+    monkeypatch.setattr(clip_family, "CACHED_PROMPTS", 2)
+    first = reward.text_features(["a star", "a red star", "a star"])
+    assert seen == ["a star", "a red star"] and torch.equal(first[0], first[2])
+    reward.text_features(["a star"])
+    assert len(seen) == 2
+    many = reward.text_features(["a", "red", "blue", "circle", "a star"])
+    assert len(reward._cache) == 2 and torch.equal(many[4], first[0])
+    assert torch.allclose(many.norm(dim=1), torch.ones(5))
+
+
+def test_clip_stays_fp32_under_autocast(clip_path: str) -> None:
+    reward, images = CLIPScore(clip_path), as_tensor(natural(16, 16))
+    plain = checked(reward, images, ["a star"], [{}])
+    reward._cache.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(checked(reward, images, ["a star"], [{}]), plain)
+
+
+def test_missing_weights_and_tokenizers_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'clipscore': there is no CLIP model at"):
+        load_reward("clipscore", path=str(tmp_path))
+    path = Path(write_clip(tmp_path / "clip"))
+    for file in path.glob("*"):
+        if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
+            file.unlink()
+    with pytest.raises(ValueError, match="the tokenizer at .* has 2 tokens"):
+        load_reward("clipscore", path=str(path))
+    config = json.loads((path / "config.json").read_text())
+    assert config["text_config"]["eos_token_id"] != 2  # the legacy pooling is not what is tested
+
+
+# --- weighted sets ----------------------------------------------------------------------------
+
+
+def test_mixture_scores_all_and_back_propagates_some() -> None:
+    def value(k: float, differentiable: bool, name: str) -> FunctionReward:
+        return FunctionReward(lambda x, p, m: k * x.mean((1, 2, 3)), name, differentiable)
+
+    mixture = RewardMixture(
+        [
+            Weighted(value(1, True, "a"), 2.0, backprop=True),
+            Weighted(value(10, True, "b"), -0.5, backprop=True),
+            Weighted(value(100, True, "c"), 1.0),
+            Weighted(value(1000, False, "d"), 1.0, backprop=True),
+        ]
+    )
+    images = torch.full((2, 3, 2, 2), 0.5, requires_grad=True)
+    prompts, metadata = ["p", "q"], [{}, {}]
+    scores = mixture.score(images, prompts, metadata)
+    assert {k: v.tolist() for k, v in scores.items()} == {
+        "a": [0.5, 0.5], "b": [5, 5], "c": [50, 50], "d": [500, 500]
+    }  # fmt: skip
+    assert not any(v.requires_grad for v in scores.values())
+    total, parts = mixture.differentiable_total(images, prompts, metadata)
+    assert total.tolist() == [-1.5, -1.5] and set(parts) == {"a", "b"}
+    assert not parts["a"].requires_grad
+    (gradient,) = torch.autograd.grad(total.sum(), images)
+    assert torch.allclose(gradient, torch.full_like(gradient, -3 / 12))
+    assert mixture.has_differentiable
+    assert mixture.weights == {"a": 2.0, "b": -0.5, "c": 1.0, "d": 1.0}
+
+
+def test_mixture_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="'mine' must be finite"):
+        Weighted(constant(1), float("nan"))
+    with pytest.raises(ValueError, match="'mine' is given twice"):
+        RewardMixture([Weighted(constant(1)), Weighted(constant(2))])
+    with pytest.raises(ValueError, match="at least one"):
+        RewardMixture([])
+    with pytest.raises(ValueError, match="no reward of the mixture is back-propagated"):
+        one = RewardMixture([Weighted(constant(1), 1.0, backprop=True)])
+        assert not one.has_differentiable
+        one.differentiable_total(torch.zeros(1, 3, 4, 4), ["p"], [{}])
