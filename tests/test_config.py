@@ -1,8 +1,6 @@
 """The configuration: strictness, cross checks, the sentences, and the files it names."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +13,6 @@ from tiltflow.config import (
     dump_config,
     list_recipes,
     load_config,
-    resolve_path,
     validate_files,
 )
 
@@ -290,37 +287,12 @@ def test_config_keys_hold_every_leaf() -> None:
     assert len(keys) == len(set(keys))
 
 
-def test_resolve_path(recipes: Path) -> None:
-    assert resolve_path("packaged:demo") == str(recipes / "assets" / "demo")
-    assert resolve_path("org/model") == "org/model"
-    assert resolve_path("~/x") == str(Path.home() / "x")
-    for name in ("other", "..", "demo/../demo"):
-        with pytest.raises(ValueError, match="packaged: demo"):
-            resolve_path(f"packaged:{name}")
-
-
-def pipeline(folder: Path) -> Path:
-    """The files of a pipeline as far as the checks look."""
-    parts: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline", "image_encoder": [None] * 2}
-    for name in ("scheduler", "transformer", "vae", "text_encoder"):
-        (folder / name).mkdir(parents=True)
-        parts[name] = ["diffusers", "X"]
-        if name != "scheduler":
-            (folder / name / "config.json").write_text("{}")
-            (folder / name / "model.safetensors").touch()
-    (folder / "model_index.json").write_text(json.dumps(parts))
-    return folder
-
-
 def cold(model: Path | str, *overrides: str) -> RunConfig:
     return load_config("demo_cold_start", [f"model.path={model}", *overrides])
 
 
-def test_files_that_are_there_pass(recipes: Path, tmp_path: Path) -> None:
-    whole = pipeline(tmp_path / "model")
+def test_files_that_are_there_pass(recipes: Path, tmp_path: Path, whole: Path) -> None:
     validate_files(cold(whole))
-    pipeline(recipes / "assets" / "demo2")
-    validate_files(cold("packaged:demo2"))
     validate_files(cold("org/model"))
     validate_files(cold("mixture", "data.prompts=mixture"))
     run = tmp_path / "run" / "checkpoints" / "latest"
@@ -331,24 +303,23 @@ def test_files_that_are_there_pass(recipes: Path, tmp_path: Path) -> None:
     validate_files(load_config("demo_tilt", [f"model.few_step={tmp_path / 'lora'}"]))
 
 
-def test_what_a_pipeline_lacks_is_listed(recipes: Path, tmp_path: Path) -> None:
+def test_what_a_pipeline_lacks_is_listed(recipes: Path, tmp_path: Path, whole: Path) -> None:
     def message(model: Path | str, *overrides: str) -> str:
         with pytest.raises(ValueError) as caught:
             validate_files(cold(model, *overrides))
         return str(caught.value)
 
-    folder = pipeline(tmp_path / "model")
-    (folder / "vae" / "config.json").unlink()
-    (folder / "transformer" / "model.safetensors").unlink()
-    (folder / "scheduler").rmdir()
-    assert message(folder).endswith("lacks scheduler/, transformer/*.safetensors, vae/config.json")
-    (folder / "model_index.json").write_text("{}")
-    assert message(folder).endswith("lacks a transformer in model_index.json")
-    (folder / "model_index.json").write_text("{")
-    assert "is not valid JSON" in message(folder)
-    (folder / "model_index.json").unlink()
-    assert "has no model_index.json" in message(folder)
-    assert "is a file, not the directory" in message(recipes / "recipes" / "demo_tilt.yaml")
+    (whole / "vae" / "config.json").unlink()
+    (whole / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    lacking = message(whole)
+    assert lacking.startswith("model.path: ") and "vae/config.json" in lacking
+    assert "transformer/diffusion_pytorch_model.safetensors" in lacking
+    assert "not one of family flux" in message(whole, "model.family=flux")
+    (whole / "model_index.json").write_text("{")
+    assert "is not valid JSON" in message(whole)
+    (whole / "model_index.json").unlink()
+    assert "holds no model_index.json" in message(whole)
+    assert "there is no directory" in message(recipes / "recipes" / "demo_tilt.yaml")
     assert "does not exist, and is no hub id" in message("./missing")
     assert "does not exist, and is no hub id" in message(tmp_path / "missing")
     assert "model.generator_path ./b does not" in message("org/a", "model.generator_path=./b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiltflow.backbones.base import Backbone
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.config import RewardConfig, RunConfig
 from tiltflow.embeddings import EncodedPrompts, encode_prompts
+from tiltflow.export import read_adapter
 from tiltflow.paths import resolve_path
 from tiltflow.prompts import Prompt, PromptSampler, load_prompts
 from tiltflow.randomness import Randomness
@@ -22,7 +24,7 @@ from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
 from tiltflow.train.cold_start import ColdStart
-from tiltflow.train.optim import Updater
+from tiltflow.train.optim import Updater, constant, cosine
 from tiltflow.train.tilt import Tilt, TiltSettings
 from tiltflow.train.updates import FakeScoreTrainer, Matching
 
@@ -74,27 +76,38 @@ def build_backbone(cfg: RunConfig) -> Backbone:
 
 def adapter_settings(cfg: RunConfig, backbone: Backbone) -> AdapterSettings:
     chosen = cfg.adapters
-    return AdapterSettings(chosen.rank, chosen.alpha, chosen.targets or backbone.lora_targets())
+    targets = chosen.targets if chosen.targets is not None else backbone.lora_targets()
+    return AdapterSettings(
+        chosen.rank, chosen.alpha, targets if isinstance(targets, str) else list(targets)
+    )
 
 
 def load_start(run: Path) -> Start:
-    """Stage 1's result from its run directory.
+    """Stage 1's result: from its run directory, or from an exported LoRA folder.
+
+    A LoRA folder has no fake score: that starts from the teacher again.
 
     Raises:
-        ValueError: if the directory holds no complete stage-1 checkpoint.
+        ValueError: if the directory holds neither a complete stage-1 checkpoint nor a LoRA.
     """
+    if not (run / "checkpoints").is_dir():
+        settings, weights = read_adapter(run)
+        return Start(weights, None, settings)
     checkpoint = load_checkpoint(run)
     if checkpoint.state.get("stage") != "cold_start":
         raise ValueError(f"model.few_step={run} is not a cold_start run")
     adapters = checkpoint.state["adapters"]
-    settings = AdapterSettings(**adapters) if adapters else None
-    return Start(dict(checkpoint.tensors["ema"]), dict(checkpoint.tensors["fake_score"]), settings)
+    return Start(
+        dict(checkpoint.tensors["ema"]),
+        dict(checkpoint.tensors["fake_score"]),
+        AdapterSettings(**adapters) if adapters else None,
+    )
 
 
 def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Roles:
     """Adapters over one base, or separate copies, as `adapters.kind` says."""
     autocast = DTYPES[cfg.model.autocast] if cfg.model.autocast else None
-    common = {
+    common: dict[str, Any] = {
         "seed": cfg.run.seed,
         "fake_score": start.fake_score if start else None,
         "checkpointing": cfg.model.gradient_checkpointing,
@@ -147,7 +160,9 @@ def build_stage(cfg: RunConfig, progress: Callable[[str], None] = lambda message
 def _updater(cfg: RunConfig, roles: Roles, which: str) -> Updater:
     train = cfg.train
     lr = train.generator_lr if which == "generator" else train.fake_score_lr
-    return Updater(getattr(roles, which), lr, train.betas, train.weight_decay, train.clip)
+    shape = cosine if train.schedule == "cosine" else constant
+    schedule = partial(shape, steps=train.steps, warmup=train.warmup)
+    return Updater(getattr(roles, which), lr, train.betas, train.weight_decay, train.clip, schedule)
 
 
 def _common(

@@ -97,7 +97,24 @@ def sample(
     """Images of a model with its LoRAs; without LoRAs, of the teacher."""
     from tiltflow.commands.evaluate import sample_images
 
-    request = _request(**{k: v for k, v in locals().items() if k not in ("out", "sample_images")})
+    request = _request(
+        model=model,
+        prompt=prompt,
+        prompts=prompts,
+        few_step=few_step,
+        tilt_lora=tilt_lora,
+        tilt=tilt,
+        steps=steps,
+        eta=eta,
+        seed=seed,
+        guidance=guidance,
+        teacher_steps=teacher_steps,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        resolution=resolution,
+        generator=generator,
+    )
     paths = sample_images(request, out, console)
     console.print(f"{len(paths)} images in {out}")
 
@@ -147,11 +164,26 @@ def evaluate(
     if not names:
         raise ValueError("give at least one --reward NAME, or a --suite")
     rewards = {name: path or None for name, _, path in (n.partition("@") for n in names)}
-    keep = ("model", "prompt", "prompts", "few_step", "tilt_lora", "tilt", "steps", "eta", "seed")
-    keep += ("guidance", "teacher_steps", "batch", "device", "dtype", "resolution", "generator")
-    values = locals()
     request = _request(
-        **{k: values[k] for k in keep}, count=count, rewards=rewards, diversity=diversity
+        model=model,
+        prompt=prompt,
+        prompts=prompts,
+        count=count,
+        few_step=few_step,
+        tilt_lora=tilt_lora,
+        tilt=tilt,
+        steps=steps,
+        eta=eta,
+        seed=seed,
+        guidance=guidance,
+        teacher_steps=teacher_steps,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        resolution=resolution,
+        generator=generator,
+        rewards=rewards,
+        diversity=diversity,
     )
     result = command.evaluate(request, console)
     command.save(result, json_file)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from tiltflow.backbones.files import check_pipeline
 from tiltflow.config_schema import RewardConfig, Rewards, RunConfig, plain_weight
 from tiltflow.paths import resolve_path
 from tiltflow.prompts import load_prompts
@@ -194,7 +195,7 @@ def validate_files(config: RunConfig) -> None:
             ("model.generator_path", model.generator_path),
         ):
             if path is not None:
-                _check_pipeline(key, path)
+                _check_pipeline(key, path, model.family)
     if model.few_step is not None:
         _check_few_step(model.few_step)
     for prefix, rewards in (("rewards", config.rewards), ("watch.rewards", config.watch.rewards)):
@@ -212,40 +213,15 @@ def _require_hub_id(key: str, path: str) -> None:
         raise ValueError(f"{key} {path} does not exist, and is no hub id (organisation/name)")
 
 
-def _check_pipeline(key: str, path: str) -> None:
+def _check_pipeline(key: str, path: str, family: str | None = None) -> None:
     folder = Path(resolve_path(path))
     if not folder.exists():
         _require_hub_id(key, path)
         return
-    if not folder.is_dir():
-        raise ValueError(f"{key} {path} is a file, not the directory of a diffusers pipeline")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{key} {path} has no model_index.json, so it is no diffusers pipeline")
     try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
+        check_pipeline(folder, family)
     except ValueError as error:
-        raise ValueError(f"{key}: {index} is not valid JSON") from error
-    if not isinstance(parts, dict):
-        raise ValueError(f"{key}: {index} should hold a JSON object")
-    # A part is [library, class]; [null, null] is one that the pipeline does without.
-    named = [n for n, v in parts.items() if isinstance(v, list) and v[:1] != [None] and len(v) == 2]
-    missing = [gap for name in named for gap in _gaps(folder, name)]
-    if "transformer" not in named:
-        missing.insert(0, "a transformer in model_index.json")
-    if missing:
-        raise ValueError(f"{key} {path} lacks {', '.join(missing)}")
-
-
-def _gaps(folder: Path, part: str) -> list[str]:
-    """What a part of a pipeline lacks: its directory, its configuration or its weights."""
-    inside = folder / part
-    if not inside.is_dir():
-        return [f"{part}/"]
-    if not part.startswith(("transformer", "vae", "text_encoder")):
-        return []
-    missing = [] if (inside / "config.json").is_file() else [f"{part}/config.json"]
-    return missing if any(inside.glob("*.safetensors")) else [*missing, f"{part}/*.safetensors"]
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _check_few_step(path: str) -> None:

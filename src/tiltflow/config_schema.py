@@ -66,6 +66,8 @@ class TrainConfig(Section):
     weight_decay: Weight = 0.0
     clip: Rate = 1.0
     ema: Beta = 0.99
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: Count = 0
 
     @property
     def micro(self) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import safe_open
 from torch import Tensor
 
 from tiltflow.checkpoint import Checkpoint
@@ -51,6 +54,27 @@ def save_adapter(
         transformer_lora_layers={name: w.detach().cpu() for name, w in weights.items()},
         transformer_lora_adapter_metadata=_metadata(settings),
     )
+
+
+def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, Tensor]]:
+    """An exported LoRA folder back as settings and weights by canonical name.
+
+    Raises:
+        ValueError: if the folder holds no single LoRA of a transformer with its metadata.
+    """
+    inner = folder / "export" / "few_step"
+    files = sorted((inner if inner.is_dir() else folder).glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{folder} should hold one LoRA file (.safetensors), not {len(files)}")
+    with safe_open(files[0], framework="pt") as file:
+        raw = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    prefix = "transformer."
+    if raw is None or not all(key.startswith(prefix) for key in weights):
+        raise ValueError(f"{files[0]} is no LoRA of a transformer that tiltflow or diffusers saved")
+    facts = {k.removeprefix(prefix): v for k, v in json.loads(raw).items() if k.startswith(prefix)}
+    settings = AdapterSettings(facts["r"], facts["lora_alpha"], facts["target_modules"])
+    return settings, {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
 def _metadata(settings: AdapterSettings) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -149,7 +150,7 @@ class AdapterSettings:
     def config(self) -> LoraConfig:
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # scaling takes any number
             target_modules=self.targets,
             init_lora_weights="gaussian",
         )
@@ -162,7 +163,7 @@ def add_adapter(
     before = {n for n, p in network.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network.add_adapter(settings.config(), adapter_name=name)
+        _call(network, "add_adapter", settings.config(), adapter_name=name)
     mine = {}
     for full, parameter in network.named_parameters():
         if f".{name}." in full:
@@ -204,7 +205,7 @@ def adapter_roles(
     switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
     if checkpointing:
         for base in {id(b): b for b in (student, teacher)}.values():
-            base.enable_gradient_checkpointing(_checkpointing(switches[id(base)]))
+            _call(base, "enable_gradient_checkpointing", _checkpointing(switches[id(base)]))
 
     def role(
         name: str, base: nn.Module, adapters: tuple[str, ...], own: dict | None = None
@@ -238,7 +239,7 @@ def copy_roles(
     def role(name: str, of: str, start: State | None, trainable: bool) -> Role:
         network = backbone.new_copy(of, seed)
         if checkpointing:
-            network.enable_gradient_checkpointing()
+            _call(network, "enable_gradient_checkpointing")
         own = dict(network.requires_grad_(trainable).named_parameters())
         made = Role(name, backbone, network, parameters=own, autocast=autocast)
         if start is not None:
@@ -252,6 +253,18 @@ def copy_roles(
         ema=role("ema", "student", few_step, False),
         reference=None if few_step is None else role("reference", "student", few_step, False),
     )
+
+
+def _call(network: nn.Module, method: str, *args: Any, **kwargs: Any) -> None:
+    """A method that diffusers' models have and `nn.Module` does not declare.
+
+    Raises:
+        ValueError: if this network lacks it.
+    """
+    found = getattr(network, method, None)
+    if found is None:
+        raise ValueError(f"a {type(network).__name__} has no {method}: use adapters.kind=copies")
+    found(*args, **kwargs)
 
 
 def _checkpointing(switch: AdapterSwitch) -> Callable[..., Tensor]:

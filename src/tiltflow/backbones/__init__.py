@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from tiltflow.backbones.base import Backbone
-from tiltflow.backbones.files import check_pipeline
+from tiltflow.backbones.files import check_pipeline, local_pipeline
 
-__all__ = ["check_pipeline", "load_backbone"]
+__all__ = ["check_pipeline", "load_backbone", "local_pipeline"]
 
 
 def load_backbone(
@@ -38,7 +38,9 @@ def load_backbone(
     """
     if path is None and family != "mixture":
         raise ValueError("model.path is unset: give the directory of a diffusers pipeline")
-    family = check_pipeline(path or "", family)
+    path = "" if path is None or family == "mixture" else local_pipeline(path)
+    generator_path = None if generator_path is None else local_pipeline(generator_path)
+    family = check_pipeline(path, family)
     if generator_path is not None and family != "flux2":
         raise ValueError(f"model.generator_path is for family flux2, not for {family}")
     # diffusers takes seconds to import, so each family is imported when it is asked for
@@ -46,7 +48,6 @@ def load_backbone(
         from tiltflow.backbones.mixture import MixtureBackbone
 
         return MixtureBackbone(device=device)
-    assert path is not None
     if family == "flux2":
         from tiltflow.backbones.flux2 import Flux2Backbone
 

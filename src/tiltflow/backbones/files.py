@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ PARTS = {
 
 SIDE_FILE = "tiltflow.json"
 """Beside model_index.json: call-time defaults that a pipeline directory cannot hold."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
 
 INDEX = "model_index.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -104,6 +108,23 @@ def _weights(folder: Path, stem: str) -> list[str]:
     if not index.is_file() or (folder / f"{stem}.safetensors").is_file():
         return [f"{stem}.safetensors"]
     return sorted(set(read_json(index).get("weight_map", {}).values()))
+
+
+def local_pipeline(path: str | Path) -> Path:
+    """A directory as it is; a hub id (`organisation/name`) downloaded, or taken from its cache.
+
+    Raises:
+        ValueError: if there is no such directory and the hub has no such pipeline.
+    """
+    if Path(path).exists() or not HUB_ID.fullmatch(str(path)):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{path} is no directory, and could not be had from the hub") from error
 
 
 def absent_parts(root: Path) -> dict[str, None]:

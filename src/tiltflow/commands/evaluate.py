@@ -175,7 +175,7 @@ def save(evaluation: Evaluation, path: Path) -> None:
         for system, table in evaluation.scores.items()
         for reward, values in table.items()
     }
-    np.savez_compressed(path.with_suffix(".scores.npz"), **arrays)
+    np.savez_compressed(path.with_suffix(".scores.npz"), **arrays)  # type: ignore[arg-type]
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import diffusers
 
-from tiltflow.backbones import check_pipeline
+from tiltflow.backbones import check_pipeline, local_pipeline
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.config import load_config
 from tiltflow.export import export_adapters
@@ -30,6 +30,6 @@ def export_run(run: Path, out: Path) -> list[Path]:
     cfg = load_config(str(run / "config.yaml"))
     if cfg.model.path == "mixture":
         raise ValueError("the mixture backbone has no pipeline to export for")
-    family = check_pipeline(resolve_path(cfg.model.path), cfg.model.family)
+    family = check_pipeline(local_pipeline(resolve_path(cfg.model.path)), cfg.model.family)
     pipeline = getattr(diffusers, PIPELINES[family])
     return export_adapters(load_checkpoint(run), pipeline, out)

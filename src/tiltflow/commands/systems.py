@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from tiltflow.backbones.base import Backbone, Conditioning
@@ -50,7 +51,7 @@ def load_students(
     switch = teacher_switch if student is backbone.teacher_base else AdapterSwitch(student)
     if tilt is not None:
         for layer in switch.layers:
-            if "tilt" in layer.scaling:
+            if isinstance(layer, LoraLayer) and "tilt" in layer.scaling:
                 layer.set_scale("tilt", strength)
     students = {}
     if few_step is not None:

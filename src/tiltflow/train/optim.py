@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,24 @@ class NonFiniteError(RuntimeError):
     """A loss, gradient or reward became NaN or infinite."""
 
 
+def cosine(step: int, steps: int, warmup: int = 0) -> float:
+    """Linear over `warmup` iterations, then a half cosine from 1 to 0 at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def constant(step: int, steps: int, warmup: int = 0) -> float:
+    """Linear over `warmup` iterations, then 1."""
+    return min((step + 1) / warmup, 1.0) if warmup else 1.0
+
+
 class Updater:
-    """AdamW over one role's parameters, with the gradient's norm clipped."""
+    """AdamW over one role's parameters, with the gradient's norm clipped.
+
+    `schedule(step)` multiplies `lr`; it is a function of the iteration alone, so that a resumed
+    run has the rate of the uninterrupted one.
+    """
 
     def __init__(
         self,
@@ -26,8 +43,9 @@ class Updater:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         clip: float = 1.0,
+        schedule: Callable[[int], float] = lambda step: 1.0,
     ) -> None:
-        self.role, self.clip = role, clip
+        self.role, self.lr, self.clip, self.schedule = role, lr, clip, schedule
         self.names = list(role.parameters)
         self.parameters = list(role.parameters.values())
         self.optimizer = torch.optim.AdamW(
@@ -46,6 +64,8 @@ class Updater:
                 f"step {step}: the gradient of the {self.role.name} is not finite; "
                 "lower its learning rate, or look at the losses before this step"
             )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.schedule(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach()
@@ -66,6 +86,5 @@ def require_finite(step: int, term: str, values: Tensor, prompts: Sequence[Promp
     finite = torch.isfinite(values.detach())
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
-        raise NonFiniteError(
-            f"step {step}: {term} is {float(values[row])} for the prompt {prompts[row].text!r}"
-        )
+        value = float(values[row].detach())
+        raise NonFiniteError(f"step {step}: {term} is {value} for the prompt {prompts[row].text!r}")
