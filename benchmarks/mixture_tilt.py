@@ -3,7 +3,7 @@
 Stage 1 once, then stage 2 for each learning rate, matching and seed; the student's fitted β, KL
 to the exact tilted family and share of samples within three std of a mode, over the rollouts.
 
-    python benchmarks/mixture_tilt.py [--seeds 5] [--rollouts 300] [--out docs/data/mixture_tilt.json]
+    python benchmarks/mixture_tilt.py [--seeds 5] [--rollouts 300]
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ ARCHITECTURES = {
         text=(96, 3, 3), vision=(160, 4, 5, 16), projection=96, seed=22, batch=96, steps=2000
     ),
     "clip": dict(
-        text=(128, 2, 4), vision=(128, 3, 4, 8), projection=128, seed=23, batch=64, steps=1600
+        text=(128, 2, 4), vision=(128, 3, 4, 8), projection=128, seed=23, batch=64, steps=1800
     ),
     "clip_heldout": dict(
-        text=(96, 3, 3), vision=(96, 4, 3, 8), projection=96, seed=24, batch=64, steps=1600
+        text=(96, 3, 3), vision=(96, 4, 3, 8), projection=96, seed=24, batch=64, steps=1800
     ),
 }
 REWARDS = ("clip", "clip_heldout")

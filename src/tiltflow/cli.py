@@ -281,6 +281,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:  # the libraries' notices; their errors arrive as exceptions
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(args=arguments, prog_name="tiltflow")
     except (ValueError, OSError, NonFiniteError, FloatingPointError, ImportError) as error:

@@ -7,6 +7,7 @@ second generator adapter (`tilt`) on the frozen stage-1 one (`few_step`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -161,7 +162,9 @@ def add_adapter(
 ) -> dict[str, nn.Parameter]:
     """A new fp32 adapter (A Gaussian, B zero) and its parameters by canonical name."""
     before = {n for n, p in network.named_parameters() if p.requires_grad}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT warns of several adapters on one model, which is the point here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
         _call(network, "add_adapter", settings.config(), adapter_name=name)
     mine = {}

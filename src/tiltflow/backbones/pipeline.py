@@ -17,7 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.files import absent_parts, check_pipeline, read_json, side_file
@@ -98,6 +100,8 @@ class PipelineBackbone(ABC):
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
         dtypes = {"default": dtype, "vae": vae_dtype or dtype}
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
         pipe = self.pipeline_class.from_pretrained(
             self.path,
             dtype=dtypes,

@@ -155,7 +155,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
         table.add_row(name, str(system["nfe"]), *cells)
     console.print(table)
     for row in summary["comparisons"]:
-        verdict = "" if row["p_value"] < 0.05 else "  (not significant)"
+        # judged, as in the report, after Holm's correction for the number of comparisons
+        verdict = "" if row.get("p_holm", row["p_value"]) < 0.05 else "  (not significant)"
         console.print(
             f"{row['a']} − {row['b']} on {row['reward']}: {row['difference']:+.4f} "
             f"[{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}], p = {row['p_value']:.2g}{verdict}"

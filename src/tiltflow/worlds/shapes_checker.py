@@ -39,7 +39,7 @@ MAX_COLOUR_DISTANCE = 50.0  # the nearest two named colours, orange and yellow, 
 MIN_COLOUR_GAP = 60.0  # between the medians of two colours, for a part to be cut in two
 MIN_PART = 12 / SIZE**2  # as a share of the image: less is a speck, and ignored
 MIN_SHAPE = 40 / SIZE**2  # less is an object without a shape; the renderer's least is 118 pixels
-MIN_IOU = 0.86  # a tilted square has 0.83 with a circle; renders have 0.90 or more with their own
+MIN_IOU = 0.8  # renders have 0.90 or more with their own shape, a shapeless blob 0.7 and less
 SURE_IOU = 0.9  # from here on the fit by moments is not searched further
 MAX_READ = 8  # only the largest parts are read; the rest are objects of no shape or colour
 
