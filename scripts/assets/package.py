@@ -32,21 +32,14 @@ PREPROCESSOR = {
 }
 
 
-def package(work: Path, out: Path, prompts: int = 516) -> None:
+def package(work: Path, out: Path, prompts: int = 258) -> None:
     """Writes `out`/pipeline, `out`/clip, `out`/clip_heldout and figures.json."""
     transformer = SD3Transformer2DModel.from_pretrained(work / "teacher")
     pipe = build_pipeline(work, transformer)
     figures: dict[str, object] = {"vae_mse": _vae_error(pipe.vae, work)}
     for name in clips.REWARDS:
-        model = CLIPModel.from_pretrained(work / name).eval()
-        tokenizer = CLIPTokenizer.from_pretrained(work / name)
-        figures[f"{name}_hard_accuracy"] = round(clips.hard_accuracy(model, tokenizer), 4)
-        directory = out / name
-        shutil.rmtree(directory, ignore_errors=True)
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1))
-    for guidance in (1.0, 2.0, 3.0, 4.0):
+        figures[f"{name}_hard_accuracy"] = package_clip(work / name, out / name)
+    for guidance in (1.0, 3.0, 5.0):
         figures[f"teacher_50_steps_guidance_{guidance:g}"] = evaluate(
             pipe, transformer, n=prompts, steps=50, guidance=guidance
         )
@@ -60,6 +53,17 @@ def package(work: Path, out: Path, prompts: int = 516) -> None:
     (out / "README.md").write_text(card(figures))
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
     print(f"{out}: {size:.1f} MB")
+
+
+def package_clip(source: Path, directory: Path) -> float:
+    """One reward model with its preprocessing; its accuracy among near misses."""
+    model = CLIPModel.from_pretrained(source).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(source)
+    shutil.rmtree(directory, ignore_errors=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1))
+    return round(clips.hard_accuracy(model, tokenizer), 4)
 
 
 def card(figures: dict) -> str:
