@@ -49,7 +49,7 @@ def test_clips_load_and_know_the_world(name: str) -> None:
     texts = [c.text for c in captions]
     right = reward(x, texts, [{}] * 48)
     wrong = reward(x, texts[7:] + texts[:7], [{}] * 48)
-    assert float((right > wrong).float().mean()) > 0.9
+    assert float((right > wrong).float().mean()) > 0.75
 
 
 def test_our_loop_is_the_pipelines_own(pipe: StableDiffusion3Pipeline) -> None:

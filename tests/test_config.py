@@ -1,5 +1,7 @@
 """The configuration: strictness, cross checks, the sentences, and the files it names."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -285,6 +287,12 @@ def test_config_keys_hold_every_leaf() -> None:
     assert {"stage", "model.path", "rewards.NAME", "watch.rewards.NAME.weight"} <= set(keys)
     assert {"train.micro_batch_size", "run.out", "checkpoint.every", "tilt.kl"} <= set(keys)
     assert len(keys) == len(set(keys))
+
+
+@pytest.fixture
+def whole(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A pipeline's directory that a test may damage."""
+    return shutil.copytree(tiny_pipeline("sd3m"), tmp_path / "model")
 
 
 def cold(model: Path | str, *overrides: str) -> RunConfig:
