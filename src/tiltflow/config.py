@@ -56,6 +56,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
             raise ValueError(f"the override {override!r} should read key=value")
+        _refuse_unknown_section(key.strip())
         _set(raw, key.strip(), parse_yaml(text, f"the value of {key.strip()}"))
     raw = _without_empty_sections(raw)
     _refuse_unknown(raw)
@@ -126,6 +127,13 @@ def _split(dotted: str) -> list[str]:
             last = next(i for i, part in enumerate(parts) if ":" in part)
             return [*prefix, ".".join(parts[n : last + 1]), *parts[last + 1 :]]
     return parts
+
+
+def _refuse_unknown_section(dotted: str) -> None:
+    """Names the nearest full key for an override `section.key` of no section."""
+    section, dot, _ = dotted.partition(".")
+    if dot and section not in RunConfig.model_fields:
+        raise ValueError(f"unknown key {dotted}; the nearest is {nearest(dotted, config_keys())}")
 
 
 def _refuse_unknown(raw: Mapping[str, Any]) -> None:
