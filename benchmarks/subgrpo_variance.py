@@ -1,9 +1,9 @@
 """Gradient variance of SubGRPO against full GRPO at equal rollouts (METHOD §5).
 
 On the mixture's stage-1 student with the reward x₁: many independent policy gradients of one batch
-each. Both estimators are scaled to the same expectation, the sum over the K − 1 stochastic steps:
-full GRPO trains every step of a rollout whose noises are all independent; SubGRPO trains M of them,
-shares the other noises within a group, and is scaled by (K − 1)/M.
+each, with centred advantages. For every set of trained steps, the gradient of those steps when the
+noises of the other steps are shared within a group (SubGRPO) against when they are independent
+(full GRPO); and whole estimators, scaled to the same expectation, the sum over the K − 1 steps.
 
     python benchmarks/subgrpo_variance.py [--repeats 300]
 """
@@ -11,6 +11,7 @@ shares the other noises within a group, and is scaled by (K − 1)/M.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -21,12 +22,7 @@ from tiltflow.build import build_stage
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
-from tiltflow.objectives.policy import (
-    choose_steps,
-    clipped_surrogate,
-    group_advantages,
-    share_in_groups,
-)
+from tiltflow.objectives.policy import clipped_surrogate, share_in_groups
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Role
 from tiltflow.rollout import attach, log_prob, rollout
@@ -34,28 +30,25 @@ from tiltflow.rollout import attach, log_prob, rollout
 GROUP, BATCH, STEPS = 16, 256, 4
 
 
-def gradient(role: Role, repeat: int, subset: int, standardise: bool) -> Tensor:
-    """One batch's policy gradient with respect to all parameters, flattened."""
+def gradient(role: Role, repeat: int, trained: tuple[int, ...], share: bool) -> Tensor:
+    """One batch's policy gradient of the trained steps, all parameters, flattened."""
     random, last = Randomness(77), STEPS - 1
-    trained = choose_steps(random.permutation("subset", repeat, last), subset)
     noise = []
     for k in range(last):
         z = random.normal(f"step{k}", repeat, (BATCH, 2))
-        noise.append(z if k in trained else share_in_groups(z, GROUP))
+        noise.append(share_in_groups(z, GROUP) if share and k not in trained else z)
     x = random.normal("init", repeat, (BATCH, 2))
     cond, sigmas = role.backbone.encode([""] * BATCH), role.backbone.few_step_sigmas(STEPS)
     trajectory = rollout(role, x, sigmas, cond, 0.9, noise.__getitem__, record=trained)
     reward = trajectory.states[-1][:, 0]
     groups = reward.view(-1, GROUP)
     advantages = (groups - groups.mean(1, keepdim=True)).flatten()
-    if standardise:
-        advantages, _ = group_advantages({"r": reward}, {"r": 1.0}, GROUP)
     total = torch.zeros(())
     for k in trained:
         _, mean, std = attach(role, trajectory, k)
         now = log_prob(trajectory.states[k + 1], mean, std, "gaussian")
         total = total + clipped_surrogate(now, now.detach(), advantages, 1e-5).mean()
-    found = torch.autograd.grad(last / subset * total, list(role.parameters.values()))
+    found = torch.autograd.grad(total, list(role.parameters.values()))
     return torch.cat([g.flatten() for g in found])
 
 
@@ -70,21 +63,32 @@ def main() -> None:
     build = build_stage(load_config(str(args.cold / "config.yaml")))
     roles = build.stage.roles
     roles.generator.load(load_checkpoint(args.cold).tensors["ema"])
-    print("advantages    M  |mean|     trace of covariance  noise-to-signal")
-    for standardise in (False, True):
-        for subset in (3, 2, 1):
-            g = torch.stack(
-                [gradient(roles.generator, i, subset, standardise) for i in range(args.repeats)]
-            )
-            trace = float(g.var(0).sum())
-            # the mean's own sampling noise is taken off its square
-            signal = max(float(g.mean(0).square().sum()) - trace / args.repeats, 0.0)
-            kind = "standardised" if standardise else "centred"
-            noise = trace / signal if signal else float("inf")
+    generator = roles.generator
+
+    def trace(sets: list[tuple[int, ...]], share: bool) -> tuple[float, float]:
+        """Trace of the covariance and |mean| over repeats; the sets take turns at random."""
+        order = torch.randint(
+            len(sets), (args.repeats,), generator=torch.Generator().manual_seed(0)
+        )
+        scale = (STEPS - 1) / len(sets[0]) if len(sets) > 1 else 1.0
+        g = torch.stack(
+            [scale * gradient(generator, i, sets[int(k)], share) for i, k in enumerate(order)]
+        )
+        return float(g.var(0).sum()), float(g.mean(0).norm())
+
+    every = range(STEPS - 1)
+    print("trained steps   variance: others shared / others independent   ratio")
+    for size in (1, 2):
+        for steps in itertools.combinations(every, size):
+            shared, _ = trace([steps], True)
+            independent, _ = trace([steps], False)
             print(
-                f"{kind:12s}  {subset}  {signal**0.5:9.4f}  {trace:19.4f}  {noise:15.1f}",
-                flush=True,
+                f"{steps!s:12s}  {shared:10.4f} / {independent:10.4f}   {shared / independent:.2f}"
             )
+    print("whole estimator    variance   |mean|")
+    for size in (3, 2, 1):
+        variance, mean = trace(list(itertools.combinations(every, size)), True)
+        print(f"M = {size}            {variance:10.4f}  {mean:7.3f}", flush=True)
 
 
 if __name__ == "__main__":
