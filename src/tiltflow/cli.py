@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -284,6 +285,7 @@ def main() -> None:
     if not debug:  # the libraries' notices; their errors arrive as exceptions
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     try:
         app(args=arguments, prog_name="tiltflow")
     except (ValueError, OSError, NonFiniteError, FloatingPointError, ImportError) as error:
