@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ COMMANDS = (
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Runs the command line in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["tiltflow", *map(str, arguments)])
+    # a library's handler may hold the captured stderr of an earlier test, closed by now
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     try:
         cli.main()
     except SystemExit as stop:
