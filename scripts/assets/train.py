@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tiltflow.train.optim import cosine
+
 
 def tensor_images(images) -> torch.Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-
-
-def schedule(step: int, steps: int, warmup: int = 100) -> float:
-    """Linear warm-up, then cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 def fit(
@@ -52,7 +46,7 @@ def fit(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         for optimizer, base in zip(optimizers, rates, strict=True):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * schedule(step, steps)
+                group["lr"] = rate * cosine(step, steps, warmup=100)
         value = loss(generator, step)
         if not torch.isfinite(value):
             raise RuntimeError(f"{name}: non-finite loss at step {step}")

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tiltflow.backbones.files import check_pipeline
+from tiltflow.backbones.files import HUB_ID, check_pipeline
 from tiltflow.config_schema import RewardConfig, Rewards, RunConfig, plain_weight
 from tiltflow.paths import resolve_path
 from tiltflow.prompts import load_prompts
@@ -217,7 +217,7 @@ def validate_files(config: RunConfig) -> None:
 
 def _require_hub_id(key: str, path: str) -> None:
     """Refuses a path that does not exist and could not be `organisation/name` on the hub."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+    if not HUB_ID.fullmatch(path):
         raise ValueError(f"{key} {path} does not exist, and is no hub id (organisation/name)")
 
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from tiltflow.build import build_backbone, device_of
-from tiltflow.config import RunConfig, list_recipes, load_config, validate_files
+from tiltflow.config import RunConfig, list_recipes, load_config, recipe_text, validate_files
 from tiltflow.embeddings import encode_prompts
 from tiltflow.prompts import load_prompts
 
@@ -52,11 +52,7 @@ def show_recipes(name: str | None, console: Console) -> None:
         for recipe in list_recipes():
             console.print(recipe)
         return
-    if name not in list_recipes():
-        load_config(name)  # says what is wrong, and names the nearest
-    from importlib import resources
-
-    text = (resources.files("tiltflow") / "recipes" / f"{name}.yaml").read_text()
+    text = recipe_text(name)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
