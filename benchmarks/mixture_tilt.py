@@ -14,6 +14,8 @@ import statistics
 import time
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 
@@ -25,6 +27,7 @@ from tiltflow.randomness import Randomness
 from tiltflow.roles import Role
 from tiltflow.rollout import rollout
 
+matplotlib.use("agg")
 RATES = (1e-4, 3e-4, 1e-3)
 MATCHINGS = ("last", "all")
 DIRECTION = torch.tensor([1.0, 0.0])
@@ -66,6 +69,28 @@ def one_run(cold: Path, rate: float, matching: str, seed: int, rollouts: int, ev
     return rows
 
 
+def plot(results: list[dict], path: Path) -> None:
+    """The curves of every seed, one row a figure and one column a rate, as a vector image."""
+    figure, axes = plt.subplots(3, len(RATES), figsize=(9, 7), sharex=True, sharey="row")
+    for result in results:
+        column = RATES.index(result["rate"])
+        colour = {"last": "#c0392b", "all": "#1f5fa8"}[result["matching"]]
+        for seed, run in enumerate(result["runs"]):
+            rollouts, *series = zip(*run, strict=True)
+            label = f"match_steps: {result['matching']}" if seed == 0 else None
+            for row, values in enumerate(series):
+                axes[row, column].plot(rollouts, values, color=colour, alpha=0.7, label=label)
+        axes[0, column].set_title(f"learning rate {result['rate']:.0e}")
+        axes[2, column].set_xlabel("rollouts")
+    for row, name in enumerate(("fitted β", "KL to the tilted family", "share within 3 std")):
+        axes[row, 0].set_ylabel(name)
+    axes[1, 0].set_yscale("log")
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
@@ -73,7 +98,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--cold", type=Path, default=Path("runs/mixture_cold_start"))
     parser.add_argument("--out", type=Path, default=Path("docs/data/mixture_tilt.json"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/mixture_tilt.svg"))
+    parser.add_argument("--plot-only", action="store_true", help="draw the figure of --out")
     args = parser.parse_args()
+    if args.plot_only:
+        plot(json.loads(args.out.read_text()), args.figure)
+        return
     torch.set_num_threads(1)
     if not (args.cold / "checkpoints" / "latest").exists():
         run_training(load_config("mixture_cold_start", [f"run.out={args.cold}"]), Console())
@@ -92,6 +122,7 @@ def main() -> None:
             )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results) + "\n")
+    plot(results, args.figure)
 
 
 if __name__ == "__main__":
