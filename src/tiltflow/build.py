@@ -104,14 +104,24 @@ def load_start(run: Path) -> Start:
     )
 
 
+def autocast_dtype(setting: str | None, device: torch.device) -> torch.dtype | None:
+    """The mixed-precision type of a `model.autocast` value on a device; None is none.
+
+    `auto` is bf16 except on a CPU without bf16 instructions, where it is slower than fp32.
+    """
+    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    if setting is None or (setting == "auto" and slow):
+        return None
+    return torch.bfloat16
+
+
 def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Roles:
     """Adapters over one base, or separate copies, as `adapters.kind` says."""
-    autocast = DTYPES[cfg.model.autocast] if cfg.model.autocast else None
     common: dict[str, Any] = {
         "seed": cfg.run.seed,
         "fake_score": start.fake_score if start else None,
         "checkpointing": cfg.model.gradient_checkpointing,
-        "autocast": autocast,
+        "autocast": autocast_dtype(cfg.model.autocast, backbone.device),
     }
     if cfg.adapters.kind == "copies":
         return copy_roles(backbone, few_step=start.few_step if start else None, **common)

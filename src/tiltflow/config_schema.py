@@ -29,7 +29,7 @@ class ModelConfig(Section):
     family: Literal["sd3", "flux", "flux2", "mixture"] | None = None
     resolution: Positive | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
-    autocast: Literal["bf16"] | None = None
+    autocast: Literal["bf16", "auto"] | None = None
     vae_dtype: Literal["fp32", "bf16"] | None = None
     max_sequence_length: Count | None = None
     few_step: Text | None = None
