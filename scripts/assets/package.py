@@ -128,8 +128,9 @@ anywhere, of any colour where the caption gave none; stars and groups of four in
 autoencoder, two CLIP models whose text towers the pipeline holds (their other halves are not
 shipped), 3,200 steps of the transformer (Muon and AdamW, strict accuracy .23) and 1,800 of each
 reward model. Then `--reuse`: 3,400 more steps of the transformer on today's world (AdamW 8e-4,
-batch 128, with the second task of `PlaceHead`) and 1,300 and 650 of the reward models. Without `--reuse`
-the script trains everything afresh on today's world; that way has not been run to its end.
+batch 128, with the second task of `PlaceHead`) and 1,300 and 650 of the reward models. Without
+`--reuse` the script trains everything afresh on today's world; that way has not been run to its
+end.
 """
 
 
