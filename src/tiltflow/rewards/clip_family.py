@@ -92,8 +92,9 @@ class CLIPScore:
     """cos(image, prompt) in [-1, 1] under a frozen fp32 CLIP model; differentiable.
 
     `path` is a directory, a hub id or `packaged:NAME` that holds a `CLIPModel`, its tokenizer and
-    its `preprocessor_config.json`. Prompts longer than the text tower's context (77 tokens for
-    the published models) are cut there, as is the convention.
+    its `preprocessor_config.json`; the last two come from `processor` where that is given, and
+    the first from `model`. Prompts longer than the text tower's context (77 tokens for the
+    published models) are cut there, as is the convention.
 
     Raises:
         ValueError: if any of the three cannot be loaded, or they do not fit together.
@@ -103,23 +104,32 @@ class CLIPScore:
     domain = "images"
 
     def __init__(
-        self, path: str, device: str | torch.device = "cpu", name: str = "clipscore"
+        self,
+        path: str,
+        device: str | torch.device = "cpu",
+        name: str = "clipscore",
+        *,
+        processor: str | None = None,
+        model: CLIPModel | None = None,
     ) -> None:
         self.name = name
-        place = resolve_path(path)
+        words = resolve_path(processor or path)
+        loaded: Any = model
         try:
-            model: Any = CLIPModel.from_pretrained(place, dtype=torch.float32)
-            self.tokenizer = CLIPTokenizer.from_pretrained(place)
+            if loaded is None:
+                loaded = CLIPModel.from_pretrained(resolve_path(path), dtype=torch.float32)
+            self.tokenizer = CLIPTokenizer.from_pretrained(words)
         except OSError as error:
             raise ValueError(f"reward {name!r}: there is no CLIP model at {path!r}") from error
-        self.model = model.requires_grad_(False).eval().to(device)
-        self.preprocessing = Preprocessing.from_pretrained(place)
+        self.model = loaded.requires_grad_(False).eval().to(device)
+        self.preprocessing = Preprocessing.from_pretrained(words)
         text = self.model.config.text_config
         self.context: int = text.max_position_embeddings
         # Without vocabulary files the tokenizer loads all the same, with two tokens.
         if not 2 < len(self.tokenizer) <= text.vocab_size:
             raise ValueError(
-                f"reward {name!r}: the tokenizer at {path!r} has {len(self.tokenizer)} tokens, "
+                f"reward {name!r}: the tokenizer at {processor or path!r} has "
+                f"{len(self.tokenizer)} tokens, "
                 f"its model {text.vocab_size}"
             )
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
