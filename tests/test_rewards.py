@@ -212,7 +212,9 @@ def test_clipscore_is_the_models_own_cosine(clip_path: str) -> None:
     torch.testing.assert_close(scores, logits.diagonal(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (64, 48), (50, 33), (33, 71), (11, 13), (24, 24)])
+@pytest.mark.parametrize(
+    "size", [(16, 16), (64, 48), (50, 33), (33, 71), (11, 13), (24, 24), (90, 40)]
+)
 @pytest.mark.parametrize("resize", [16, 20])
 def test_preprocessing_matches_the_processor(
     size: tuple[int, int], resize: int, tmp_path: Path

@@ -157,7 +157,7 @@ def detector_path(tmp_path_factory: pytest.TempPathFactory) -> str:
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
     config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=16, mask_feature_size=16, hidden_dim=16,
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32,
         encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=3,
         num_attention_heads=2, num_queries=6, id2label={0: "dog", 1: "mouse", 2: "cup"},
         label2id={"dog": 0, "mouse": 1, "cup": 2},

@@ -40,7 +40,17 @@ class OCR:
             raise ValueError(
                 "it needs rapidocr and onnxruntime: pip install 'tiltflow[ocr]'"
             ) from error
-        self.engine: Any = RapidOCR(params={"Global.log_level": "error"})
+        settings = {
+            "Global.log_level": "error",
+            # As PaddleOCR 2 in Flow-GRPO: no look at which way up text is, images as they are up
+            # to 960 pixels. (rapidocr's own default enlarges the shorter side to 736.)
+            "Global.use_cls": False,
+            "Det.limit_type": "max",
+            "Det.limit_side_len": 960,
+            "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+        self.engine: Any = RapidOCR(params=settings)
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
