@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_rewards import MEAN, STD, as_tensor, natural, write_clip
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards import (
@@ -23,67 +23,10 @@ from tiltflow.rewards import (
 from tiltflow.rewards.clip_family import CLIPScore, Preprocessing
 from tiltflow.worlds import shapes
 
-WORDS = ("a", "red", "blue", "circle", "star")
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-
-
-def write_clip(folder: Path, seed: int = 0, resize: int = 16) -> str:
-    """A tiny random CLIP model with its tokenizer and its image processor."""
-    vocab = {word + "</w>": i for i, word in enumerate(WORDS)}
-    for letter in "abcdefghijklmnopqrstuvwxyz":
-        for token in (letter, letter + "</w>"):
-            vocab.setdefault(token, len(vocab))
-    merges = []
-    for word in WORDS:
-        have = ""
-        for i, letter in enumerate(word):
-            end = "</w>" if i == len(word) - 1 else ""
-            if have:
-                merges.append((have, letter + end))
-            have += letter + end
-            vocab.setdefault(have, len(vocab))
-    vocab["<|startoftext|>"], vocab["<|endoftext|>"] = len(vocab), len(vocab) + 1
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=8)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    text = (
-        sizes
-        | ids
-        | {
-            "num_hidden_layers": 1,
-            "vocab_size": len(vocab),
-            "max_position_embeddings": 8,
-            "pad_token_id": tokenizer.eos_token_id,
-        }
-    )
-    vision = sizes | {"num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
-    torch.manual_seed(seed)
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    crop = {"height": 16, "width": 16}
-    CLIPImageProcessorPil(
-        size={"shortest_edge": resize}, crop_size=crop, image_mean=MEAN, image_std=STD
-    ).save_pretrained(folder)
-    return str(folder)
-
 
 @pytest.fixture(scope="module")
 def clip_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_clip(tmp_path_factory.mktemp("clip"))
-
-
-def natural(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth random image with some sharp edges, (H, W, 3) uint8."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
-    image = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
-    image[height // 4 : height // 2, width // 3 : width // 2] = (250, 40, 10)
-    return image
-
-
-def as_tensor(*images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def constant(value: float, **options: object) -> FunctionReward:
@@ -269,7 +212,9 @@ def test_clipscore_is_the_models_own_cosine(clip_path: str) -> None:
     torch.testing.assert_close(scores, logits.diagonal(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (64, 48), (50, 33), (33, 71), (11, 13), (24, 24)])
+@pytest.mark.parametrize(
+    "size", [(16, 16), (64, 48), (50, 33), (33, 71), (11, 13), (24, 24), (90, 40)]
+)
 @pytest.mark.parametrize("resize", [16, 20])
 def test_preprocessing_matches_the_processor(
     size: tuple[int, int], resize: int, tmp_path: Path

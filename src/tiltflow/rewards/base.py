@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -162,6 +163,36 @@ def _clipscore(
     return CLIPScore(path or default, device=device, name=name)
 
 
+PUBLISHED = {
+    "aesthetic": "aesthetic:Aesthetic",
+    "geneval": "geneval:GenEval",
+    "geneval2": "geneval2:GenEval2",
+    "hpsv2": "preference:HPSv2",
+    "hpsv3": "hpsv3:HPSv3",
+    "image_reward": "image_reward:ImageReward",
+    "ocr": "ocr:OCR",
+    "pickscore": "preference:PickScore",
+}
+"""Rewards with published weights: module of this package, and class. Imported when asked for."""
+
+
+def _published(
+    name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
+) -> Reward:
+    module, _, kind = PUBLISHED[name].partition(":")
+    made = getattr(importlib.import_module(f"tiltflow.rewards.{module}"), kind)
+    takes = inspect.signature(made).parameters
+    _only(name, options, [key for key in takes if key not in ("path", "device")])
+    if "path" not in takes:
+        _no_path(name, path)
+    try:
+        reward: Reward = made(**({} if path is None else {"path": path}), device=device, **options)
+    except ValueError as error:
+        start = f"reward {name!r}"
+        raise ValueError(str(error) if start in str(error) else f"{start}: {error}") from error
+    return reward
+
+
 def _linear(
     name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
 ) -> Reward:
@@ -178,6 +209,7 @@ BUILTIN: dict[str, Callable[[str, str | None, str | torch.device, Mapping[str, A
     "linear": _linear,
     "shapes": _shapes,
     "shapes_soft": _shapes,
+    **dict.fromkeys(PUBLISHED, _published),
 }
 
 
