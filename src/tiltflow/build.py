@@ -15,6 +15,7 @@ from tiltflow.backbones import load_backbone
 from tiltflow.backbones.base import Backbone
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.config import RewardConfig, RunConfig
+from tiltflow.distributed import Ranks, shard
 from tiltflow.embeddings import EncodedPrompts, encode_prompts
 from tiltflow.export import read_adapter
 from tiltflow.paths import resolve_path
@@ -26,8 +27,9 @@ from tiltflow.roles import AdapterSettings, Roles, State, adapter_roles, copy_ro
 from tiltflow.train.cold_start import ColdStart
 from tiltflow.train.optim import Updater, constant, cosine
 from tiltflow.train.tilt import Tilt, TiltSettings
-from tiltflow.train.updates import FakeScoreTrainer, Matching
+from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
 
+ALONE = Ranks()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -144,8 +146,17 @@ def build_rewards(table: dict[str, RewardConfig], device: torch.device) -> Rewar
     return RewardMixture(loaded)
 
 
-def build_stage(cfg: RunConfig, progress: Callable[[str], None] = lambda message: None) -> Build:
-    """Loads the model, encodes the prompts, and puts the stage together."""
+def build_stage(
+    cfg: RunConfig,
+    progress: Callable[[str], None] = lambda message: None,
+    ranks: Ranks = ALONE,
+) -> Build:
+    """Loads the model, encodes the prompts, and puts the stage together for one of the ranks.
+
+    Raises:
+        ValueError: if the batch does not go round the ranks; and whatever does not load.
+    """
+    share = _share(cfg, ranks)
     progress(f"loading {cfg.model.path}")
     backbone = build_backbone(cfg)
     prompts = load_prompts(cfg.data.prompts)
@@ -153,6 +164,7 @@ def build_stage(cfg: RunConfig, progress: Callable[[str], None] = lambda message
     encoded = encode_prompts(backbone, prompts)
     start = load_start(Path(cfg.model.few_step)) if cfg.model.few_step else None
     roles = build_roles(cfg, backbone, start)
+    _place(cfg, backbone, roles, ranks)
     lora = cfg.adapters.kind == "lora"
     settings = adapter_settings(cfg, backbone) if lora else None
     facts = {
@@ -163,31 +175,65 @@ def build_stage(cfg: RunConfig, progress: Callable[[str], None] = lambda message
         "eta": cfg.sampler.eta,
     }
     make = _cold_start if cfg.stage == "cold_start" else _tilt
-    stage = make(cfg, backbone, encoded, roles, backbone.few_step_sigmas(cfg.sampler.steps))
+    sigmas = backbone.few_step_sigmas(cfg.sampler.steps)
+    stage = make(cfg, backbone, encoded, roles, sigmas, share)
     return Build(stage, backbone, encoded, facts)
 
 
-def _updater(cfg: RunConfig, roles: Roles, which: str) -> Updater:
+def _share(cfg: RunConfig, ranks: Ranks) -> Share:
+    batch, sharded = cfg.train.batch_size, cfg.run.sharding == "fsdp2"
+    if batch < ranks.size:
+        raise ValueError(f"train.batch_size {batch} leaves some of {ranks.size} ranks no sample")
+    if sharded and batch % ranks.size:
+        raise ValueError(
+            f"run.sharding=fsdp2 needs a train.batch_size that {ranks.size} ranks divide evenly, "
+            f"not {batch}"
+        )
+    return Share(batch, cfg.train.micro, ranks)
+
+
+def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> None:
+    """The same start on every rank, and the base sharded over them if that is asked for."""
+    for role in (roles.generator, roles.fake_score, roles.ema):
+        ranks.copy_from_main(list(role.parameters.values()))
+    if cfg.run.sharding == "fsdp2" and ranks.size > 1:
+        for base in {id(b): b for b in (backbone.student_base, backbone.teacher_base)}.values():
+            shard(base, backbone.device)
+
+
+def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks) -> Updater:
     train = cfg.train
     lr = train.generator_lr if which == "generator" else train.fake_score_lr
     shape = cosine if train.schedule == "cosine" else constant
     schedule = partial(shape, steps=train.steps, warmup=train.warmup)
-    return Updater(getattr(roles, which), lr, train.betas, train.weight_decay, train.clip, schedule)
+    return Updater(
+        getattr(roles, which),
+        lr,
+        train.betas,
+        train.weight_decay,
+        train.clip,
+        schedule,
+        ranks,
+    )
 
 
 def _common(
-    cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, sigmas: Tensor
+    cfg: RunConfig,
+    backbone: Backbone,
+    encoded: EncodedPrompts,
+    roles: Roles,
+    sigmas: Tensor,
+    share: Share,
 ) -> dict[str, Any]:
     """What both stages are made of."""
     randomness, eta = Randomness(cfg.run.seed), cfg.sampler.eta
-    micro = cfg.train.micro
     chosen = cfg.cold_start if cfg.stage == "cold_start" else cfg.tilt
     fake = FakeScoreTrainer(
         role=roles.fake_score,
-        updater=_updater(cfg, roles, "fake_score"),
+        updater=_updater(cfg, roles, "fake_score", share.ranks),
         randomness=randomness,
+        share=share,
         eta=eta,
-        micro=micro,
         consistency=chosen.consistency,
         form=cfg.cold_start.consistency_form,
         max_delta=cfg.cold_start.consistency_max_delta,
@@ -199,13 +245,12 @@ def _common(
         "sampler": PromptSampler(len(encoded), randomness),
         "randomness": randomness,
         "fake": fake,
-        "matching": Matching(roles.teacher, roles.fake_score, randomness, guidance, eta, micro),
-        "updater": _updater(cfg, roles, "generator"),
+        "matching": Matching(roles.teacher, roles.fake_score, randomness, share, guidance, eta),
+        "updater": _updater(cfg, roles, "generator", share.ranks),
         "sigmas": sigmas,
         "latent_shape": backbone.latent_shape,
         "eta": eta,
-        "batch": cfg.train.batch_size,
-        "micro": micro,
+        "share": share,
         "ema": cfg.train.ema,
     }
 

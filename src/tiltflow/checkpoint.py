@@ -9,6 +9,7 @@ after that. Nothing is pickled.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,6 +55,7 @@ def save_checkpoint(
     Raises:
         ValueError: on a negative step, keep < 1, a group name that is no file name, or state
             that JSON cannot hold.
+        OSError: if the disk is full or fails; the earlier checkpoints are then as they were.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"cannot save step {step} keeping {keep}: need step >= 0 and keep >= 1")
@@ -67,15 +70,11 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     temporary = folder / f".tmp-{os.getpid()}-step-{step:06d}"
-    temporary.mkdir()
-    for group, values in tensors.items():
-        save_file(_storable(values), temporary / f"{group}.safetensors")
-    (temporary / "state.json").write_text(encoded, encoding="utf-8")
-    files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    manifest = {"format": FORMAT, "step": step, "files": files}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _fsync(path)
+    try:
+        manifest = _write(temporary, step, tensors, encoded)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a full disk needs most
+        raise _not_written(temporary, step, error) from error
     target = folder / f"step-{step:06d}"
     _put(temporary, target, manifest)
     _fsync(folder)
@@ -84,14 +83,44 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(run_dir: str | Path, which: str = "latest") -> Checkpoint:
+def _write(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: str
+) -> dict[str, Any]:
+    """Every file of a checkpoint into the new directory `folder`, on disk; its manifest."""
+    folder.mkdir()
+    for group, values in tensors.items():
+        save_file(_storable(values), folder / f"{group}.safetensors")
+    (folder / "state.json").write_text(state, encoding="utf-8")
+    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        _fsync(path)
+    return manifest
+
+
+def _not_written(temporary: Path, step: int, error: Exception) -> OSError:
+    """What to raise where a checkpoint could not be written: the reason, and what there is."""
+    # safetensors has an error of its own, with the system's number in its text.
+    found = re.search(r"os error (\d+)", str(error))
+    number = (error.errno if isinstance(error, OSError) else int(found[1]) if found else None) or 0
+    reason = os.strerror(number) if number else str(error)
+    whole = _alternative(temporary.parent, temporary)
+    return OSError(
+        number or errno.EIO, f"checkpoint of step {step} was not written ({reason}); {whole}"
+    )
+
+
+def load_checkpoint(run_dir: str | Path, which: str = "latest", tidy: bool = True) -> Checkpoint:
     """Reads `latest` or `step-XXXXXX` after verifying every checksum; tensors on the CPU.
+
+    `tidy` removes what a killed save left behind; of several readers one may do so, first.
 
     Raises:
         ValueError: if it is missing, torn or not ours, naming a whole one that exists.
     """
     folder = Path(run_dir) / "checkpoints"
-    if os.access(folder, os.W_OK):
+    if tidy and os.access(folder, os.W_OK):
         _sweep(folder)
     path = folder / which
     try:

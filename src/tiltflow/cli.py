@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several ranks, one speaks
 
 Overrides = Annotated[
     list[str] | None,
@@ -156,6 +156,7 @@ def evaluate(
 ) -> None:
     """Score teacher and students on the same prompts and noise, with intervals and tests."""
     from tiltflow.commands import evaluate as command
+    from tiltflow.distributed import is_main
     from tiltflow.evaluation.suites import suite_of
 
     names = list(reward or [])
@@ -187,7 +188,8 @@ def evaluate(
         diversity=diversity,
     )
     result = command.evaluate(request, console)
-    command.save(result, json_file)
+    if is_main():
+        command.save(result, json_file)
     command.show(result.summary, console)
     console.print(f"figures: {json_file}")
 
@@ -277,8 +279,17 @@ def _request(  # type: ignore[no-untyped-def]
 
 def main() -> None:
     """The entry point: turns expected errors into one sentence and an exit status."""
+    from tiltflow.distributed import PeerLost
     from tiltflow.train.optim import NonFiniteError
 
+    expected = (
+        ValueError,
+        OSError,
+        MemoryError,
+        NonFiniteError,
+        FloatingPointError,
+        ImportError,
+    )
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -288,7 +299,11 @@ def main() -> None:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     try:
         app(args=arguments, prog_name="tiltflow")
-    except (ValueError, OSError, NonFiniteError, FloatingPointError, ImportError) as error:
+    except PeerLost:  # has said so already
+        if debug:
+            raise
+        sys.exit(1)
+    except expected as error:
         if debug:
             raise
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(

@@ -55,7 +55,10 @@ class SamplerConfig(Section):
 
 
 class TrainConfig(Section):
-    """`batch_size` is global (stage 2: samples a rollout)."""
+    """`batch_size` is global (stage 2: samples a rollout), `micro_batch_size` a rank's.
+
+    `skip_nonfinite` is how many steps a run may skip for a non-finite number before it stops.
+    """
 
     steps: Positive
     batch_size: Positive
@@ -68,6 +71,7 @@ class TrainConfig(Section):
     ema: Beta = 0.99
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Count = 0
+    skip_nonfinite: Count = 0
 
     @property
     def micro(self) -> int:
@@ -130,10 +134,14 @@ class WatchConfig(Section):
 
 
 class RunSection(Section):
+    """`resume_from` is `latest` or one checkpoint's name; `sharding` is of the frozen base."""
+
     out: Text
     seed: Count = 0
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "auto"
     resume: bool = False
+    resume_from: Annotated[str, Field(pattern=r"^(latest|step-\d{6,})$")] = "latest"
+    sharding: Literal["replicated", "fsdp2"] = "replicated"
 
 
 class CheckpointConfig(Section):
@@ -175,6 +183,7 @@ class RunConfig(Section):
             raise ValueError(f"the section {other} is given, but stage is {self.stage}")
         _check_model(self.model)
         _check_batch(self.train)
+        _check_run(self.run, self.adapters)
         if self.stage == "cold_start":
             if self.rewards:
                 raise ValueError(
@@ -203,6 +212,13 @@ def _check_batch(train: TrainConfig) -> None:
             f"train.micro_batch_size {train.micro} does not divide "
             f"train.batch_size {train.batch_size}"
         )
+
+
+def _check_run(run: RunSection, adapters: AdaptersConfig) -> None:
+    if run.resume_from != "latest" and not run.resume:
+        raise ValueError(f"run.resume_from {run.resume_from} is given, but run.resume is false")
+    if run.sharding == "fsdp2" and adapters.kind != "lora":
+        raise ValueError("run.sharding fsdp2 shards the base of LoRAs, so adapters.kind is lora")
 
 
 def _check_tilt(config: RunConfig) -> None:

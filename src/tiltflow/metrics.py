@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,8 +42,12 @@ class Accumulator:
             self._sums[name] = tensor.clone() if before is None else before + tensor
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def means(self) -> dict[str, float]:
+    def means(
+        self, total: Callable[[Sequence[float]], Sequence[float]] = lambda values: values
+    ) -> dict[str, float]:
         """The mean of every metric since the last reset; one transfer a device.
+
+        `total` adds up the means over ranks, of which each accumulates its share of a metric.
 
         Raises:
             FloatingPointError: naming the first metric that is NaN or infinite.
@@ -53,7 +57,8 @@ class Accumulator:
             names = [name for name, tensor in self._sums.items() if tensor.device == device]
             sums = torch.stack([self._sums[name] for name in names]).tolist()
             means |= {n: s / self._counts[n] for n, s in zip(names, sums, strict=True)}
-        return {name: _finite(name, means[name]) for name in self._sums}
+        totals = total([means[name] for name in self._sums])
+        return {n: _finite(n, value) for n, value in zip(self._sums, totals, strict=True)}
 
     def reset(self) -> None:
         """Forgets everything added so far."""
@@ -170,6 +175,19 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class NoLog:
+    """The log of the ranks that keep none."""
+
+    def write(self, step: int, values: Values) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing."""
 
 
 def _package(module: str, extra: str) -> Any:

@@ -65,3 +65,6 @@ def _train(stage: str, out: Path, changes: Sequence[str], console: Console) -> N
         console.print(f"{out / stage} is done")
         return
     run_training(cfg, console)
+    if latest_step(out / stage) != cfg.train.steps:
+        console.print(f"the demo goes on where it stopped: tiltflow demo --out {out}")
+        raise SystemExit(0)

@@ -17,6 +17,7 @@ from rich.table import Table
 from tiltflow.backbones import load_backbone
 from tiltflow.build import DTYPES, device_of
 from tiltflow.commands.systems import Loaded, Sampler, load_students
+from tiltflow.distributed import Ranks, ranks_of_job
 from tiltflow.embeddings import encode_prompts
 from tiltflow.evaluation.scores import Diversity, Evaluation, evaluate_systems, write_evaluation
 from tiltflow.paths import resolve_path
@@ -83,21 +84,29 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
 
 
 def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
-    """One PNG a prompt in `out`, from the furthest-trained system that was given."""
+    """One PNG a prompt in `out`, from the furthest-trained system that was given.
+
+    Under torchrun the prompts are split over the ranks.
+    """
+    with ranks_of_job(device_of(request.device)) as ranks:
+        _sample_images(request, out, console, ranks)
+    return [out / f"{row:05d}.png" for row in range(len(request.prompts))]
+
+
+def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) -> None:
     loaded, sampler = prepare(request)
     system = sampler.systems(loaded, teacher=not loaded.students)[-1 if loaded.students else 0]
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
+    mine = range(len(request.prompts))[ranks.share(len(request.prompts))]
     with Progress(console=console) as bar:
-        task = bar.add_task(system.name, total=len(request.prompts))
-        for start in range(0, len(request.prompts), request.batch):
-            rows = range(start, min(start + request.batch, len(request.prompts)))
+        task = bar.add_task(system.name, total=len(mine))
+        for start in range(0, len(mine), request.batch):
+            rows = mine[start : start + request.batch]
             images = (system.sample(list(rows)) * 255).round().byte().permute(0, 2, 3, 1)
             for row, pixels in zip(rows, images.cpu().numpy(), strict=True):
-                paths.append(out / f"{row:05d}.png")
-                Image.fromarray(pixels).save(paths[-1])
+                Image.fromarray(pixels).save(out / f"{row:05d}.png")
             bar.update(task, advance=len(rows))
-    return paths
+    ranks.total([0.0])  # all images are there when rank 0 says so
 
 
 def load_rewards(rewards: Mapping[str, str | None], device: str) -> list[Reward]:
@@ -108,7 +117,15 @@ def load_rewards(rewards: Mapping[str, str | None], device: str) -> list[Reward]
 
 
 def evaluate(request: Request, console: Console) -> Evaluation:
-    """Scores the teacher and the students; every student is compared with the systems before it."""
+    """Scores the teacher and the students; every student is compared with the systems before it.
+
+    Under torchrun the prompts are split over the ranks.
+    """
+    with ranks_of_job(device_of(request.device)) as ranks:
+        return _evaluate(request, console, ranks)
+
+
+def _evaluate(request: Request, console: Console, ranks: Ranks) -> Evaluation:
     loaded, sampler = prepare(request)
     systems = sampler.systems(loaded)
     rewards = load_rewards(request.rewards, request.device)
@@ -128,6 +145,7 @@ def evaluate(request: Request, console: Console) -> Evaluation:
             progress,
             comparisons=pairs,
             diversity=_diversity(rewards) if request.diversity else None,
+            ranks=ranks,
         )
 
 

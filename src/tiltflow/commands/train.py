@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltflow.build import Build, build_rewards, build_stage, device_of, eval_prompts
 from tiltflow.checkpoint import latest_step, load_checkpoint
+from tiltflow.commands.failures import explained, resume_command
 from tiltflow.config import RunConfig, dump_config, validate_files
+from tiltflow.distributed import Ranks, ranks_of_job
 from tiltflow.embeddings import EncodedPrompts, encode_prompts
 from tiltflow.export import export_adapters
 from tiltflow.randomness import Randomness
@@ -42,11 +45,11 @@ class FixedPrompts:
     eta: float
     batch: int
 
-    def images(self, role: Role, count: int) -> torch.Tensor:
-        """Images (count, 3, H, W) in [0, 1] of the first prompts, on the CPU."""
+    def images(self, role: Role, rows: Sequence[int]) -> torch.Tensor:
+        """Images (n, 3, H, W) in [0, 1] of the prompts with these numbers, on the CPU."""
         parts = []
-        for start in range(0, count, self.batch):
-            numbers = list(range(start, min(start + self.batch, count)))
+        for start in range(0, len(rows), self.batch):
+            numbers = rows[start : start + self.batch]
             cond, _ = self.encoded.select(numbers, role.backbone.device)
             x = sample_few_step(role, cond, numbers, Randomness(0), self.sigmas, self.eta)
             with torch.no_grad():
@@ -70,15 +73,19 @@ def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
 def run_training(cfg: RunConfig, console: Console) -> Path:
     """Trains what the config says and returns the run directory.
 
+    Under torchrun every rank calls this; rank 0 speaks and writes.
+
     Raises:
         ValueError: if the directory already holds a run and `run.resume` is false, or there is
             nothing to resume; and whatever the config's files have wrong.
+        MemoryError, OSError: out of memory or disk, with what helps.
+        PeerLost: if another rank is gone.
     """
-    out = Path(cfg.run.out)
-    resume = _resume(cfg, out)
+    out, device = Path(cfg.run.out), device_of(cfg.run.device)
+    start = _resume(cfg, out)
     validate_files(cfg)
-    with attention_of(device_of(cfg.run.device)):
-        return _run(cfg, out, resume, console)
+    with ranks_of_job(device) as ranks, attention_of(device), explained(cfg, ranks.size):
+        return _run(cfg, out, start, console if ranks.main else Console(quiet=True), ranks)
 
 
 @contextmanager
@@ -94,10 +101,12 @@ def attention_of(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _run(cfg: RunConfig, out: Path, resume: bool, console: Console) -> Path:
-    build = build_stage(cfg, lambda message: console.print(f"[dim]{message}[/dim]"))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(cfg))
+def _run(cfg: RunConfig, out: Path, start: int | None, console: Console, ranks: Ranks) -> Path:
+    if ranks.from_main(start or 0) != (start or 0):
+        raise ValueError(f"the ranks see different files in {out}: it must be on a shared disk")
+    build = build_stage(cfg, lambda message: console.print(f"[dim]{message}[/dim]"), ranks)
+    if ranks.main:
+        _write_config(cfg, out)
     settings = LoopSettings(
         steps=cfg.train.steps,
         log_every=cfg.log.every,
@@ -106,28 +115,41 @@ def _run(cfg: RunConfig, out: Path, resume: bool, console: Console) -> Path:
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
         facts=build.facts,
+        skip=cfg.train.skip_nonfinite,
+        resume_from=cfg.run.resume_from,
     )
     with _bar(console) as bar:
-        start = (latest_step(out) or 0) if resume else 0
-        task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start, note="")
-        hooks = _hooks(cfg, build, out, lambda done, m: _show(bar, task, done, m, console))
+        task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start or 0, note="")
+        hooks = _hooks(cfg, build, out, lambda done, m: _show(bar, task, done, m, console), ranks)
         build.backbone.free_text_encoders()
-        done = train(build.stage, out, settings, hooks, resume)
+        done = train(build.stage, out, settings, hooks, start is not None, ranks)
     if done < cfg.train.steps:
-        console.print(f"stopped at step {done} and saved; go on with run.resume=true run.out={out}")
-    elif hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
+        command = resume_command(out, ranks.size)
+        console.print(f"stopped at step {done} and saved; go on with: {command}", soft_wrap=True)
+    elif ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
         export_adapters(load_checkpoint(out), type(build.backbone.pipe), out / "export")
     return out
 
 
-def _resume(cfg: RunConfig, out: Path) -> bool:
+def _write_config(cfg: RunConfig, out: Path) -> None:
+    """`config.yaml` in one step: a full disk or a kill leaves the old one whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / ".config.yaml.part"
+    part.write_text(dump_config(cfg))
+    os.replace(part, out / "config.yaml")
+
+
+def _resume(cfg: RunConfig, out: Path) -> int | None:
+    """The step that the run goes on from, None for a new run."""
     found = latest_step(out)
     if found is not None and not cfg.run.resume:
         raise ValueError(
             f"{out} already holds a run at step {found}: give run.resume=true to go on with it, "
             "or another run.out"
         )
-    return found is not None
+    if found is not None and cfg.run.resume_from != "latest":
+        return int(cfg.run.resume_from.removeprefix("step-"))
+    return found
 
 
 def _hooks(
@@ -135,8 +157,9 @@ def _hooks(
     build: Build,
     out: Path,
     progress: Callable[[int, dict[str, float]], None],
+    ranks: Ranks,
 ) -> Hooks:
-    """Sample grids and held-out rewards, both on fixed prompts and noise."""
+    """Sample grids and held-out rewards on fixed prompts and noise; every rank makes its share."""
     watched = cfg.watch.rewards
     pictures = cfg.log.samples_every > 0 and len(build.backbone.latent_shape) == 3
     if not pictures and not watched:
@@ -154,12 +177,14 @@ def _hooks(
 
     def sample(done: int) -> None:
         if pictures:
-            images = fixed.images(ema, min(cfg.log.samples, len(prompts)))
-            save_grid(images, out / "samples" / f"step-{done:06d}.png")
+            shown = min(cfg.log.samples, len(prompts))
+            images = ranks.collect(fixed.images(ema, ranks.spread(shown)), shown)
+            if ranks.main:
+                save_grid(images, out / "samples" / f"step-{done:06d}.png")
 
     def watch(done: int) -> dict[str, float]:
         assert rewards is not None
-        return held_out(fixed, ema, rewards, min(cfg.watch.prompts, len(prompts)))
+        return held_out(fixed, ema, rewards, min(cfg.watch.prompts, len(prompts)), ranks)
 
     return Hooks(
         progress=progress,
@@ -171,13 +196,15 @@ def _hooks(
 
 
 def held_out(
-    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int
+    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int, ranks: Ranks
 ) -> dict[str, float]:
     """The mean of each held-out reward on the fixed prompts and noise."""
-    images = fixed.images(role, count).to(role.backbone.device)
-    chosen = fixed.encoded.prompts[:count]
+    mine = ranks.spread(count)
+    images = fixed.images(role, mine).to(role.backbone.device)
+    chosen = [fixed.encoded.prompts[i] for i in mine]
     scores = rewards.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
-    return {f"held_out/{name}": float(values.mean()) for name, values in scores.items()}
+    whole = {name: ranks.collect(values.cpu(), count) for name, values in scores.items()}
+    return {f"held_out/{name}": float(values.mean()) for name, values in whole.items()}
 
 
 def _bar(console: Console) -> Progress:

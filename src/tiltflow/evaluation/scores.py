@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tiltflow.distributed import Ranks
 from tiltflow.evaluation.diversity import pairwise_distance
 from tiltflow.evaluation.statistics import holm, mean_ci, paired_comparison
 from tiltflow.rewards.base import RANGE_TOLERANCE, Reward, checked
 
 DIVERSITY = "diversity"
 KEPT_IMAGES = 24
+ALONE = Ranks()
 
 Progress = Callable[[str, int, int], None]
 
@@ -84,12 +86,16 @@ def evaluate_systems(
     comparisons: Sequence[tuple[str, str]] = (),
     diversity: Diversity | None = None,
     keep: int = KEPT_IMAGES,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Sample every system on every prompt, score with every reward, compare the named pairs.
 
     Images are rounded to eight bits before they are scored, so the figures are those of the
     saved files, and no more than `keep` of a system are held. `progress(system, done, total)` is
     called after each batch, in images.
+
+    Prompts are split over `ranks`; every rank returns all scores, and the images of its own part
+    (rank 0 has the first ones).
 
     Raises:
         ValueError: if names repeat or a comparison names no system, there are fewer than two
@@ -101,13 +107,17 @@ def evaluate_systems(
     for system in systems:
         extra = diversity if system.redraw is not None else None
         groups = _spread(len(prompts), extra.prompts) if extra else []
-        total = len(prompts) + (len(groups) * extra.images if extra else 0)
-        report = _counted(progress, system.name, total)
-        scores[system.name], kept = _score(system, prompts, rewards, batch_size, report, keep)
+        drawn = len(ranks.spread(len(groups))) * extra.images if extra else 0
+        report = _counted(progress, system.name, len(ranks.spread(len(prompts))) + drawn)
+        scores[system.name], kept = _score(
+            system, prompts, rewards, batch_size, report, keep, ranks
+        )
         if kept is not None:
             images[system.name] = kept
         if extra:
-            scores[system.name][DIVERSITY] = _diversity(system, extra, groups, batch_size, report)
+            mine = [groups[i] for i in ranks.spread(len(groups))]
+            found = _diversity(system, extra, mine, batch_size, report)
+            scores[system.name][DIVERSITY] = _collected(found, len(groups), ranks)
     summary = {
         "prompts": len(prompts),
         "systems": {
@@ -193,14 +203,16 @@ def _score(
     batch_size: int,
     report: Callable[[int], None],
     keep: int,
+    ranks: Ranks,
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8] | None]:
-    """The scores (N,) by reward, and the first `keep` images."""
+    """The scores (N,) by reward, and the first `keep` images of this rank's part."""
     columns: dict[str, list[Tensor]] = {r.name: [] for r in rewards}
     kept: list[NDArray[np.uint8]] = []
-    for start in range(0, len(prompts), batch_size):
-        indices = range(start, min(start + batch_size, len(prompts)))
+    mine = ranks.spread(len(prompts))
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
         with torch.no_grad():
-            images, pixels = _rounded(system.name, system.sample(list(indices)), len(indices))
+            images, pixels = _rounded(system.name, system.sample(indices), len(indices))
         texts = [prompts[i].text for i in indices]
         metadata = [prompts[i].metadata for i in indices]
         for reward in rewards:
@@ -209,8 +221,17 @@ def _score(
         if pixels is not None and start < keep:
             kept.append(pixels[: keep - start])
         report(len(indices))
-    scores = {name: torch.cat(parts).double().numpy() for name, parts in columns.items()}
+    scores = {
+        name: _collected(torch.cat(parts).double().numpy(), len(prompts), ranks)
+        for name, parts in columns.items()
+    }
     return scores, np.concatenate(kept) if kept else None
+
+
+def _collected(values: NDArray[np.float64], n: int, ranks: Ranks) -> NDArray[np.float64]:
+    """All n values from every rank's part of them."""
+    found: NDArray[np.float64] = ranks.collect(torch.from_numpy(values), n).numpy()
+    return found
 
 
 def _diversity(

@@ -21,6 +21,10 @@ Metadata = Mapping[str, object]
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
 
 
+class NonFiniteScore(ValueError):
+    """A reward gave, or was given, a number that is NaN or infinite."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Scores images: (B, 3, H, W) floats in [0, 1], prompts and metadata to (B,) fp32, more is
@@ -107,7 +111,8 @@ def _check_inputs(
         )
     rows = images.detach().flatten(1)
     kind = domain.removesuffix("s")
-    _refuse(~torch.isfinite(rows).all(1), prompts, f"reward {name!r} got a non-finite {kind}")
+    bad = ~torch.isfinite(rows).all(1)
+    _refuse(bad, prompts, f"reward {name!r} got a non-finite {kind}", NonFiniteScore)
     if domain == "images":
         beyond = (rows < -RANGE_TOLERANCE) | (rows > 1 + RANGE_TOLERANCE)
         _refuse(beyond.any(1), prompts, f"reward {name!r} got an image outside [0, 1]")
@@ -122,7 +127,7 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
         raise ValueError(f"{start}, got {tuple(scores.shape)} {_dtype(scores)}")
     scores = scores.to(images.device, torch.float32)
     problem = f"reward {reward.name!r} gave a non-finite score"
-    _refuse(~torch.isfinite(scores.detach()), prompts, problem)
+    _refuse(~torch.isfinite(scores.detach()), prompts, problem, NonFiniteScore)
     promised = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
     if promised and not scores.requires_grad:
         raise ValueError(
@@ -132,11 +137,13 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
     return scores
 
 
-def _refuse(bad: Tensor, prompts: Sequence[str], problem: str) -> None:
-    """ValueError that names the first prompt where `bad` (B,) holds."""
+def _refuse(
+    bad: Tensor, prompts: Sequence[str], problem: str, kind: type[ValueError] = ValueError
+) -> None:
+    """An error of `kind` that names the first prompt where `bad` (B,) holds."""
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
-        raise ValueError(f"{problem} for {prompts[first]!r} (row {first} of {len(prompts)})")
+        raise kind(f"{problem} for {prompts[first]!r} (row {first} of {len(prompts)})")
 
 
 def _dtype(tensor: Tensor) -> str:

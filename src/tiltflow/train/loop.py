@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,9 +15,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tiltflow.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from tiltflow.metrics import Accumulator, MetricsLog
+from tiltflow.distributed import Ranks
+from tiltflow.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.roles import Roles
-from tiltflow.train.optim import Updater
+from tiltflow.train.optim import NON_FINITE, Updater
+
+ALONE = Ranks()
+REPEAT = 1.0
+"""Seconds within which a second signal is the first one's echo: a launcher passes it on as well."""
 
 
 class Stage(Protocol):
@@ -43,40 +50,48 @@ class Hooks:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Iterations in all, and how often (in iterations) to log and to save; `keep` checkpoints."""
+    """Iterations in all, and how often (in iterations) to log and to save; `keep` checkpoints.
+
+    `skip` iterations may end in a non-finite number and be passed over before the run stops.
+    """
 
     steps: int
     log_every: int = 10
     save_every: int = 100
     keep: int = 2
+    skip: int = 0
+    resume_from: str = "latest"
     tensorboard: bool = False
     wandb: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON-able facts that go into each checkpoint's state (stage, adapters)."""
 
 
-def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume: bool) -> int:
+def train(
+    stage: Stage,
+    run: Path,
+    settings: LoopSettings,
+    hooks: Hooks,
+    resume: bool,
+    ranks: Ranks = ALONE,
+) -> int:
     """Runs (or goes on with) a stage in the directory `run`; returns the number of done steps.
 
-    Stopped by SIGINT or SIGTERM, it saves and returns early. Counted randomness makes a resumed
-    run equal to an uninterrupted one.
+    Stopped by SIGINT or SIGTERM on any rank, all of them finish the iteration, rank 0 saves, and
+    the loop returns early. Counted randomness makes a resumed run equal to an uninterrupted one.
     """
-    done = restore(stage, load_checkpoint(run)) if resume else 0
-    log = MetricsLog(
-        run / "metrics.jsonl",
-        tensorboard=settings.tensorboard,
-        wandb=settings.wandb,
-        resume_step=done if done else -1,  # a run that died before its first save starts over
-    )
-    accumulator = Accumulator()
+    skips = Skips(settings.skip)
+    done = restore(stage, _found(run, settings, ranks), settings, skips) if resume else 0
+    accumulator, stop = Accumulator(), False
     if done == 0:
         hooks.sample(0)
-    with log, interruptible() as stopped:
-        while done < settings.steps and not stopped.is_set():
-            accumulator.add(stage.iteration(done))
+    with _log(run, settings, done, ranks) as log, interruptible() as stopped:
+        while done < settings.steps and not stop:
+            accumulator.add(skips.iteration(stage, done))
             done += 1
+            stop = ranks.any(stopped.is_set())
             if done % settings.log_every == 0 or done == settings.steps:
-                means = accumulator.means()
+                means = accumulator.means(ranks.total) | skips.metrics()
                 accumulator.reset()
                 log.write(done, means)
                 hooks.progress(done, means)
@@ -84,39 +99,112 @@ def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume:
                 log.write(done, hooks.watch(done))
             if hooks.sample_every and done % hooks.sample_every == 0:
                 hooks.sample(done)
-            if done % settings.save_every == 0 or done == settings.steps or stopped.is_set():
-                save(stage, run, done, settings)
+            if ranks.main and (done % settings.save_every == 0 or done == settings.steps or stop):
+                save(stage, run, done, settings, skips)
     return done
 
 
-def save(stage: Stage, run: Path, done: int, settings: LoopSettings) -> None:
-    """Weights, EMA and optimizer states as one atomic checkpoint."""
+def _log(run: Path, settings: LoopSettings, done: int, ranks: Ranks) -> MetricsLog | NoLog:
+    if not ranks.main:
+        return NoLog()
+    return MetricsLog(
+        run / "metrics.jsonl",
+        tensorboard=settings.tensorboard,
+        wandb=settings.wandb,
+        resume_step=done if done else -1,  # a run that died before its first save starts over
+    )
+
+
+@dataclass
+class Skips:
+    """Iterations passed over because a number was not finite: at most `limit` in a run."""
+
+    limit: int
+    count: int = 0
+
+    def iteration(self, stage: Stage, step: int) -> dict[str, Tensor]:
+        """One iteration, or no metrics where it was passed over.
+
+        Its optimizer step did not happen; a stage's earlier ones of the same iteration did.
+
+        Raises:
+            NonFiniteError, NonFiniteScore: when the limit is used up.
+        """
+        try:
+            return stage.iteration(step)
+        except NON_FINITE:
+            self.count += 1
+            if self.count > self.limit:
+                raise
+            return {}
+
+    def metrics(self) -> dict[str, float]:
+        """The count so far, where skipping is allowed at all."""
+        return {"skipped": float(self.count)} if self.limit else {}
+
+
+def save(stage: Stage, run: Path, done: int, settings: LoopSettings, skips: Skips) -> None:
+    """Weights, EMA and optimizer states as one atomic checkpoint; the same on every rank."""
     tensors = dict(stage.roles.state())
     for name, updater in stage.updaters.items():
         tensors[f"optimizer_{name}"] = updater.state()
-    save_checkpoint(run, done, tensors, {"step": done, **settings.facts}, settings.keep)
+    state = {"step": done, "skipped": skips.count, **settings.facts}
+    save_checkpoint(run, done, tensors, state, settings.keep)
 
 
-def restore(stage: Stage, checkpoint: Checkpoint) -> int:
-    """Puts a checkpoint's state back; returns its step."""
-    stage.roles.load(checkpoint.tensors)
-    for name, updater in stage.updaters.items():
-        updater.load(dict(checkpoint.tensors[f"optimizer_{name}"]))
+def _found(run: Path, settings: LoopSettings, ranks: Ranks) -> Checkpoint:
+    """The checkpoint to resume from, read by every rank.
+
+    Raises:
+        ValueError: if it is missing or torn, naming a whole one.
+    """
+    try:
+        with ranks.main_first():
+            return load_checkpoint(run, settings.resume_from, tidy=ranks.main)
+    except ValueError as error:
+        raise ValueError(f"{error} (run.resume_from=step-XXXXXX goes on from that one)") from error
+
+
+def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips: Skips) -> int:
+    """Puts a checkpoint's state back; returns its step.
+
+    Raises:
+        ValueError: if the checkpoint is another run's: of another stage, model or adapter.
+    """
+    try:
+        for key in ("stage", "adapters", "few_step_adapters"):
+            here, there = settings.facts.get(key), checkpoint.state.get(key)
+            if json.dumps(here) != json.dumps(there):
+                raise ValueError(f"its {key} is {there}, but here it is {here}")
+        stage.roles.load(checkpoint.tensors)
+        for name, updater in stage.updaters.items():
+            updater.load(dict(checkpoint.tensors[f"optimizer_{name}"]))
+    except (KeyError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"checkpoint step-{checkpoint.step:06d} is not of this run: {reason}"
+        ) from error
+    skips.count = int(checkpoint.state.get("skipped", 0))
     return checkpoint.step
 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second SIGINT interrupts at once."""
+    """An event that SIGINT or SIGTERM sets; a later second one interrupts at once."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
+    first = 0.0
+
     def handle(number: int, frame: object) -> None:
-        if stopped.is_set():
+        nonlocal first
+        if stopped.is_set() and time.monotonic() - first > REPEAT:
             raise KeyboardInterrupt
+        if not stopped.is_set():
+            first = time.monotonic()
         stopped.set()
 
     for s in before:
