@@ -153,6 +153,17 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
+    def say(self, step: int, texts: Mapping[str, str]) -> None:
+        """One line of words, for what a number cannot say (an alarm); in the JSONL file alone.
+
+        Raises:
+            ValueError: if a text is called `step`.
+        """
+        if "step" in texts:
+            raise ValueError("a text must not be called 'step'")
+        self._file.write(json.dumps({"step": step, **texts}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:

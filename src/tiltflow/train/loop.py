@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tiltflow.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tiltflow.checkpoint import Checkpoint, load_checkpoint, point_latest, save_checkpoint
 from tiltflow.metrics import Accumulator, MetricsLog
 from tiltflow.roles import Roles
 from tiltflow.train.optim import Updater
@@ -31,12 +31,24 @@ class Stage(Protocol):
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a watch saw: figures for the log, and its alarms as sentences by rule."""
+
+    metrics: Mapping[str, float]
+    alarms: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Hooks:
-    """What happens around the iterations. `sample` and `watch` get the number of done steps."""
+    """What happens around the iterations. `sample` and `watch` get the number of done steps.
+
+    `good` is the last step at which the watch saw nothing wrong, None before its first look.
+    """
 
     progress: Callable[[int, dict[str, float]], None] = lambda done, metrics: None
     sample: Callable[[int], None] = lambda done: None
-    watch: Callable[[int], dict[str, float]] = lambda done: {}
+    watch: Callable[[int], Watched] = lambda done: Watched({})
+    good: Callable[[], int | None] = lambda: None
     sample_every: int = 0
     watch_every: int = 0
 
@@ -51,15 +63,18 @@ class LoopSettings:
     keep: int = 2
     tensorboard: bool = False
     wandb: bool = False
+    stop_on_alarm: bool = False
+    """End at the last good checkpoint when the watch raises an alarm; each clean look is saved."""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON-able facts that go into each checkpoint's state (stage, adapters)."""
 
 
 def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume: bool) -> int:
-    """Runs (or goes on with) a stage in the directory `run`; returns the number of done steps.
+    """Runs (or goes on with) a stage in the directory `run`; returns the step of its result.
 
-    Stopped by SIGINT or SIGTERM, it saves and returns early. Counted randomness makes a resumed
-    run equal to an uninterrupted one.
+    Stopped by SIGINT or SIGTERM, it saves and returns early. Ended by an alarm of the watch, it
+    points `latest` at the last good checkpoint and returns that one's step. Counted randomness
+    makes a resumed run equal to an uninterrupted one.
     """
     done = restore(stage, load_checkpoint(run)) if resume else 0
     log = MetricsLog(
@@ -72,6 +87,10 @@ def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume:
     if done == 0:
         hooks.sample(0)
     with log, interruptible() as stopped:
+        if hooks.watch_every and hooks.good() is None:  # the reference of all later looks
+            look(log, hooks, done)
+            if settings.stop_on_alarm:
+                save(stage, run, done, settings, hooks.good())
         while done < settings.steps and not stopped.is_set():
             accumulator.add(stage.iteration(done))
             done += 1
@@ -80,21 +99,45 @@ def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume:
                 accumulator.reset()
                 log.write(done, means)
                 hooks.progress(done, means)
-            if hooks.watch_every and done % hooks.watch_every == 0:
-                log.write(done, hooks.watch(done))
             if hooks.sample_every and done % hooks.sample_every == 0:
                 hooks.sample(done)
-            if done % settings.save_every == 0 or done == settings.steps or stopped.is_set():
-                save(stage, run, done, settings)
+            looked = bool(hooks.watch_every) and done % hooks.watch_every == 0
+            alarms = look(log, hooks, done) if looked else {}
+            if alarms and settings.stop_on_alarm:
+                return end(log, run, done, hooks)
+            due = done % settings.save_every == 0 or done == settings.steps or stopped.is_set()
+            if due or (looked and settings.stop_on_alarm):
+                save(stage, run, done, settings, hooks.good())
     return done
 
 
-def save(stage: Stage, run: Path, done: int, settings: LoopSettings) -> None:
-    """Weights, EMA and optimizer states as one atomic checkpoint."""
+def look(log: MetricsLog, hooks: Hooks, done: int) -> Mapping[str, str]:
+    """One look of the watch, written to the log; its alarms."""
+    watched = hooks.watch(done)
+    log.write(done, watched.metrics)
+    if watched.alarms:
+        log.say(done, {f"alarm/{rule}": text for rule, text in watched.alarms.items()})
+    return watched.alarms
+
+
+def end(log: MetricsLog, run: Path, done: int, hooks: Hooks) -> int:
+    """Points `latest` at the last good checkpoint, says so in the log, and gives its step."""
+    good = hooks.good()
+    assert good is not None  # the first look has nothing to be compared with
+    kept = point_latest(run, good)
+    log.say(done, {"watch/ended": f"an alarm at step {done} ended the run; step {kept} is kept"})
+    return kept
+
+
+def save(
+    stage: Stage, run: Path, done: int, settings: LoopSettings, good: int | None = None
+) -> None:
+    """Weights, EMA and optimizer states as one atomic checkpoint; that of step `good` is kept."""
     tensors = dict(stage.roles.state())
     for name, updater in stage.updaters.items():
         tensors[f"optimizer_{name}"] = updater.state()
-    save_checkpoint(run, done, tensors, {"step": done, **settings.facts}, settings.keep)
+    facts = {"step": done, **settings.facts}
+    save_checkpoint(run, done, tensors, facts, settings.keep, good)
 
 
 def restore(stage: Stage, checkpoint: Checkpoint) -> int:
