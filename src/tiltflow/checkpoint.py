@@ -46,8 +46,11 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    good: int | None = None,
 ) -> Path:
     """Writes a checkpoint, points `latest` at it, and keeps the `keep` newest; its directory.
+
+    The newest checkpoint of at most step `good` is kept as well.
 
     One process may save into a run directory at a time. A step that exists already is replaced
     (left alone where the content is the same).
@@ -79,7 +82,7 @@ def save_checkpoint(
     _put(temporary, target, manifest)
     _fsync(folder)
     _point_latest(folder, target.name)
-    _retain(folder, keep)
+    _retain(folder, keep, good)
     return target
 
 
@@ -109,6 +112,25 @@ def _not_written(temporary: Path, step: int, error: Exception) -> OSError:
     return OSError(
         number or errno.EIO, f"checkpoint of step {step} was not written ({reason}); {whole}"
     )
+
+
+def point_latest(run_dir: str | Path, good: int) -> int:
+    """Points `latest` at the newest checkpoint of at most step `good`; its step.
+
+    Raises:
+        ValueError: if there is none, or it is torn.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    steps = [step for step in _steps(folder) if step <= good] if folder.is_dir() else []
+    if not steps:
+        raise ValueError(f"{folder} has no checkpoint of step {good} or before")
+    name = f"step-{max(steps):06d}"
+    try:
+        _verified(folder / name)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {folder / name} {error}") from error
+    _point_latest(folder, name)
+    return max(steps)
 
 
 def load_checkpoint(run_dir: str | Path, which: str = "latest", tidy: bool = True) -> Checkpoint:
@@ -196,12 +218,15 @@ def _point_latest(folder: Path, name: str) -> None:
     _fsync(folder)
 
 
-def _retain(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, never the one `latest` points at."""
+def _retain(folder: Path, keep: int, good: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints, the one `latest` points at and the newest
+    of at most step `good`."""
     latest = os.readlink(folder / "latest")
-    for step in sorted(_steps(folder), reverse=True)[keep:]:
+    steps = sorted(_steps(folder), reverse=True)
+    kept = next((step for step in steps if good is not None and step <= good), None)
+    for step in steps[keep:]:
         path = folder / f"step-{step:06d}"
-        if path.name != latest:
+        if path.name != latest and step != kept:
             # Renamed first: a kill half-way through must not leave a torn checkpoint.
             doomed = folder / f".tmp-{os.getpid()}-drop-{path.name}"
             os.replace(path, doomed)

@@ -14,6 +14,7 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Level = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -125,12 +126,34 @@ def plain_weight(value: object) -> object:
 Rewards = dict[Text, Annotated[RewardConfig, BeforeValidator(plain_weight)]]
 
 
+class WatchRules(Section):
+    """When the watch warns (docs/watch.md); null switches a rule off."""
+
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    held_out_fall: Annotated[float, Field(ge=0)] | None = 0.25
+    diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.7
+    high_frequency: Annotated[float, Field(gt=1)] | None = 2.0
+    drift: Annotated[float, Field(gt=1)] | None = 2.0
+
+
 class WatchConfig(Section):
-    """Held-out rewards: logged, never trained on."""
+    """Held-out `rewards`: logged, never trained on. The rest belongs to the watch of stage 2.
+
+    `frequency` is in cycles a pixel: by default, structure finer than a latent cell of 8 pixels.
+    """
 
     rewards: Rewards = Field(default_factory=dict)
     every: Positive = 50
     prompts: Positive = 64
+    stop: bool = False
+    clip: Text | None = None
+    diversity_prompts: Positive = 24
+    diversity_images: Annotated[int, Field(ge=2)] = 4
+    teacher_images: Positive = 32
+    teacher_steps: Positive = 25
+    frequency: Annotated[float, Field(gt=0, lt=0.5)] = 0.125
+    levels: tuple[Level, ...] = Field(default=(0.2, 0.4, 0.6, 0.8), min_length=1)
+    rules: WatchRules = WatchRules()
 
 
 class RunSection(Section):
@@ -192,6 +215,7 @@ class RunConfig(Section):
                 )
         else:
             _check_tilt(self)
+        _check_watch(self)
         return self
 
 
@@ -219,6 +243,17 @@ def _check_run(run: RunSection, adapters: AdaptersConfig) -> None:
         raise ValueError(f"run.resume_from {run.resume_from} is given, but run.resume is false")
     if run.sharding == "fsdp2" and adapters.kind != "lora":
         raise ValueError("run.sharding fsdp2 shards the base of LoRAs, so adapters.kind is lora")
+
+
+def _check_watch(config: RunConfig) -> None:
+    watch = config.watch
+    if watch.stop and (config.stage == "cold_start" or not watch.rewards):
+        raise ValueError("watch.stop needs stage tilt and at least one reward under watch.rewards")
+    if config.stage == "tilt" and watch.rewards and watch.prompts < 8:
+        raise ValueError(
+            f"watch.prompts is {watch.prompts}, but no test can tell a change from chance with "
+            "fewer than 8"
+        )
 
 
 def _check_tilt(config: RunConfig) -> None:

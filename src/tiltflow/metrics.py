@@ -158,6 +158,17 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
+    def say(self, step: int, texts: Mapping[str, str]) -> None:
+        """One line of words, for what a number cannot say (an alarm); in the JSONL file alone.
+
+        Raises:
+            ValueError: if a text is called `step`.
+        """
+        if "step" in texts:
+            raise ValueError("a text must not be called 'step'")
+        self._file.write(json.dumps({"step": step, **texts}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
@@ -181,6 +192,9 @@ class NoLog:
     """The log of the ranks that keep none."""
 
     def write(self, step: int, values: Values) -> None:
+        """Nothing."""
+
+    def say(self, step: int, texts: Mapping[str, str]) -> None:
         """Nothing."""
 
     def __enter__(self) -> NoLog:

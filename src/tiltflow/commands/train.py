@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,36 +25,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tiltflow.build import Build, build_rewards, build_stage, device_of, eval_prompts
 from tiltflow.checkpoint import latest_step, load_checkpoint
 from tiltflow.commands.failures import explained, resume_command
+from tiltflow.commands.watching import build_watch, held_out, look
 from tiltflow.config import RunConfig, dump_config, validate_files
 from tiltflow.distributed import Ranks, ranks_of_job
-from tiltflow.embeddings import EncodedPrompts, encode_prompts
+from tiltflow.embeddings import encode_prompts
 from tiltflow.export import export_adapters
-from tiltflow.randomness import Randomness
-from tiltflow.rewards.combine import RewardMixture
-from tiltflow.roles import Role
-from tiltflow.sampling import sample_few_step
-from tiltflow.train.loop import Hooks, LoopSettings, train
-
-
-@dataclass(frozen=True)
-class FixedPrompts:
-    """Samples of a role on prompts and noise that stay the same through a run."""
-
-    encoded: EncodedPrompts
-    sigmas: torch.Tensor
-    eta: float
-    batch: int
-
-    def images(self, role: Role, rows: Sequence[int]) -> torch.Tensor:
-        """Images (n, 3, H, W) in [0, 1] of the prompts with these numbers, on the CPU."""
-        parts = []
-        for start in range(0, len(rows), self.batch):
-            numbers = rows[start : start + self.batch]
-            cond, _ = self.encoded.select(numbers, role.backbone.device)
-            x = sample_few_step(role, cond, numbers, Randomness(0), self.sigmas, self.eta)
-            with torch.no_grad():
-                parts.append(role.backbone.decode(x).cpu())
-        return torch.cat(parts)
+from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
+from tiltflow.watch.probes import FixedPrompts
+from tiltflow.watch.watch import Watch
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
@@ -114,19 +92,30 @@ def _run(cfg: RunConfig, out: Path, start: int | None, console: Console, ranks: 
         keep=cfg.checkpoint.keep,
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
+        stop_on_alarm=cfg.watch.stop,
         facts=build.facts,
         skip=cfg.train.skip_nonfinite,
         resume_from=cfg.run.resume_from,
     )
     with _bar(console) as bar:
         task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start or 0, note="")
-        hooks = _hooks(cfg, build, out, lambda done, m: _show(bar, task, done, m, console), ranks)
+
+        def progress(step: int, metrics: dict[str, float]) -> None:
+            _show(bar, task, step, metrics, console)
+
+        hooks, watch = _hooks(cfg, build, out, start or 0, progress, console, ranks)
         build.backbone.free_text_encoders()
         done = train(build.stage, out, settings, hooks, start is not None, ranks)
-    if done < cfg.train.steps:
+    if watch is not None and watch.alarmed and cfg.watch.stop:
+        console.print(
+            f"the watch ended the run; checkpoints/latest is step {done}, the last without an "
+            "alarm (docs/watch.md says how to go on)"
+        )
+    elif done < cfg.train.steps:
         command = resume_command(out, ranks.size)
         console.print(f"stopped at step {done} and saved; go on with: {command}", soft_wrap=True)
-    elif ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
+        return out
+    if ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
         export_adapters(load_checkpoint(out), type(build.backbone.pipe), out / "export")
     return out
 
@@ -156,14 +145,16 @@ def _hooks(
     cfg: RunConfig,
     build: Build,
     out: Path,
+    start: int,
     progress: Callable[[int, dict[str, float]], None],
+    console: Console,
     ranks: Ranks,
-) -> Hooks:
-    """Sample grids and held-out rewards on fixed prompts and noise; every rank makes its share."""
+) -> tuple[Hooks, Watch | None]:
+    """Sample grids, held-out rewards and the watch, all on the same fixed prompts and noise."""
     watched = cfg.watch.rewards
     pictures = cfg.log.samples_every > 0 and len(build.backbone.latent_shape) == 3
     if not pictures and not watched:
-        return Hooks(progress=progress)
+        return Hooks(progress=progress), None
     count = max(cfg.log.samples if pictures else 0, cfg.watch.prompts if watched else 0)
     prompts = eval_prompts(cfg)[:count]
     fixed = FixedPrompts(
@@ -172,7 +163,6 @@ def _hooks(
         cfg.sampler.eta,
         min(cfg.train.micro, 64),
     )
-    rewards = build_rewards(watched, build.backbone.device) if watched else None
     ema = build.stage.roles.ema
 
     def sample(done: int) -> None:
@@ -182,29 +172,29 @@ def _hooks(
             if ranks.main:
                 save_grid(images, out / "samples" / f"step-{done:06d}.png")
 
-    def watch(done: int) -> dict[str, float]:
-        assert rewards is not None
-        return held_out(fixed, ema, rewards, min(cfg.watch.prompts, len(prompts)), ranks)
-
-    return Hooks(
+    hooks = Hooks(
         progress=progress,
         sample=sample,
-        watch=watch,
         sample_every=cfg.log.samples_every if pictures else 0,
-        watch_every=cfg.watch.every if rewards else 0,
+        watch_every=cfg.watch.every if watched else 0,
     )
-
-
-def held_out(
-    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int, ranks: Ranks
-) -> dict[str, float]:
-    """The mean of each held-out reward on the fixed prompts and noise."""
-    mine = ranks.spread(count)
-    images = fixed.images(role, mine).to(role.backbone.device)
-    chosen = [fixed.encoded.prompts[i] for i in mine]
-    scores = rewards.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
-    whole = {name: ranks.collect(values.cpu(), count) for name, values in scores.items()}
-    return {f"held_out/{name}": float(values.mean()) for name, values in whole.items()}
+    if not watched:
+        return hooks, None
+    if cfg.stage == "tilt":
+        watch = build_watch(cfg, build, fixed, out, start, console, ranks)
+        seeing = replace(
+            hooks, watch=lambda done: look(watch, done, console), good=lambda: watch.good
+        )
+        return seeing, watch
+    rewards = build_rewards(watched, build.backbone.device)
+    n = min(cfg.watch.prompts, len(prompts))
+    # stage 1 has nothing to hack: figures, no rules, and hence no reference to measure first
+    plain = replace(
+        hooks,
+        watch=lambda done: Watched(held_out(fixed, ema, rewards, n, ranks)),
+        good=lambda: 0,
+    )
+    return plain, None
 
 
 def _bar(console: Console) -> Progress:

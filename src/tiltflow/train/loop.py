@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tiltflow.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tiltflow.checkpoint import Checkpoint, load_checkpoint, point_latest, save_checkpoint
 from tiltflow.distributed import Ranks
 from tiltflow.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.roles import Roles
@@ -38,12 +38,24 @@ class Stage(Protocol):
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a watch saw: figures for the log, and its alarms as sentences by rule."""
+
+    metrics: Mapping[str, float]
+    alarms: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Hooks:
-    """What happens around the iterations. `sample` and `watch` get the number of done steps."""
+    """What happens around the iterations. `sample` and `watch` get the number of done steps.
+
+    `good` is the last step at which the watch saw nothing wrong, None before its first look.
+    """
 
     progress: Callable[[int, dict[str, float]], None] = lambda done, metrics: None
     sample: Callable[[int], None] = lambda done: None
-    watch: Callable[[int], dict[str, float]] = lambda done: {}
+    watch: Callable[[int], Watched] = lambda done: Watched({})
+    good: Callable[[], int | None] = lambda: None
     sample_every: int = 0
     watch_every: int = 0
 
@@ -63,6 +75,8 @@ class LoopSettings:
     resume_from: str = "latest"
     tensorboard: bool = False
     wandb: bool = False
+    stop_on_alarm: bool = False
+    """End at the last good checkpoint when the watch raises an alarm; each clean look is saved."""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON-able facts that go into each checkpoint's state (stage, adapters)."""
 
@@ -75,10 +89,12 @@ def train(
     resume: bool,
     ranks: Ranks = ALONE,
 ) -> int:
-    """Runs (or goes on with) a stage in the directory `run`; returns the number of done steps.
+    """Runs (or goes on with) a stage in the directory `run`; returns the step of its result.
 
     Stopped by SIGINT or SIGTERM on any rank, all of them finish the iteration, rank 0 saves, and
-    the loop returns early. Counted randomness makes a resumed run equal to an uninterrupted one.
+    the loop returns early. Ended by an alarm of the watch, rank 0 points `latest` at the last good
+    checkpoint, and its step is returned. Counted randomness makes a resumed run equal to an
+    uninterrupted one.
     """
     skips = Skips(settings.skip)
     done = restore(stage, _found(run, settings, ranks), settings, skips) if resume else 0
@@ -86,6 +102,10 @@ def train(
     if done == 0:
         hooks.sample(0)
     with _log(run, settings, done, ranks) as log, interruptible() as stopped:
+        if hooks.watch_every and hooks.good() is None:  # the reference of all later looks
+            look(log, hooks, done, ranks)
+            if ranks.main and settings.stop_on_alarm:
+                save(stage, run, done, settings, skips, hooks.good())
         while done < settings.steps and not stop:
             accumulator.add(skips.iteration(stage, done))
             done += 1
@@ -95,12 +115,15 @@ def train(
                 accumulator.reset()
                 log.write(done, means)
                 hooks.progress(done, means)
-            if hooks.watch_every and done % hooks.watch_every == 0:
-                log.write(done, hooks.watch(done))
             if hooks.sample_every and done % hooks.sample_every == 0:
                 hooks.sample(done)
-            if ranks.main and (done % settings.save_every == 0 or done == settings.steps or stop):
-                save(stage, run, done, settings, skips)
+            looked = bool(hooks.watch_every) and done % hooks.watch_every == 0
+            alarmed = looked and look(log, hooks, done, ranks)
+            if alarmed and settings.stop_on_alarm:
+                return end(log, run, done, hooks, ranks)
+            due = done % settings.save_every == 0 or done == settings.steps or stop
+            if ranks.main and (due or (looked and settings.stop_on_alarm)):
+                save(stage, run, done, settings, skips, hooks.good())
     return done
 
 
@@ -143,13 +166,47 @@ class Skips:
         return {"skipped": float(self.count)} if self.limit else {}
 
 
-def save(stage: Stage, run: Path, done: int, settings: LoopSettings, skips: Skips) -> None:
-    """Weights, EMA and optimizer states as one atomic checkpoint; the same on every rank."""
+def look(log: MetricsLog | NoLog, hooks: Hooks, done: int, ranks: Ranks) -> bool:
+    """One look of the watch, written to the log; whether rank 0 saw an alarm.
+
+    Every rank looks at the same samples; the one verdict keeps them in step.
+    """
+    watched = hooks.watch(done)
+    log.write(done, watched.metrics)
+    if watched.alarms:
+        log.say(done, {f"alarm/{rule}": text for rule, text in watched.alarms.items()})
+    return ranks.from_main(len(watched.alarms)) > 0
+
+
+def end(log: MetricsLog | NoLog, run: Path, done: int, hooks: Hooks, ranks: Ranks) -> int:
+    """Points `latest` at the last good checkpoint, says so in the log, and gives its step."""
+    kept = 0
+    if ranks.main:
+        good = hooks.good()
+        assert good is not None  # the first look has nothing to be compared with
+        kept = point_latest(run, good)
+    kept = ranks.from_main(kept)
+    log.say(done, {"watch/ended": f"an alarm at step {done} ended the run; step {kept} is kept"})
+    return kept
+
+
+def save(
+    stage: Stage,
+    run: Path,
+    done: int,
+    settings: LoopSettings,
+    skips: Skips,
+    good: int | None = None,
+) -> None:
+    """Weights, EMA and optimizer states as one atomic checkpoint, the same on every rank.
+
+    That of step `good` is kept.
+    """
     tensors = dict(stage.roles.state())
     for name, updater in stage.updaters.items():
         tensors[f"optimizer_{name}"] = updater.state()
     state = {"step": done, "skipped": skips.count, **settings.facts}
-    save_checkpoint(run, done, tensors, state, settings.keep)
+    save_checkpoint(run, done, tensors, state, settings.keep, good)
 
 
 def _found(run: Path, settings: LoopSettings, ranks: Ranks) -> Checkpoint:

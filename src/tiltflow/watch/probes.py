@@ -1,0 +1,165 @@
+"""What the watch measures: fixed prompts, fixed noise, and the quantities of one measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiltflow.backbones.base import Conditioning
+from tiltflow.embeddings import EncodedPrompts
+from tiltflow.evaluation.diversity import pairwise_distance
+from tiltflow.prompts import Prompt
+from tiltflow.randomness import Randomness
+from tiltflow.rewards.combine import RewardMixture
+from tiltflow.roles import Role, Roles
+from tiltflow.sampling import numbered_noise, sample_few_step, sample_ode
+from tiltflow.watch.drift import velocity_gap
+from tiltflow.watch.history import TEACHER, Array, Measurement
+from tiltflow.watch.spectrum import FLOOR, high_frequency_energy
+
+Features = Callable[[Tensor], Tensor]
+DRAW_OFFSET = 1_000_003
+"""Between the noise numbers of a sample's successive draws."""
+
+
+@dataclass(frozen=True)
+class FixedPrompts:
+    """Samples of a role on prompts and noise that stay the same through a run, and over runs.
+
+    Sample i has prompt i (modulo their number) and noise number i; `batch` samples at a time.
+    """
+
+    encoded: EncodedPrompts
+    sigmas: Tensor
+    eta: float
+    batch: int
+    randomness: Randomness = field(default_factory=lambda: Randomness(0))
+
+    def batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        """Samples by number, in batches."""
+        return [rows[start : start + self.batch] for start in range(0, len(rows), self.batch)]
+
+    def select(self, rows: Sequence[int], role: Role) -> tuple[Conditioning, list[Prompt]]:
+        """The conditioning and the prompts of some samples."""
+        return self.encoded.select([r % len(self.encoded) for r in rows], role.backbone.device)
+
+    def latents(self, role: Role, rows: Sequence[int], draw: int = 0) -> Tensor:
+        """Few-step samples (B, ...) on the role's device; `draw` = 0, 1, … has other noise."""
+        cond, _ = self.select(rows, role)
+        numbers = [row + draw * DRAW_OFFSET for row in rows]
+        return sample_few_step(role, cond, numbers, self.randomness, self.sigmas, self.eta)
+
+    @torch.no_grad()
+    def images(self, role: Role, rows: Sequence[int]) -> Tensor:
+        """Images (n, 3, H, W) in [0, 1] of the samples with these numbers, on the CPU."""
+        parts = [self.latents(role, some) for some in self.batches(rows)]
+        return torch.cat([role.backbone.decode(x).cpu() for x in parts])
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How much is measured, and where.
+
+    `samples` for rewards, drift and spectrum; `groups` of `draws` images of one prompt for
+    diversity; `teacher_samples` of the teacher's own in `teacher_sigmas` steps with `guidance`;
+    drift at `levels` of noise; the spectrum above `cutoff`, in cycles a pixel.
+    """
+
+    samples: int
+    groups: int
+    draws: int
+    teacher_samples: int
+    teacher_sigmas: Tensor
+    guidance: float
+    levels: tuple[float, ...]
+    cutoff: float
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Everything a measurement needs. `features` maps images (B, 3, H, W) in [0, 1] (or points
+    (B, D)) to (B, F), or is None where diversity is not measured. `drift_from` is the first step
+    at which the fake score is worth asking: 0, or 1 where it starts out as the teacher itself.
+    """
+
+    fixed: FixedPrompts
+    roles: Roles
+    held_out: RewardMixture
+    trained: RewardMixture | None
+    features: Features | None
+    settings: ProbeSettings
+    drift_from: int = 0
+
+    @torch.no_grad()
+    def measure(self, step: int, teacher: bool) -> Measurement:
+        """One measurement of the EMA generator; with `teacher`, of the teacher's images too."""
+        parts: dict[str, list[Tensor]] = {}
+        features: list[Tensor] = []
+        for rows in self.fixed.batches(range(self.settings.samples)):
+            x0 = self.fixed.latents(self.roles.ema, rows)
+            images = self.roles.ema.backbone.decode(x0)
+            for name, values in self._of(step, rows, x0, images).items():
+                parts.setdefault(name, []).append(values.double().cpu())
+            inside = sum(row < self.settings.groups for row in rows)
+            if self.features is not None and inside:
+                features.append(self.features(images[:inside]).float().cpu())
+        values = {name: torch.cat(found).numpy() for name, found in parts.items()}
+        if self.features is not None:
+            values["diversity"] = self._diversity(torch.cat(features), self.features)
+        if teacher and "high_frequency" in values:
+            values[TEACHER] = self._teacher()
+        return Measurement(step, values)
+
+    def _of(self, step: int, rows: Sequence[int], x0: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """The quantities that are measured sample by sample: (B,) each."""
+        cond, prompts = self.fixed.select(rows, self.roles.ema)
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        values = {}
+        for group, rewards in (("held_out", self.held_out), ("trained", self.trained)):
+            if rewards is not None:
+                scores = rewards.score(images, texts, metadata)
+                values |= {f"{group}/{name}": v for name, v in scores.items()}
+        if images.ndim == 4:
+            values["high_frequency"] = _log_energy(images, self.settings.cutoff)
+        if step >= self.drift_from:
+            noises = [
+                numbered_noise(self.fixed.randomness, f"drift{j}", rows, tuple(x0.shape[1:]))
+                for j in range(len(self.settings.levels))
+            ]
+            values["drift"] = velocity_gap(
+                x0,
+                self.settings.levels,
+                noises,
+                self.roles.teacher.field(cond, self.settings.guidance),
+                self.roles.fake_score.field(cond),
+            )
+        return values
+
+    def _diversity(self, first: Tensor, features: Features) -> Array:
+        """The mean pairwise cosine distance of each group's images; the first draw is given."""
+        draws = [first]
+        for draw in range(1, self.settings.draws):
+            parts = []
+            for rows in self.fixed.batches(range(len(first))):
+                x0 = self.fixed.latents(self.roles.ema, rows, draw)
+                parts.append(features(self.roles.ema.backbone.decode(x0)).float().cpu())
+            draws.append(torch.cat(parts))
+        return pairwise_distance(torch.stack(draws, 1)).double().numpy()
+
+    def _teacher(self) -> Array:
+        """The log energies of the teacher's images on the first prompts, from the same noise."""
+        role, parts = self.roles.teacher, []
+        for rows in self.fixed.batches(range(self.settings.teacher_samples)):
+            cond, _ = self.fixed.select(rows, role)
+            sigmas, guidance = self.settings.teacher_sigmas, self.settings.guidance
+            x0 = sample_ode(role, cond, rows, self.fixed.randomness, sigmas, guidance)
+            parts.append(_log_energy(role.backbone.decode(x0), self.settings.cutoff).numpy())
+        return np.concatenate(parts)
+
+
+def _log_energy(images: Tensor, cutoff: float) -> Tensor:
+    return torch.log(high_frequency_energy(images, cutoff) + FLOOR)
