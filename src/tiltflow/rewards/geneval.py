@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tiltflow.rewards.weights import frozen
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 VIT_L_14 = "openai/clip-vit-large-patch14"
+AT_ONCE = 16  # images that go through the detector together
 GREY = 0x99 / 255  # evaluate_images.py paints what is not the object in #999
 COLOUR_PROMPTS = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")
 
@@ -52,9 +54,13 @@ class Detector:
         names = model.config.id2label
         self.labels = [GENEVAL_NAMES.get(names[i], names[i]) for i in range(len(names))]
 
-    @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8], floor: float) -> list[list[Detection]]:
         """The instances with a score above `floor` in each of (B, H, W, 3) images of one size."""
+        parts = range(0, len(images), AT_ONCE)
+        return [found for i in parts for found in self._detect(images[i : i + AT_ONCE], floor)]
+
+    @torch.no_grad()
+    def _detect(self, images: NDArray[np.uint8], floor: float) -> list[list[Detection]]:
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             outputs = self.model(**inputs)
@@ -168,7 +174,7 @@ class GenEval:
         arrays = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         found = self.detector(arrays, min(scene.threshold for scene in scenes))
         return [
-            judge(scene, objects, lambda o, n, image=image: self.colours(image, o, n))
+            judge(scene, objects, partial(self.colours, image))
             for scene, objects, image in zip(scenes, found, pixels.float() / 255, strict=True)
         ]
 

@@ -45,16 +45,17 @@ def questions_of(metadata: Metadata, prompt: str) -> list[Question]:
 
 
 def _question(pair: object, prompt: str) -> Question:
-    pairs = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-    question, answer = pair if pairs else (None, None)  # type: ignore[misc]
-    if not isinstance(question, str) or not isinstance(answer, str):
+    parts = pair if isinstance(pair, list | tuple) else ()
+    texts = [part for part in parts if isinstance(part, str)]
+    if not len(parts) == len(texts) == 2:
         raise ValueError(f"{prompt!r}: {pair!r} is not a question and its answer")
+    question, answer = texts
     if question.startswith("How many"):
         if answer not in NUMBERS:
             raise ValueError(f"{prompt!r}: {answer!r} to {question!r} is no number in words")
-        spellings = (answer, answer.capitalize(), str(NUMBERS.index(answer) + 1))
+        spellings = [answer, answer.capitalize(), str(NUMBERS.index(answer) + 1)]
     elif answer == "Yes":
-        spellings = ("Yes", "yes")
+        spellings = ["Yes", "yes"]
     else:
         raise ValueError(f"{prompt!r}: the answer to {question!r} is {answer!r}, not 'Yes'")
     both = (*spellings, *(f" {word}" for word in spellings))

@@ -181,7 +181,7 @@ class ImageReward:
                 f"the tokenizer at {tokenizer!r} has {len(self.tokenizer)} tokens, "
                 f"the text encoder {text.vocab_size}"
             )
-        side = vision.image_size
+        side: Any = vision.image_size
         self.preprocessing = Preprocessing(side, (side, side), MEAN, STD)
 
     def __call__(

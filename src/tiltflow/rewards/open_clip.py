@@ -86,4 +86,6 @@ def clip_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig) -> CLIP
     Raises:
         ValueError: if the weights are not those of such a model.
     """
-    return from_state(CLIPModel, config, clip_keys(state), "the open_clip checkpoint")
+    model = from_state(CLIPModel, config, clip_keys(state), "the open_clip checkpoint")
+    assert isinstance(model, CLIPModel)
+    return model
