@@ -48,8 +48,6 @@ class Build:
     backbone: Backbone
     prompts: EncodedPrompts
     facts: dict[str, Any]
-    fake_score_learnt: bool = False
-    """Whether the fake score starts as stage 1 left it, and not as the teacher."""
 
 
 def device_of(name: str) -> torch.device:
@@ -156,8 +154,7 @@ def build_stage(cfg: RunConfig, progress: Callable[[str], None] = lambda message
     }
     make = _cold_start if cfg.stage == "cold_start" else _tilt
     stage = make(cfg, backbone, encoded, roles, backbone.few_step_sigmas(cfg.sampler.steps))
-    learnt = start is not None and start.fake_score is not None
-    return Build(stage, backbone, encoded, facts, learnt)
+    return Build(stage, backbone, encoded, facts)
 
 
 def _updater(cfg: RunConfig, roles: Roles, which: str) -> Updater:

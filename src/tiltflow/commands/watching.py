@@ -47,8 +47,6 @@ def build_watch(
         stage.rewards,
         features,
         settings,
-        # a LoRA folder brings no fake score, which then begins as the teacher itself
-        drift_from=0 if build.fake_score_learnt else 1,
     )
     return Watch(
         probes.measure,
