@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -70,9 +71,12 @@ def _features(
     if cfg.watch.clip is not None:
         return CLIPScore(cfg.watch.clip, device=build.backbone.device).image_features
     for rewards in (held_out, trained):
-        found = [r.reward for r in rewards.rewards if hasattr(r.reward, "image_features")]
-        if found:
-            return found[-1].image_features  # type: ignore[no-any-return]
+        clips: list[Any] = [
+            r.reward for r in rewards.rewards if hasattr(r.reward, "image_features")
+        ]
+        if clips:
+            features: Features = clips[-1].image_features
+            return features
     return None
 
 
