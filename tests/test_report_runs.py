@@ -42,11 +42,11 @@ def make_run(folder: Path, seed: int, alarm: bool) -> Path:
     for step in (0, 10, 20):
         values = {
             "held_out/other": base + step / 50, "trained/clip": base + step / 20,
-            "diversity": 0.4 + 0 * base - 0.01 * step, "drift": 1 + base**2 + 0.01 * step,
+            "diversity": 0.4 + 0 * base - 0.01 * step, "drift": base + step / 50,
             "high_frequency": base - step / 40,
         }  # fmt: skip
         if step == 0:
-            values[TEACHER] = base[:8] + 0.1
+            values |= {TEACHER + "high_frequency": base[:8] + 0.1, TEACHER + "drift": base[:8]}
         tripped = {"diversity": ALARM} if alarm and step == 20 else {}
         history.add(Measurement(step, values, tripped))
         sheet = rng.integers(0, 256, (16, 64, 3), dtype=np.uint8)
@@ -94,7 +94,7 @@ def test_two_runs_on_one_page(report: Path) -> None:
         "Held-out against trained rewards, calm over training: clip (trained) from 0 to ",
         "Held-out against trained rewards, hacked over training",
         "Diversity against the start over training: calm from 1.00 to 0.500; hacked from 1.00",
-        "Drift from the teacher against the start",
+        "Teacher's velocity gap against its own samples' over training: calm from 1.00 to 1.49",
         "High-frequency energy against the teacher's over training: calm from 0.905 to ",
         "reward/clip over training: calm from 0.310 to 0.500; hacked",
     ):

@@ -37,22 +37,23 @@ def warmth(images, prompts, metadata):
 def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 1 on the mixture, just far enough for a student that lands near the ring."""
     out = tmp_path_factory.mktemp("watch") / "cold"
-    more = [f"run.out={out}", "run.device=cpu", "train.steps=300", "train.batch_size=256"]
+    more = [f"run.out={out}", "run.device=cpu", "train.steps=200", "train.batch_size=128"]
     return run_training(load_config("mixture_cold_start", more), QUIET)
 
 
 def points(cold: Path, out: Path, *more: str, console: Console = QUIET) -> Path:
     """Stage 2 on the mixture under the watch."""
     base = [
-        f"run.out={out}", f"model.few_step={cold}", "run.device=cpu", "train.steps=30",
-        "train.batch_size=256", "train.ema=0.5", "checkpoint.every=10", "checkpoint.keep=1",
+        f"run.out={out}", f"model.few_step={cold}", "run.device=cpu", "train.steps=20",
+        "train.batch_size=128", "tilt.fake_score_updates=2",
+        "train.ema=0.5", "checkpoint.every=10", "checkpoint.keep=1",
         "watch.rewards={'test_watch:near_modes': {weight: 1, options: {domain: points}}}",
-        "watch.every=5", "watch.prompts=256", "watch.diversity_prompts=64",
+        "watch.every=5", "watch.prompts=128", "watch.diversity_prompts=32",
     ]  # fmt: skip
     return run_training(load_config("mixture_tilt", [*base, *more]), console)
 
 
-HACKED = ("tilt.reward_weight=100.0", "train.generator_lr=3.0e-4")
+HACKED = ("tilt.reward_weight=100.0", "train.generator_lr=1.0e-3")
 
 
 def alarms(run: Path) -> dict[int, list[str]]:
@@ -68,7 +69,7 @@ def test_an_honest_reward_trips_nothing(cold: Path, tmp_path: Path) -> None:
     run = points(cold, tmp_path / "run")
     rows = read_metrics(run / "metrics.jsonl")
     seen = [row for row in rows if "watch/drift" in row]
-    assert [row["step"] for row in seen] == [0, 5, 10, 15, 20, 25, 30]
+    assert [row["step"] for row in seen] == [0, 5, 10, 15, 20]
     assert alarms(run) == {} and all(row["watch/alarms"] == 0 for row in seen)
     assert {"held_out/test_watch:near_modes", "watch/trained/linear", "watch/diversity"} <= set(
         seen[0]
@@ -83,7 +84,7 @@ def test_a_hacked_reward_is_caught_and_the_run_ends_at_the_last_good_checkpoint(
     free = points(cold, tmp_path / "free", *HACKED, console=warned)
     found = alarms(free)
     first = min(found)
-    assert first < 30 and latest_step(free) == 30
+    assert first < 20 and latest_step(free) == 20
     assert f"watch: step {first}: " in warned.export_text()
     history = read_history(free / "watch.jsonl")
     assert history[-1].mean("trained/linear") > history[0].mean("trained/linear") + 0.2
@@ -113,9 +114,9 @@ def test_a_resumed_watch_judges_as_an_uninterrupted_one(cold: Path, tmp_path: Pa
         assert (whole / name).read_text() == (parts / name).read_text()
     # without its memory, the watch takes the next look as the reference, and says nothing wrong
     (parts / "watch.jsonl").unlink()
-    points(cold, tmp_path / "parts", *HACKED, "run.resume=true", "train.steps=35")
+    points(cold, tmp_path / "parts", *HACKED, "run.resume=true", "train.steps=25")
     history = read_history(parts / "watch.jsonl")
-    assert [m.step for m in history] == [30, 35] and history[0].clean
+    assert [m.step for m in history] == [20, 25] and history[0].clean
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +147,11 @@ def test_the_watch_of_images_ends_with_the_good_export(
         "watch.rules.diversity=0.9", "log.samples_every=0",
     ]  # fmt: skip
     run_training(load_config("demo_tilt", recipe("tilt", pipeline, prompts, out, *more)), QUIET)
-    first, second = read_history(out / "watch.jsonl")[:2]
+    first = read_history(out / "watch.jsonl")[0]
     assert {n: len(v) for n, v in first.values.items()} == {
         "held_out/test_watch:warmth": 8, "trained/test_train:redness": 8, "diversity": 8,
-        "high_frequency": 8, "teacher/high_frequency": 3,
+        "high_frequency": 8, "teacher/high_frequency": 3, "drift": 8, "teacher/drift": 3,
     }  # fmt: skip
-    assert "drift" in second.values  # not at step 0, where the fake score is the teacher's own
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[0]["step"] == 0 and rows[0]["watch/high_frequency"] > 0
     ended = re.fullmatch(

@@ -13,8 +13,8 @@ import torch
 
 from tiltflow.backbones.mixture import GaussianMixture
 from tiltflow.checkpoint import latest_step, point_latest, save_checkpoint
-from tiltflow.watch.drift import velocity_gap
-from tiltflow.watch.history import TEACHER, History, Measurement, read_history
+from tiltflow.watch.drift import log_velocity_gap
+from tiltflow.watch.history import LOGARITHMS, TEACHER, History, Measurement, read_history
 from tiltflow.watch.rules import Rules, above_zero, judge
 from tiltflow.watch.spectrum import high_frequency_energy
 from tiltflow.watch.watch import Watch
@@ -38,7 +38,8 @@ def series(seed: int = 0, **shifts: float) -> Callable[[int], Measurement]:
             shift = step * shifts.get(name.replace("/", "__"), 0.0)
             values[name] = start + shift + 0.3 * rng.normal(size=N)
         if step == 0:
-            values[TEACHER] = base["high_frequency"][:32] + 0.3 * rng.normal(size=32)
+            for name in LOGARITHMS:
+                values[TEACHER + name] = base[name][:32] + 0.3 * rng.normal(size=32)
         return Measurement(step, values)
 
     return at
@@ -122,7 +123,9 @@ def test_an_initial_offset_of_the_spectrum_is_no_alarm() -> None:
 
     def at(step: int, shift: float) -> Measurement:
         values = {"high_frequency": base + shift + 0.1 * rng.normal(size=N)}
-        return Measurement(step, values | ({TEACHER: teacher} if step == 0 else {}))
+        return Measurement(
+            step, values | ({TEACHER + "high_frequency": teacher} if step == 0 else {})
+        )
 
     far = math.log(3)
     for shifts, alarm in (
@@ -218,22 +221,35 @@ def test_energy_sees_grids_and_blur() -> None:
     assert (energies[1] > 2 * energies[0]).all() and (energies[2] > 2 * energies[1]).all()
 
 
-def test_the_velocity_gap_integrates_to_the_divergence() -> None:
-    """KL(N(m, s²) ‖ N(0, s²)) = ‖m‖²/2s², from the gap at many levels (velocity_gap's formula)."""
-    std, mean, samples, levels = 0.7, torch.tensor([[0.6, -0.3]]), 16, 200
+def test_the_velocity_gap_is_the_divergence_and_a_spread() -> None:
+    """E‖v_q − u‖² − E‖v_p − u‖² = E‖v_q − v_p‖², whose integral is KL(p ‖ q) = ‖m‖²/2s².
+
+    One element a sample, so that the mean of exponentials is the mean square.
+    """
+    std, mean, samples, levels = 0.7, torch.tensor([[0.8]]), 20_000, 50
     p = GaussianMixture(mean, std, torch.ones(1))
-    q = GaussianMixture(torch.zeros(1, 2), std, torch.ones(1))
+    q = GaussianMixture(torch.zeros(1, 1), std, torch.ones(1))
     generator = torch.Generator().manual_seed(0)
     x0 = p.sample(samples, generator)
-    noise = torch.randn(samples, 2, generator=generator)
+    noise = torch.randn(samples, 1, generator=generator)
     total = 0.0
     for i in range(levels):
         t = (i + 0.5) / levels
-        gap = velocity_gap(x0, [t], [noise], q.velocity, p.velocity)
-        assert gap.shape == (samples,)
-        total += (1 - t) / t * 2 * float(gap.mean()) / levels  # 2 elements: a sum, not a mean
-    expected = float(mean.square().sum()) / (2 * std**2)
-    assert total == pytest.approx(expected, rel=1e-3)
-    both = velocity_gap(x0, [0.2, 0.8], [noise, noise], q.velocity, p.velocity)
-    single = [velocity_gap(x0, [t], [noise], q.velocity, p.velocity) for t in (0.2, 0.8)]
-    assert torch.allclose(both, (single[0] + single[1]) / 2)
+        of_q, of_p = (log_velocity_gap(x0, [t], [noise], g.velocity) for g in (q, p))
+        total += (1 - t) / t * float((of_q.exp() - of_p.exp()).mean()) / levels
+    assert total == pytest.approx(0.8**2 / (2 * std**2), rel=0.03)
+    both = log_velocity_gap(x0, [0.2, 0.8], [noise, noise], q.velocity)
+    single = [log_velocity_gap(x0, [t], [noise], q.velocity) for t in (0.2, 0.8)]
+    assert both.shape == (samples,) and torch.allclose(both, (single[0] + single[1]) / 2)
+
+
+def test_drift_of_samples_off_the_teachers_distribution() -> None:
+    """Up for points where the teacher has none, down for points that are too near its modes."""
+    p = GaussianMixture(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0.2, torch.ones(2))
+    generator = torch.Generator().manual_seed(1)
+    own = p.sample(2000, generator)
+    noises = [torch.randn(2000, 2, generator=generator) for _ in range(4)]
+    levels = (0.2, 0.4, 0.6, 0.8)
+    off, collapsed = own + 0.8, torch.tensor([[1.0, 0.0]]).expand(2000, 2)
+    found = [log_velocity_gap(x, levels, noises, p.velocity).mean() for x in (collapsed, own, off)]
+    assert found[0] < found[1] - math.log(1.5) and found[2] > found[1] + math.log(1.5)

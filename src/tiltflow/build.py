@@ -50,8 +50,6 @@ class Build:
     backbone: Backbone
     prompts: EncodedPrompts
     facts: dict[str, Any]
-    fake_score_learnt: bool = False
-    """Whether the fake score starts as stage 1 left it, and not as the teacher."""
 
 
 def device_of(name: str) -> torch.device:
@@ -179,8 +177,7 @@ def build_stage(
     make = _cold_start if cfg.stage == "cold_start" else _tilt
     sigmas = backbone.few_step_sigmas(cfg.sampler.steps)
     stage = make(cfg, backbone, encoded, roles, sigmas, share)
-    learnt = start is not None and start.fake_score is not None
-    return Build(stage, backbone, encoded, facts, learnt)
+    return Build(stage, backbone, encoded, facts)
 
 
 def _share(cfg: RunConfig, ranks: Ranks) -> Share:

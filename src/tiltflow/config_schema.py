@@ -133,7 +133,7 @@ class WatchRules(Section):
     held_out_fall: Annotated[float, Field(ge=0)] | None = 0.25
     diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.7
     high_frequency: Annotated[float, Field(gt=1)] | None = 2.0
-    drift: Annotated[float, Field(gt=1)] | None = 2.0
+    drift: Annotated[float, Field(gt=1)] | None = 1.5
 
 
 class WatchConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -57,8 +58,6 @@ def build_watch(
         stage.rewards,
         features,
         settings,
-        # a LoRA folder brings no fake score, which then begins as the teacher itself
-        drift_from=0 if build.fake_score_learnt else 1,
     )
     return Watch(
         probes.measure,
@@ -82,9 +81,12 @@ def _features(
     if cfg.watch.clip is not None:
         return CLIPScore(cfg.watch.clip, device=build.backbone.device).image_features
     for rewards in (held_out, trained):
-        found = [r.reward for r in rewards.rewards if hasattr(r.reward, "image_features")]
-        if found:
-            return found[-1].image_features  # type: ignore[no-any-return]
+        clips: list[Any] = [
+            r.reward for r in rewards.rewards if hasattr(r.reward, "image_features")
+        ]
+        if clips:
+            features: Features = clips[-1].image_features
+            return features
     return None
 
 

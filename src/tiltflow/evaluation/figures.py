@@ -33,7 +33,7 @@ _METRICS = {
     "lr": "learning rate (no unit)",
     "grad_norm": "gradient norm (no unit)",
     "watch/diversity": "diversity (no unit)",
-    "watch/drift": "velocity gap to the teacher (no unit)",
+    "watch/drift": "velocity gap against the teacher's (ratio)",
     "watch/high_frequency": "energy against the teacher's (ratio)",
 }
 

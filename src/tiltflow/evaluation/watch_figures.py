@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from tiltflow.evaluation.charts import Chart, Series, chart
 from tiltflow.evaluation.statistics import mean_ci
-from tiltflow.watch.history import TEACHER, Measurement
+from tiltflow.watch.history import LOGARITHMS, TEACHER, Measurement
 
 Interval = tuple[float, float, float]
 
@@ -54,18 +54,18 @@ def watch_charts(runs: Mapping[str, Watched]) -> list[Chart]:
             title = "Held-out against trained rewards" + (f", {run}" if len(runs) > 1 else "")
             axis = "change (standard deviations)"
             charts.append(chart(title, axis, lines, [(0.0, "start")], _marks({run: watched})))
-    for name, title, axis, limits in (
-        ("diversity", "Diversity against the start", "ratio (no unit)", _below),
-        ("drift", "Drift from the teacher against the start", "ratio (no unit)", _above),
-        ("high_frequency", "High-frequency energy against the teacher's", "ratio", _band),
+    for name, title in (
+        ("diversity", "Diversity against the start"),
+        ("drift", "Teacher's velocity gap against its own samples'"),
+        ("high_frequency", "High-frequency energy against the teacher's"),
     ):
         found = [(run, _ratios(watched.looks, name)) for run, watched in runs.items()]
         lines = [_series(run, intervals) for run, intervals in found if intervals]
         if lines:
             rules = [w.rules.get(name) for w in runs.values()]
             same = rules[0] if all(r == rules[0] for r in rules) else None
-            drawn = limits(float(same), runs) if same else []
-            charts.append(chart(title, axis, lines, drawn, _marks(runs)))
+            drawn = _limits(name, float(same), runs) if same else []
+            charts.append(chart(title, "ratio (no unit)", lines, drawn, _marks(runs)))
     return charts
 
 
@@ -87,17 +87,17 @@ def _rewards(looks: Sequence[Measurement]) -> list[Series]:
 
 
 def _ratios(looks: Sequence[Measurement], name: str) -> dict[int, Interval]:
-    """By step, the ratio of a quantity to its first mean (the spectrum: to the teacher's)."""
+    """By step, the ratio to the first mean, or (`LOGARITHMS`) to the teacher's geometric mean."""
     seen = [look for look in looks if name in look.values]
     if not seen:
         return {}
-    start = seen[0].values.get(TEACHER if name == "high_frequency" else name)
+    start = seen[0].values.get(TEACHER + name if name in LOGARITHMS else name)
     if start is None:
         return {}
     found: dict[int, Interval] = {}
     for look in seen:
         gap = mean_ci(look.values[name][: len(start)] - start)
-        if name == "high_frequency":  # logarithms
+        if name in LOGARITHMS:
             found[look.step] = (math.exp(gap[0]), math.exp(gap[1]), math.exp(gap[2]))
         else:
             mean = float(start.mean())
@@ -128,20 +128,13 @@ def _marks(runs: Mapping[str, Watched]) -> list[tuple[float, str]]:
     return marks
 
 
-Limits = Callable[[float, Mapping[str, Watched]], list[tuple[float, str]]]
-
-
-def _below(share: float, runs: Mapping[str, Watched]) -> list[tuple[float, str]]:
-    return [(share, f"limit {share:g}")]
-
-
-_above: Limits = _below
-
-
-def _band(factor: float, runs: Mapping[str, Watched]) -> list[tuple[float, str]]:
-    """The band reaches from the lower of teacher and start to the higher, and `factor` beyond."""
-    starts = [next(iter(_ratios(w.looks, "high_frequency").values()), None) for w in runs.values()]
+def _limits(name: str, threshold: float, runs: Mapping[str, Watched]) -> list[tuple[float, str]]:
+    """The rule's limits: a band reaches from the lower of teacher and start to the higher, and
+    `threshold` beyond, so it is drawn for one run only."""
+    if name not in LOGARITHMS:
+        return [(threshold, f"limit {threshold:g}")]
+    starts = [next(iter(_ratios(w.looks, name).values()), None) for w in runs.values()]
     if len(starts) != 1 or starts[0] is None:
         return []
-    low, high = min(1.0, starts[0][0]) / factor, max(1.0, starts[0][0]) * factor
+    low, high = min(1.0, starts[0][0]) / threshold, max(1.0, starts[0][0]) * threshold
     return [(low, f"limit {low:.2g}"), (high, f"limit {high:.2g}")]

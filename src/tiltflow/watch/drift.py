@@ -1,4 +1,4 @@
-"""Drift from the teacher: the velocity gap at re-noised samples of the generator."""
+"""Drift from the teacher: how badly its velocity fits the generator's samples, re-noised."""
 
 from __future__ import annotations
 
@@ -11,29 +11,26 @@ from tiltflow.flow import interpolate
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """(x, σ) → v with the conditioning closed over."""
+FLOOR = 1e-8
+"""Added before the logarithm, for a sample that the teacher predicts exactly."""
 
 
 @torch.no_grad()
-def velocity_gap(
-    x0: Tensor, levels: Sequence[float], noises: Sequence[Tensor], teacher: Field, fake_score: Field
+def log_velocity_gap(
+    x0: Tensor, levels: Sequence[float], noises: Sequence[Tensor], teacher: Field
 ) -> Tensor:
-    """Mean over `levels` and elements of (v_teacher − v_fake)² at x_t = (1−t) x0 + t n: (B,) fp32.
+    """Mean over `levels` of log(mean over elements of (v_ψ(x_t, t) − (n − x0))²): (B,) fp32.
 
-    With p the generator's distribution and q the teacher's, of velocities v_p and v_q,
-
-        KL(p ‖ q) = ∫₀¹ (1−t)/t · E‖v_p − v_q‖² dt,   the expectation over x_t of p,
-
-    (from s = −(x + (1−t) v)/t for the score s, and the divergence as an integral of squared score
-    gaps along the forward process), so this is the integrand of the divergence that METHOD §3
-    holds down, at fixed levels, with the fake score in the place of v_p, which no one knows. It is
-    as good as the fake score is: one that lags behind the generator shows the drift late.
-
-    `noises` holds one n of x0's shape a level.
+    x_t = (1−t) x0 + t n lies on the straight path from the sample x0 to its noise n, whose velocity
+    is n − x0. Over samples x0 of p, the mean square is E‖v_ψ − v_p‖² + E Var(n − x0 given x_t):
+    the velocity gap of METHOD §3's divergence, KL(p ‖ p_ψ) = ∫ (1−t)/t E‖v_p − v_ψ‖² dt, plus a
+    spread that falls as p collapses. No model of p is needed. `noises` holds one n of x0's shape a
+    level; the logarithm makes all levels count alike.
     """
     total = x0.new_zeros(len(x0), dtype=torch.float32)
     for level, noise in zip(levels, noises, strict=True):
         t = x0.new_full((len(x0),), level, dtype=torch.float32)
-        x_t = interpolate(x0, noise.to(x0), t)
-        gap = teacher(x_t, t) - fake_score(x_t, t)
-        total += (gap.float() ** 2).flatten(1).mean(1)
+        n = noise.to(x0)
+        gap = teacher(interpolate(x0, n, t), t) - (n - x0)
+        total += torch.log((gap.float() ** 2).flatten(1).mean(1) + FLOOR)
     return total / len(levels)

@@ -15,17 +15,19 @@ from tiltflow.metrics import read_metrics
 
 Array = NDArray[np.float64]
 FILE = "watch.jsonl"
-TEACHER = "teacher/high_frequency"
-"""The log energies of the teacher's images, in the first line only."""
+LOGARITHMS = ("high_frequency", "drift")
+"""Series of natural logarithms, which the first line also has of the teacher's own samples."""
+TEACHER = "teacher/"
+"""The prefix of these."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """What was measured after `step` iterations: values (n,) by name, and the alarms it raised.
 
-    Names: `held_out/REWARD`, `trained/REWARD`, `diversity`, `drift`, and `high_frequency` (the
-    natural logarithm of the energy). The samples are the same in every measurement of a run.
-    `alarms` are sentences by rule.
+    Names: `held_out/REWARD`, `trained/REWARD`, `diversity`, and `drift` and `high_frequency`
+    (`LOGARITHMS`). The samples are the same in every measurement of a run. `alarms` are sentences
+    by rule.
     """
 
     step: int

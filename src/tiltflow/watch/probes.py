@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from tiltflow.randomness import Randomness
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Role, Roles
 from tiltflow.sampling import numbered_noise, sample_few_step, sample_ode
-from tiltflow.watch.drift import velocity_gap
+from tiltflow.watch.drift import log_velocity_gap
 from tiltflow.watch.history import TEACHER, Array, Measurement
 from tiltflow.watch.spectrum import FLOOR, high_frequency_energy
 
@@ -82,8 +81,7 @@ class ProbeSettings:
 @dataclass(frozen=True)
 class Probes:
     """Everything a measurement needs. `features` maps images (B, 3, H, W) in [0, 1] (or points
-    (B, D)) to (B, F), or is None where diversity is not measured. `drift_from` is the first step
-    at which the fake score is worth asking: 0, or 1 where it starts out as the teacher itself.
+    (B, D)) to (B, F), or is None where diversity is not measured.
     """
 
     fixed: FixedPrompts
@@ -92,51 +90,53 @@ class Probes:
     trained: RewardMixture | None
     features: Features | None
     settings: ProbeSettings
-    drift_from: int = 0
 
     @torch.no_grad()
     def measure(self, step: int, teacher: bool) -> Measurement:
-        """One measurement of the EMA generator; with `teacher`, of the teacher's images too."""
+        """One measurement of the EMA generator; with `teacher`, of the teacher's samples too."""
         parts: dict[str, list[Tensor]] = {}
         features: list[Tensor] = []
         for rows in self.fixed.batches(range(self.settings.samples)):
             x0 = self.fixed.latents(self.roles.ema, rows)
             images = self.roles.ema.backbone.decode(x0)
-            for name, values in self._of(step, rows, x0, images).items():
+            found = self._scores(rows, images) | self._logarithms(rows, x0, images)
+            for name, values in found.items():
                 parts.setdefault(name, []).append(values.double().cpu())
             inside = sum(row < self.settings.groups for row in rows)
             if self.features is not None and inside:
                 features.append(self.features(images[:inside]).float().cpu())
-        values = {name: torch.cat(found).numpy() for name, found in parts.items()}
+        values = {name: torch.cat(series).numpy() for name, series in parts.items()}
         if self.features is not None:
             values["diversity"] = self._diversity(torch.cat(features), self.features)
-        if teacher and "high_frequency" in values:
-            values[TEACHER] = self._teacher()
+        if teacher:
+            values |= self._teacher()
         return Measurement(step, values)
 
-    def _of(self, step: int, rows: Sequence[int], x0: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """The quantities that are measured sample by sample: (B,) each."""
-        cond, prompts = self.fixed.select(rows, self.roles.ema)
+    def _scores(self, rows: Sequence[int], images: Tensor) -> dict[str, Tensor]:
+        """Every reward's scores (B,)."""
+        _, prompts = self.fixed.select(rows, self.roles.ema)
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         values = {}
         for group, rewards in (("held_out", self.held_out), ("trained", self.trained)):
             if rewards is not None:
                 scores = rewards.score(images, texts, metadata)
                 values |= {f"{group}/{name}": v for name, v in scores.items()}
+        return values
+
+    def _logarithms(self, rows: Sequence[int], x0: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Drift, and of images the high-frequency energy: (B,) each, of anyone's samples."""
+        teacher = self.roles.teacher
+        cond, _ = self.fixed.select(rows, teacher)
+        levels = self.settings.levels
+        noises = [
+            numbered_noise(self.fixed.randomness, f"drift{j}", rows, tuple(x0.shape[1:]))
+            for j in range(len(levels))
+        ]
+        field = teacher.field(cond, self.settings.guidance)
+        values = {"drift": log_velocity_gap(x0, levels, noises, field)}
         if images.ndim == 4:
-            values["high_frequency"] = _log_energy(images, self.settings.cutoff)
-        if step >= self.drift_from:
-            noises = [
-                numbered_noise(self.fixed.randomness, f"drift{j}", rows, tuple(x0.shape[1:]))
-                for j in range(len(self.settings.levels))
-            ]
-            values["drift"] = velocity_gap(
-                x0,
-                self.settings.levels,
-                noises,
-                self.roles.teacher.field(cond, self.settings.guidance),
-                self.roles.fake_score.field(cond),
-            )
+            energy = high_frequency_energy(images, self.settings.cutoff)
+            values["high_frequency"] = torch.log(energy + FLOOR)
         return values
 
     def _diversity(self, first: Tensor, features: Features) -> Array:
@@ -150,16 +150,13 @@ class Probes:
             draws.append(torch.cat(parts))
         return pairwise_distance(torch.stack(draws, 1)).double().numpy()
 
-    def _teacher(self) -> Array:
-        """The log energies of the teacher's images on the first prompts, from the same noise."""
-        role, parts = self.roles.teacher, []
+    def _teacher(self) -> dict[str, Array]:
+        """The same of the teacher's own samples on the first prompts, from the same noise."""
+        role, parts = self.roles.teacher, dict[str, list[Tensor]]()
         for rows in self.fixed.batches(range(self.settings.teacher_samples)):
             cond, _ = self.fixed.select(rows, role)
             sigmas, guidance = self.settings.teacher_sigmas, self.settings.guidance
             x0 = sample_ode(role, cond, rows, self.fixed.randomness, sigmas, guidance)
-            parts.append(_log_energy(role.backbone.decode(x0), self.settings.cutoff).numpy())
-        return np.concatenate(parts)
-
-
-def _log_energy(images: Tensor, cutoff: float) -> Tensor:
-    return torch.log(high_frequency_energy(images, cutoff) + FLOOR)
+            for name, values in self._logarithms(rows, x0, role.backbone.decode(x0)).items():
+                parts.setdefault(TEACHER + name, []).append(values.double().cpu())
+        return {name: torch.cat(series).numpy() for name, series in parts.items()}

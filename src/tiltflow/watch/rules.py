@@ -26,15 +26,15 @@ class Rules:
 
     `held_out_fall` X: a held-out reward has lost more than the share X of its gain since its
     highest mean, while a trained reward rose. `diversity` Y: below Y times the reference's.
-    `high_frequency` B: B times above the higher, or below the lower, of teacher and reference.
-    `drift` m: more than m times the reference's. The reference is the first measurement.
+    `high_frequency` and `drift`, factors: that much above the higher, or below the lower, of
+    teacher and reference. The reference is the first measurement.
     """
 
     alpha: float = 1e-3
     held_out_fall: float | None = 0.25
     diversity: float | None = 0.7
     high_frequency: float | None = 2.0
-    drift: float | None = 2.0
+    drift: float | None = 1.5
 
 
 def judge(
@@ -50,16 +50,18 @@ def judge(
         for name in (n for n in now.values if n.startswith("held_out/")):
             found = _held_out(history, name, rules.held_out_fall, rules.alpha, weights)
             alarms |= {name: found} if found else {}
-    checks = (
-        ("diversity", rules.diversity, _diversity),
-        ("high_frequency", rules.high_frequency, _high_frequency),
-        ("drift", rules.drift, _drift),
-    )
-    for name, threshold, check in checks:
+    for name, threshold in (
+        ("diversity", rules.diversity),
+        ("high_frequency", rules.high_frequency),
+        ("drift", rules.drift),
+    ):
         start = first_with(history, name)
         if threshold is None or name not in now.values or start is None or start is now:
             continue
-        found = check(now, start, threshold, rules.alpha)
+        if name == "diversity":
+            found = _diversity(now, start, threshold, rules.alpha)
+        else:
+            found = _outside(name, now, start, threshold, rules.alpha)
         alarms |= {name: found} if found else {}
     return alarms
 
@@ -129,36 +131,32 @@ def _diversity(now: Measurement, start: Measurement, share: float, alpha: float)
     )
 
 
-def _drift(now: Measurement, start: Measurement, multiple: float, alpha: float) -> str | None:
-    before, after = start.values["drift"], now.values["drift"]
-    if not above_zero(after - multiple * before, alpha):
-        return None
-    return (
-        f"the drift from the teacher is {after.mean():.4g}, {after.mean() / before.mean():.2f} "
-        f"times the {before.mean():.4g} at step {start.step} (the limit is {multiple:g})"
-    )
+WORDS = {
+    "high_frequency": ("high-frequency energy", "a grid or noise", "blur or flat images"),
+    "drift": ("teacher's velocity gap", "images it would not make", "collapsed or flat images"),
+}
 
 
-def _high_frequency(now: Measurement, start: Measurement, band: float, alpha: float) -> str | None:
-    """Outside the band around the teacher's energy and the reference's, on the same side of both.
+def _outside(
+    name: str, now: Measurement, start: Measurement, factor: float, alpha: float
+) -> str | None:
+    """Outside the band around the teacher's value and the reference's, on the same side of both.
 
-    A few-step generator may begin off the teacher's energy; that alone, or coming nearer, is no
+    A few-step generator may begin off the teacher's value; that alone, or coming nearer, is no
     alarm.
     """
-    after, margin = now.values["high_frequency"], math.log(band)
-    teacher = start.values.get(TEACHER)
-    gaps = [after - start.values["high_frequency"]]
+    after, margin = now.values[name], math.log(factor)
+    teacher = start.values.get(TEACHER + name)
+    gaps = [after - start.values[name]]
     if teacher is not None:
         gaps.append(after[: len(teacher)] - teacher)
-    for word, sign in (("above", 1), ("below", -1)):
+    what, *causes = WORDS[name]
+    for word, sign, cause in (("above", 1, causes[0]), ("below", -1, causes[1])):
         if all(above_zero(sign * gap - margin, alpha) for gap in gaps):
             ratios = [f"{math.exp(gap.mean()):.2f}" for gap in gaps]
             against = f"{ratios[0]} times that at step {start.step}"
             if teacher is not None:
-                against += f" and {ratios[1]} times the teacher's"
-            cause = "a grid or noise" if sign > 0 else "blur or flat images"
-            return (
-                f"the high-frequency energy is {against} (the limit is a factor of {band:g} "
-                f"{word} both; {cause})"
-            )
+                against += f" and {ratios[1]} times that of the teacher's own samples"
+            limit = f"the limit is a factor of {factor:g} {word} both"
+            return f"the {what} is {against} ({limit}; {cause})"
     return None

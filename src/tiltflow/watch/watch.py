@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from tiltflow.watch.history import TEACHER, History, Measurement, first_with
+from tiltflow.watch.history import LOGARITHMS, TEACHER, History, Measurement, first_with
 from tiltflow.watch.rules import Rules, judge
 
 Measure = Callable[[int, bool], Measurement]
-"""(step, whether to measure the teacher's images too) → what was measured."""
+"""(step, whether to measure the teacher's samples too) → what was measured."""
 
 
 class Watch:
@@ -44,16 +44,18 @@ class Watch:
         return bool(self.history.rows) and not self.history.rows[-1].clean
 
     def metrics(self, seen: Measurement) -> dict[str, float]:
-        """A measurement as figures for the log: means, the energy as a ratio to the teacher's."""
+        """A measurement as figures for the log: means, and `LOGARITHMS` as ratios to the teacher's
+        own samples (of geometric means)."""
         found = {}
         for name, values in seen.values.items():
             if name.startswith("held_out/"):
                 found[name] = float(values.mean())
-            elif name not in ("high_frequency", TEACHER):
+            elif name not in LOGARITHMS and not name.startswith(TEACHER):
                 found[f"watch/{name}"] = float(values.mean())
-        reference = first_with(self.history.rows, TEACHER)
-        if reference is not None and "high_frequency" in seen.values:
-            teacher = reference.values[TEACHER]
-            gap = seen.values["high_frequency"][: len(teacher)] - teacher
-            found["watch/high_frequency"] = math.exp(float(gap.mean()))
+        for name in (n for n in LOGARITHMS if n in seen.values):
+            reference = first_with(self.history.rows, TEACHER + name)
+            if reference is not None:
+                teacher = reference.values[TEACHER + name]
+                gap = seen.values[name][: len(teacher)] - teacher
+                found[f"watch/{name}"] = math.exp(float(gap.mean()))
         return found | {"watch/alarms": float(len(seen.alarms))}
