@@ -69,7 +69,7 @@ def start(
     return ranks
 
 
-def finish(processes: Sequence[ForkServerProcess], timeout: float = 120) -> list[int | None]:
+def finish(processes: Sequence[ForkServerProcess], timeout: float = 300) -> list[int | None]:
     """The exit statuses; a rank that does not end in time is killed."""
     for process in processes:
         process.join(timeout)

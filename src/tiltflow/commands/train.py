@@ -38,23 +38,27 @@ from tiltflow.train.loop import Hooks, LoopSettings, train
 
 @dataclass(frozen=True)
 class FixedPrompts:
-    """Samples of a role on prompts and noise that stay the same through a run."""
+    """Samples of a role on prompts and noise that stay the same through a run.
+
+    Every rank makes its part of the images, and has all of them.
+    """
 
     encoded: EncodedPrompts
     sigmas: torch.Tensor
     eta: float
     batch: int
+    ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
 
-    def images(self, role: Role, rows: Sequence[int]) -> torch.Tensor:
-        """Images (n, 3, H, W) in [0, 1] of the prompts with these numbers, on the CPU."""
-        parts = []
-        for start in range(0, len(rows), self.batch):
-            numbers = rows[start : start + self.batch]
+    def images(self, role: Role, count: int) -> torch.Tensor:
+        """Images (count, 3, H, W) in [0, 1] of the first prompts, on the CPU."""
+        parts, mine = [], self.ranks.spread(count)
+        for start in range(0, len(mine), self.batch):
+            numbers = mine[start : start + self.batch]
             cond, _ = self.encoded.select(numbers, role.backbone.device)
             x = sample_few_step(role, cond, numbers, Randomness(0), self.sigmas, self.eta)
             with torch.no_grad():
                 parts.append(role.backbone.decode(x).cpu())
-        return torch.cat(parts)
+        return self.ranks.collect(torch.cat(parts), count)
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
@@ -171,20 +175,20 @@ def _hooks(
         build.backbone.few_step_sigmas(cfg.sampler.steps),
         cfg.sampler.eta,
         min(cfg.train.micro, 64),
+        ranks,
     )
     rewards = build_rewards(watched, build.backbone.device) if watched else None
     ema = build.stage.roles.ema
 
     def sample(done: int) -> None:
         if pictures:
-            shown = min(cfg.log.samples, len(prompts))
-            images = ranks.collect(fixed.images(ema, ranks.spread(shown)), shown)
+            images = fixed.images(ema, min(cfg.log.samples, len(prompts)))
             if ranks.main:
                 save_grid(images, out / "samples" / f"step-{done:06d}.png")
 
     def watch(done: int) -> dict[str, float]:
         assert rewards is not None
-        return held_out(fixed, ema, rewards, min(cfg.watch.prompts, len(prompts)), ranks)
+        return held_out(fixed, ema, rewards, min(cfg.watch.prompts, len(prompts)))
 
     return Hooks(
         progress=progress,
@@ -196,14 +200,14 @@ def _hooks(
 
 
 def held_out(
-    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int, ranks: Ranks
+    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int
 ) -> dict[str, float]:
-    """The mean of each held-out reward on the fixed prompts and noise."""
-    mine = ranks.spread(count)
-    images = fixed.images(role, mine).to(role.backbone.device)
+    """The mean of each held-out reward on the fixed prompts and noise; scored in parts too."""
+    mine = fixed.ranks.spread(count)
+    images = fixed.images(role, count)[mine].to(role.backbone.device)
     chosen = [fixed.encoded.prompts[i] for i in mine]
     scores = rewards.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
-    whole = {name: ranks.collect(values.cpu(), count) for name, values in scores.items()}
+    whole = {name: fixed.ranks.collect(v.cpu(), count) for name, v in scores.items()}
     return {f"held_out/{name}": float(values.mean()) for name, values in whole.items()}
 
 
