@@ -131,7 +131,7 @@ def broken_far_out(points, prompts, metadata):
     return torch.where(points[:, 1] > FAR, torch.nan, points[:, 0])
 
 
-FAR = 2.4
+FAR = 1.75
 
 if os.environ.get(PREFIT):
     torch.set_num_threads(1)

@@ -151,13 +151,14 @@ def test_a_pipelines_ranks_and_sharded_base_equal_one(
     prompts.write_text("a cat\na dog\na red bird\n")
     reward = "{'weight': 1.0, 'options': {'differentiable': true}}"
     more = [
-        "train.steps=4",
-        "checkpoint.every=4",
-        "log.samples_every=4",
+        "train.steps=3",
+        "checkpoint.every=3",
+        "log.every=3",
+        "log.samples_every=3",
         "log.samples=3",
         "model.gradient_checkpointing=true",
         "watch.rewards={'test_train:redness': 1.0}",
-        "watch.every=4",
+        "watch.every=3",
         "watch.prompts=3",
     ]
     cold = None
@@ -173,6 +174,7 @@ def test_a_pipelines_ranks_and_sharded_base_equal_one(
                 ("two", 2, []),
                 ("sharded", 2, ["run.sharding=fsdp2"]),
             )
+            if stage == "tilt" or name != "two"
         ]
         one = made[0]
         for other in made[1:]:
@@ -180,7 +182,7 @@ def test_a_pipelines_ranks_and_sharded_base_equal_one(
             rows = [read_metrics(r / "metrics.jsonl")[-1] for r in (other, one)]
             assert rows[0] == pytest.approx(rows[1], rel=1e-3, abs=1e-5)
             assert "held_out/test_train:redness" in rows[0]
-            assert (other / "samples" / "step-000004.png").is_file()
+            assert (other / "samples" / "step-000003.png").is_file()
         cold = one
 
 

@@ -215,8 +215,9 @@ def test_the_config_of_a_run_is_replaced_whole(
 ) -> None:
     from tiltflow.commands.train import _write_config
 
-    _write_config(config(), tmp_path)
+    _write_config(config("run.resume=true", "run.resume_from=step-000002"), tmp_path)
     before = (tmp_path / "config.yaml").read_text()
+    assert "resume_from: latest" in before  # and not this checkpoint again, at the next resume
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -136,10 +136,14 @@ def _run(cfg: RunConfig, out: Path, start: int | None, console: Console, ranks: 
 
 
 def _write_config(cfg: RunConfig, out: Path) -> None:
-    """`config.yaml` in one step: a full disk or a kill leaves the old one whole."""
+    """`config.yaml` in one step: a full disk or a kill leaves the old one whole.
+
+    A checkpoint that was asked for once is not asked for again by who resumes from this file.
+    """
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".config.yaml.part"
-    part.write_text(dump_config(cfg))
+    run = cfg.run.model_copy(update={"resume_from": "latest"})
+    part.write_text(dump_config(cfg.model_copy(update={"run": run})))
     os.replace(part, out / "config.yaml")
 
 
