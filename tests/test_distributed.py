@@ -242,7 +242,9 @@ def test_a_lost_rank_ends_the_others(server: ForkServerContext, home: Path) -> N
     )
 
 
-BROKEN = "rewards={'ranks_worker:broken_far_out': {'weight': 1.0, 'options': {'domain': 'points'}}}"
+BROKEN = (
+    "rewards={'ranks_worker:broken_now_and_then': {'weight': 1.0, 'options': {'domain': 'points'}}}"
+)
 
 
 def test_non_finite_rewards_stop_or_skip_on_all_ranks_alike(
