@@ -116,7 +116,7 @@ def test_one_rank_changes_nothing() -> None:
 
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_ranks_and_micro_batches_equal_one(stage: str, mixture: Callable[..., Path]) -> None:
-    """Two ranks; four with uneven shares and groups that lie on several; four micro-batches."""
+    """Two ranks; four with uneven shares and groups that lie on several; six micro-batches."""
     one = mixture(stage)
     others = [
         mixture(stage, 2),
