@@ -33,7 +33,7 @@ from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
 from tiltflow.metrics import read_metrics
 
-STEPS = 40
+STEPS = 16
 STAGES = ("cold_start", "tilt")
 COMMON = (
     "train.batch_size=32",
@@ -102,6 +102,7 @@ def wait(pid: int, until: Callable[[], bool]) -> bool:
     while not until():
         if ended(pid):
             return False
+        time.sleep(0.0003)
     return True
 
 
@@ -183,7 +184,8 @@ def main() -> None:
             print(
                 f"{number + 1:3d} {stage:10s} at {kill.seconds:5.2f} s, last saved step "
                 f"{kill.latest}, {'during a save, ' if kill.during_save else ''}"
-                f"{'bit-equal' if kill.bit_equal else 'DIFFERENT'}"
+                f"{'bit-equal' if kill.bit_equal else 'DIFFERENT'}",
+                flush=True,
             )
     equals = sum(kill.bit_equal for kill in kills)
     result = {

@@ -116,7 +116,7 @@ def test_one_rank_changes_nothing() -> None:
 
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_ranks_and_micro_batches_equal_one(stage: str, mixture: Callable[..., Path]) -> None:
-    """Two ranks; four with uneven shares and groups that lie on several; four micro-batches."""
+    """Two ranks; four with uneven shares and groups that lie on several; six micro-batches."""
     one = mixture(stage)
     others = [
         mixture(stage, 2),
@@ -125,7 +125,7 @@ def test_ranks_and_micro_batches_equal_one(stage: str, mixture: Callable[..., Pa
     ]
     lines = read_metrics(one / "metrics.jsonl")
     for other in others:
-        assert gap(other, one) < 1e-5
+        assert gap(other, one) < 1e-5, (other.name, gap(other, one))
         for row, expected in zip(read_metrics(other / "metrics.jsonl"), lines, strict=True):
             assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
@@ -151,13 +151,14 @@ def test_a_pipelines_ranks_and_sharded_base_equal_one(
     prompts.write_text("a cat\na dog\na red bird\n")
     reward = "{'weight': 1.0, 'options': {'differentiable': true}}"
     more = [
-        "train.steps=20",
-        "checkpoint.every=20",
-        "log.samples_every=20",
+        "train.steps=3",
+        "checkpoint.every=3",
+        "log.every=3",
+        "log.samples_every=3",
         "log.samples=3",
         "model.gradient_checkpointing=true",
         "watch.rewards={'test_train:redness': 1.0}",
-        "watch.every=20",
+        "watch.every=3",
         "watch.prompts=3",
     ]
     cold = None
@@ -173,14 +174,15 @@ def test_a_pipelines_ranks_and_sharded_base_equal_one(
                 ("two", 2, []),
                 ("sharded", 2, ["run.sharding=fsdp2"]),
             )
+            if stage == "tilt" or name != "two"
         ]
         one = made[0]
         for other in made[1:]:
-            assert gap(other, one) < 1e-5
+            assert gap(other, one) < 1e-5, (other.name, gap(other, one))
             rows = [read_metrics(r / "metrics.jsonl")[-1] for r in (other, one)]
             assert rows[0] == pytest.approx(rows[1], rel=1e-3, abs=1e-5)
             assert "held_out/test_train:redness" in rows[0]
-            assert (other / "samples" / "step-000020.png").is_file()
+            assert (other / "samples" / "step-000003.png").is_file()
         cold = one
 
 
@@ -240,7 +242,9 @@ def test_a_lost_rank_ends_the_others(server: ForkServerContext, home: Path) -> N
     )
 
 
-BROKEN = "rewards={'ranks_worker:broken_far_out': {'weight': 1.0, 'options': {'domain': 'points'}}}"
+BROKEN = (
+    "rewards={'ranks_worker:broken_now_and_then': {'weight': 1.0, 'options': {'domain': 'points'}}}"
+)
 
 
 def test_non_finite_rewards_stop_or_skip_on_all_ranks_alike(

@@ -189,7 +189,7 @@ class MetricsLog:
 
 
 class NoLog:
-    """The log of the ranks that keep none."""
+    """The log of a rank that keeps none."""
 
     def write(self, step: int, values: Values) -> None:
         """Nothing."""

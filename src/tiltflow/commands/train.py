@@ -121,10 +121,14 @@ def _run(cfg: RunConfig, out: Path, start: int | None, console: Console, ranks: 
 
 
 def _write_config(cfg: RunConfig, out: Path) -> None:
-    """`config.yaml` in one step: a full disk or a kill leaves the old one whole."""
+    """`config.yaml` in one step: a full disk or a kill leaves the old one whole.
+
+    A checkpoint that was asked for once is not asked for again by who resumes from this file.
+    """
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".config.yaml.part"
-    part.write_text(dump_config(cfg))
+    run = cfg.run.model_copy(update={"resume_from": "latest"})
+    part.write_text(dump_config(cfg.model_copy(update={"run": run})))
     os.replace(part, out / "config.yaml")
 
 
@@ -162,13 +166,13 @@ def _hooks(
         build.backbone.few_step_sigmas(cfg.sampler.steps),
         cfg.sampler.eta,
         min(cfg.train.micro, 64),
+        ranks,
     )
     ema = build.stage.roles.ema
 
     def sample(done: int) -> None:
         if pictures:
-            shown = min(cfg.log.samples, len(prompts))
-            images = ranks.collect(fixed.images(ema, ranks.spread(shown)), shown)
+            images = fixed.images(ema, min(cfg.log.samples, len(prompts)))
             if ranks.main:
                 save_grid(images, out / "samples" / f"step-{done:06d}.png")
 
@@ -191,7 +195,7 @@ def _hooks(
     # stage 1 has nothing to hack: figures, no rules, and hence no reference to measure first
     plain = replace(
         hooks,
-        watch=lambda done: Watched(held_out(fixed, ema, rewards, n, ranks)),
+        watch=lambda done: Watched(held_out(fixed, ema, rewards, n)),
         good=lambda: 0,
     )
     return plain, None

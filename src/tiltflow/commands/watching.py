@@ -91,14 +91,14 @@ def _features(
 
 
 def held_out(
-    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int, ranks: Ranks
+    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int
 ) -> dict[str, float]:
     """The mean of each held-out reward on the fixed prompts and noise: all of it in stage 1."""
-    mine = ranks.spread(count)
-    images = fixed.images(role, mine).to(role.backbone.device)
+    mine = fixed.ranks.spread(count)
+    images = fixed.images(role, count)[mine].to(role.backbone.device)
     chosen = [fixed.encoded.prompts[i] for i in mine]
     scores = rewards.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
-    whole = {name: ranks.collect(values.cpu(), count) for name, values in scores.items()}
+    whole = {name: fixed.ranks.collect(v.cpu(), count) for name, v in scores.items()}
     return {f"held_out/{name}": float(values.mean()) for name, values in whole.items()}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.backbones.base import Conditioning
+from tiltflow.distributed import Ranks
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.evaluation.diversity import pairwise_distance
 from tiltflow.prompts import Prompt
@@ -30,12 +31,14 @@ class FixedPrompts:
     """Samples of a role on prompts and noise that stay the same through a run, and over runs.
 
     Sample i has prompt i (modulo their number) and noise number i; `batch` samples at a time.
+    Every rank makes its part of the `images`, and has all of them.
     """
 
     encoded: EncodedPrompts
     sigmas: Tensor
     eta: float
     batch: int
+    ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
     randomness: Randomness = field(default_factory=lambda: Randomness(0))
 
     def batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
@@ -53,10 +56,12 @@ class FixedPrompts:
         return sample_few_step(role, cond, numbers, self.randomness, self.sigmas, self.eta)
 
     @torch.no_grad()
-    def images(self, role: Role, rows: Sequence[int]) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1] of the samples with these numbers, on the CPU."""
+    def images(self, role: Role, count: int) -> Tensor:
+        """Images (count, 3, H, W) in [0, 1] of the first samples, on the CPU."""
+        rows = self.ranks.spread(count)
         parts = [self.latents(role, some) for some in self.batches(rows)]
-        return torch.cat([role.backbone.decode(x).cpu() for x in parts])
+        images = torch.cat([role.backbone.decode(x).cpu() for x in parts])
+        return self.ranks.collect(images, count)
 
 
 @dataclass(frozen=True)
