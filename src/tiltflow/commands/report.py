@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tiltflow.commands.doctor import versions
-from tiltflow.commands.evaluate import read_evaluation
+from tiltflow.evaluation.reading import read_evaluation
 from tiltflow.evaluation.report import write_report
 from tiltflow.evaluation.scores import Evaluation
 from tiltflow.metrics import read_metrics
@@ -84,5 +84,12 @@ def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarra
     for system in evaluation["systems"]:
         files = sorted((folder / system).glob("*.png"))
         if files:
-            grids[system] = [np.asarray(Image.open(f).convert("RGB")) for f in files]
+            grids[system] = [_pixels(f) for f in files]
     return grids, (folder / "prompts.txt").read_text().splitlines()
+
+
+def _pixels(file: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(file).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is no image that can be read") from error

@@ -21,10 +21,10 @@ from rich.progress import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tiltflow.build import Build, build_rewards, build_stage, device_of, eval_prompts
+from tiltflow.build import Build, build_rewards, build_stage, device_of
 from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.config import RunConfig, dump_config, validate_files
-from tiltflow.embeddings import EncodedPrompts, encode_prompts
+from tiltflow.config import PromptSets, RunConfig, dump_config, validate_files
+from tiltflow.embeddings import EncodedPrompts
 from tiltflow.export import export_adapters
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.combine import RewardMixture
@@ -76,9 +76,9 @@ def run_training(cfg: RunConfig, console: Console) -> Path:
     """
     out = Path(cfg.run.out)
     resume = _resume(cfg, out)
-    validate_files(cfg)
+    sets = validate_files(cfg)
     with attention_of(device_of(cfg.run.device)):
-        return _run(cfg, out, resume, console)
+        return _run(cfg, sets, out, resume, console)
 
 
 @contextmanager
@@ -94,8 +94,8 @@ def attention_of(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _run(cfg: RunConfig, out: Path, resume: bool, console: Console) -> Path:
-    build = build_stage(cfg, lambda message: console.print(f"[dim]{message}[/dim]"))
+def _run(cfg: RunConfig, sets: PromptSets, out: Path, resume: bool, console: Console) -> Path:
+    build = build_stage(cfg, lambda line: console.print(line, style="dim", markup=False), sets)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(cfg))
     settings = LoopSettings(
@@ -111,7 +111,6 @@ def _run(cfg: RunConfig, out: Path, resume: bool, console: Console) -> Path:
         start = (latest_step(out) or 0) if resume else 0
         task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start, note="")
         hooks = _hooks(cfg, build, out, lambda done, m: _show(bar, task, done, m, console))
-        build.backbone.free_text_encoders()
         done = train(build.stage, out, settings, hooks, resume)
     if done < cfg.train.steps:
         console.print(f"stopped at step {done} and saved; go on with run.resume=true run.out={out}")
@@ -139,12 +138,11 @@ def _hooks(
     """Sample grids and held-out rewards, both on fixed prompts and noise."""
     watched = cfg.watch.rewards
     pictures = cfg.log.samples_every > 0 and len(build.backbone.latent_shape) == 3
-    if not pictures and not watched:
+    if build.fixed is None or not (pictures or watched):
         return Hooks(progress=progress)
-    count = max(cfg.log.samples if pictures else 0, cfg.watch.prompts if watched else 0)
-    prompts = eval_prompts(cfg)[:count]
+    prompts = build.fixed.prompts
     fixed = FixedPrompts(
-        encode_prompts(build.backbone, prompts),
+        build.fixed,
         build.backbone.few_step_sigmas(cfg.sampler.steps),
         cfg.sampler.eta,
         min(cfg.train.micro, 64),

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
+from tiltflow.sentences import first_sentence
 
 BICUBIC = 3  # PIL's number for it, as processor configurations hold it
 CACHED_PROMPTS = 8192
@@ -108,10 +110,21 @@ class CLIPScore:
         self.name = name
         place = resolve_path(path)
         try:
-            model: Any = CLIPModel.from_pretrained(place, dtype=torch.float32)
+            model: Any
+            model, info = CLIPModel.from_pretrained(
+                place, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
             self.tokenizer = CLIPTokenizer.from_pretrained(place)
         except OSError as error:
             raise ValueError(f"reward {name!r}: there is no CLIP model at {path!r}") from error
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"reward {name!r}: the CLIP model at {path!r} cannot be loaded "
+                f"({first_sentence(error)})"
+            ) from error
+        if info["missing_keys"]:  # transformers would go on with random ones
+            lacking = sorted(info["missing_keys"])[0]
+            raise ValueError(f"reward {name!r}: the CLIP model at {path!r} lacks {lacking}")
         self.model = model.requires_grad_(False).eval().to(device)
         self.preprocessing = Preprocessing.from_pretrained(place)
         text = self.model.config.text_config
