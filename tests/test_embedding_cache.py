@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tiltflow.backbones.base import Conditioning
 from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, Found, encode_cached
 from tiltflow.embeddings import EncodedPrompts, encode_prompts
+from tiltflow.paths import embedding_cache
 from tiltflow.prompts import Prompt
 
 TEXTS = [f"prompt {i}" for i in range(10)]
@@ -184,9 +185,9 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiltflow import embedding_cache
+    from tiltflow import embedding_cache as module
 
-    written = embedding_cache.save_file
+    written = module.save_file
 
     def full(tensors: Any, file: Path, metadata: Any) -> None:
         if len(shards(tmp_path)) == 3:
@@ -194,7 +195,7 @@ def test_a_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(28, "No space left on device")
         written(tensors, file, metadata)
 
-    monkeypatch.setattr(embedding_cache, "save_file", full)
+    monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(ValueError, match="cannot be written .No space left on device."):
         fill(tmp_path)
     assert not list(tmp_path.glob("*/.tmp*"))
@@ -265,3 +266,16 @@ def test_batches_are_filled_up() -> None:
     assert sizes == [4, 4, 4] and len(encoded) == 11
     cond, _ = encoded.select([10, 9], torch.device("cpu"))
     assert torch.equal(cond.positive["embeds"], torch.stack([embedding(TEXTS[i]) for i in (0, 9)]))
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("TILTFLOW_CACHE", "/scratch/t")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert embedding_cache("off") is None
+    assert embedding_cache("~/mine") == Path("/home/me/mine")
+    assert embedding_cache(None) == Path("/scratch/t/embeddings")
+    monkeypatch.delenv("TILTFLOW_CACHE")
+    assert embedding_cache(None) == Path("/caches/tiltflow/embeddings")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert embedding_cache(None) == Path("/home/me/.cache/tiltflow/embeddings")

@@ -193,7 +193,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: if the file holds anything else.
     """
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
