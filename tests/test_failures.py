@@ -38,7 +38,7 @@ class Full:
         plain = OSError(errno.ENOSPC, "No space left on device")
         for owner, name, error in (
             (checkpoint, "save_file", rust),
-            (checkpoint, "_fsync", plain),
+            (checkpoint, "fsync", plain),
             (Path, "write_text", plain),
             (Path, "mkdir", plain),
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.backbones import load_backbone
-from tiltflow.backbones.base import Backbone
+from tiltflow.backbones import check_pipeline, load_backbone, local_pipeline
+from tiltflow.backbones.base import Backbone, Parts
+from tiltflow.backbones.fingerprint import encoder_facts
 from tiltflow.checkpoint import load_checkpoint
-from tiltflow.config import RewardConfig, RunConfig
+from tiltflow.config import PromptSets, RewardConfig, RunConfig, read_prompts
 from tiltflow.distributed import Ranks, shard
-from tiltflow.embeddings import EncodedPrompts, encode_prompts
+from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
+from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
 from tiltflow.export import read_adapter
-from tiltflow.paths import resolve_path
-from tiltflow.prompts import Prompt, PromptSampler, load_prompts
+from tiltflow.paths import embedding_cache, resolve_path
+from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
@@ -49,20 +51,34 @@ class Build:
     stage: ColdStart | Tilt
     backbone: Backbone
     prompts: EncodedPrompts
+    fixed: EncodedPrompts | None
+    """The prompts of samples and held-out rewards, where the config asks for either."""
     facts: dict[str, Any]
 
 
 def device_of(name: str) -> torch.device:
-    """The device of `run.device`; "auto" is the accelerator if there is one, else the CPU."""
+    """The device of `run.device`; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: if torch knows no such device, or this machine has none.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
         return found or torch.device("cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"there is no device {name!r}: give cpu, cuda, cuda:1, mps or auto"
+        ) from error
+    count = torch.accelerator.device_count() if found and found.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise ValueError(f"this machine has no device {name!r}: run on cpu, or give auto")
+    return device
 
 
-def build_backbone(cfg: RunConfig) -> Backbone:
+def build_backbone(cfg: RunConfig, parts: Parts = "all") -> Backbone:
+    """The model of a config, or only what encodes its prompts, or only the rest."""
     model = cfg.model
     return load_backbone(
         resolve_path(model.path),
@@ -73,7 +89,51 @@ def build_backbone(cfg: RunConfig) -> Backbone:
         vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
         resolution=model.resolution,
         max_sequence_length=model.max_sequence_length,
+        parts=parts,
     )
+
+
+def encode_sets(
+    cfg: RunConfig,
+    sets: Sequence[Sequence[Prompt]],
+    progress: Callable[[str], None] = lambda message: None,
+) -> list[EncodedPrompts]:
+    """Prompt sets with their embeddings: each text encoded once, and only if the cache lacks it.
+
+    The text encoders are loaded where there is something to encode, and dropped again.
+
+    Raises:
+        ValueError: if a set is empty, the model does not load, or the cache cannot be written.
+    """
+    texts = distinct([prompt for chosen in sets for prompt in chosen])
+    load = partial(build_backbone, cfg, "text")
+    root = embedding_cache(cfg.data.cache)
+    if cfg.model.path == "mixture" or root is None:
+        progress(f"encoding {len(texts)} prompts")
+        whole = encode_prompts(load(), [Prompt(text) for text in texts])
+        tables, places = whole.tables, dict(zip(texts, whole.places, strict=True))
+    else:
+        cache = EmbeddingCache(root, encoder_key(cfg))
+        found = encode_cached(cache, texts, load, notice=progress)
+        tables, places = found.tables, dict(found.places)
+    return [
+        EncodedPrompts(tuple(chosen), tables, tuple(places[p.text] for p in chosen))
+        for chosen in sets
+    ]
+
+
+def encoder_key(cfg: RunConfig) -> EncoderKey:
+    """What the embeddings of a config's prompts depend on besides their texts."""
+    path = local_pipeline(resolve_path(cfg.model.path))
+    check_pipeline(path, cfg.model.family)
+    facts = encoder_facts(
+        path,
+        dtype=cfg.model.dtype,
+        device=device_of(cfg.run.device).type,
+        max_sequence_length=cfg.model.max_sequence_length,
+        batch_size=BATCH,
+    )
+    return EncoderKey(cfg.model.path, facts)
 
 
 def adapter_settings(cfg: RunConfig, backbone: Backbone) -> AdapterSettings:
@@ -149,19 +209,28 @@ def build_rewards(table: dict[str, RewardConfig], device: torch.device) -> Rewar
 def build_stage(
     cfg: RunConfig,
     progress: Callable[[str], None] = lambda message: None,
+    *,
+    sets: PromptSets | None = None,
     ranks: Ranks = ALONE,
 ) -> Build:
-    """Loads the model, encodes the prompts, and puts the stage together for one of the ranks.
+    """Encodes the prompts, loads the rest of the model, and puts one rank's stage together.
+
+    `sets` are the config's prompts where they have been read already.
 
     Raises:
         ValueError: if the batch does not go round the ranks; and whatever does not load.
     """
     share = _share(cfg, ranks)
+    sets = sets or read_prompts(cfg)
+    count = max(
+        cfg.log.samples if cfg.log.samples_every else 0,
+        cfg.watch.prompts if cfg.watch.rewards else 0,
+    )
+    chosen = [sets.train, sets.fixed[:count]] if count else [sets.train]
+    with ranks.main_first():  # the others find the prompts in the cache
+        encoded, *fixed = encode_sets(cfg, chosen, progress)
     progress(f"loading {cfg.model.path}")
-    backbone = build_backbone(cfg)
-    prompts = load_prompts(cfg.data.prompts)
-    progress(f"encoding {len(prompts)} prompts")
-    encoded = encode_prompts(backbone, prompts)
+    backbone = build_backbone(cfg, "image")
     start = load_start(Path(cfg.model.few_step)) if cfg.model.few_step else None
     roles = build_roles(cfg, backbone, start)
     _place(cfg, backbone, roles, ranks)
@@ -177,7 +246,7 @@ def build_stage(
     make = _cold_start if cfg.stage == "cold_start" else _tilt
     sigmas = backbone.few_step_sigmas(cfg.sampler.steps)
     stage = make(cfg, backbone, encoded, roles, sigmas, share)
-    return Build(stage, backbone, encoded, facts)
+    return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts)
 
 
 def _share(cfg: RunConfig, ranks: Ranks) -> Share:
@@ -279,8 +348,3 @@ def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
     )
     rewards = build_rewards(cfg.rewards, backbone.device)
     return Tilt(**_common(cfg, *parts), rewards=rewards, settings=settings)
-
-
-def eval_prompts(cfg: RunConfig) -> list[Prompt]:
-    """The prompts that samples and the watch use: data.eval_prompts, else the training ones."""
-    return load_prompts(cfg.data.eval_prompts or cfg.data.prompts)

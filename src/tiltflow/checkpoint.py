@@ -10,7 +10,6 @@ after that. Nothing is pickled.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tiltflow.disk import fsync, sha256
 
 FORMAT = "tiltflow-checkpoint-1"
 _STEP = re.compile(r"step-(\d{6,})")
@@ -80,7 +81,7 @@ def save_checkpoint(
         raise _not_written(temporary, step, error) from error
     target = folder / f"step-{step:06d}"
     _put(temporary, target, manifest)
-    _fsync(folder)
+    fsync(folder)
     _point_latest(folder, target.name)
     _retain(folder, keep, good)
     return target
@@ -94,11 +95,11 @@ def _write(
     for group, values in tensors.items():
         save_file(_storable(values), folder / f"{group}.safetensors")
     (folder / "state.json").write_text(state, encoding="utf-8")
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "step": step, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        _fsync(path)
+        fsync(path)
     return manifest
 
 
@@ -153,8 +154,13 @@ def load_checkpoint(run_dir: str | Path, which: str = "latest", tidy: bool = Tru
     except ValueError as error:
         raise ValueError(f"checkpoint {path} {error}; {_alternative(folder, path)}") from error
     names = [name for name in manifest["files"] if name.endswith(".safetensors")]
-    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    try:
+        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:  # the checksums are right: it was made so
+        raise ValueError(f"checkpoint {path} is not tiltflow's: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path} is not tiltflow's: its state is no JSON object")
     return Checkpoint(manifest["step"], tensors, state)
 
 
@@ -181,20 +187,6 @@ def _storable(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    """Flushes a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     """Gives `temporary` its final name, replacing what has that name."""
     if target.exists():
@@ -215,7 +207,7 @@ def _point_latest(folder: Path, name: str) -> None:
     link = folder / f".tmp-{os.getpid()}-latest"
     os.symlink(name, link)
     os.replace(link, folder / "latest")
-    _fsync(folder)
+    fsync(folder)
 
 
 def _retain(folder: Path, keep: int, good: int | None) -> None:
@@ -286,7 +278,7 @@ def _verified(path: Path) -> dict[str, Any]:
             raise ValueError(f"is not tiltflow's: its manifest names the file {name!r}")
         if not (path / name).is_file():
             raise ValueError(f"is torn: {name} is missing")
-        if _sha256(path / name) != digest:
+        if sha256(path / name) != digest:
             raise ValueError(f"is torn: {name} does not match its checksum")
     return manifest
 

@@ -10,6 +10,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.exceptions import Abort, TyperException
+
+EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
+"""What bad input, or too small a machine, raises. Anything else is a mistake in the program, and
+shows where it is."""
 
 app = typer.Typer(
     name="tiltflow",
@@ -199,7 +204,8 @@ def compare(
     evaluation: Annotated[Path, typer.Argument(help="an evaluation.json or its run directory")],
 ) -> None:
     """The systems of an evaluation against each other, with p-values."""
-    from tiltflow.commands.evaluate import read_evaluation, show
+    from tiltflow.commands.evaluate import show
+    from tiltflow.evaluation.reading import read_evaluation
 
     show(read_evaluation(evaluation), console)
 
@@ -232,8 +238,8 @@ def encode(
     recipe: Annotated[str, typer.Argument(help="a packaged recipe's name, or a .yaml file")],
     overrides: Overrides = None,
 ) -> None:
-    """Encode a recipe's prompts once and say what that gives (shapes, size)."""
-    from tiltflow.commands.doctor import encode_recipe
+    """Encode a recipe's prompts into the embedding cache, where training finds them."""
+    from tiltflow.commands.encode import encode_recipe
     from tiltflow.config import load_config
 
     encode_recipe(load_config(recipe, overrides or []), console)
@@ -282,14 +288,6 @@ def main() -> None:
     from tiltflow.distributed import PeerLost
     from tiltflow.train.optim import NonFiniteError
 
-    expected = (
-        ValueError,
-        OSError,
-        MemoryError,
-        NonFiniteError,
-        FloatingPointError,
-        ImportError,
-    )
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -298,18 +296,31 @@ def main() -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     try:
-        app(args=arguments, prog_name="tiltflow")
+        status = app(args=arguments or ["--help"], prog_name="tiltflow", standalone_mode=False)
+    except Abort:
+        status = 1
     except PeerLost:  # has said so already
         if debug:
             raise
-        sys.exit(1)
-    except expected as error:
+        status = 1
+    except (*EXPECTED, NonFiniteError, TyperException) as error:
         if debug:
             raise
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
-            f"tiltflow: {' '.join(str(error).split())}"
+            f"tiltflow: {_sentence(error)}"
         )
-        sys.exit(2 if isinstance(error, ValueError | OSError) else 1)
+        status = 2 if isinstance(error, ValueError | OSError | TyperException) else 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, on one line."""
+    text = str(error)
+    if isinstance(error, TyperException):
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -46,8 +46,11 @@ class AdaptersConfig(Section):
 
 
 class DataConfig(Section):
+    """`cache`: where embeddings are kept; unset is the user's own place, `off` nowhere."""
+
     prompts: Text
     eval_prompts: Text | None = None
+    cache: Text | None = None
 
 
 class SamplerConfig(Section):

@@ -12,6 +12,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from torch import Tensor
 
+from tiltflow.backbones.headers import header_shapes
 from tiltflow.checkpoint import Checkpoint
 from tiltflow.roles import AdapterSettings
 
@@ -63,18 +64,39 @@ def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, Tensor]]:
         ValueError: if the folder holds no single LoRA of a transformer with its metadata.
     """
     inner = folder / "export" / "few_step"
-    files = sorted((inner if inner.is_dir() else folder).glob("*.safetensors"))
-    if len(files) != 1:
-        raise ValueError(f"{folder} should hold one LoRA file (.safetensors), not {len(files)}")
-    with safe_open(files[0], framework="pt") as file:
-        raw = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    file = lora_file(inner if inner.is_dir() else folder)
+    with safe_open(file, framework="pt") as opened:
+        raw = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+        weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     prefix = "transformer."
-    if raw is None or not all(key.startswith(prefix) for key in weights):
-        raise ValueError(f"{files[0]} is no LoRA of a transformer that tiltflow or diffusers saved")
-    facts = {k.removeprefix(prefix): v for k, v in json.loads(raw).items() if k.startswith(prefix)}
-    settings = AdapterSettings(facts["r"], facts["lora_alpha"], facts["target_modules"])
+    try:
+        if not all(key.startswith(prefix) for key in weights):
+            raise ValueError("a weight of something else")
+        saved = json.loads(raw or "").items()
+        facts = {k.removeprefix(prefix): v for k, v in saved if k.startswith(prefix)}
+        settings = AdapterSettings(facts["r"], facts["lora_alpha"], facts["target_modules"])
+    except (AttributeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no LoRA of a transformer that tiltflow or diffusers saved"
+        ) from error
     return settings, {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+def lora_file(folder: Path) -> Path:
+    """The one LoRA file in a folder, after a look at its header.
+
+    Raises:
+        ValueError: if there is none, there are several, or it is torn or no safetensors file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no LoRA folder {folder}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no LoRA (no .safetensors file)")
+    if len(files) > 1:
+        raise ValueError(f"{folder} should hold one LoRA file (.safetensors), not {len(files)}")
+    header_shapes(files[0])
+    return files[0]
 
 
 def _metadata(settings: AdapterSettings) -> dict[str, Any]:

@@ -27,6 +27,21 @@ def resolve_path(path: str) -> str:
     raise ValueError(f"there is no packaged {name!r}{nearest(name, present)}")
 
 
+def embedding_cache(setting: str | None) -> Path | None:
+    """Where `data.cache` puts embeddings: a directory, the user's own (None), or nowhere ("off").
+
+    The user's own is `embeddings` in `$TILTFLOW_CACHE`, else in `$XDG_CACHE_HOME/tiltflow`, else
+    in `~/.cache/tiltflow`.
+    """
+    if setting == "off":
+        return None
+    if setting is not None:
+        return Path(setting).expanduser()
+    own = os.environ.get("TILTFLOW_CACHE")
+    base = Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (base if own else base / "tiltflow") / "embeddings"
+
+
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error about an unknown name: what was perhaps meant, or what there is."""
     close = difflib.get_close_matches(name, known, n=1)

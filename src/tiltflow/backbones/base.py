@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+Parts = Literal["all", "text", "image"]
+"""What of a pipeline is loaded: everything, what encodes prompts, or everything else."""
 
 
 @dataclass(frozen=True)

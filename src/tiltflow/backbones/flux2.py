@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.files import check_pipeline, pipeline_index
+from tiltflow.backbones.loading import load_part
 from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype, part_config
 
 TWIN_KEYS = ("in_channels", "out_channels", "joint_attention_dim")
@@ -62,15 +63,9 @@ class Flux2Backbone(PipelineBackbone):
         if self.step_distilled:
             self.guidance = 1.0
         self.generator_transformer = self.transformer
-        if generator_path is not None:
-            generator = Flux2Transformer2DModel.from_pretrained(
-                str(generator_path),
-                subfolder="transformer",
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-            self.generator_transformer = generator.to(self.device).requires_grad_(False).eval()
+        if generator_path is not None and self.parts != "text":
+            generator = load_part(Path(generator_path), "transformer", dtype)
+            self.generator_transformer = generator.to(self.device)
         self._positions: dict[tuple[int, ...], Tensor] = {}
 
     def _check_generator(self, path: str | Path, generator_path: str | Path) -> None:

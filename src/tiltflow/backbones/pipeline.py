@@ -21,8 +21,9 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from tiltflow.backbones.base import Conditioning
-from tiltflow.backbones.files import absent_parts, check_pipeline, read_json, side_file
+from tiltflow.backbones.base import Conditioning, Parts
+from tiltflow.backbones.files import check_pipeline, read_json, side_file
+from tiltflow.backbones.loading import load_pipeline
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
@@ -58,6 +59,7 @@ class PipelineBackbone(ABC):
         resolution: image side in pixels; None is the model's own.
         max_sequence_length: text tokens (of the longest encoder); None is the side file's value,
             else the pipeline's own default.
+        parts: "text" loads what `encode` needs and no more, "image" everything else.
 
     Raises:
         ValueError: before weights load, if the directory is not a complete pipeline of the family,
@@ -83,6 +85,7 @@ class PipelineBackbone(ABC):
         vae_dtype: torch.dtype | None = None,
         resolution: int | None = None,
         max_sequence_length: int | None = None,
+        parts: Parts = "all",
     ) -> None:
         check_pipeline(path, self.family)
         self.path = str(path)
@@ -99,20 +102,23 @@ class PipelineBackbone(ABC):
             self.sequence = max_sequence_length
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
-        dtypes = {"default": dtype, "vae": vae_dtype or dtype}
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-        pipe = self.pipeline_class.from_pretrained(
-            self.path,
-            dtype=dtypes,
-            use_safetensors=True,
-            local_files_only=True,
-            **absent_parts(Path(path)),
+        self.parts = parts
+        self.pipe = pipe = load_pipeline(
+            self.pipeline_class,
+            path,
+            transformer_class=self.transformer_class,
+            encoders=self.text_encoders,
+            parts=parts,
+            dtype=dtype,
+            vae_dtype=vae_dtype or dtype,
         )
         pipe.set_progress_bar_config(disable=True)
-        self.pipe = pipe.to(self.device)
-        self.transformer: nn.Module = pipe.transformer.requires_grad_(False).eval()
-        self.vae = pipe.vae.requires_grad_(False).eval()
+        for name in self._networks():
+            getattr(pipe, name).to(self.device)
+        self.transformer: nn.Module = pipe.transformer
+        self.vae = pipe.vae
         self.scheduler = pipe.scheduler
 
     # ---- what a family adds
@@ -134,6 +140,11 @@ class PipelineBackbone(ABC):
     @abstractmethod
     def lora_targets(self) -> str | list[str]:
         """The modules that adapters go on by default (METHOD §6)."""
+
+    def _networks(self) -> list[str]:
+        """The pipeline's parts that have weights here."""
+        text = [name for name in self.text_encoders if getattr(self.pipe, name) is not None]
+        return text if self.parts == "text" else [*text, "transformer", "vae"]
 
     def _patch(self, transformer: Mapping[str, Any]) -> int:
         return 2
@@ -197,7 +208,7 @@ class PipelineBackbone(ABC):
         """The prompts' conditioning; the negative is the empty prompt.
 
         Raises:
-            RuntimeError: after `free_text_encoders`.
+            RuntimeError: after `free_text_encoders`, or where they were not loaded.
         """
         if self.pipe.text_encoder is None:
             raise RuntimeError("the text encoders were freed: encode every prompt before training")

@@ -1,4 +1,4 @@
-"""`tiltflow doctor`, `recipes` and `encode`: looking before training."""
+"""`tiltflow doctor` and `recipes`: looking before training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.console import Console
 
-from tiltflow.build import build_backbone, device_of
-from tiltflow.config import RunConfig, list_recipes, load_config, recipe_text, validate_files
-from tiltflow.embeddings import encode_prompts
-from tiltflow.prompts import load_prompts
+from tiltflow.build import device_of
+from tiltflow.config import list_recipes, load_config, recipe_text, validate_files
 
 PACKAGES = ("tiltflow", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -54,13 +52,3 @@ def show_recipes(name: str | None, console: Console) -> None:
         return
     text = recipe_text(name)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def encode_recipe(cfg: RunConfig, console: Console) -> None:
-    """Encodes a recipe's prompts and prints what a run will hold."""
-    validate_files(cfg)
-    prompts = load_prompts(cfg.data.prompts)
-    encoded = encode_prompts(build_backbone(cfg), prompts)
-    for key, value in encoded.cond.positive.items():
-        size = value.numel() * value.element_size() / 1e6
-        console.print(f"{key}: {tuple(value.shape)} {value.dtype}, {size:.1f} MB")

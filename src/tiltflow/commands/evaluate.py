@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from tiltflow.backbones import load_backbone
 from tiltflow.build import DTYPES, device_of
 from tiltflow.commands.systems import Loaded, Sampler, load_students
 from tiltflow.distributed import Ranks, ranks_of_job
-from tiltflow.embeddings import encode_prompts
+from tiltflow.embeddings import BATCH, distinct, encode_prompts
 from tiltflow.evaluation.scores import Diversity, Evaluation, evaluate_systems, write_evaluation
 from tiltflow.paths import resolve_path
 from tiltflow.prompts import Prompt
@@ -55,10 +55,12 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
     """Loads the model and its LoRAs, and encodes the prompts.
 
     Raises:
-        ValueError: if `tilt` is outside [0, 1], or anything does not load.
+        ValueError: if `tilt` is outside [0, 1], a number is not finite, or anything does not load.
     """
     if not 0 <= request.tilt <= 1:
         raise ValueError(f"--tilt is {request.tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
+    if request.guidance is not None and not math.isfinite(request.guidance):
+        raise ValueError(f"--guidance is {request.guidance}, which is no finite number")
     backbone = load_backbone(
         resolve_path(request.model),
         generator_path=resolve_path(request.generator_path) if request.generator_path else None,
@@ -68,7 +70,8 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
     )
     if not hasattr(backbone, "pipe"):
         raise ValueError("the mixture backbone has no images to sample; use tiltflow train")
-    encoded = encode_prompts(backbone, request.prompts)
+    batch = max(1, min(BATCH, len(distinct(request.prompts))))
+    encoded = encode_prompts(backbone, request.prompts, batch)
     backbone.free_text_encoders()
     loaded = load_students(backbone, request.few_step, request.tilt_lora, request.tilt)
     guidance = backbone.guidance if request.guidance is None else request.guidance
@@ -195,22 +198,3 @@ def save(evaluation: Evaluation, path: Path) -> None:
         for reward, values in table.items()
     }
     np.savez_compressed(path.with_suffix(".scores.npz"), **arrays)  # type: ignore[arg-type]
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """An `evaluation.json`.
-
-    Raises:
-        ValueError: if the file is missing or no evaluation.
-    """
-    if path.is_dir():
-        path = path / "evaluation.json"
-    if not path.is_file():
-        raise ValueError(f"there is no evaluation at {path}: run tiltflow evaluate --json {path}")
-    try:
-        summary = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(summary, dict) or "systems" not in summary:
-        raise ValueError(f"{path} is no evaluation (it has no systems)")
-    return summary

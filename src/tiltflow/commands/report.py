@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from tiltflow.commands.doctor import versions
-from tiltflow.commands.evaluate import read_evaluation
+from tiltflow.evaluation.reading import read_evaluation
 from tiltflow.evaluation.report import Sheet, write_report
 from tiltflow.evaluation.scores import Evaluation
 from tiltflow.evaluation.statistics import holm
@@ -105,10 +105,6 @@ def _sheets(run: Path, name: str) -> list[Sheet]:
     ]
 
 
-def _pixels(file: Path) -> np.ndarray:
-    return np.asarray(Image.open(file).convert("RGB"))
-
-
 def _together(settings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """The runs of one stage, where there are several."""
     stages: dict[str, list[str]] = {}
@@ -184,3 +180,10 @@ def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarra
         if files:
             grids[system] = [_pixels(f) for f in files]
     return grids, (folder / "prompts.txt").read_text().splitlines()
+
+
+def _pixels(file: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(file).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is no image that can be read") from error

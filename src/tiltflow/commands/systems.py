@@ -13,9 +13,11 @@ from torch import Tensor
 from tiltflow.backbones.base import Backbone, Conditioning
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.evaluation.scores import System
+from tiltflow.export import lora_file
 from tiltflow.randomness import Randomness
 from tiltflow.roles import AdapterSwitch, Role
 from tiltflow.sampling import sample_few_step, sample_ode
+from tiltflow.sentences import first_sentence
 
 DRAW_OFFSET = 1_000_003
 """Between the noise numbers of an index's successive draws."""
@@ -63,14 +65,19 @@ def load_students(
 
 
 def _load(backbone: Backbone, name: str, folder: Path) -> None:
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no LoRA (no .safetensors file)")
+    file = lora_file(folder)
     pipe = backbone.pipe  # type: ignore[attr-defined]
     try:
-        pipe.load_lora_weights(str(folder), adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"the LoRA in {folder} does not fit this model: {first}") from error
+        # Named, and safetensors only: by itself the loader would turn to a pickle in the folder.
+        pipe.load_lora_weights(
+            str(folder), weight_name=file.name, use_safetensors=True, adapter_name=name
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a file can make of diffusers and peft
+        raise ValueError(
+            f"the LoRA in {folder} does not fit this model: {first_sentence(error)}"
+        ) from error
     if name not in getattr(pipe.transformer, "peft_config", {}):
         raise ValueError(f"the LoRA in {folder} has no weight that this model's transformer knows")
     pipe.transformer.requires_grad_(False)

@@ -22,13 +22,12 @@ from rich.progress import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tiltflow.build import Build, build_rewards, build_stage, device_of, eval_prompts
+from tiltflow.build import Build, build_rewards, build_stage, device_of
 from tiltflow.checkpoint import latest_step, load_checkpoint
 from tiltflow.commands.failures import explained, resume_command
 from tiltflow.commands.watching import build_watch, held_out, look
-from tiltflow.config import RunConfig, dump_config, validate_files
+from tiltflow.config import PromptSets, RunConfig, dump_config, validate_files
 from tiltflow.distributed import Ranks, ranks_of_job
-from tiltflow.embeddings import encode_prompts
 from tiltflow.export import export_adapters
 from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
 from tiltflow.watch.probes import FixedPrompts
@@ -61,9 +60,9 @@ def run_training(cfg: RunConfig, console: Console) -> Path:
     """
     out, device = Path(cfg.run.out), device_of(cfg.run.device)
     start = _resume(cfg, out)
-    validate_files(cfg)
+    sets = validate_files(cfg)
     with ranks_of_job(device) as ranks, attention_of(device), explained(cfg, ranks.size):
-        return _run(cfg, out, start, console if ranks.main else Console(quiet=True), ranks)
+        return _run(cfg, sets, out, start, console if ranks.main else Console(quiet=True), ranks)
 
 
 @contextmanager
@@ -79,10 +78,21 @@ def attention_of(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _run(cfg: RunConfig, out: Path, start: int | None, console: Console, ranks: Ranks) -> Path:
+def _run(
+    cfg: RunConfig,
+    sets: PromptSets,
+    out: Path,
+    start: int | None,
+    console: Console,
+    ranks: Ranks,
+) -> Path:
     if ranks.from_main(start or 0) != (start or 0):
         raise ValueError(f"the ranks see different files in {out}: it must be on a shared disk")
-    build = build_stage(cfg, lambda message: console.print(f"[dim]{message}[/dim]"), ranks)
+
+    def say(line: str) -> None:
+        console.print(line, style="dim", markup=False)
+
+    build = build_stage(cfg, say, sets=sets, ranks=ranks)
     if ranks.main:
         _write_config(cfg, out)
     settings = LoopSettings(
@@ -104,7 +114,6 @@ def _run(cfg: RunConfig, out: Path, start: int | None, console: Console, ranks: 
             _show(bar, task, step, metrics, console)
 
         hooks, watch = _hooks(cfg, build, out, start or 0, progress, console, ranks)
-        build.backbone.free_text_encoders()
         done = train(build.stage, out, settings, hooks, start is not None, ranks)
     if watch is not None and watch.alarmed and cfg.watch.stop:
         console.print(
@@ -157,12 +166,11 @@ def _hooks(
     """Sample grids, held-out rewards and the watch, all on the same fixed prompts and noise."""
     watched = cfg.watch.rewards
     pictures = cfg.log.samples_every > 0 and len(build.backbone.latent_shape) == 3
-    if not pictures and not watched:
+    if build.fixed is None or not (pictures or watched):
         return Hooks(progress=progress), None
-    count = max(cfg.log.samples if pictures else 0, cfg.watch.prompts if watched else 0)
-    prompts = eval_prompts(cfg)[:count]
+    prompts = build.fixed.prompts
     fixed = FixedPrompts(
-        encode_prompts(build.backbone, prompts),
+        build.fixed,
         build.backbone.few_step_sigmas(cfg.sampler.steps),
         cfg.sampler.eta,
         min(cfg.train.micro, 64),

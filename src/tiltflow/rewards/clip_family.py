@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
+from tiltflow.sentences import first_sentence
 
 BICUBIC = 3  # PIL's number for it, as processor configurations hold it
 CACHED_PROMPTS = 8192
@@ -119,12 +121,26 @@ class CLIPScore:
         self.name = name
         words = resolve_path(processor or path)
         loaded: Any = model
+        missing: list[str] = []
         try:
             if loaded is None:
-                loaded = CLIPModel.from_pretrained(resolve_path(path), dtype=torch.float32)
+                loaded, info = CLIPModel.from_pretrained(
+                    resolve_path(path),
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+                missing = sorted(info["missing_keys"])
             self.tokenizer = CLIPTokenizer.from_pretrained(words)
         except OSError as error:
             raise ValueError(f"reward {name!r}: there is no CLIP model at {path!r}") from error
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"reward {name!r}: the CLIP model at {path!r} cannot be loaded "
+                f"({first_sentence(error)})"
+            ) from error
+        if missing:  # transformers would go on with random ones
+            raise ValueError(f"reward {name!r}: the CLIP model at {path!r} lacks {missing[0]}")
         self.model = loaded.requires_grad_(False).eval().to(device)
         self.preprocessing = Preprocessing.from_pretrained(words)
         text = self.model.config.text_config
