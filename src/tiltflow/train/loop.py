@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tiltflow.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tiltflow.interruption import Stopped, interruptible
 from tiltflow.metrics import Accumulator, MetricsLog
 from tiltflow.roles import Roles
 from tiltflow.train.optim import Updater
@@ -58,8 +57,9 @@ class LoopSettings:
 def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume: bool) -> int:
     """Runs (or goes on with) a stage in the directory `run`; returns the number of done steps.
 
-    Stopped by SIGINT or SIGTERM, it saves and returns early. Counted randomness makes a resumed
-    run equal to an uninterrupted one.
+    Stopped by SIGINT or SIGTERM, it saves and returns early, from a wait for a reward server too:
+    an iteration scores before it changes anything, so one that waited is begun anew. Counted
+    randomness makes a resumed run equal to an uninterrupted one.
     """
     done = restore(stage, load_checkpoint(run)) if resume else 0
     log = MetricsLog(
@@ -71,7 +71,7 @@ def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume:
     accumulator = Accumulator()
     if done == 0:
         hooks.sample(0)
-    with log, interruptible() as stopped:
+    with log, interruptible() as stopped, suppress(Stopped):
         while done < settings.steps and not stopped.is_set():
             accumulator.add(stage.iteration(done))
             done += 1
@@ -86,6 +86,8 @@ def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume:
                 hooks.sample(done)
             if done % settings.save_every == 0 or done == settings.steps or stopped.is_set():
                 save(stage, run, done, settings)
+    if stopped.is_set():  # it may have been in a wait, which is not followed by the save above
+        save(stage, run, done, settings)
     return done
 
 
@@ -103,26 +105,3 @@ def restore(stage: Stage, checkpoint: Checkpoint) -> int:
     for name, updater in stage.updaters.items():
         updater.load(dict(checkpoint.tensors[f"optimizer_{name}"]))
     return checkpoint.step
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second SIGINT interrupts at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    for s in before:
-        signal.signal(s, handle)
-    try:
-        yield stopped
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
