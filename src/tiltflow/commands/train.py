@@ -11,18 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltflow.build import Build, build_rewards, build_stage, device_of, eval_prompts
 from tiltflow.checkpoint import latest_step, load_checkpoint
+from tiltflow.commands.progress import progress_bar
 from tiltflow.config import RunConfig, dump_config, validate_files
 from tiltflow.embeddings import EncodedPrompts, encode_prompts
 from tiltflow.export import export_adapters
@@ -107,7 +101,7 @@ def _run(cfg: RunConfig, out: Path, resume: bool, console: Console) -> Path:
         wandb=cfg.log.wandb,
         facts=build.facts,
     )
-    with _bar(console) as bar:
+    with progress_bar(console) as bar:
         start = (latest_step(out) or 0) if resume else 0
         task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start, note="")
         hooks = _hooks(cfg, build, out, lambda done, m: _show(bar, task, done, m, console))
@@ -178,19 +172,6 @@ def held_out(
     chosen = fixed.encoded.prompts[:count]
     scores = rewards.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
     return {f"held_out/{name}": float(values.mean()) for name, values in scores.items()}
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
 
 
 SHOWN: Sequence[str] = ("generator/matching", "fake_score/ambient")
