@@ -12,6 +12,14 @@ import typer
 from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
+from tiltflow.commands.options import (
+    Device,
+    Rewards,
+    SamplingOptions,
+    named_rewards,
+    sampling_options,
+)
+
 EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
 """What bad input, or too small a machine, raises. Anything else is a mistake in the program, and
 shows where it is."""
@@ -29,24 +37,6 @@ console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several ranks,
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE...", help="settings that replace a recipe's"),
-]
-Model = Annotated[str, typer.Option("--model", help="pipeline directory or hub id")]
-FewStep = Annotated[Path | None, typer.Option("--few-step", help="stage-1 LoRA folder")]
-TiltLora = Annotated[Path | None, typer.Option("--tilt-lora", help="stage-2 LoRA folder")]
-Strength = Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1")]
-Prompts = Annotated[str | None, typer.Option("--prompts", help="prompt file or packaged set")]
-PromptText = Annotated[str | None, typer.Option("--prompt", help="one prompt")]
-Steps = Annotated[int, typer.Option("--steps", help="sampling steps of the students", min=1)]
-Eta = Annotated[float, typer.Option("--eta", help="stochasticity, 0 to 1", min=0, max=1)]
-Seed = Annotated[int, typer.Option("--seed", help="seed of the noise", min=0)]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto")]
-Dtype = Annotated[str, typer.Option("--dtype", help="fp32 or bf16")]
-Batch = Annotated[int, typer.Option("--batch", help="images at a time", min=1)]
-Guidance = Annotated[float | None, typer.Option("--guidance", help="the teacher's guidance")]
-TeacherSteps = Annotated[int, typer.Option("--teacher-steps", help="the teacher's steps", min=1)]
-Resolution = Annotated[int | None, typer.Option("--resolution", help="image side in pixels")]
-Generator = Annotated[
-    str | None, typer.Option("--generator", help="the distilled pipeline that LoRAs sit on (klein)")
 ]
 
 
@@ -81,47 +71,15 @@ def demo(
     epilog="Example: tiltflow sample --model DIR --few-step runs/a/export/few_step "
     "--prompt 'a red circle' --out images"
 )
+@sampling_options(batch=16)
 def sample(
-    model: Model,
+    options: SamplingOptions,
     out: Annotated[Path, typer.Option("--out", help="folder of the images")],
-    prompt: PromptText = None,
-    prompts: Prompts = None,
-    few_step: FewStep = None,
-    tilt_lora: TiltLora = None,
-    tilt: Strength = 1.0,
-    steps: Steps = 4,
-    eta: Eta = 0.9,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    teacher_steps: TeacherSteps = 50,
-    batch: Batch = 16,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    resolution: Resolution = None,
-    generator: Generator = None,
 ) -> None:
     """Images of a model with its LoRAs; without LoRAs, of the teacher."""
     from tiltflow.commands.evaluate import sample_images
 
-    request = _request(
-        model=model,
-        prompt=prompt,
-        prompts=prompts,
-        few_step=few_step,
-        tilt_lora=tilt_lora,
-        tilt=tilt,
-        steps=steps,
-        eta=eta,
-        seed=seed,
-        guidance=guidance,
-        teacher_steps=teacher_steps,
-        batch=batch,
-        device=device,
-        dtype=dtype,
-        resolution=resolution,
-        generator=generator,
-    )
-    paths = sample_images(request, out, console)
+    paths = sample_images(options.request(), out, console)
     console.print(f"{len(paths)} images in {out}")
 
 
@@ -129,85 +87,84 @@ def sample(
     epilog="Example: tiltflow evaluate --model DIR --few-step LORA --prompts FILE "
     "--reward clipscore --json evaluation.json"
 )
+@sampling_options(batch=64)
 def evaluate(
-    model: Model,
-    prompt: PromptText = None,
-    prompts: Prompts = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option("--reward", help="NAME or NAME@PATH of its weights; repeatable"),
-    ] = None,
+    options: SamplingOptions,
+    reward: Rewards = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="prompts and rewards together")
+        str | None, typer.Option("--suite", help="a prompt format and its rewards")
     ] = None,
     json_file: Annotated[Path, typer.Option("--json", help="where the figures go")] = Path(
         "evaluation.json"
     ),
     count: Annotated[int | None, typer.Option("--count", help="the first N prompts", min=2)] = None,
-    diversity: Annotated[bool, typer.Option("--diversity", help="measure diversity too")] = False,
-    few_step: FewStep = None,
-    tilt_lora: TiltLora = None,
-    tilt: Strength = 1.0,
-    steps: Steps = 4,
-    eta: Eta = 0.9,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    teacher_steps: TeacherSteps = 50,
-    batch: Batch = 64,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    resolution: Resolution = None,
-    generator: Generator = None,
+    diversity: Annotated[
+        bool, typer.Option("--diversity", help="diversity, and the distance to the teacher, too")
+    ] = False,
+    keep_images: Annotated[
+        bool, typer.Option("--keep-images", help="every image as a PNG beside the figures")
+    ] = False,
 ) -> None:
-    """Score teacher and students on the same prompts and noise, with intervals and tests."""
+    """Score teacher and students on the same prompts and noise, with intervals and tests.
+
+    Killed, it goes on where it was when the same is asked again.
+    """
     from tiltflow.commands import evaluate as command
-    from tiltflow.distributed import is_main
     from tiltflow.evaluation.suites import suite_of
 
-    names = list(reward or [])
-    if suite is not None:
-        chosen = suite_of(suite)
-        prompts, names = prompts or chosen.prompts, names or list(chosen.rewards)
+    chosen = suite_of(suite) if suite is not None else None
+    names = list(reward or (chosen.rewards if chosen else []))
     if not names:
         raise ValueError("give at least one --reward NAME, or a --suite")
-    rewards = {name: path or None for name, _, path in (n.partition("@") for n in names)}
-    request = _request(
-        model=model,
-        prompt=prompt,
-        prompts=prompts,
+    request = options.request(
+        default_prompts=chosen.prompts if chosen else None,
         count=count,
-        few_step=few_step,
-        tilt_lora=tilt_lora,
-        tilt=tilt,
-        steps=steps,
-        eta=eta,
-        seed=seed,
-        guidance=guidance,
-        teacher_steps=teacher_steps,
-        batch=batch,
-        device=device,
-        dtype=dtype,
-        resolution=resolution,
-        generator=generator,
-        rewards=rewards,
+        rewards=named_rewards(names),
         diversity=diversity,
     )
-    result = command.evaluate(request, console)
-    if is_main():
-        command.save(result, json_file)
+    if chosen is not None:
+        chosen.check(request.prompts)
+    result = command.evaluate_to(json_file, request, console, keep_images)
     command.show(result.summary, console)
+    command.show_categories(result.summary, console)
     console.print(f"figures: {json_file}")
 
 
-@app.command(epilog="Example: tiltflow compare runs/demo/evaluation.json")
+@app.command(epilog="Example: tiltflow compare runs/a/evaluation.json runs/b/evaluation.json")
 def compare(
-    evaluation: Annotated[Path, typer.Argument(help="an evaluation.json or its run directory")],
+    evaluations: Annotated[
+        list[Path],
+        typer.Argument(metavar="EVALUATION...", help="one or two evaluation.json or their folders"),
+    ],
+    systems: Annotated[
+        str | None, typer.Option("--systems", help="A,B: these two alone (of two files: A then B)")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the comparisons here too")
+    ] = None,
 ) -> None:
-    """The systems of an evaluation against each other, with p-values."""
-    from tiltflow.commands.evaluate import show
-    from tiltflow.evaluation.reading import read_evaluation
+    """Systems against each other, prompt by prompt: differences, intervals and p-values."""
+    from tiltflow.commands.compare import run_compare
 
-    show(read_evaluation(evaluation), console)
+    run_compare(evaluations, systems, json_file, console)
+
+
+@app.command("reward-server", epilog="Example: tiltflow reward-server hpsv3 --port 8000")
+def reward_server(
+    rewards: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="rewards, or NAME@PATH of the weights")
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="address; any but the loopback needs a token")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="port", min=1, max=65535)] = 8000,
+    batch: Annotated[int, typer.Option("--batch", help="images at a time", min=1)] = 16,
+    device: Device = "auto",
+) -> None:
+    """Serve rewards to runs elsewhere, which name them remote:http://HOST:PORT/NAME."""
+    from tiltflow.commands.reward_server import serve
+
+    serve(named_rewards(rewards), host, port, device, batch, console)
 
 
 @app.command(epilog="Example: tiltflow report runs/demo")
@@ -264,23 +221,6 @@ def doctor(
     from tiltflow.commands.doctor import examine
 
     examine(recipe, overrides or [], console)
-
-
-def _request(  # type: ignore[no-untyped-def]
-    *, prompt: str | None, prompts: str | None, generator: str | None, count: int | None = None,
-    dtype: str, **values,
-):  # fmt: skip
-    """The options of `sample` and `evaluate` as one request."""
-    from tiltflow.build import DTYPES
-    from tiltflow.commands.evaluate import Request
-    from tiltflow.prompts import Prompt, load_prompts
-
-    if (prompt is None) == (prompts is None):
-        raise ValueError("give either --prompt TEXT or --prompts FILE")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
-    chosen = [Prompt(prompt, {})] if prompt is not None else load_prompts(str(prompts))
-    return Request(prompts=chosen[:count], generator_path=generator, dtype=dtype, **values)
 
 
 def main() -> None:

@@ -122,12 +122,13 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _split(dotted: str) -> list[str]:
-    """The parts of a key. A reward given by dotted path (`package.module:Name`) stays whole."""
+    """The parts of a key. A reward given by dotted path (`package.module:Name`) or by address
+    (`remote:http://127.0.0.1:8000/NAME`) stays whole."""
     parts = dotted.split(".")
     for prefix in _REWARDS:
         n = len(prefix)
         if parts[:n] == prefix and ":" in dotted:
-            last = next(i for i, part in enumerate(parts) if ":" in part)
+            last = max(i for i, part in enumerate(parts) if ":" in part or "/" in part)
             return [*prefix, ".".join(parts[n : last + 1]), *parts[last + 1 :]]
     return parts
 

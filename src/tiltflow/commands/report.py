@@ -11,9 +11,10 @@ import yaml
 from PIL import Image
 
 from tiltflow.commands.doctor import versions
-from tiltflow.evaluation.reading import read_evaluation
+from tiltflow.commands.evaluate import save_pngs, save_prompts
+from tiltflow.evaluation.files import read_evaluation
 from tiltflow.evaluation.report import Sheet, write_report
-from tiltflow.evaluation.scores import Evaluation
+from tiltflow.evaluation.scores import KEPT_IMAGES, Evaluation
 from tiltflow.evaluation.statistics import holm
 from tiltflow.evaluation.watch_figures import Watched
 from tiltflow.metrics import read_metrics
@@ -31,12 +32,10 @@ def write_evaluation_report(
     folder = out / IMAGES
     count = 0
     for system, images in evaluation.images.items():
-        (folder / system).mkdir(parents=True, exist_ok=True)
         count = max(count, len(images))
-        for i, pixels in enumerate(images):
-            Image.fromarray(pixels).save(folder / system / f"{i:05d}.png")
+        save_pngs(folder, system, range(len(images)), images)
     if count:
-        (folder / "prompts.txt").write_text("\n".join(p.text for p in prompts[:count]) + "\n")
+        save_prompts(folder, prompts[:count])
     return _write([out, *stages.values()], out)
 
 
@@ -176,7 +175,7 @@ def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarra
         return {}, []
     grids = {}
     for system in evaluation["systems"]:
-        files = sorted((folder / system).glob("*.png"))
+        files = sorted((folder / system).glob("*.png"))[:KEPT_IMAGES]
         if files:
             grids[system] = [_pixels(f) for f in files]
     return grids, (folder / "prompts.txt").read_text().splitlines()

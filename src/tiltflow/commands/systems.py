@@ -19,6 +19,9 @@ from tiltflow.roles import AdapterSwitch, Role
 from tiltflow.sampling import sample_few_step, sample_ode
 from tiltflow.sentences import first_sentence
 
+TEACHER = "teacher"
+"""The system that others are measured against: the teacher with all its steps."""
+
 DRAW_OFFSET = 1_000_003
 """Between the noise numbers of an index's successive draws."""
 
@@ -119,7 +122,7 @@ class Sampler:
         made = []
         if teacher:
             grids = {
-                "teacher": loaded.backbone.teacher_sigmas(self.teacher_steps),
+                TEACHER: loaded.backbone.teacher_sigmas(self.teacher_steps),
                 f"teacher_{self.steps}_step": loaded.backbone.few_step_sigmas(self.steps),
             }
             for name, sigmas in grids.items():

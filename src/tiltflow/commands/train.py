@@ -12,19 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltflow.build import Build, build_rewards, build_stage, device_of
 from tiltflow.checkpoint import latest_step, load_checkpoint
 from tiltflow.commands.failures import explained, resume_command
+from tiltflow.commands.progress import progress_bar
 from tiltflow.commands.watching import build_watch, held_out, look
 from tiltflow.config import PromptSets, RunConfig, dump_config, validate_files
 from tiltflow.distributed import Ranks, ranks_of_job
@@ -107,7 +101,7 @@ def _run(
         skip=cfg.train.skip_nonfinite,
         resume_from=cfg.run.resume_from,
     )
-    with _bar(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start or 0, note="")
 
         def progress(step: int, metrics: dict[str, float]) -> None:
@@ -207,19 +201,6 @@ def _hooks(
         good=lambda: 0,
     )
     return plain, None
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
 
 
 SHOWN: Sequence[str] = ("generator/matching", "fake_score/ambient")

@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from tiltflow.paths import nearest
 
 ENTRY_POINTS = "tiltflow.rewards"
+REMOTE = "remote:"
 RANGE_TOLERANCE = 1e-3  # decoders clamp to [0, 1]; a bf16 round trip may leave it by this much
 
 Metadata = Mapping[str, object]
@@ -227,7 +229,8 @@ def load_reward(
     device: str | torch.device = "cpu",
     options: Mapping[str, Any] | None = None,
 ) -> Reward:
-    """A reward by builtin name, entry point (group `tiltflow.rewards`) or `package.module:name`.
+    """A reward by builtin name, entry point (group `tiltflow.rewards`), `package.module:name`, or
+    `remote:http://HOST:PORT/NAME` for one behind a reward server.
 
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
     -> (B,)`, whose options are `differentiable` and `domain`, or to a class, which is called with
@@ -241,6 +244,8 @@ def load_reward(
     options = dict(options or {})
     if name in BUILTIN:
         return BUILTIN[name](name, path, device, options)
+    if name.startswith(REMOTE):
+        return _remote(name, path, options)
     if ":" in name:
         return _from_target(_dotted(name), name, path, device, options)
     points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
@@ -251,6 +256,14 @@ def load_reward(
         f"there is no reward {name!r}{nearest(name, known)} "
         "(a reward of your own is 'package.module:function')"
     )
+
+
+def _remote(name: str, path: str | None, options: Mapping[str, Any]) -> Reward:
+    from tiltflow.rewards.remote import RemoteReward, Settings
+
+    _no_path(name, path)
+    _only(name, options, [field.name for field in fields(Settings)])
+    return RemoteReward(name, Settings(**options))
 
 
 def _dotted(name: str) -> object:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +13,12 @@ from torch import Tensor
 
 from tiltflow.checkpoint import Checkpoint, load_checkpoint, point_latest, save_checkpoint
 from tiltflow.distributed import Ranks
+from tiltflow.interruption import Stopped, interruptible
 from tiltflow.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.roles import Roles
 from tiltflow.train.optim import NON_FINITE, Updater
 
 ALONE = Ranks()
-REPEAT = 1.0
-"""Seconds within which a second signal is the first one's echo: a launcher passes it on as well."""
 
 
 class Stage(Protocol):
@@ -92,16 +88,18 @@ def train(
     """Runs (or goes on with) a stage in the directory `run`; returns the step of its result.
 
     Stopped by SIGINT or SIGTERM on any rank, all of them finish the iteration, rank 0 saves, and
-    the loop returns early. Ended by an alarm of the watch, rank 0 points `latest` at the last good
-    checkpoint, and its step is returned. Counted randomness makes a resumed run equal to an
-    uninterrupted one.
+    the loop returns early; from a wait for a reward server it returns at once: an iteration scores
+    before it changes anything, so one that waited is begun anew. (Of several ranks, those that
+    wait for the one that waits lose it.) Ended by an alarm of the watch, rank 0 points `latest` at
+    the last good checkpoint, and its step is returned. Counted randomness makes a resumed run
+    equal to an uninterrupted one.
     """
     skips = Skips(settings.skip)
     done = restore(stage, _found(run, settings, ranks), settings, skips) if resume else 0
     accumulator, stop = Accumulator(), False
     if done == 0:
         hooks.sample(0)
-    with _log(run, settings, done, ranks) as log, interruptible() as stopped:
+    with _log(run, settings, done, ranks) as log, interruptible() as stopped, suppress(Stopped):
         if hooks.watch_every and hooks.good() is None:  # the reference of all later looks
             look(log, hooks, done, ranks)
             if ranks.main and settings.stop_on_alarm:
@@ -124,6 +122,8 @@ def train(
             due = done % settings.save_every == 0 or done == settings.steps or stop
             if ranks.main and (due or (looked and settings.stop_on_alarm)):
                 save(stage, run, done, settings, skips, hooks.good())
+    if ranks.main and stopped.is_set() and not stop:  # in a wait, which no save above follows
+        save(stage, run, done, settings, skips, hooks.good())
     return done
 
 
@@ -243,31 +243,3 @@ def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips:
         ) from error
     skips.count = int(checkpoint.state.get("skipped", 0))
     return checkpoint.step
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a later second one interrupts at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    first = 0.0
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal first
-        if stopped.is_set() and time.monotonic() - first > REPEAT:
-            raise KeyboardInterrupt
-        if not stopped.is_set():
-            first = time.monotonic()
-        stopped.set()
-
-    for s in before:
-        signal.signal(s, handle)
-    try:
-        yield stopped
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
