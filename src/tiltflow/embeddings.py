@@ -28,7 +28,7 @@ class EncodedPrompts:
         rows = torch.as_tensor(list(indices))
         positive = {key: value[rows].to(device) for key, value in self.cond.positive.items()}
         negative = {
-            key: value.expand(len(rows), *value.shape[1:]).to(device)
+            key: value.to(device).expand(len(rows), *value.shape[1:])
             for key, value in self.cond.negative.items()
         }
         return Conditioning(positive, negative), [self.prompts[i] for i in indices]

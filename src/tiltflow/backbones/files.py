@@ -22,6 +22,9 @@ PARTS = {
 }
 """Besides transformer, vae and scheduler: what a family cannot do without."""
 
+TOKEN_PATCH = {"sd3": 1, "flux": 2, "flux2": 1}
+"""How many latent cells wide a token of the pipeline's own latents is (SD3's are no tokens)."""
+
 SIDE_FILE = "tiltflow.json"
 """Beside model_index.json: call-time defaults that a pipeline directory cannot hold."""
 
@@ -29,7 +32,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
 
 INDEX = "model_index.json"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+"""The files that a tokenizer may consist of, besides its tokenizer_config.json."""
 
 
 def check_pipeline(path: str | Path, family: str | None = None) -> str:
@@ -84,15 +88,24 @@ def missing_files(root: Path, index: Mapping[str, Any], family: str) -> list[str
     missing: list[str] = []
     for part in dict.fromkeys([*needed, *listed]):
         missing += [f"{part}/{file}" for file in _missing_in(root / part, part)]
+    if family == "flux2" and not missing and not _has_chat_template(root / "tokenizer"):
+        missing.append("tokenizer/chat_template.jinja")
     return missing
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer can put a prompt into a chat, which klein's text encoder is given."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
 
 
 def _missing_in(folder: Path, part: str) -> list[str]:
     if part == "scheduler":
         wanted = ["scheduler_config.json"]
     elif part.startswith("tokenizer"):
-        present = any((folder / name).is_file() for name in TOKENIZER_FILES)
-        wanted = [] if present else [TOKENIZER_FILES[0]]
+        present = any(all((folder / n).is_file() for n in names) for names in TOKENIZER_FILES)
+        wanted = ["tokenizer_config.json", *([] if present else TOKENIZER_FILES[0])]
     elif part in ("transformer", "vae"):
         wanted = ["config.json", *_weights(folder, "diffusion_pytorch_model")]
     elif part.startswith("text_encoder"):

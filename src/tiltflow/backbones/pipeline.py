@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
@@ -23,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.files import absent_parts, check_pipeline, read_json, side_file
+from tiltflow.flow import raw_levels
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
@@ -58,6 +58,7 @@ class PipelineBackbone(ABC):
         resolution: image side in pixels; None is the model's own.
         max_sequence_length: text tokens (of the longest encoder); None is the side file's value,
             else the pipeline's own default.
+        pipe: a pipeline made already, in place of loading the one in `path`.
 
     Raises:
         ValueError: before weights load, if the directory is not a complete pipeline of the family,
@@ -83,12 +84,13 @@ class PipelineBackbone(ABC):
         vae_dtype: torch.dtype | None = None,
         resolution: int | None = None,
         max_sequence_length: int | None = None,
+        pipe: Any = None,
     ) -> None:
-        check_pipeline(path, self.family)
+        if pipe is None:
+            check_pipeline(path, self.family)
         self.path = str(path)
         self.device = torch.device(device)
-        transformer = part_config(path, "transformer", self.transformer_class)
-        vae = part_config(path, "vae", self.vae_class)
+        transformer, vae = self._part_configs(pipe)
         self.geometry = self._geometry(transformer, vae, resolution)
         self.resolution = self.geometry.side
         self.latent_shape = self._latent_shape(int(transformer["in_channels"]))
@@ -99,7 +101,23 @@ class PipelineBackbone(ABC):
             self.sequence = max_sequence_length
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
-        dtypes = {"default": dtype, "vae": vae_dtype or dtype}
+        if pipe is None:
+            pipe = self._load({"default": dtype, "vae": vae_dtype or dtype})
+        self.pipe = pipe.to(self.device)
+        self.transformer: nn.Module = pipe.transformer.requires_grad_(False).eval()
+        self.vae = pipe.vae.requires_grad_(False).eval()
+        self.scheduler = pipe.scheduler
+
+    def _part_configs(self, pipe: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The transformer's and the autoencoder's, without loading them."""
+        if pipe is not None:
+            return dict(pipe.transformer.config), dict(pipe.vae.config)
+        return (
+            part_config(self.path, "transformer", self.transformer_class),
+            part_config(self.path, "vae", self.vae_class),
+        )
+
+    def _load(self, dtypes: Mapping[str, torch.dtype]) -> Any:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         pipe = self.pipeline_class.from_pretrained(
@@ -107,15 +125,16 @@ class PipelineBackbone(ABC):
             dtype=dtypes,
             use_safetensors=True,
             local_files_only=True,
-            **absent_parts(Path(path)),
+            **absent_parts(Path(self.path)),
         )
         pipe.set_progress_bar_config(disable=True)
-        self.pipe = pipe.to(self.device)
-        self.transformer: nn.Module = pipe.transformer.requires_grad_(False).eval()
-        self.vae = pipe.vae.requires_grad_(False).eval()
-        self.scheduler = pipe.scheduler
+        return pipe
 
     # ---- what a family adds
+
+    @abstractmethod
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each conditioning tensor, without its batch; what `encode` will give."""
 
     @abstractmethod
     def _forward(
@@ -192,6 +211,10 @@ class PipelineBackbone(ABC):
             plain = self._forward(network, x, sigma, cond.negative)
         return plain + guidance * (conditional - plain)
 
+    def passes(self, guidance: float) -> int:
+        """How many passes of the network one velocity with `guidance` takes."""
+        return 1 if guidance == 1.0 else 2
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts' conditioning; the negative is the empty prompt.
@@ -223,12 +246,11 @@ class PipelineBackbone(ABC):
         return self._schedule(steps, raw=True)
 
     def _schedule(self, steps: int, raw: bool) -> Tensor:
-        if steps < 1:
-            raise ValueError(f"a sampler takes at least 1 step, not {steps}")
+        levels = raw_levels(steps)
         dynamic = self.scheduler.config.use_dynamic_shifting
         shift: dict[str, Any] = {"mu": self._mu(steps)} if dynamic else {}
         if raw:
-            shift["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+            shift["sigmas"] = levels
         self.scheduler.set_timesteps(steps, device="cpu", **shift)
         return self.scheduler.sigmas.clone()
 

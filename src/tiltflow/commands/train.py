@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltflow.build import Build, build_rewards, build_stage, device_of, eval_prompts
 from tiltflow.checkpoint import latest_step, load_checkpoint
+from tiltflow.commands.export import export_checkpoint
 from tiltflow.config import RunConfig, dump_config, validate_files
 from tiltflow.embeddings import EncodedPrompts, encode_prompts
-from tiltflow.export import export_adapters
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Role
@@ -116,7 +116,7 @@ def _run(cfg: RunConfig, out: Path, resume: bool, console: Console) -> Path:
     if done < cfg.train.steps:
         console.print(f"stopped at step {done} and saved; go on with run.resume=true run.out={out}")
     elif hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
-        export_adapters(load_checkpoint(out), type(build.backbone.pipe), out / "export")
+        export_checkpoint(cfg, load_checkpoint(out), out / "export")
     return out
 
 

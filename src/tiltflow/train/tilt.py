@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.base import Grouped
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.objectives.policy import (
@@ -83,8 +83,8 @@ class Tilt:
         groups = self.batch // chosen.group_size
         indices = self.sampler.indices(step * groups, groups)
         device = self.roles.generator.backbone.device
-        cond, prompts = self.prompts.select(indices, device)
-        cond = cond.repeat(chosen.group_size)
+        each, prompts = self.prompts.select(indices, device)
+        cond = Grouped(each, chosen.group_size)
         prompts = [p for p in prompts for _ in range(chosen.group_size)]
         trained = self._trained_steps(step)
         trajectory = self._rollout(step, trained, cond)
@@ -108,7 +108,7 @@ class Tilt:
         order = self.randomness.permutation("subset", step, self._last)
         return choose_steps(order, self.settings.subset)
 
-    def _rollout(self, step: int, trained: tuple[int, ...], cond: Conditioning) -> Rollout:
+    def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
         """K steps for the global batch; untrained steps share their noise within a group."""
         shape, random = (self.batch, *self.latent_shape), self.randomness
         device = self.roles.generator.backbone.device
@@ -132,7 +132,7 @@ class Tilt:
                     convention=self.settings.log_prob,
                 )
             )
-        return join(parts)
+        return join(parts, cond)
 
     @torch.no_grad()
     def _score(self, x0: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -235,7 +235,12 @@ class Tilt:
             assert self.roles.reference is not None
             with torch.no_grad():
                 reference, _ = sampler_step(
-                    self.roles.reference, part.states[k], part.sigmas, k, part.cond, part.eta
+                    self.roles.reference,
+                    part.states[k],
+                    part.sigmas,
+                    k,
+                    part.conditioning,
+                    part.eta,
                 )
             kl = policy_kl(mean, reference, std, self.settings.log_prob)
             losses = losses + self.settings.kl * kl

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.base import Conditioning, Grouped
 from tiltflow.flow import renoise_level
 from tiltflow.objectives.distribution_matching import matching_gradient
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
@@ -56,7 +56,7 @@ class FakeScoreTrainer:
         draw: int,
         x_s: Tensor,
         s: Tensor,
-        cond: Conditioning,
+        cond: Conditioning | Grouped,
         prompts: Sequence[Prompt],
     ) -> dict[str, Tensor]:
         """One optimizer step on boundary samples x_s (B, ...) at levels s (B,)."""
@@ -95,7 +95,7 @@ class Matching:
     micro: int
 
     def gradient(
-        self, stream: str, draw: int, x_s: Tensor, s: Tensor, conditioning: Conditioning
+        self, stream: str, draw: int, x_s: Tensor, s: Tensor, conditioning: Conditioning | Grouped
     ) -> Tensor:
         """g at x_s (B, ...), levels s (B,), in micro-batches; no graph."""
         shape, device = tuple(x_s.shape), x_s.device
