@@ -194,7 +194,14 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
                 "model.few_step was trained with adapters.kind=copies and adapters.kind is lora"
             )
         below = (start.settings, start.few_step)
-    return adapter_roles(backbone, adapter_settings(cfg, backbone), few_step=below, **common)
+    settings = adapter_settings(cfg, backbone)
+    try:
+        return adapter_roles(backbone, settings, few_step=below, **common)
+    except ValueError as error:
+        if below is None:
+            raise
+        below_path, model = cfg.model.few_step, cfg.model.path
+        raise ValueError(f"model.few_step={below_path} does not fit {model}: {error}") from error
 
 
 def build_rewards(table: dict[str, RewardConfig], device: torch.device) -> RewardMixture:

@@ -178,15 +178,19 @@ def report(
     console.print(f"report: {write_run_report(runs, out)}")
 
 
-@app.command(epilog="Example: tiltflow export runs/tilt --out lora")
+@app.command(epilog="Example: tiltflow export runs/tilt --out lora --merged")
 def export(
     run: Annotated[Path, typer.Argument(help="a run directory")],
-    out: Annotated[Path, typer.Option("--out", help="where the LoRA folders go")],
+    out: Annotated[Path, typer.Option("--out", help="where the folders go")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="also the whole pipeline with the adapters merged in")
+    ] = False,
+    tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength in it, 0 to 1")] = 1.0,
 ) -> None:
-    """LoRA folders that diffusers loads, from a run's latest checkpoint."""
+    """LoRA folders, scheduler and model card for diffusers, from a run's latest checkpoint."""
     from tiltflow.commands.export import export_run
 
-    for path in export_run(run, out):
+    for path in export_run(run, out, merged, tilt):
         console.print(f"wrote {path}")
 
 
@@ -212,15 +216,18 @@ def recipes(
     show_recipes(name, console)
 
 
-@app.command(epilog="Example: tiltflow doctor demo_tilt")
+@app.command(epilog="Example: tiltflow doctor demo_tilt --memory 24")
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="check this recipe too")] = None,
     overrides: Overrides = None,
+    memory: Annotated[
+        float | None, typer.Option("--memory", help="GiB of the GPU to plan for", min=0)
+    ] = None,
 ) -> None:
-    """Versions, device and threads; with RECIPE, whether its settings and files are in order."""
+    """Versions and device; with RECIPE, whether it is in order and what memory it will take."""
     from tiltflow.commands.doctor import examine
 
-    examine(recipe, overrides or [], console)
+    examine(recipe, overrides or [], console, memory)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class EncodedPrompts:
             for key in first.positive
         }
         negative = {
-            key: value.expand(len(places), *value.shape[1:]).to(device)
+            key: value.to(device).expand(len(places), *value.shape[1:])
             for key, value in first.negative.items()
         }
         return Conditioning(positive, negative), [self.prompts[i] for i in indices]

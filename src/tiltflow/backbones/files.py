@@ -24,6 +24,9 @@ PARTS = {
 }
 """Besides transformer, vae and scheduler: what a family cannot do without."""
 
+TOKEN_PATCH = {"sd3": 1, "flux": 2, "flux2": 1}
+"""How many latent cells wide a token of the pipeline's own latents is (SD3's are no tokens)."""
+
 SIDE_FILE = "tiltflow.json"
 """Beside model_index.json: call-time defaults that a pipeline directory cannot hold."""
 
@@ -33,12 +36,13 @@ HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*
 PART_NAME = re.compile(r"\w+")
 SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 
-LIBRARIES = ("diffusers", "transformers")
+LIBRARIES = ("diffusers", "transformers", "tiltflow.scheduler")
 """Where the classes of a pipeline's parts may come from; no code is taken from the directory."""
 
 INDEX = "model_index.json"
 JSON_FILES = ("scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+"""The files that a tokenizer may consist of, besides its tokenizer_config.json."""
 
 
 def check_pipeline(path: str | Path, family: str | None = None) -> str:
@@ -118,7 +122,16 @@ def missing_files(root: Path, index: Mapping[str, Any], family: str) -> list[str
         missing += [f"{part}/{name}" for name in wanted if not (folder / name).is_file()]
         if not wanted and not folder.is_dir():
             missing.append(f"{part}/(the folder)")
+    if family == "flux2" and not missing and not _has_chat_template(root / "tokenizer"):
+        missing.append("tokenizer/chat_template.jinja")
     return missing
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer can put a prompt into a chat, which klein's text encoder is given."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
 
 
 def _wanted(folder: Path, part: str) -> list[str]:
@@ -126,8 +139,8 @@ def _wanted(folder: Path, part: str) -> list[str]:
     if part == "scheduler":
         return ["scheduler_config.json"]
     if part.startswith("tokenizer"):
-        present = any((folder / name).is_file() for name in TOKENIZER_FILES)
-        return [] if present else [TOKENIZER_FILES[0]]
+        present = any(all((folder / n).is_file() for n in names) for names in TOKENIZER_FILES)
+        return ["tokenizer_config.json", *([] if present else TOKENIZER_FILES[0])]
     if part in ("transformer", "vae"):
         return ["config.json", *weight_files(folder, "diffusion_pytorch_model")]
     if part.startswith("text_encoder"):

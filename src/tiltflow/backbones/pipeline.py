@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
@@ -24,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from tiltflow.backbones.base import Conditioning, Parts
 from tiltflow.backbones.files import check_pipeline, read_json, side_file
 from tiltflow.backbones.loading import load_pipeline
+from tiltflow.flow import raw_levels
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
@@ -60,6 +60,7 @@ class PipelineBackbone(ABC):
         max_sequence_length: text tokens (of the longest encoder); None is the side file's value,
             else the pipeline's own default.
         parts: "text" loads what `encode` needs and no more, "image" everything else.
+        pipe: a pipeline made already, in place of loading the one in `path`.
 
     Raises:
         ValueError: before weights load, if the directory is not a complete pipeline of the family,
@@ -86,12 +87,13 @@ class PipelineBackbone(ABC):
         resolution: int | None = None,
         max_sequence_length: int | None = None,
         parts: Parts = "all",
+        pipe: Any = None,
     ) -> None:
-        check_pipeline(path, self.family)
+        if pipe is None:
+            check_pipeline(path, self.family)
         self.path = str(path)
         self.device = torch.device(device)
-        transformer = part_config(path, "transformer", self.transformer_class)
-        vae = part_config(path, "vae", self.vae_class)
+        transformer, vae = self._part_configs(pipe)
         self.geometry = self._geometry(transformer, vae, resolution)
         self.resolution = self.geometry.side
         self.latent_shape = self._latent_shape(int(transformer["in_channels"]))
@@ -102,26 +104,43 @@ class PipelineBackbone(ABC):
             self.sequence = max_sequence_length
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
         self.parts = parts
-        self.pipe = pipe = load_pipeline(
-            self.pipeline_class,
-            path,
-            transformer_class=self.transformer_class,
-            encoders=self.text_encoders,
-            parts=parts,
-            dtype=dtype,
-            vae_dtype=vae_dtype or dtype,
-        )
-        pipe.set_progress_bar_config(disable=True)
+        self.pipe = pipe = pipe or self._load(dtype, vae_dtype or dtype)
         for name in self._networks():
-            getattr(pipe, name).to(self.device)
+            getattr(pipe, name).requires_grad_(False).eval().to(self.device)
         self.transformer: nn.Module = pipe.transformer
         self.vae = pipe.vae
         self.scheduler = pipe.scheduler
 
+    def _part_configs(self, pipe: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The transformer's and the autoencoder's, without loading them."""
+        if pipe is not None:
+            return dict(pipe.transformer.config), dict(pipe.vae.config)
+        return (
+            part_config(self.path, "transformer", self.transformer_class),
+            part_config(self.path, "vae", self.vae_class),
+        )
+
+    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        pipe = load_pipeline(
+            self.pipeline_class,
+            self.path,
+            transformer_class=self.transformer_class,
+            encoders=self.text_encoders,
+            parts=self.parts,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
     # ---- what a family adds
+
+    @abstractmethod
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each conditioning tensor, without its batch; what `encode` will give."""
 
     @abstractmethod
     def _forward(
@@ -203,6 +222,10 @@ class PipelineBackbone(ABC):
             plain = self._forward(network, x, sigma, cond.negative)
         return plain + guidance * (conditional - plain)
 
+    def passes(self, guidance: float) -> int:
+        """How many passes of the network one velocity with `guidance` takes."""
+        return 1 if guidance == 1.0 else 2
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts' conditioning; the negative is the empty prompt.
@@ -234,12 +257,11 @@ class PipelineBackbone(ABC):
         return self._schedule(steps, raw=True)
 
     def _schedule(self, steps: int, raw: bool) -> Tensor:
-        if steps < 1:
-            raise ValueError(f"a sampler takes at least 1 step, not {steps}")
+        levels = raw_levels(steps)
         dynamic = self.scheduler.config.use_dynamic_shifting
         shift: dict[str, Any] = {"mu": self._mu(steps)} if dynamic else {}
         if raw:
-            shift["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+            shift["sigmas"] = levels
         self.scheduler.set_timesteps(steps, device="cpu", **shift)
         return self.scheduler.sigmas.clone()
 

@@ -17,12 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltflow.build import Build, build_rewards, build_stage, device_of
 from tiltflow.checkpoint import latest_step, load_checkpoint
+from tiltflow.commands.export import export_checkpoint
 from tiltflow.commands.failures import explained, resume_command
 from tiltflow.commands.progress import progress_bar
 from tiltflow.commands.watching import build_watch, held_out, look
 from tiltflow.config import PromptSets, RunConfig, dump_config, validate_files
 from tiltflow.distributed import Ranks, ranks_of_job
-from tiltflow.export import export_adapters
 from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
 from tiltflow.watch.probes import FixedPrompts
 from tiltflow.watch.watch import Watch
@@ -119,7 +119,7 @@ def _run(
         console.print(f"stopped at step {done} and saved; go on with: {command}", soft_wrap=True)
         return out
     if ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
-        export_adapters(load_checkpoint(out), type(build.backbone.pipe), out / "export")
+        export_checkpoint(cfg, load_checkpoint(out), out / "export")
     return out
 
 

@@ -77,7 +77,7 @@ class ColdStart:
                     stop=stop,
                 )
             )
-        return join(parts)
+        return join(parts, cond)
 
     def _generator_update(
         self, step: int, trajectory: Rollout, prompts: Sequence[Prompt]

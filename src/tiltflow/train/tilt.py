@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.base import Grouped
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.objectives.policy import (
@@ -95,13 +95,16 @@ class Tilt:
             step, trajectory, trained, advantages[self.share.rows], prompts
         )
 
-    def _prompts(self, step: int) -> tuple[Conditioning, list[Prompt]]:
+    def _prompts(self, step: int) -> tuple[Grouped, list[Prompt]]:
         """The prompts of this rank's rows, each of them as often as its group has members here."""
-        groups = self.share.batch // self.settings.group_size
-        indices = self.sampler.indices(step * groups, groups)
-        rows = range(self.share.batch)[self.share.rows]
-        mine = [indices[row // self.settings.group_size] for row in rows]
-        return self.prompts.select(mine, self.roles.generator.backbone.device)
+        size, rows = self.settings.group_size, self.share.rows
+        groups = self.share.batch // size
+        first = rows.start // size
+        indices = self.sampler.indices(step * groups, groups)[first : -(-rows.stop // size)]
+        each, prompts = self.prompts.select(indices, self.roles.generator.backbone.device)
+        begin = rows.start - first * size
+        cond = Grouped(each, size, begin, len(self.share))
+        return cond, [prompts[row // size] for row in range(begin, begin + len(self.share))]
 
     @property
     def _last(self) -> int:
@@ -114,7 +117,7 @@ class Tilt:
         order = self.randomness.permutation("subset", step, self._last)
         return choose_steps(order, self.settings.subset)
 
-    def _rollout(self, step: int, trained: tuple[int, ...], cond: Conditioning) -> Rollout:
+    def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
         """K steps of this rank's rows; untrained steps share their noise within a group."""
         shape, random = (self.share.batch, *self.latent_shape), self.randomness
         device = self.roles.generator.backbone.device
@@ -139,7 +142,7 @@ class Tilt:
                     convention=self.settings.log_prob,
                 )
             )
-        return join(parts)
+        return join(parts, cond)
 
     @torch.no_grad()
     def _score(self, step: int, x0: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -256,7 +259,12 @@ class Tilt:
             assert self.roles.reference is not None
             with torch.no_grad():
                 reference, _ = sampler_step(
-                    self.roles.reference, part.states[k], part.sigmas, k, part.cond, part.eta
+                    self.roles.reference,
+                    part.states[k],
+                    part.sigmas,
+                    k,
+                    part.conditioning,
+                    part.eta,
                 )
             kl = policy_kl(mean, reference, std, self.settings.log_prob)
             losses = losses + self.settings.kl * kl

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.base import Conditioning, Grouped
 from tiltflow.distributed import Ranks
 from tiltflow.flow import renoise_level
 from tiltflow.objectives.distribution_matching import matching_gradient
@@ -94,7 +94,7 @@ class FakeScoreTrainer:
         draw: int,
         x_s: Tensor,
         s: Tensor,
-        cond: Conditioning,
+        cond: Conditioning | Grouped,
         prompts: Sequence[Prompt],
     ) -> dict[str, Tensor]:
         """One optimizer step on this rank's boundary samples x_s (b, ...) at levels s (b,)."""
@@ -133,7 +133,7 @@ class Matching:
     eta: float
 
     def gradient(
-        self, stream: str, draw: int, x_s: Tensor, s: Tensor, conditioning: Conditioning
+        self, stream: str, draw: int, x_s: Tensor, s: Tensor, conditioning: Conditioning | Grouped
     ) -> Tensor:
         """g at this rank's x_s (b, ...), levels s (b,), in micro-batches; no graph."""
         shape, device = (self.share.batch, *x_s.shape[1:]), x_s.device

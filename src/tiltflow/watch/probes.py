@@ -134,7 +134,7 @@ class Probes:
         cond, _ = self.fixed.select(rows, teacher)
         levels = self.settings.levels
         noises = [
-            numbered_noise(self.fixed.randomness, f"drift{j}", rows, tuple(x0.shape[1:]))
+            numbered_noise(self.fixed.randomness, f"sample/drift{j}", rows, tuple(x0.shape[1:]))
             for j in range(len(levels))
         ]
         field = teacher.field(cond, self.settings.guidance)
