@@ -102,7 +102,7 @@ def save_merged(
     Raises:
         ValueError: if the weights are not this transformer's.
     """
-    pipe: Any = pipeline.from_pretrained(  # type: ignore[attr-defined]
+    pipe: Any = pipeline.from_pretrained(
         str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **absent_parts(model)
     )
     if isinstance(student, LoraWeights):

@@ -89,14 +89,14 @@ class FusedAttention(TorchFunctionMode):
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=META)
         sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=META)
         ctx.save_for_backward(query, key, value, out, sums)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, _, _ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
@@ -195,7 +195,9 @@ def _roles(make: Callable[[], PipelineBackbone], job: Job) -> Roles:
     with META:
         if job.adapters is None:
             backbone = make()
-            few_step = dict(backbone.student_base.named_parameters()) if job.tilt else None
+            few_step: dict[str, Tensor] | None = None
+            if job.tilt is not None:
+                few_step = dict(backbone.student_base.named_parameters())
             return copy_roles(backbone, seed=0, few_step=few_step, checkpointing=job.checkpointing)
         below = None
         if job.tilt is not None:
@@ -259,7 +261,7 @@ def _fake_score(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
         0.01 if job.consistency else 0.0,
         0.5,
     )
-    return losses.sum().backward()  # type: ignore[no-untyped-call]
+    return losses.sum().backward()
 
 
 def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
@@ -283,7 +285,7 @@ def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
             job.tilt.decode_chunk,
         )
         losses = losses + (x_next * pull).flatten(1).sum(1)
-    return losses.sum().backward()  # type: ignore[no-untyped-call]
+    return losses.sum().backward()
 
 
 @torch.no_grad()

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerOutput,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from tiltflow.flow import cps_step, raw_levels
@@ -176,9 +177,9 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     def _noise(self, k: int, sample: Tensor) -> Tensor:
         """Step k's z in `sample`'s layout, on the CPU."""
         assert self._draws is not None
-        shape, tokens = sample.shape[1:], sample.ndim == 3
+        shape, tokens = tuple(sample.shape[1:]), sample.ndim == 3
         if tokens:
-            shape = latent_shape(*shape, patch=self.config.patch)
+            shape = latent_shape(shape[0], shape[1], self.config.patch)
         z = torch.stack([r.normal(sample_step(k), n, shape) for r, n in self._draws])
         return pack(z, self.config.patch) if tokens else z
 

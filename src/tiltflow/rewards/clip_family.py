@@ -121,10 +121,11 @@ class CLIPScore:
         self.name = name
         words = resolve_path(processor or path)
         loaded: Any = model
+        kind: Any = CLIPModel
         missing: list[str] = []
         try:
             if loaded is None:
-                loaded, info = CLIPModel.from_pretrained(
+                loaded, info = kind.from_pretrained(
                     resolve_path(path),
                     dtype=torch.float32,
                     use_safetensors=True,

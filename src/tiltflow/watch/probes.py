@@ -105,12 +105,12 @@ class Probes:
             x0 = self.fixed.latents(self.roles.ema, rows)
             images = self.roles.ema.backbone.decode(x0)
             found = self._scores(rows, images) | self._logarithms(rows, x0, images)
-            for name, values in found.items():
-                parts.setdefault(name, []).append(values.double().cpu())
+            for name, column in found.items():
+                parts.setdefault(name, []).append(column.double().cpu())
             inside = sum(row < self.settings.groups for row in rows)
             if self.features is not None and inside:
                 features.append(self.features(images[:inside]).float().cpu())
-        values = {name: torch.cat(series).numpy() for name, series in parts.items()}
+        values: dict[str, Array] = {k: torch.cat(series).numpy() for k, series in parts.items()}
         if self.features is not None:
             values["diversity"] = self._diversity(torch.cat(features), self.features)
         if teacher:
@@ -121,7 +121,7 @@ class Probes:
         """Every reward's scores (B,)."""
         _, prompts = self.fixed.select(rows, self.roles.ema)
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-        values = {}
+        values: dict[str, Tensor] = {}
         for group, rewards in (("held_out", self.held_out), ("trained", self.trained)):
             if rewards is not None:
                 scores = rewards.score(images, texts, metadata)
