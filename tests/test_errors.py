@@ -73,7 +73,8 @@ def unsafe(source: str) -> list[str]:
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle", "from joblib import load", "torch.load(path)", "torch.load(path, weights_only=False)", "eval(text)",
+        "import pickle", "from joblib import load", "torch.load(path)", "eval(text)",
+        "torch.load(path, weights_only=False)",
         "np.load(f, allow_pickle=x)", "yaml.load(text, Loader=yaml.Loader)",
         "CLIPModel.from_pretrained(place)",
     ],
