@@ -96,7 +96,7 @@ def measured(build: Build) -> int:
 
 CASES = [
     ("sd35m", "cold_start", "lora", True),
-    ("flux1_dev", "tilt", "lora", False),
+    pytest.param("flux1_dev", "tilt", "lora", False, marks=pytest.mark.slow),
     pytest.param("sd35m", "tilt", "copies", True, marks=pytest.mark.slow),
     pytest.param("flux2_klein_4b", "tilt", "lora", True, marks=pytest.mark.slow),
 ]
