@@ -12,15 +12,14 @@ both), and reward models, whose weights are a reward's own affair.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -72,19 +71,24 @@ class Tally(TorchDispatchMode):
         self.live -= self._known.pop(key)
 
 
-class FusedAttention(TorchFunctionMode):
+@contextmanager
+def fused_attention() -> Iterator[None]:
     """Attention that keeps what a fused kernel keeps: its operands, its result and its row sums.
 
-    On the meta device torch would take the plain one, with its matrix of all pairs of tokens.
+    On the meta device torch would take the plain one, with its matrix of all pairs of tokens. The
+    function itself is replaced: a torch function mode is suspended inside a backward pass, where
+    checkpointing runs the forward pass again.
     """
+    plain = F.scaled_dot_product_attention
 
-    def __torch_function__(  # type: ignore[no-untyped-def]
-        self, func, types, args=(), kwargs=None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            values = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _Fused.apply(values["query"], values["key"], values["value"])
-        return func(*args, **(kwargs or {}))
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _Fused.apply(query, key, value)
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 class _Fused(torch.autograd.Function):
@@ -134,7 +138,7 @@ class TiltJob:
 class Plan:
     """Bytes: `held` throughout by what they are, and in each phase of an iteration on top.
 
-    `encoding` is before training: all of the pipelines, text encoders too.
+    `encoding` is before training: the text encoders, which are loaded by themselves.
     """
 
     held: Mapping[str, int]
@@ -187,7 +191,7 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
         phases[name] = copies * latents + _traced(run, job.fused, roles, backbone)
     if job.fused:  # on a GPU, AdamW works on all parameters at once, with a temporary of each
         phases["optimizer step"] = (job.steps + 1) * latents + held["gradients"]
-    return Plan(held, phases, held["base weights"] + held["autoencoder"] + encoders)
+    return Plan(held, phases, encoders)
 
 
 def _roles(make: Callable[[], PipelineBackbone], job: Job) -> Roles:
@@ -236,7 +240,7 @@ def _traced(
     run: Callable[[], object], fused: bool, roles: Roles, backbone: PipelineBackbone
 ) -> int:
     """The peak of what `run` makes."""
-    attention: AbstractContextManager[Any] = FusedAttention() if fused else nullcontext()
+    attention: AbstractContextManager[Any] = fused_attention() if fused else nullcontext()
     networks = {id(r.network): r.network for r in (roles.generator, roles.fake_score)}
     networks |= {id(r.network): r.network for r in (roles.teacher, roles.ema)}
     gradients = [p.grad for n in networks.values() for p in n.parameters() if p.grad is not None]
