@@ -100,7 +100,7 @@ def test_missing_parts_and_shards_are_listed(sd3: Path) -> None:
     index.unlink()
     with pytest.raises(ValueError, match=r": transformer/diffusion_pytorch_model\.safetensors mis"):
         check_pipeline(sd3)
-    weights.touch()
+    (sd3 / "transformer" / first).rename(weights)
     assert check_pipeline(sd3) == "sd3"
     edit(sd3 / "model_index.json", vae=[None, None])
     shutil.rmtree(sd3 / "vae")
@@ -131,8 +131,8 @@ def test_generator_paths(tiny_pipeline: Tiny, tmp_path: Path, no_weights: None) 
     with pytest.raises(ValueError, match="family sd3., not one of family flux2"):
         load_backbone(base, generator_path=sd3, device="cpu")
     larger = shutil.copytree(klein, tmp_path / "larger")
-    edit(larger / "transformer" / "config.json", joint_attention_dim=96)
-    with pytest.raises(ValueError, match="joint_attention_dim=96 but the one .* has 48"):
+    edit(larger / "transformer" / "config.json", joint_attention_dim=64)
+    with pytest.raises(ValueError, match="joint_attention_dim=64 but the one .* has 48"):
         load_backbone(base, generator_path=larger, device="cpu")
     with pytest.raises(ValueError, match=r"model\.path is unset"):
         load_backbone(None, device="cpu")
@@ -144,3 +144,20 @@ def test_side_file_gives_defaults(sd3: Path) -> None:
     assert (backbone.guidance, backbone.sequence) == (3.0, 0)
     chosen: Any = load_backbone(sd3, device="cpu", max_sequence_length=24)
     assert chosen.sequence == 24
+
+
+def test_missing_tokenizer_files(sd3: Path, tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    """Each would make transformers load something else without a word."""
+    (sd3 / "tokenizer_2" / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r": tokenizer_2/tokenizer_config\.json missing"):
+        check_pipeline(sd3)
+    shutil.copy(sd3 / "tokenizer" / "tokenizer_config.json", sd3 / "tokenizer_2")
+    (sd3 / "tokenizer" / "tokenizer.json").rename(sd3 / "tokenizer" / "vocab.json")
+    with pytest.raises(ValueError, match=r": tokenizer/tokenizer\.json missing"):
+        check_pipeline(sd3)
+    (sd3 / "tokenizer" / "merges.txt").touch()
+    assert check_pipeline(sd3) == "sd3"
+    klein = shutil.copytree(tiny_pipeline("klein"), tmp_path / "klein")
+    (klein / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r": tokenizer/chat_template\.jinja missing"):
+        check_pipeline(klein)

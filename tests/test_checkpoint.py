@@ -103,7 +103,7 @@ class Bomb:
         self.count, self.at = 0, at
         for owner, name in (
             (checkpoint, "save_file"),
-            (checkpoint, "_fsync"),
+            (checkpoint, "fsync"),
             (Path, "mkdir"),
             (Path, "write_text"),
             (os, "replace"),

@@ -20,7 +20,7 @@ from tiltflow import cli
 SRC = Path(__file__).parents[1] / "src"
 COMMANDS = (
     "demo", "train", "sample", "evaluate", "compare", "report", "export", "encode", "recipes",
-    "doctor",
+    "doctor", "reward-server",
 )  # fmt: skip
 
 
@@ -78,13 +78,19 @@ def test_train_export_sample_evaluate_report(
     assert len(list(images.glob("*.png"))) == 3
     figures = tmp_path / "evaluation.json"
     arguments = [*common, "--reward", "test_train:redness", "--teacher-steps", 3]
-    assert call(monkeypatch, "evaluate", *arguments, "--json", figures) == 0
+    assert call(monkeypatch, "evaluate", *arguments, "--json", figures, "--keep-images") == 0
     systems = json.loads(figures.read_text())["systems"]
     assert list(systems) == ["teacher", "teacher_4_step", "ac_dmd", "rtdmd"]
     assert [s["nfe"] for s in systems.values()] == [6, 8, 4, 4]
     capsys.readouterr()
     assert call(monkeypatch, "compare", figures) == 0
     assert "rtdmd − ac_dmd" in capsys.readouterr().out
+    assert call(monkeypatch, "compare", figures, "--systems", "rtdmd,teacher") == 0
+    assert "rtdmd − teacher on test_train:redness" in capsys.readouterr().out
+    kept = tmp_path / "evaluation.images"
+    assert {len(list(folder.glob("*.png"))) for folder in kept.iterdir() if folder.is_dir()} == {3}
+    assert len((tmp_path / "evaluation.scores.jsonl").read_text().splitlines()) == 3
+    assert not (tmp_path / "evaluation.parts").exists()
     assert call(monkeypatch, "report", cold, tilt, "--out", tmp_path / "page.html") == 0
     assert "<html" in (tmp_path / "page.html").read_text()
 
@@ -111,6 +117,7 @@ assert "tiltflow" not in sys.modules
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_an_exported_lora_loads_in_plain_diffusers(
     strength: float, model: Path, tmp_path: Path
@@ -192,7 +199,10 @@ BAD = {
     "evaluate --model {model} --prompt x": "--reward",
     "evaluate --model {model} --prompt x --suite shaeps": "shapes",
     "evaluate --model {model} --prompts shapes-heldout --count 2 --reward clipscroe": "clipscore",
+    "evaluate --model {model} --prompt x --suite geneval": "'tag'",
     "compare ./nowhere.json": "nowhere.json",
+    "reward-server clipscroe": "clipscore",
+    "reward-server shapes --host 0.0.0.0": "TILTFLOW_REWARD_TOKEN",
     "report ./nowhere": "no run directory",
     "export ./nowhere --out x": "no run directory",
     "recipes demo_tlit": "demo_tilt",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tiltflow.evaluation.diversity import pairwise_distance, vendi_score
+from tiltflow.evaluation.diversity import cmmd, pairwise_distance, vendi_score
 
 SAME = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.5, 1.0]])
 SQUARE = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]])
@@ -43,3 +43,24 @@ def test_diversity_refuses(features: torch.Tensor) -> None:
         pairwise_distance(features)
     with pytest.raises(ValueError, match="diversity needs"):
         vendi_score(features)
+
+
+def test_cmmd_by_hand() -> None:
+    """Three vectors at right angles: squared distance 2, so k = exp(−2/200) off the diagonal."""
+    x, y = torch.eye(3)[:2], torch.eye(3)[2:]
+    k = math.exp(-0.01)
+    expected = 1000 * ((1 + k) / 2 + 1 - 2 * k)
+    assert cmmd(x, y) == pytest.approx(expected, rel=1e-9)
+    assert cmmd(x, x) == 0
+    x = torch.nn.functional.normalize(torch.randn(50, 8), dim=-1)
+    y = torch.nn.functional.normalize(torch.randn(30, 8) + 0.5, dim=-1)
+    assert cmmd(x, y, block=7) == pytest.approx(cmmd(y, x), rel=1e-9)
+    assert cmmd(x, y) > cmmd(x[:25], x[25:]) > 0
+
+
+@pytest.mark.parametrize(
+    "other", [torch.zeros(0, 3), torch.ones(2, 4), torch.ones(3), torch.ones(2, 3) / 0]
+)
+def test_cmmd_refuses(other: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="CMMD needs"):
+        cmmd(torch.eye(3), other)

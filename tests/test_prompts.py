@@ -125,6 +125,46 @@ def test_parquet_reads_a_row_a_prompt(tmp_path: Path) -> None:
         load_prompts(write(path, "no parquet"))
 
 
+def test_a_directory_of_parquet_files_is_read_in_order(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    for name, captions in (("train-00001.parquet", ["c"]), ("train-00000.parquet", ["a", "b"])):
+        pq.write_table(pa.table({"caption": captions}), tmp_path / name)
+    assert [p.text for p in load_prompts(tmp_path)] == ["a", "b", "c"]
+
+
+def saved_dataset(folder: Path, shards: list[list[str]]) -> None:
+    """The layout of `datasets`' save_to_disk: Arrow streams, and their names in order."""
+    pa = pytest.importorskip("pyarrow")
+    folder.mkdir()
+    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
+    for name, prompts in zip(names, shards, strict=True):
+        rows = [{"bytes": b"\xff", "path": None}] * len(prompts)
+        table = pa.table({"prompt": prompts, "image": rows, "id": list(range(len(prompts)))})
+        place = str(folder / name)
+        with pa.OSFile(place, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names], "_split": "train"})
+    )
+
+
+def test_what_datasets_saved_to_disk_is_read(tmp_path: Path) -> None:
+    saved_dataset(tmp_path / "train", [["a", "b"], ["c"]])
+    prompts = load_prompts(tmp_path / "train")
+    assert [p.text for p in prompts] == ["a", "b", "c"]
+    assert prompts[1].metadata == {"prompt": "b", "id": 1}  # and no picture
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(ValueError, match=r"holds several splits; give the folder of one \(train\)"):
+        load_prompts(tmp_path)
+    (tmp_path / "train" / "data-00001-of-00002.arrow").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="00001.* cannot be read as an Arrow stream"):
+        load_prompts(tmp_path / "train")
+    (tmp_path / "train" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="none of datasets.save_to_disk"):
+        load_prompts(tmp_path / "train")
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("name", "count", "key"),

@@ -1,15 +1,14 @@
+"""The gate of all rewards, how they are found by name, the builtin ones, weighted sets."""
+
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards import (
@@ -17,73 +16,9 @@ from tiltflow.rewards import (
     RewardMixture,
     Weighted,
     checked,
-    clip_family,
     load_reward,
 )
-from tiltflow.rewards.clip_family import CLIPScore, Preprocessing
 from tiltflow.worlds import shapes
-
-WORDS = ("a", "red", "blue", "circle", "star")
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-
-
-def write_clip(folder: Path, seed: int = 0, resize: int = 16) -> str:
-    """A tiny random CLIP model with its tokenizer and its image processor."""
-    vocab = {word + "</w>": i for i, word in enumerate(WORDS)}
-    for letter in "abcdefghijklmnopqrstuvwxyz":
-        for token in (letter, letter + "</w>"):
-            vocab.setdefault(token, len(vocab))
-    merges = []
-    for word in WORDS:
-        have = ""
-        for i, letter in enumerate(word):
-            end = "</w>" if i == len(word) - 1 else ""
-            if have:
-                merges.append((have, letter + end))
-            have += letter + end
-            vocab.setdefault(have, len(vocab))
-    vocab["<|startoftext|>"], vocab["<|endoftext|>"] = len(vocab), len(vocab) + 1
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=8)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    text = (
-        sizes
-        | ids
-        | {
-            "num_hidden_layers": 1,
-            "vocab_size": len(vocab),
-            "max_position_embeddings": 8,
-            "pad_token_id": tokenizer.eos_token_id,
-        }
-    )
-    vision = sizes | {"num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
-    torch.manual_seed(seed)
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    crop = {"height": 16, "width": 16}
-    CLIPImageProcessorPil(
-        size={"shortest_edge": resize}, crop_size=crop, image_mean=MEAN, image_std=STD
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def clip_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_clip(tmp_path_factory.mktemp("clip"))
-
-
-def natural(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth random image with some sharp edges, (H, W, 3) uint8."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
-    image = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
-    image[height // 4 : height // 2, width // 3 : width // 2] = (250, 40, 10)
-    return image
-
-
-def as_tensor(*images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def constant(value: float, **options: object) -> FunctionReward:
@@ -91,9 +26,6 @@ def constant(value: float, **options: object) -> FunctionReward:
         return images.flatten(1).mean(1) * 0 + value
 
     return FunctionReward(function, "mine", **options)  # type: ignore[arg-type]
-
-
-# --- the gate ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,9 +83,6 @@ def test_gate_demands_the_promised_gradient() -> None:
         checked(broken, images, ["p"], [{}])
     with torch.no_grad():
         assert checked(broken, images, ["p"], [{}]).tolist() == [1]
-
-
-# --- finding rewards --------------------------------------------------------------------------
 
 
 def test_unknown_names_and_options_are_told() -> None:
@@ -218,13 +147,11 @@ def test_packaged_paths() -> None:
             resolve_path(f"packaged:{name}")
 
 
-# --- shapes and the mixture -------------------------------------------------------------------
-
-
 def test_shapes_scores_renders() -> None:
     captions = shapes.balanced(held_out=False, n=12)
     rng = np.random.default_rng(0)
-    images = as_tensor(*(shapes.render(shapes.sample_scene(c, rng)) for c in captions))
+    pixels = np.stack([shapes.render(shapes.sample_scene(c, rng)) for c in captions])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     prompts, metadata = [c.text for c in captions], [c.metadata() for c in captions]
     strict, soft = load_reward("shapes"), load_reward("shapes", options={"soft": True})
     assert (strict.name, soft.name) == ("shapes", "shapes_soft")
@@ -250,120 +177,6 @@ def test_linear_is_the_first_coordinate_of_points() -> None:
     assert gradient.tolist() == [[1, 0], [1, 0]]
     with pytest.raises(ValueError, match=r"\(B, D\) float points"):
         checked(reward, torch.zeros(2, 3, 4, 4), ["", ""], [{}, {}])
-
-
-# --- CLIP -------------------------------------------------------------------------------------
-
-
-def test_clipscore_is_the_models_own_cosine(clip_path: str) -> None:
-    images = [natural(16, 16, seed) for seed in range(3)]
-    prompts = ["a red circle", "a blue star", "a red circle"]
-    reward = load_reward("clipscore_heldout", path=clip_path)
-    assert reward.name == "clipscore_heldout" and reward.differentiable
-    scores = checked(reward, as_tensor(*images), prompts, [{}] * 3)
-    model = CLIPModel.from_pretrained(clip_path).eval()
-    pixels = CLIPImageProcessorPil.from_pretrained(clip_path)(images, return_tensors="pt")
-    tokens = CLIPTokenizer.from_pretrained(clip_path)(prompts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**tokens, **pixels).logits_per_image / model.logit_scale.exp()
-    torch.testing.assert_close(scores, logits.diagonal(), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("size", [(16, 16), (64, 48), (50, 33), (33, 71), (11, 13), (24, 24)])
-@pytest.mark.parametrize("resize", [16, 20])
-def test_preprocessing_matches_the_processor(
-    size: tuple[int, int], resize: int, tmp_path: Path
-) -> None:
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": resize}, crop_size={"height": 16, "width": 16}
-    )
-    processor.save_pretrained(tmp_path)
-    image = natural(*size)
-    expected = processor(image, return_tensors="pt", do_normalize=False)["pixel_values"]
-    ours = Preprocessing.from_pretrained(str(tmp_path))
-    assert (ours.geometry(as_tensor(image)) - expected).abs().max() <= 2 / 255
-    normalised = processor(image, return_tensors="pt")["pixel_values"]
-    assert (ours(as_tensor(image)) - normalised).abs().max() <= 2 / 255 / 0.26
-    if size == (16, 16) and resize == 16:
-        assert torch.equal(ours.geometry(as_tensor(image)), as_tensor(image))
-
-
-def test_preprocessing_refuses_what_it_does_not_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no preprocessor_config"):
-        Preprocessing.from_pretrained(str(tmp_path))
-    CLIPImageProcessorPil(resample=0).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="bicubic"):
-        Preprocessing.from_pretrained(str(tmp_path))
-
-
-@pytest.mark.parametrize("side", [16, 24])
-def test_clipscore_gradient_by_finite_differences(clip_path: str, side: int) -> None:
-    reward = CLIPScore(clip_path)
-    reward.model.double()
-    reward.preprocessing = Preprocessing(16, (16, 16), MEAN, STD)
-    images = as_tensor(natural(side, side)).double() * 0.6 + 0.2
-    images.requires_grad_(True)
-    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).double()
-    text = reward.text_features(["a red star"])
-
-    def score(x: Tensor) -> Tensor:
-        pixels = reward.preprocessing(x)
-        feature = reward.model.get_image_features(pixels).pooler_output
-        return torch.nn.functional.cosine_similarity(feature, text).sum()
-
-    (gradient,) = torch.autograd.grad(score(images), images)
-    h = 1e-4
-    with torch.no_grad():
-        slope = (score(images + h * direction) - score(images - h * direction)) / (2 * h)
-    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-9)
-
-    reward.model.float()
-    reward._cache.clear()
-    single = images.detach().float().requires_grad_(True)
-    total = checked(reward, single, ["a red star"], [{}]).sum()
-    (ours,) = torch.autograd.grad(total, single)
-    torch.testing.assert_close(ours.double(), gradient, rtol=1e-3, atol=1e-7)
-    assert all(p.grad is None and not p.requires_grad for p in reward.model.parameters())
-
-
-def test_text_features_are_encoded_once_and_bounded(
-    clip_path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reward, seen = CLIPScore(clip_path), []
-    encode = reward._encode
-    monkeypatch.setattr(reward, "_encode", lambda p: seen.extend(p) or encode(p))
-    monkeypatch.setattr(clip_family, "CACHED_PROMPTS", 2)
-    first = reward.text_features(["a star", "a red star", "a star"])
-    assert seen == ["a star", "a red star"] and torch.equal(first[0], first[2])
-    reward.text_features(["a star"])
-    assert len(seen) == 2
-    many = reward.text_features(["a", "red", "blue", "circle", "a star"])
-    assert len(reward._cache) == 2 and torch.equal(many[4], first[0])
-    assert torch.allclose(many.norm(dim=1), torch.ones(5))
-
-
-def test_clip_stays_fp32_under_autocast(clip_path: str) -> None:
-    reward, images = CLIPScore(clip_path), as_tensor(natural(16, 16))
-    plain = checked(reward, images, ["a star"], [{}])
-    reward._cache.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(checked(reward, images, ["a star"], [{}]), plain)
-
-
-def test_missing_weights_and_tokenizers_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'clipscore': there is no CLIP model at"):
-        load_reward("clipscore", path=str(tmp_path))
-    path = Path(write_clip(tmp_path / "clip"))
-    for file in path.glob("*"):
-        if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
-            file.unlink()
-    with pytest.raises(ValueError, match="the tokenizer at .* has 2 tokens"):
-        load_reward("clipscore", path=str(path))
-    config = json.loads((path / "config.json").read_text())
-    assert config["text_config"]["eos_token_id"] != 2  # the legacy pooling is not what is tested
-
-
-# --- weighted sets ----------------------------------------------------------------------------
 
 
 def test_mixture_scores_all_and_back_propagates_some() -> None:

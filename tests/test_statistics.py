@@ -11,13 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tiltflow.evaluation.scores import (
-    Diversity,
-    System,
-    compare,
-    evaluate_systems,
-    write_evaluation,
-)
+from tiltflow.evaluation.files import write_evaluation
+from tiltflow.evaluation.scores import Diversity, System, compare, evaluate_systems
 from tiltflow.evaluation.statistics import bootstrap_ci, holm, mean_ci, paired_comparison
 from tiltflow.rewards import FunctionReward
 
@@ -60,6 +55,38 @@ def test_paired_comparison_keeps_its_error_rate() -> None:
     assert 0.03 <= np.mean(np.array(p) < 0.05) <= 0.06
     moved = [paired_comparison(x + 1, y).p_value for x, y in zip(a, b, strict=True)]
     assert np.mean(np.array(moved) < 0.05) > 0.7
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "right or wrong"])
+def test_bootstrap_interval_has_its_coverage(kind: str) -> None:
+    rng = np.random.default_rng(4)
+    hits = 0
+    for seed in range(1000):
+        if kind == "normal":
+            values, truth = rng.normal(0.3, 1, 100), 0.3
+        elif kind == "skewed":
+            values, truth = rng.exponential(1, 200), 1.0
+        else:  # the difference of two 0/1 scores
+            values = (rng.random(100) < 0.7).astype(float) - (rng.random(100) < 0.5)
+            truth = 0.2
+        low, high = bootstrap_ci(values, seed, resamples=500)
+        hits += low <= truth <= high
+    assert 0.93 <= hits / 1000 <= 0.97
+
+
+def test_compare_keeps_its_error_rate_over_several_rewards() -> None:
+    """The chance that any of four rewards, two of them correlated, is called different."""
+    rng = np.random.default_rng(5)
+    false_alarms = 0
+    for _ in range(1000):
+        shared, by_system = rng.normal(0, 3, (60, 4)), rng.normal(0, 1, (2, 60, 4))
+        by_system[:, :, 1] = 0.8 * by_system[:, :, 0] + 0.6 * by_system[:, :, 1]
+        a, b = shared + by_system
+        a[:, 3], b[:, 3] = a[:, 3] > 0, b[:, 3] > 0  # right or wrong, as a checker says
+        scores = {s: {str(r): t[:, r] for r in range(4)} for s, t in (("a", a), ("b", b))}
+        rows = compare(scores, [("a", "b")], resamples=2)
+        false_alarms += any(row["p_holm"] < 0.05 for row in rows)
+    assert false_alarms / 1000 <= 0.06
 
 
 def test_equal_scores_and_equal_shifts() -> None:

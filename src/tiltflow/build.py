@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.backbones import load_backbone
-from tiltflow.backbones.base import Backbone
+from tiltflow.backbones import check_pipeline, load_backbone, local_pipeline
+from tiltflow.backbones.base import Backbone, Parts
+from tiltflow.backbones.fingerprint import encoder_facts
 from tiltflow.checkpoint import load_checkpoint
-from tiltflow.config import RewardConfig, RunConfig
-from tiltflow.embeddings import EncodedPrompts, encode_prompts
+from tiltflow.config import PromptSets, RewardConfig, RunConfig, read_prompts
+from tiltflow.distributed import Ranks, shard
+from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
+from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
 from tiltflow.export import read_adapter
-from tiltflow.paths import resolve_path
-from tiltflow.prompts import Prompt, PromptSampler, load_prompts
+from tiltflow.paths import embedding_cache, resolve_path
+from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
@@ -26,8 +29,9 @@ from tiltflow.roles import AdapterSettings, Roles, State, adapter_roles, copy_ro
 from tiltflow.train.cold_start import ColdStart
 from tiltflow.train.optim import Updater, constant, cosine
 from tiltflow.train.tilt import Tilt, TiltSettings
-from tiltflow.train.updates import FakeScoreTrainer, Matching
+from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
 
+ALONE = Ranks()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -47,20 +51,34 @@ class Build:
     stage: ColdStart | Tilt
     backbone: Backbone
     prompts: EncodedPrompts
+    fixed: EncodedPrompts | None
+    """The prompts of samples and held-out rewards, where the config asks for either."""
     facts: dict[str, Any]
 
 
 def device_of(name: str) -> torch.device:
-    """The device of `run.device`; "auto" is the accelerator if there is one, else the CPU."""
+    """The device of `run.device`; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: if torch knows no such device, or this machine has none.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
         return found or torch.device("cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"there is no device {name!r}: give cpu, cuda, cuda:1, mps or auto"
+        ) from error
+    count = torch.accelerator.device_count() if found and found.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise ValueError(f"this machine has no device {name!r}: run on cpu, or give auto")
+    return device
 
 
-def build_backbone(cfg: RunConfig) -> Backbone:
+def build_backbone(cfg: RunConfig, parts: Parts = "all") -> Backbone:
+    """The model of a config, or only what encodes its prompts, or only the rest."""
     model = cfg.model
     return load_backbone(
         resolve_path(model.path),
@@ -71,7 +89,51 @@ def build_backbone(cfg: RunConfig) -> Backbone:
         vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
         resolution=model.resolution,
         max_sequence_length=model.max_sequence_length,
+        parts=parts,
     )
+
+
+def encode_sets(
+    cfg: RunConfig,
+    sets: Sequence[Sequence[Prompt]],
+    progress: Callable[[str], None] = lambda message: None,
+) -> list[EncodedPrompts]:
+    """Prompt sets with their embeddings: each text encoded once, and only if the cache lacks it.
+
+    The text encoders are loaded where there is something to encode, and dropped again.
+
+    Raises:
+        ValueError: if a set is empty, the model does not load, or the cache cannot be written.
+    """
+    texts = distinct([prompt for chosen in sets for prompt in chosen])
+    load = partial(build_backbone, cfg, "text")
+    root = embedding_cache(cfg.data.cache)
+    if cfg.model.path == "mixture" or root is None:
+        progress(f"encoding {len(texts)} prompts")
+        whole = encode_prompts(load(), [Prompt(text) for text in texts])
+        tables, places = whole.tables, dict(zip(texts, whole.places, strict=True))
+    else:
+        cache = EmbeddingCache(root, encoder_key(cfg))
+        found = encode_cached(cache, texts, load, notice=progress)
+        tables, places = found.tables, dict(found.places)
+    return [
+        EncodedPrompts(tuple(chosen), tables, tuple(places[p.text] for p in chosen))
+        for chosen in sets
+    ]
+
+
+def encoder_key(cfg: RunConfig) -> EncoderKey:
+    """What the embeddings of a config's prompts depend on besides their texts."""
+    path = local_pipeline(resolve_path(cfg.model.path))
+    check_pipeline(path, cfg.model.family)
+    facts = encoder_facts(
+        path,
+        dtype=cfg.model.dtype,
+        device=device_of(cfg.run.device).type,
+        max_sequence_length=cfg.model.max_sequence_length,
+        batch_size=BATCH,
+    )
+    return EncoderKey(cfg.model.path, facts)
 
 
 def adapter_settings(cfg: RunConfig, backbone: Backbone) -> AdapterSettings:
@@ -132,7 +194,14 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
                 "model.few_step was trained with adapters.kind=copies and adapters.kind is lora"
             )
         below = (start.settings, start.few_step)
-    return adapter_roles(backbone, adapter_settings(cfg, backbone), few_step=below, **common)
+    settings = adapter_settings(cfg, backbone)
+    try:
+        return adapter_roles(backbone, settings, few_step=below, **common)
+    except ValueError as error:
+        if below is None:
+            raise
+        below_path, model = cfg.model.few_step, cfg.model.path
+        raise ValueError(f"model.few_step={below_path} does not fit {model}: {error}") from error
 
 
 def build_rewards(table: dict[str, RewardConfig], device: torch.device) -> RewardMixture:
@@ -144,15 +213,34 @@ def build_rewards(table: dict[str, RewardConfig], device: torch.device) -> Rewar
     return RewardMixture(loaded)
 
 
-def build_stage(cfg: RunConfig, progress: Callable[[str], None] = lambda message: None) -> Build:
-    """Loads the model, encodes the prompts, and puts the stage together."""
+def build_stage(
+    cfg: RunConfig,
+    progress: Callable[[str], None] = lambda message: None,
+    *,
+    sets: PromptSets | None = None,
+    ranks: Ranks = ALONE,
+) -> Build:
+    """Encodes the prompts, loads the rest of the model, and puts one rank's stage together.
+
+    `sets` are the config's prompts where they have been read already.
+
+    Raises:
+        ValueError: if the batch does not go round the ranks; and whatever does not load.
+    """
+    share = _share(cfg, ranks)
+    sets = sets or read_prompts(cfg)
+    count = max(
+        cfg.log.samples if cfg.log.samples_every else 0,
+        cfg.watch.prompts if cfg.watch.rewards else 0,
+    )
+    chosen = [sets.train, sets.fixed[:count]] if count else [sets.train]
+    with ranks.main_first():  # the others find the prompts in the cache
+        encoded, *fixed = encode_sets(cfg, chosen, progress)
     progress(f"loading {cfg.model.path}")
-    backbone = build_backbone(cfg)
-    prompts = load_prompts(cfg.data.prompts)
-    progress(f"encoding {len(prompts)} prompts")
-    encoded = encode_prompts(backbone, prompts)
+    backbone = build_backbone(cfg, "image")
     start = load_start(Path(cfg.model.few_step)) if cfg.model.few_step else None
     roles = build_roles(cfg, backbone, start)
+    _place(cfg, backbone, roles, ranks)
     lora = cfg.adapters.kind == "lora"
     settings = adapter_settings(cfg, backbone) if lora else None
     facts = {
@@ -163,31 +251,65 @@ def build_stage(cfg: RunConfig, progress: Callable[[str], None] = lambda message
         "eta": cfg.sampler.eta,
     }
     make = _cold_start if cfg.stage == "cold_start" else _tilt
-    stage = make(cfg, backbone, encoded, roles, backbone.few_step_sigmas(cfg.sampler.steps))
-    return Build(stage, backbone, encoded, facts)
+    sigmas = backbone.few_step_sigmas(cfg.sampler.steps)
+    stage = make(cfg, backbone, encoded, roles, sigmas, share)
+    return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts)
 
 
-def _updater(cfg: RunConfig, roles: Roles, which: str) -> Updater:
+def _share(cfg: RunConfig, ranks: Ranks) -> Share:
+    batch, sharded = cfg.train.batch_size, cfg.run.sharding == "fsdp2"
+    if batch < ranks.size:
+        raise ValueError(f"train.batch_size {batch} leaves some of {ranks.size} ranks no sample")
+    if sharded and batch % ranks.size:
+        raise ValueError(
+            f"run.sharding=fsdp2 needs a train.batch_size that {ranks.size} ranks divide evenly, "
+            f"not {batch}"
+        )
+    return Share(batch, cfg.train.micro, ranks)
+
+
+def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> None:
+    """The same start on every rank, and the base sharded over them if that is asked for."""
+    for role in (roles.generator, roles.fake_score, roles.ema):
+        ranks.copy_from_main(list(role.parameters.values()))
+    if cfg.run.sharding == "fsdp2" and ranks.size > 1:
+        for base in {id(b): b for b in (backbone.student_base, backbone.teacher_base)}.values():
+            shard(base, backbone.device)
+
+
+def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks) -> Updater:
     train = cfg.train
     lr = train.generator_lr if which == "generator" else train.fake_score_lr
     shape = cosine if train.schedule == "cosine" else constant
     schedule = partial(shape, steps=train.steps, warmup=train.warmup)
-    return Updater(getattr(roles, which), lr, train.betas, train.weight_decay, train.clip, schedule)
+    return Updater(
+        getattr(roles, which),
+        lr,
+        train.betas,
+        train.weight_decay,
+        train.clip,
+        schedule,
+        ranks,
+    )
 
 
 def _common(
-    cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, sigmas: Tensor
+    cfg: RunConfig,
+    backbone: Backbone,
+    encoded: EncodedPrompts,
+    roles: Roles,
+    sigmas: Tensor,
+    share: Share,
 ) -> dict[str, Any]:
     """What both stages are made of."""
     randomness, eta = Randomness(cfg.run.seed), cfg.sampler.eta
-    micro = cfg.train.micro
     chosen = cfg.cold_start if cfg.stage == "cold_start" else cfg.tilt
     fake = FakeScoreTrainer(
         role=roles.fake_score,
-        updater=_updater(cfg, roles, "fake_score"),
+        updater=_updater(cfg, roles, "fake_score", share.ranks),
         randomness=randomness,
+        share=share,
         eta=eta,
-        micro=micro,
         consistency=chosen.consistency,
         form=cfg.cold_start.consistency_form,
         max_delta=cfg.cold_start.consistency_max_delta,
@@ -199,13 +321,12 @@ def _common(
         "sampler": PromptSampler(len(encoded), randomness),
         "randomness": randomness,
         "fake": fake,
-        "matching": Matching(roles.teacher, roles.fake_score, randomness, guidance, eta, micro),
-        "updater": _updater(cfg, roles, "generator"),
+        "matching": Matching(roles.teacher, roles.fake_score, randomness, share, guidance, eta),
+        "updater": _updater(cfg, roles, "generator", share.ranks),
         "sigmas": sigmas,
         "latent_shape": backbone.latent_shape,
         "eta": eta,
-        "batch": cfg.train.batch_size,
-        "micro": micro,
+        "share": share,
         "ema": cfg.train.ema,
     }
 
@@ -234,8 +355,3 @@ def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
     )
     rewards = build_rewards(cfg.rewards, backbone.device)
     return Tilt(**_common(cfg, *parts), rewards=rewards, settings=settings)
-
-
-def eval_prompts(cfg: RunConfig) -> list[Prompt]:
-    """The prompts that samples and the watch use: data.eval_prompts, else the training ones."""
-    return load_prompts(cfg.data.eval_prompts or cfg.data.prompts)

@@ -9,7 +9,7 @@ after that. Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import re
@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tiltflow.disk import fsync, sha256
 
 FORMAT = "tiltflow-checkpoint-1"
 _STEP = re.compile(r"step-(\d{6,})")
@@ -44,8 +47,11 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    good: int | None = None,
 ) -> Path:
     """Writes a checkpoint, points `latest` at it, and keeps the `keep` newest; its directory.
+
+    The newest checkpoint of at most step `good` is kept as well.
 
     One process may save into a run directory at a time. A step that exists already is replaced
     (left alone where the content is the same).
@@ -53,6 +59,7 @@ def save_checkpoint(
     Raises:
         ValueError: on a negative step, keep < 1, a group name that is no file name, or state
             that JSON cannot hold.
+        OSError: if the disk is full or fails; the earlier checkpoints are then as they were.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"cannot save step {step} keeping {keep}: need step >= 0 and keep >= 1")
@@ -67,31 +74,76 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     temporary = folder / f".tmp-{os.getpid()}-step-{step:06d}"
-    temporary.mkdir()
-    for group, values in tensors.items():
-        save_file(_storable(values), temporary / f"{group}.safetensors")
-    (temporary / "state.json").write_text(encoded, encoding="utf-8")
-    files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-    manifest = {"format": FORMAT, "step": step, "files": files}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _fsync(path)
+    try:
+        manifest = _write(temporary, step, tensors, encoded)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a full disk needs most
+        raise _not_written(temporary, step, error) from error
     target = folder / f"step-{step:06d}"
     _put(temporary, target, manifest)
-    _fsync(folder)
+    fsync(folder)
     _point_latest(folder, target.name)
-    _retain(folder, keep)
+    _retain(folder, keep, good)
     return target
 
 
-def load_checkpoint(run_dir: str | Path, which: str = "latest") -> Checkpoint:
+def _write(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: str
+) -> dict[str, Any]:
+    """Every file of a checkpoint into the new directory `folder`, on disk; its manifest."""
+    folder.mkdir()
+    for group, values in tensors.items():
+        save_file(_storable(values), folder / f"{group}.safetensors")
+    (folder / "state.json").write_text(state, encoding="utf-8")
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        fsync(path)
+    return manifest
+
+
+def _not_written(temporary: Path, step: int, error: Exception) -> OSError:
+    """What to raise where a checkpoint could not be written: the reason, and what there is."""
+    # safetensors has an error of its own, with the system's number in its text.
+    found = re.search(r"os error (\d+)", str(error))
+    number = (error.errno if isinstance(error, OSError) else int(found[1]) if found else None) or 0
+    reason = os.strerror(number) if number else str(error)
+    whole = _alternative(temporary.parent, temporary)
+    return OSError(
+        number or errno.EIO, f"checkpoint of step {step} was not written ({reason}); {whole}"
+    )
+
+
+def point_latest(run_dir: str | Path, good: int) -> int:
+    """Points `latest` at the newest checkpoint of at most step `good`; its step.
+
+    Raises:
+        ValueError: if there is none, or it is torn.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    steps = [step for step in _steps(folder) if step <= good] if folder.is_dir() else []
+    if not steps:
+        raise ValueError(f"{folder} has no checkpoint of step {good} or before")
+    name = f"step-{max(steps):06d}"
+    try:
+        _verified(folder / name)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {folder / name} {error}") from error
+    _point_latest(folder, name)
+    return max(steps)
+
+
+def load_checkpoint(run_dir: str | Path, which: str = "latest", tidy: bool = True) -> Checkpoint:
     """Reads `latest` or `step-XXXXXX` after verifying every checksum; tensors on the CPU.
+
+    `tidy` removes what a killed save left behind; of several readers one may do so, first.
 
     Raises:
         ValueError: if it is missing, torn or not ours, naming a whole one that exists.
     """
     folder = Path(run_dir) / "checkpoints"
-    if os.access(folder, os.W_OK):
+    if tidy and os.access(folder, os.W_OK):
         _sweep(folder)
     path = folder / which
     try:
@@ -102,8 +154,13 @@ def load_checkpoint(run_dir: str | Path, which: str = "latest") -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"checkpoint {path} {error}; {_alternative(folder, path)}") from error
     names = [name for name in manifest["files"] if name.endswith(".safetensors")]
-    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    try:
+        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:  # the checksums are right: it was made so
+        raise ValueError(f"checkpoint {path} is not tiltflow's: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path} is not tiltflow's: its state is no JSON object")
     return Checkpoint(manifest["step"], tensors, state)
 
 
@@ -130,20 +187,6 @@ def _storable(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ready
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    """Flushes a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     """Gives `temporary` its final name, replacing what has that name."""
     if target.exists():
@@ -164,15 +207,18 @@ def _point_latest(folder: Path, name: str) -> None:
     link = folder / f".tmp-{os.getpid()}-latest"
     os.symlink(name, link)
     os.replace(link, folder / "latest")
-    _fsync(folder)
+    fsync(folder)
 
 
-def _retain(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, never the one `latest` points at."""
+def _retain(folder: Path, keep: int, good: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints, the one `latest` points at and the newest
+    of at most step `good`."""
     latest = os.readlink(folder / "latest")
-    for step in sorted(_steps(folder), reverse=True)[keep:]:
+    steps = sorted(_steps(folder), reverse=True)
+    kept = next((step for step in steps if good is not None and step <= good), None)
+    for step in steps[keep:]:
         path = folder / f"step-{step:06d}"
-        if path.name != latest:
+        if path.name != latest and step != kept:
             # Renamed first: a kill half-way through must not leave a torn checkpoint.
             doomed = folder / f".tmp-{os.getpid()}-drop-{path.name}"
             os.replace(path, doomed)
@@ -232,7 +278,7 @@ def _verified(path: Path) -> dict[str, Any]:
             raise ValueError(f"is not tiltflow's: its manifest names the file {name!r}")
         if not (path / name).is_file():
             raise ValueError(f"is torn: {name} is missing")
-        if _sha256(path / name) != digest:
+        if sha256(path / name) != digest:
             raise ValueError(f"is torn: {name} does not match its checksum")
     return manifest
 

@@ -10,6 +10,19 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.exceptions import Abort, TyperException
+
+from tiltflow.commands.options import (
+    Device,
+    Rewards,
+    SamplingOptions,
+    named_rewards,
+    sampling_options,
+)
+
+EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
+"""What bad input, or too small a machine, raises. Anything else is a mistake in the program, and
+shows where it is."""
 
 app = typer.Typer(
     name="tiltflow",
@@ -19,29 +32,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several ranks, one speaks
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE...", help="settings that replace a recipe's"),
-]
-Model = Annotated[str, typer.Option("--model", help="pipeline directory or hub id")]
-FewStep = Annotated[Path | None, typer.Option("--few-step", help="stage-1 LoRA folder")]
-TiltLora = Annotated[Path | None, typer.Option("--tilt-lora", help="stage-2 LoRA folder")]
-Strength = Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1")]
-Prompts = Annotated[str | None, typer.Option("--prompts", help="prompt file or packaged set")]
-PromptText = Annotated[str | None, typer.Option("--prompt", help="one prompt")]
-Steps = Annotated[int, typer.Option("--steps", help="sampling steps of the students", min=1)]
-Eta = Annotated[float, typer.Option("--eta", help="stochasticity, 0 to 1", min=0, max=1)]
-Seed = Annotated[int, typer.Option("--seed", help="seed of the noise", min=0)]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto")]
-Dtype = Annotated[str, typer.Option("--dtype", help="fp32 or bf16")]
-Batch = Annotated[int, typer.Option("--batch", help="images at a time", min=1)]
-Guidance = Annotated[float | None, typer.Option("--guidance", help="the teacher's guidance")]
-TeacherSteps = Annotated[int, typer.Option("--teacher-steps", help="the teacher's steps", min=1)]
-Resolution = Annotated[int | None, typer.Option("--resolution", help="image side in pixels")]
-Generator = Annotated[
-    str | None, typer.Option("--generator", help="the distilled pipeline that LoRAs sit on (klein)")
 ]
 
 
@@ -76,47 +71,15 @@ def demo(
     epilog="Example: tiltflow sample --model DIR --few-step runs/a/export/few_step "
     "--prompt 'a red circle' --out images"
 )
+@sampling_options(batch=16)
 def sample(
-    model: Model,
+    options: SamplingOptions,
     out: Annotated[Path, typer.Option("--out", help="folder of the images")],
-    prompt: PromptText = None,
-    prompts: Prompts = None,
-    few_step: FewStep = None,
-    tilt_lora: TiltLora = None,
-    tilt: Strength = 1.0,
-    steps: Steps = 4,
-    eta: Eta = 0.9,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    teacher_steps: TeacherSteps = 50,
-    batch: Batch = 16,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    resolution: Resolution = None,
-    generator: Generator = None,
 ) -> None:
     """Images of a model with its LoRAs; without LoRAs, of the teacher."""
     from tiltflow.commands.evaluate import sample_images
 
-    request = _request(
-        model=model,
-        prompt=prompt,
-        prompts=prompts,
-        few_step=few_step,
-        tilt_lora=tilt_lora,
-        tilt=tilt,
-        steps=steps,
-        eta=eta,
-        seed=seed,
-        guidance=guidance,
-        teacher_steps=teacher_steps,
-        batch=batch,
-        device=device,
-        dtype=dtype,
-        resolution=resolution,
-        generator=generator,
-    )
-    paths = sample_images(request, out, console)
+    paths = sample_images(options.request(), out, console)
     console.print(f"{len(paths)} images in {out}")
 
 
@@ -124,82 +87,84 @@ def sample(
     epilog="Example: tiltflow evaluate --model DIR --few-step LORA --prompts FILE "
     "--reward clipscore --json evaluation.json"
 )
+@sampling_options(batch=64)
 def evaluate(
-    model: Model,
-    prompt: PromptText = None,
-    prompts: Prompts = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option("--reward", help="NAME or NAME@PATH of its weights; repeatable"),
-    ] = None,
+    options: SamplingOptions,
+    reward: Rewards = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="prompts and rewards together")
+        str | None, typer.Option("--suite", help="a prompt format and its rewards")
     ] = None,
     json_file: Annotated[Path, typer.Option("--json", help="where the figures go")] = Path(
         "evaluation.json"
     ),
     count: Annotated[int | None, typer.Option("--count", help="the first N prompts", min=2)] = None,
-    diversity: Annotated[bool, typer.Option("--diversity", help="measure diversity too")] = False,
-    few_step: FewStep = None,
-    tilt_lora: TiltLora = None,
-    tilt: Strength = 1.0,
-    steps: Steps = 4,
-    eta: Eta = 0.9,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    teacher_steps: TeacherSteps = 50,
-    batch: Batch = 64,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    resolution: Resolution = None,
-    generator: Generator = None,
+    diversity: Annotated[
+        bool, typer.Option("--diversity", help="diversity, and the distance to the teacher, too")
+    ] = False,
+    keep_images: Annotated[
+        bool, typer.Option("--keep-images", help="every image as a PNG beside the figures")
+    ] = False,
 ) -> None:
-    """Score teacher and students on the same prompts and noise, with intervals and tests."""
+    """Score teacher and students on the same prompts and noise, with intervals and tests.
+
+    Killed, it goes on where it was when the same is asked again.
+    """
     from tiltflow.commands import evaluate as command
     from tiltflow.evaluation.suites import suite_of
 
-    names = list(reward or [])
-    if suite is not None:
-        chosen = suite_of(suite)
-        prompts, names = prompts or chosen.prompts, names or list(chosen.rewards)
+    chosen = suite_of(suite) if suite is not None else None
+    names = list(reward or (chosen.rewards if chosen else []))
     if not names:
         raise ValueError("give at least one --reward NAME, or a --suite")
-    rewards = {name: path or None for name, _, path in (n.partition("@") for n in names)}
-    request = _request(
-        model=model,
-        prompt=prompt,
-        prompts=prompts,
+    request = options.request(
+        default_prompts=chosen.prompts if chosen else None,
         count=count,
-        few_step=few_step,
-        tilt_lora=tilt_lora,
-        tilt=tilt,
-        steps=steps,
-        eta=eta,
-        seed=seed,
-        guidance=guidance,
-        teacher_steps=teacher_steps,
-        batch=batch,
-        device=device,
-        dtype=dtype,
-        resolution=resolution,
-        generator=generator,
-        rewards=rewards,
+        rewards=named_rewards(names),
         diversity=diversity,
     )
-    result = command.evaluate(request, console)
-    command.save(result, json_file)
+    if chosen is not None:
+        chosen.check(request.prompts)
+    result = command.evaluate_to(json_file, request, console, keep_images)
     command.show(result.summary, console)
+    command.show_categories(result.summary, console)
     console.print(f"figures: {json_file}")
 
 
-@app.command(epilog="Example: tiltflow compare runs/demo/evaluation.json")
+@app.command(epilog="Example: tiltflow compare runs/a/evaluation.json runs/b/evaluation.json")
 def compare(
-    evaluation: Annotated[Path, typer.Argument(help="an evaluation.json or its run directory")],
+    evaluations: Annotated[
+        list[Path],
+        typer.Argument(metavar="EVALUATION...", help="one or two evaluation.json or their folders"),
+    ],
+    systems: Annotated[
+        str | None, typer.Option("--systems", help="A,B: these two alone (of two files: A then B)")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the comparisons here too")
+    ] = None,
 ) -> None:
-    """The systems of an evaluation against each other, with p-values."""
-    from tiltflow.commands.evaluate import read_evaluation, show
+    """Systems against each other, prompt by prompt: differences, intervals and p-values."""
+    from tiltflow.commands.compare import run_compare
 
-    show(read_evaluation(evaluation), console)
+    run_compare(evaluations, systems, json_file, console)
+
+
+@app.command("reward-server", epilog="Example: tiltflow reward-server hpsv3 --port 8000")
+def reward_server(
+    rewards: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="rewards, or NAME@PATH of the weights")
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="address; any but the loopback needs a token")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="port", min=1, max=65535)] = 8000,
+    batch: Annotated[int, typer.Option("--batch", help="images at a time", min=1)] = 16,
+    device: Device = "auto",
+) -> None:
+    """Serve rewards to runs elsewhere, which name them remote:http://HOST:PORT/NAME."""
+    from tiltflow.commands.reward_server import serve
+
+    serve(named_rewards(rewards), host, port, device, batch, console)
 
 
 @app.command(epilog="Example: tiltflow report runs/demo")
@@ -213,15 +178,19 @@ def report(
     console.print(f"report: {write_run_report(runs, out)}")
 
 
-@app.command(epilog="Example: tiltflow export runs/tilt --out lora")
+@app.command(epilog="Example: tiltflow export runs/tilt --out lora --merged")
 def export(
     run: Annotated[Path, typer.Argument(help="a run directory")],
-    out: Annotated[Path, typer.Option("--out", help="where the LoRA folders go")],
+    out: Annotated[Path, typer.Option("--out", help="where the folders go")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="also the whole pipeline with the adapters merged in")
+    ] = False,
+    tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength in it, 0 to 1")] = 1.0,
 ) -> None:
-    """LoRA folders that diffusers loads, from a run's latest checkpoint."""
+    """LoRA folders, scheduler and model card for diffusers, from a run's latest checkpoint."""
     from tiltflow.commands.export import export_run
 
-    for path in export_run(run, out):
+    for path in export_run(run, out, merged, tilt):
         console.print(f"wrote {path}")
 
 
@@ -230,8 +199,8 @@ def encode(
     recipe: Annotated[str, typer.Argument(help="a packaged recipe's name, or a .yaml file")],
     overrides: Overrides = None,
 ) -> None:
-    """Encode a recipe's prompts once and say what that gives (shapes, size)."""
-    from tiltflow.commands.doctor import encode_recipe
+    """Encode a recipe's prompts into the embedding cache, where training finds them."""
+    from tiltflow.commands.encode import encode_recipe
     from tiltflow.config import load_config
 
     encode_recipe(load_config(recipe, overrides or []), console)
@@ -247,36 +216,23 @@ def recipes(
     show_recipes(name, console)
 
 
-@app.command(epilog="Example: tiltflow doctor demo_tilt")
+@app.command(epilog="Example: tiltflow doctor demo_tilt --memory 24")
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="check this recipe too")] = None,
     overrides: Overrides = None,
+    memory: Annotated[
+        float | None, typer.Option("--memory", help="GiB of the GPU to plan for", min=0)
+    ] = None,
 ) -> None:
-    """Versions, device and threads; with RECIPE, whether its settings and files are in order."""
+    """Versions and device; with RECIPE, whether it is in order and what memory it will take."""
     from tiltflow.commands.doctor import examine
 
-    examine(recipe, overrides or [], console)
-
-
-def _request(  # type: ignore[no-untyped-def]
-    *, prompt: str | None, prompts: str | None, generator: str | None, count: int | None = None,
-    dtype: str, **values,
-):  # fmt: skip
-    """The options of `sample` and `evaluate` as one request."""
-    from tiltflow.build import DTYPES
-    from tiltflow.commands.evaluate import Request
-    from tiltflow.prompts import Prompt, load_prompts
-
-    if (prompt is None) == (prompts is None):
-        raise ValueError("give either --prompt TEXT or --prompts FILE")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
-    chosen = [Prompt(prompt, {})] if prompt is not None else load_prompts(str(prompts))
-    return Request(prompts=chosen[:count], generator_path=generator, dtype=dtype, **values)
+    examine(recipe, overrides or [], console, memory)
 
 
 def main() -> None:
     """The entry point: turns expected errors into one sentence and an exit status."""
+    from tiltflow.distributed import PeerLost
     from tiltflow.train.optim import NonFiniteError
 
     debug = "--debug" in sys.argv
@@ -287,14 +243,31 @@ def main() -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     try:
-        app(args=arguments, prog_name="tiltflow")
-    except (ValueError, OSError, NonFiniteError, FloatingPointError, ImportError) as error:
+        status = app(args=arguments or ["--help"], prog_name="tiltflow", standalone_mode=False)
+    except Abort:
+        status = 1
+    except PeerLost:  # has said so already
+        if debug:
+            raise
+        status = 1
+    except (*EXPECTED, NonFiniteError, TyperException) as error:
         if debug:
             raise
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
-            f"tiltflow: {' '.join(str(error).split())}"
+            f"tiltflow: {_sentence(error)}"
         )
-        sys.exit(2 if isinstance(error, ValueError | OSError) else 1)
+        status = 2 if isinstance(error, ValueError | OSError | TyperException) else 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, on one line."""
+    text = str(error)
+    if isinstance(error, TyperException):
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

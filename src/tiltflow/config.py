@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from tiltflow.backbones.files import HUB_ID, check_pipeline
 from tiltflow.config_schema import RewardConfig, Rewards, RunConfig, plain_weight
 from tiltflow.paths import resolve_path
-from tiltflow.prompts import load_prompts
+from tiltflow.prompts import Prompt, load_prompts
 from tiltflow.recipe_source import (
     list_recipes,
     nearest,
@@ -29,12 +30,14 @@ from tiltflow.recipe_source import (
 )
 
 __all__ = [
+    "PromptSets",
     "RewardConfig",
     "RunConfig",
     "config_keys",
     "dump_config",
     "list_recipes",
     "load_config",
+    "read_prompts",
     "recipe_text",
     "validate_files",
 ]
@@ -119,12 +122,13 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _split(dotted: str) -> list[str]:
-    """The parts of a key. A reward given by dotted path (`package.module:Name`) stays whole."""
+    """The parts of a key. A reward given by dotted path (`package.module:Name`) or by address
+    (`remote:http://127.0.0.1:8000/NAME`) stays whole."""
     parts = dotted.split(".")
     for prefix in _REWARDS:
         n = len(prefix)
         if parts[:n] == prefix and ":" in dotted:
-            last = next(i for i, part in enumerate(parts) if ":" in part)
+            last = max(i for i, part in enumerate(parts) if ":" in part or "/" in part)
             return [*prefix, ".".join(parts[n : last + 1]), *parts[last + 1 :]]
     return parts
 
@@ -188,10 +192,31 @@ def _is_tag(part: int | str) -> bool:
     return isinstance(part, int) or "[" in part or part in ("str", "constrained-str")
 
 
-def validate_files(config: RunConfig) -> None:
+@dataclass(frozen=True)
+class PromptSets:
+    """The prompts of training, and those of samples and held-out rewards."""
+
+    train: list[Prompt]
+    fixed: list[Prompt]
+
+
+def read_prompts(config: RunConfig) -> PromptSets:
+    """The prompt files of a config, each read once.
+
+    Raises:
+        ValueError: as `load_prompts`.
+    """
+    train = load_prompts(config.data.prompts)
+    chosen = config.data.eval_prompts
+    same = chosen in (None, config.data.prompts)
+    return PromptSets(train, train if same else load_prompts(str(chosen)))
+
+
+def validate_files(config: RunConfig) -> PromptSets:
     """Checks that what the config names on disk is there and can be read; loads no weight.
 
-    A model path that is neither on disk nor written like a local path is left to the hub.
+    A model path that is neither on disk nor written like a local path is left to the hub. The
+    prompts, which are read on the way, are returned.
 
     Raises:
         ValueError: naming the key, the path and what is missing.
@@ -210,9 +235,7 @@ def validate_files(config: RunConfig) -> None:
         for name, reward in rewards.items():
             if reward.path is not None and not Path(resolve_path(reward.path)).exists():
                 _require_hub_id(f"{prefix}.{name}.path", reward.path)
-    for prompts in (config.data.prompts, config.data.eval_prompts):
-        if prompts is not None:
-            load_prompts(prompts)
+    return read_prompts(config)
 
 
 def _require_hub_id(key: str, path: str) -> None:

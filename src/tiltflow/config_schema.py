@@ -14,6 +14,7 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Level = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -45,8 +46,11 @@ class AdaptersConfig(Section):
 
 
 class DataConfig(Section):
+    """`cache`: where embeddings are kept; unset is the user's own place, `off` nowhere."""
+
     prompts: Text
     eval_prompts: Text | None = None
+    cache: Text | None = None
 
 
 class SamplerConfig(Section):
@@ -55,7 +59,10 @@ class SamplerConfig(Section):
 
 
 class TrainConfig(Section):
-    """`batch_size` is global (stage 2: samples a rollout)."""
+    """`batch_size` is global (stage 2: samples a rollout), `micro_batch_size` a rank's.
+
+    `skip_nonfinite` is how many steps a run may skip for a non-finite number before it stops.
+    """
 
     steps: Positive
     batch_size: Positive
@@ -68,6 +75,7 @@ class TrainConfig(Section):
     ema: Beta = 0.99
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Count = 0
+    skip_nonfinite: Count = 0
 
     @property
     def micro(self) -> int:
@@ -121,19 +129,45 @@ def plain_weight(value: object) -> object:
 Rewards = dict[Text, Annotated[RewardConfig, BeforeValidator(plain_weight)]]
 
 
+class WatchRules(Section):
+    """When the watch warns (docs/watch.md); null switches a rule off."""
+
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    held_out_fall: Annotated[float, Field(ge=0)] | None = 0.25
+    diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.7
+    high_frequency: Annotated[float, Field(gt=1)] | None = 2.0
+    drift: Annotated[float, Field(gt=1)] | None = 1.5
+
+
 class WatchConfig(Section):
-    """Held-out rewards: logged, never trained on."""
+    """Held-out `rewards`: logged, never trained on. The rest belongs to the watch of stage 2.
+
+    `frequency` is in cycles a pixel: by default, structure finer than a latent cell of 8 pixels.
+    """
 
     rewards: Rewards = Field(default_factory=dict)
     every: Positive = 50
     prompts: Positive = 64
+    stop: bool = False
+    clip: Text | None = None
+    diversity_prompts: Positive = 24
+    diversity_images: Annotated[int, Field(ge=2)] = 4
+    teacher_images: Positive = 32
+    teacher_steps: Positive = 25
+    frequency: Annotated[float, Field(gt=0, lt=0.5)] = 0.125
+    levels: tuple[Level, ...] = Field(default=(0.2, 0.4, 0.6, 0.8), min_length=1)
+    rules: WatchRules = WatchRules()
 
 
 class RunSection(Section):
+    """`resume_from` is `latest` or one checkpoint's name; `sharding` is of the frozen base."""
+
     out: Text
     seed: Count = 0
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "auto"
     resume: bool = False
+    resume_from: Annotated[str, Field(pattern=r"^(latest|step-\d{6,})$")] = "latest"
+    sharding: Literal["replicated", "fsdp2"] = "replicated"
 
 
 class CheckpointConfig(Section):
@@ -175,6 +209,7 @@ class RunConfig(Section):
             raise ValueError(f"the section {other} is given, but stage is {self.stage}")
         _check_model(self.model)
         _check_batch(self.train)
+        _check_run(self.run, self.adapters)
         if self.stage == "cold_start":
             if self.rewards:
                 raise ValueError(
@@ -183,6 +218,7 @@ class RunConfig(Section):
                 )
         else:
             _check_tilt(self)
+        _check_watch(self)
         return self
 
 
@@ -202,6 +238,24 @@ def _check_batch(train: TrainConfig) -> None:
         raise ValueError(
             f"train.micro_batch_size {train.micro} does not divide "
             f"train.batch_size {train.batch_size}"
+        )
+
+
+def _check_run(run: RunSection, adapters: AdaptersConfig) -> None:
+    if run.resume_from != "latest" and not run.resume:
+        raise ValueError(f"run.resume_from {run.resume_from} is given, but run.resume is false")
+    if run.sharding == "fsdp2" and adapters.kind != "lora":
+        raise ValueError("run.sharding fsdp2 shards the base of LoRAs, so adapters.kind is lora")
+
+
+def _check_watch(config: RunConfig) -> None:
+    watch = config.watch
+    if watch.stop and (config.stage == "cold_start" or not watch.rewards):
+        raise ValueError("watch.stop needs stage tilt and at least one reward under watch.rewards")
+    if config.stage == "tilt" and watch.rewards and watch.prompts < 8:
+        raise ValueError(
+            f"watch.prompts is {watch.prompts}, but no test can tell a change from chance with "
+            "fewer than 8"
         )
 
 

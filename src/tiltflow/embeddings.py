@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tiltflow.backbones.base import Backbone, Conditioning, join
+from tiltflow.backbones.base import Backbone, Conditioning
 from tiltflow.prompts import Prompt
+
+BATCH = 64
+"""Texts that go through the text encoders at a time."""
+
+Encode = Callable[[Sequence[str]], Conditioning]
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Prompts and their conditioning. The negative prompt is the same for all: one row."""
+    """Prompts and where their conditioning stands: rows of tables in main memory or on disk.
+
+    `places[i]` are the table and the row of prompt i. Each of `tables` has a row a text in
+    `positive` and one row in `negative`, the empty prompt's, which is the same in all of them.
+    """
 
     prompts: tuple[Prompt, ...]
-    cond: Conditioning
+    tables: tuple[Conditioning, ...]
+    places: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -25,20 +36,29 @@ class EncodedPrompts:
         self, indices: Sequence[int], device: torch.device
     ) -> tuple[Conditioning, list[Prompt]]:
         """Conditioning and prompts of some rows, in the order given."""
-        rows = torch.as_tensor(list(indices))
-        positive = {key: value[rows].to(device) for key, value in self.cond.positive.items()}
+        places = [self.places[i] for i in indices]
+        first = self.tables[0]
+        positive = {
+            key: torch.stack([self.tables[t].positive[key][row] for t, row in places]).to(device)
+            for key in first.positive
+        }
         negative = {
-            key: value.expand(len(rows), *value.shape[1:]).to(device)
-            for key, value in self.cond.negative.items()
+            key: value.to(device).expand(len(places), *value.shape[1:])
+            for key, value in first.negative.items()
         }
         return Conditioning(positive, negative), [self.prompts[i] for i in indices]
+
+
+def distinct(prompts: Sequence[Prompt]) -> list[str]:
+    """The texts of prompts, each once, in order."""
+    return list(dict.fromkeys(prompt.text for prompt in prompts))
 
 
 def encode_prompts(
     backbone: Backbone,
     prompts: Sequence[Prompt],
-    batch_size: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
+    batch_size: int = BATCH,
+    progress: Progress = lambda done: None,
 ) -> EncodedPrompts:
     """Encodes each distinct text once; the result lies in main memory (CPU).
 
@@ -47,14 +67,28 @@ def encode_prompts(
     """
     if not prompts:
         raise ValueError("there are no prompts to encode")
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    parts = []
+    texts = distinct(prompts)
+    tables = []
+    for part in encoded_batches(backbone.encode, texts, batch_size):
+        tables.append(part)
+        progress(min(len(tables) * batch_size, len(texts)))
+    places = {text: divmod(i, batch_size) for i, text in enumerate(texts)}
+    return EncodedPrompts(tuple(prompts), tuple(tables), tuple(places[p.text] for p in prompts))
+
+
+def encoded_batches(
+    encode: Encode, texts: Sequence[str], batch_size: int
+) -> Iterator[Conditioning]:
+    """Tables (on the CPU) of `batch_size` texts at a time, the last one of what is left.
+
+    Exactly `batch_size` texts go through the encoders each time, the last batch filled up with the
+    empty prompt: a matrix product rounds by its size, so a text's embedding is the same bits
+    whatever else is encoded with it, and a cache may mix old and new ones.
+    """
     for start in range(0, len(texts), batch_size):
-        parts.append(backbone.encode(texts[start : start + batch_size]).to("cpu"))
-        progress(min(start + batch_size, len(texts)))
-    table = join(parts)
-    row = {text: i for i, text in enumerate(texts)}
-    rows = torch.tensor([row[prompt.text] for prompt in prompts])
-    positive = {key: value[rows] for key, value in table.positive.items()}
-    negative = {key: value[:1] for key, value in table.negative.items()}
-    return EncodedPrompts(tuple(prompts), Conditioning(positive, negative))
+        part = list(texts[start : start + batch_size])
+        cond = encode([*part, *[""] * (batch_size - len(part))])
+        yield Conditioning(
+            {key: value[: len(part)].to("cpu") for key, value in cond.positive.items()},
+            {key: value[:1].to("cpu") for key, value in cond.negative.items()},
+        )

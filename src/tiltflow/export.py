@@ -1,19 +1,40 @@
-"""LoRA folders that diffusers loads, read off a run's checkpoint (DESIGN §2)."""
+"""What a run leaves for diffusers: LoRA folders, the scheduler, a merged pipeline (DESIGN §2)."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from tiltflow.backbones.files import SIDE_FILE, TOKEN_PATCH, absent_parts
+from tiltflow.backbones.headers import header_shapes
 from tiltflow.checkpoint import Checkpoint
 from tiltflow.roles import AdapterSettings
+from tiltflow.scheduler import CPSFlowMatchScheduler
+from tiltflow.sentences import first_sentence
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """LoRA folders by adapter name, each with its strength."""
+
+    folders: Mapping[str, tuple[Path, float]]
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """A whole transformer's weights by name."""
+
+    weights: Mapping[str, Tensor]
 
 
 def export_adapters(
@@ -28,7 +49,10 @@ def export_adapters(
     """
     state = checkpoint.state
     if not state.get("adapters"):
-        raise ValueError("this run trained full copies (adapters.kind=copies): it has no adapters")
+        raise ValueError(
+            "this run trained full copies (adapters.kind=copies), so it has no adapters: "
+            "export it with --merged"
+        )
     if state["stage"] == "cold_start":
         folders = {"few_step": (checkpoint.tensors["ema"], state["adapters"])}
     else:
@@ -56,6 +80,88 @@ def save_adapter(
     )
 
 
+def few_step_scheduler(model: Path, family: str, eta: float) -> CPSFlowMatchScheduler:
+    """The students' scheduler, made from the own scheduler of the pipeline in `model`."""
+    config = CPSFlowMatchScheduler.load_config(model, subfolder="scheduler")
+    return CPSFlowMatchScheduler.from_config(config, eta=eta, patch=TOKEN_PATCH[family])
+
+
+def save_merged(
+    pipeline: type[DiffusionPipeline],
+    model: Path,
+    student: LoraWeights | FullWeights,
+    scheduler: CPSFlowMatchScheduler,
+    dtype: torch.dtype,
+    out: Path,
+) -> None:
+    """The pipeline in `model` with the student's weights in its own, and the few-step scheduler.
+
+    `student` are LoRA folders by name with their strengths, or a whole transformer's weights.
+    Sums are rounded to `dtype`, so bf16 is that much less exact than the adapters by themselves.
+
+    Raises:
+        ValueError: if the weights are not this transformer's.
+    """
+    pipe: Any = pipeline.from_pretrained(
+        str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **absent_parts(model)
+    )
+    if isinstance(student, LoraWeights):
+        for name, (folder, _) in student.folders.items():
+            load_lora(pipe, folder, name)
+        names = list(student.folders)
+        pipe.set_adapters(names, [strength for _, strength in student.folders.values()])
+        pipe.fuse_lora(components=["transformer"], adapter_names=names, safe_fusing=True)
+        pipe.unload_lora_weights()
+    else:
+        _load_full(pipe.transformer, student.weights, model)
+    pipe.scheduler = scheduler
+    pipe.save_pretrained(out)
+    if (model / SIDE_FILE).is_file():
+        shutil.copy(model / SIDE_FILE, out / SIDE_FILE)
+
+
+def _load_full(transformer: nn.Module, weights: Mapping[str, Tensor], model: Path) -> None:
+    """A run's parameters into a transformer; its buffers are its own."""
+    here = {name: p.shape for name, p in transformer.named_parameters()}
+    odd = sorted(set(here) ^ set(weights)) or [n for n in here if here[n] != weights[n].shape]
+    if odd:
+        raise ValueError(f"the run's weights are not those of the transformer in {model}: {odd[0]}")
+    transformer.load_state_dict(dict(weights), strict=False)
+
+
+def load_lora(pipe: Any, folder: Path, name: str) -> None:
+    """A LoRA folder through the pipeline's own loader, as the adapter `name`.
+
+    Raises:
+        ValueError: if the folder holds no single LoRA file, or one of another model.
+    """
+    file = lora_file(folder)
+    try:
+        # Named, and safetensors only: by itself the loader would turn to a pickle in the folder.
+        pipe.load_lora_weights(
+            str(folder), weight_name=file.name, use_safetensors=True, adapter_name=name
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a file can make of diffusers and peft
+        raise ValueError(
+            f"the LoRA in {folder} does not fit this model: {first_sentence(error)}"
+        ) from error
+
+
+def adapter_keys(folder: Path) -> set[str] | None:
+    """The names of the weights in a LoRA folder as diffusers saves them; None in other formats."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return None
+    with safe_open(files[0], framework="pt") as file:
+        keys = set(file.keys())
+    prefix = "transformer."
+    if not all(key.startswith(prefix) and ".lora_" in key for key in keys):
+        return None
+    return {key.removeprefix(prefix) for key in keys}
+
+
 def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, Tensor]]:
     """An exported LoRA folder back as settings and weights by canonical name.
 
@@ -63,18 +169,39 @@ def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, Tensor]]:
         ValueError: if the folder holds no single LoRA of a transformer with its metadata.
     """
     inner = folder / "export" / "few_step"
-    files = sorted((inner if inner.is_dir() else folder).glob("*.safetensors"))
-    if len(files) != 1:
-        raise ValueError(f"{folder} should hold one LoRA file (.safetensors), not {len(files)}")
-    with safe_open(files[0], framework="pt") as file:
-        raw = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    file = lora_file(inner if inner.is_dir() else folder)
+    with safe_open(file, framework="pt") as opened:
+        raw = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+        weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     prefix = "transformer."
-    if raw is None or not all(key.startswith(prefix) for key in weights):
-        raise ValueError(f"{files[0]} is no LoRA of a transformer that tiltflow or diffusers saved")
-    facts = {k.removeprefix(prefix): v for k, v in json.loads(raw).items() if k.startswith(prefix)}
-    settings = AdapterSettings(facts["r"], facts["lora_alpha"], facts["target_modules"])
+    try:
+        if not all(key.startswith(prefix) for key in weights):
+            raise ValueError("a weight of something else")
+        saved = json.loads(raw or "").items()
+        facts = {k.removeprefix(prefix): v for k, v in saved if k.startswith(prefix)}
+        settings = AdapterSettings(facts["r"], facts["lora_alpha"], facts["target_modules"])
+    except (AttributeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no LoRA of a transformer that tiltflow or diffusers saved"
+        ) from error
     return settings, {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+def lora_file(folder: Path) -> Path:
+    """The one LoRA file in a folder, after a look at its header.
+
+    Raises:
+        ValueError: if there is none, there are several, or it is torn or no safetensors file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no LoRA folder {folder}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no LoRA (no .safetensors file)")
+    if len(files) > 1:
+        raise ValueError(f"{folder} should hold one LoRA file (.safetensors), not {len(files)}")
+    header_shapes(files[0])
+    return files[0]
 
 
 def _metadata(settings: AdapterSettings) -> dict[str, Any]:

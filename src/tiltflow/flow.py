@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,17 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x_σ = (1 − σ) x₀ + σ ε (METHOD §1). Shape of `x0`."""
     level = broadcast(sigma, x0)
     return (1 - level) * _full(x0) + level * _full(noise)
+
+
+def raw_levels(steps: int) -> list[float]:
+    """The K equal raw levels 1, …, 1/K before any shift (METHOD §1).
+
+    Raises:
+        ValueError: if `steps` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler takes at least 1 step, not {steps}")
+    return np.linspace(1.0, 1 / steps, steps).tolist()
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:

@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,8 +42,12 @@ class Accumulator:
             self._sums[name] = tensor.clone() if before is None else before + tensor
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def means(self) -> dict[str, float]:
+    def means(
+        self, total: Callable[[Sequence[float]], Sequence[float]] = lambda values: values
+    ) -> dict[str, float]:
         """The mean of every metric since the last reset; one transfer a device.
+
+        `total` adds up the means over ranks, of which each accumulates its share of a metric.
 
         Raises:
             FloatingPointError: naming the first metric that is NaN or infinite.
@@ -53,7 +57,8 @@ class Accumulator:
             names = [name for name, tensor in self._sums.items() if tensor.device == device]
             sums = torch.stack([self._sums[name] for name in names]).tolist()
             means |= {n: s / self._counts[n] for n, s in zip(names, sums, strict=True)}
-        return {name: _finite(name, means[name]) for name in self._sums}
+        totals = total([means[name] for name in self._sums])
+        return {n: _finite(n, value) for n, value in zip(self._sums, totals, strict=True)}
 
     def reset(self) -> None:
         """Forgets everything added so far."""
@@ -153,6 +158,17 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
+    def say(self, step: int, texts: Mapping[str, str]) -> None:
+        """One line of words, for what a number cannot say (an alarm); in the JSONL file alone.
+
+        Raises:
+            ValueError: if a text is called `step`.
+        """
+        if "step" in texts:
+            raise ValueError("a text must not be called 'step'")
+        self._file.write(json.dumps({"step": step, **texts}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
@@ -170,6 +186,22 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class NoLog:
+    """The log of a rank that keeps none."""
+
+    def write(self, step: int, values: Values) -> None:
+        """Nothing."""
+
+    def say(self, step: int, texts: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing."""
 
 
 def _package(module: str, extra: str) -> Any:

@@ -1,4 +1,4 @@
-"""Where things lie: `packaged:NAME` is a file or directory that ships inside this package."""
+"""Where things lie (`packaged:NAME` ships inside this package), and files written whole."""
 
 from __future__ import annotations
 
@@ -27,9 +27,35 @@ def resolve_path(path: str) -> str:
     raise ValueError(f"there is no packaged {name!r}{nearest(name, present)}")
 
 
+def embedding_cache(setting: str | None) -> Path | None:
+    """Where `data.cache` puts embeddings: a directory, the user's own (None), or nowhere ("off").
+
+    The user's own is `embeddings` in `$TILTFLOW_CACHE`, else in `$XDG_CACHE_HOME/tiltflow`, else
+    in `~/.cache/tiltflow`.
+    """
+    if setting == "off":
+        return None
+    if setting is not None:
+        return Path(setting).expanduser()
+    own = os.environ.get("TILTFLOW_CACHE")
+    base = Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (base if own else base / "tiltflow") / "embeddings"
+
+
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error about an unknown name: what was perhaps meant, or what there is."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; there is {', '.join(known)}" if known else "; there is none at all"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one step: readers see the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -42,9 +42,10 @@ def load_prompts(source: str | Path) -> list[Prompt]:
     """The prompts of a packaged set or a file, in order, duplicates kept.
 
     A `.txt` has one prompt a line; `.json` a list of strings or objects; `.jsonl` one string or
-    object a line (GenEval, GenEval2 and general); `.parquet` one row a prompt. An object's
-    prompt is its `prompt`, `text` or `caption`, and its metadata the whole object. Blank lines
-    are skipped, surrounding white space is dropped.
+    object a line (GenEval, GenEval2 and general); `.parquet` one row a prompt; a directory either
+    parquet files, which are read in the order of their names, or what `datasets` saved to disk.
+    An object's prompt is its `prompt`, `text` or `caption`, and its metadata the whole object.
+    Blank lines are skipped, surrounding white space is dropped.
 
     Raises:
         ValueError: on anything that cannot be read as at least one prompt, saying where.
@@ -53,14 +54,15 @@ def load_prompts(source: str | Path) -> list[Prompt]:
         return PACKAGED[str(source)]()
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    if path.is_dir():
-        raise ValueError(f"prompts: {source} is a directory, not one of {', '.join(FORMATS)} files")
     if not path.exists():
         raise ValueError(_missing(str(source), suffix))
-    if suffix not in FORMATS:
-        raise ValueError(f"prompts: {source} should end in one of {', '.join(FORMATS)}")
     readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl}
-    prompts = list(readers.get(suffix, _read_parquet)(path))
+    if path.is_dir():
+        prompts = [prompt for part in _parts(path) for prompt in _read_table(part)]
+    elif suffix in FORMATS:
+        prompts = list(readers.get(suffix, _read_table)(path))
+    else:
+        raise ValueError(f"prompts: {source} should end in one of {', '.join(FORMATS)}")
     if not prompts:
         raise ValueError(f"prompts: {source} has no prompts in it")
     return prompts
@@ -138,7 +140,34 @@ def _read_json(path: Path) -> Iterator[Prompt]:
         yield _prompt(value, f"{path}, item {number}")
 
 
-def _read_parquet(path: Path) -> Iterator[Prompt]:
+def _parts(folder: Path) -> list[Path]:
+    """The tables of a directory: the parquet files, or those that `datasets` saved to disk."""
+    state = folder / "state.json"
+    if state.is_file():
+        saved = _parse(_read_text(state), str(state))
+        try:
+            return [folder / Path(part["filename"]).name for part in saved["_data_files"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"prompts: {state} is none of datasets.save_to_disk") from error
+    index = folder / "dataset_dict.json"
+    if index.is_file():
+        splits = ", ".join(sorted(p.parent.name for p in folder.glob("*/state.json")))
+        raise ValueError(
+            f"prompts: {folder} holds several splits; give the folder of one ({splits})"
+        )
+    found = sorted(folder.glob("*.parquet"))
+    if not found:
+        raise ValueError(
+            f"prompts: {folder} is a directory without parquet files or a saved dataset in it"
+        )
+    return found
+
+
+def _read_table(path: Path) -> Iterator[Prompt]:
+    """The rows of a parquet file, or of an Arrow stream as `datasets` saves it.
+
+    Columns of pictures are left where they are: sets such as Pick-a-Pic carry gigabytes of them.
+    """
     try:
         arrow = importlib.import_module("pyarrow")
         parquet = importlib.import_module("pyarrow.parquet")
@@ -146,16 +175,23 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
         raise ValueError(
             f"prompts: reading {path} needs pyarrow (pip install 'tiltflow[parquet]')"
         ) from error
-    try:
-        schema = parquet.read_schema(path)
+
+    def chosen(schema: Any) -> list[str]:
         if not set(TEXT_KEYS) & set(schema.names):
             raise ValueError(f"prompts: {path} has none of the columns {', '.join(TEXT_KEYS)}")
-        # Sets such as Pick-a-Pic carry the pictures' bytes: gigabytes that no one asked for.
         pictures = (arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_struct)
-        columns = [f.name for f in schema if not any(is_a(f.type) for is_a in pictures)]
-        rows = parquet.read_table(path, columns=columns).to_pylist()
+        return [f.name for f in schema if not any(is_a(f.type) for is_a in pictures)]
+
+    try:
+        if path.suffix == ".arrow":
+            with arrow.memory_map(str(path)) as file, arrow.ipc.open_stream(file) as stream:
+                rows = stream.read_all().select(chosen(stream.schema)).to_pylist()
+        else:
+            columns = chosen(parquet.read_schema(path))
+            rows = parquet.read_table(path, columns=columns).to_pylist()
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"prompts: {path} cannot be read as parquet") from error
+        kind = "an Arrow stream" if path.suffix == ".arrow" else "parquet"
+        raise ValueError(f"prompts: {path} cannot be read as {kind}") from error
     for number, row in enumerate(rows, start=1):
         yield _prompt(row, f"{path}, row {number}")
 

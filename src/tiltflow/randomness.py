@@ -16,6 +16,14 @@ from torch import Tensor
 
 Device = str | torch.device
 
+SAMPLE_INIT = "sample/init"
+"""The stream of images' initial noise, its steps the images' numbers."""
+
+
+def sample_step(k: int) -> str:
+    """The stream of the noise of sampler step k, its steps the images' numbers."""
+    return f"sample/step{k}"
+
 
 @dataclass(frozen=True)
 class Randomness:

@@ -102,7 +102,10 @@ class Role:
         """
         missing = sorted(set(self.parameters) ^ set(state))
         if missing:
-            raise ValueError(f"weights of role {self.name!r} do not match, e.g. {missing[0]!r}")
+            raise ValueError(
+                f"weights of role {self.name!r} do not match, e.g. {missing[0]!r}: they are of "
+                "another model or other adapters"
+            )
         for name, parameter in self.parameters.items():
             if parameter.shape != state[name].shape:
                 raise ValueError(

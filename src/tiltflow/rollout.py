@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning
-from tiltflow.backbones.base import join as join_conditioning
+from tiltflow.backbones.base import Conditioning, Grouped
 from tiltflow.flow import broadcast, cps_mean_std
 
 Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -27,12 +26,13 @@ class Rollout:
     """Trajectories of B samples over the grid σ₀ > … > σ_K, K ≥ 1.
 
     `states[k]` is x at level σ_k, (B, ...) fp32, for k = 0..K' where K' ≤ K is the last executed
-    step; `sigmas` is (K + 1,). `log_probs[k]` (B,) was recorded while sampling.
+    step; `sigmas` is (K + 1,). `log_probs[k]` (B,) was recorded while sampling. The conditioning
+    of a whole batch may be `Grouped`; that of the rows that a network sees is not.
     """
 
     sigmas: Tensor
     states: tuple[Tensor, ...]
-    cond: Conditioning
+    cond: Conditioning | Grouped
     eta: float
     log_probs: Mapping[int, Tensor] = field(default_factory=dict)
 
@@ -41,6 +41,12 @@ class Rollout:
         states = tuple(state[rows] for state in self.states)
         recorded = {k: value[rows] for k, value in self.log_probs.items()}
         return Rollout(self.sigmas, states, self.cond[rows], self.eta, recorded)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """`cond`, as networks take it."""
+        assert isinstance(self.cond, Conditioning)
+        return self.cond
 
     @property
     def steps(self) -> int:
@@ -88,10 +94,9 @@ def rollout(
     return Rollout(sigmas, tuple(states), cond, eta, recorded)
 
 
-def join(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of several micro-batches as one, along the batch."""
+def join(parts: Sequence[Rollout], cond: Conditioning | Grouped) -> Rollout:
+    """Rollouts of several micro-batches as one, along the batch, whose conditioning is `cond`."""
     states = tuple(torch.cat(column) for column in zip(*(p.states for p in parts), strict=True))
-    cond = join_conditioning([p.cond for p in parts])
     recorded = {k: torch.cat([p.log_probs[k] for p in parts]) for k in parts[0].log_probs}
     return Rollout(parts[0].sigmas, states, cond, parts[0].eta, recorded)
 
@@ -103,7 +108,7 @@ def attach(velocity: Velocity, trajectory: Rollout, k: int) -> tuple[Tensor, Ten
     held fixed.
     """
     x, x_next = trajectory.states[k], trajectory.states[k + 1]
-    mean, std = step(velocity, x, trajectory.sigmas, k, trajectory.cond, trajectory.eta)
+    mean, std = step(velocity, x, trajectory.sigmas, k, trajectory.conditioning, trajectory.eta)
     return mean + (x_next - mean).detach(), mean, std
 
 

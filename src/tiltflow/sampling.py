@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiltflow.backbones.base import Conditioning
 from tiltflow.flow import euler_step
-from tiltflow.randomness import Randomness
+from tiltflow.randomness import SAMPLE_INIT, Randomness, sample_step
 from tiltflow.roles import Role
 from tiltflow.rollout import rollout
 
@@ -23,7 +23,7 @@ def numbered_noise(
     randomness: Randomness, stream: str, numbers: Sequence[int], shape: tuple[int, ...]
 ) -> Tensor:
     """N(0, I) of shape (B, *shape), one draw an image number, on the CPU."""
-    return torch.stack([randomness.normal(f"sample/{stream}", n, shape) for n in numbers])
+    return torch.stack([randomness.normal(stream, n, shape) for n in numbers])
 
 
 @torch.no_grad()
@@ -39,9 +39,9 @@ def sample_few_step(
     shape, device = role.backbone.latent_shape, role.backbone.device
 
     def noise(k: int) -> Tensor:
-        return numbered_noise(randomness, f"step{k}", numbers, shape).to(device)
+        return numbered_noise(randomness, sample_step(k), numbers, shape).to(device)
 
-    x = numbered_noise(randomness, "init", numbers, shape).to(device)
+    x = numbered_noise(randomness, SAMPLE_INIT, numbers, shape).to(device)
     return rollout(role, x, sigmas, cond, eta, noise).states[-1]
 
 
@@ -56,7 +56,7 @@ def sample_ode(
 ) -> Tensor:
     """Euler samples of the probability-flow ODE with guidance: latents (B, ...)."""
     shape, device = role.backbone.latent_shape, role.backbone.device
-    x = numbered_noise(randomness, "init", numbers, shape).to(device)
+    x = numbered_noise(randomness, SAMPLE_INIT, numbers, shape).to(device)
     levels = sigmas.to(device)
     for now, then in itertools.pairwise(levels):
         sigma = now.expand(len(x))

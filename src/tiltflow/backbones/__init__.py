@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tiltflow.backbones.base import Backbone
+from tiltflow.backbones.base import Backbone, Parts
 from tiltflow.backbones.files import check_pipeline, local_pipeline
 
 __all__ = ["check_pipeline", "load_backbone", "local_pipeline"]
@@ -22,6 +22,7 @@ def load_backbone(
     vae_dtype: torch.dtype | None = None,
     resolution: int | None = None,
     max_sequence_length: int | None = None,
+    parts: Parts = "all",
 ) -> Backbone:
     """The backbone of a pipeline directory, or the mixture (which reads no path).
 
@@ -31,6 +32,7 @@ def load_backbone(
         vae_dtype: None is `dtype`.
         resolution: image side in pixels; None is the model's own.
         max_sequence_length: text tokens; None is the side file's value, else the pipeline's own.
+        parts: "text" loads what `encode` needs and no more, "image" everything else.
 
     Raises:
         ValueError: before any weight loads, if the directory is not a complete pipeline of the
@@ -59,6 +61,7 @@ def load_backbone(
             vae_dtype=vae_dtype,
             resolution=resolution,
             max_sequence_length=max_sequence_length,
+            parts=parts,
         )
     if family == "flux":
         from tiltflow.backbones.flux import FluxBackbone as Chosen
@@ -71,4 +74,5 @@ def load_backbone(
         vae_dtype=vae_dtype,
         resolution=resolution,
         max_sequence_length=max_sequence_length,
+        parts=parts,
     )

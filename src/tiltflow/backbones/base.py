@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+Parts = Literal["all", "text", "image"]
+"""What of a pipeline is loaded: everything, what encodes prompts, or everything else."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,32 @@ class Conditioning:
         )
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """A conditioning of which each row stands `times` times in succession.
+
+    Of these it has `size` from number `begin` on (None: all that follow), because a rank's part
+    may begin and end inside a group. Rows are repeated when they are asked for: a rollout of 1,536
+    samples has 64 prompts, and the embeddings of all 1,536 would take tens of gigabytes.
+    """
+
+    each: Conditioning
+    times: int
+    begin: int = 0
+    size: int | None = None
+
+    def __len__(self) -> int:
+        whole = len(self.each) * self.times - self.begin
+        return whole if self.size is None else self.size
+
+    def __getitem__(self, rows: slice) -> Conditioning:
+        start, stop, _ = rows.indices(len(self))
+        start, stop = self.begin + start, self.begin + stop
+        first = start // self.times
+        part = self.each[first : -(-stop // self.times)].repeat(self.times)
+        return part[start - first * self.times : stop - first * self.times]
+
+
 def join(parts: Sequence[Conditioning]) -> Conditioning:
     """Conditionings one after the other along the batch."""
 
@@ -80,6 +109,9 @@ class Backbone(Protocol):
         self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
     ) -> Tensor:
         """v(x, σ) in fp32, shape of `x`; `sigma` (B,) in [0, 1]; guidance 1.0 is one pass."""
+
+    def passes(self, guidance: float) -> int:
+        """How many passes of the network one `velocity` with this guidance takes (for NFE)."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts' conditioning, on `device`."""

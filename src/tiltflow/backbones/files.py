@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tiltflow.backbones.headers import check_sizes
+
 FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
@@ -22,14 +24,25 @@ PARTS = {
 }
 """Besides transformer, vae and scheduler: what a family cannot do without."""
 
+TOKEN_PATCH = {"sd3": 1, "flux": 2, "flux2": 1}
+"""How many latent cells wide a token of the pipeline's own latents is (SD3's are no tokens)."""
+
 SIDE_FILE = "tiltflow.json"
 """Beside model_index.json: call-time defaults that a pipeline directory cannot hold."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
 
+PART_NAME = re.compile(r"\w+")
+SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
+
+LIBRARIES = ("diffusers", "transformers", "tiltflow.scheduler")
+"""Where the classes of a pipeline's parts may come from; no code is taken from the directory."""
+
 INDEX = "model_index.json"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+JSON_FILES = ("scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
+TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+"""The files that a tokenizer may consist of, besides its tokenizer_config.json."""
 
 
 def check_pipeline(path: str | Path, family: str | None = None) -> str:
@@ -39,7 +52,7 @@ def check_pipeline(path: str | Path, family: str | None = None) -> str:
 
     Raises:
         ValueError: if there is no such directory, it holds no pipeline, one of another class than
-            `family`, or one with files missing (all of them are listed).
+            `family`, or one with files missing (all of them are listed) or broken.
     """
     if family == "mixture" or (family is None and str(path) == "mixture"):
         return "mixture"
@@ -57,6 +70,13 @@ def check_pipeline(path: str | Path, family: str | None = None) -> str:
     missing = missing_files(root, index, found)
     if missing:
         raise ValueError(f"{root} is not a complete {name}: {', '.join(missing)} missing")
+    for part in parts_of(root, index, found):
+        weights = [file for file in _wanted(root / part, part) if file.endswith(".safetensors")]
+        if weights:
+            check_sizes(root / part, read_json(root / part / "config.json"), weights)
+        for name in JSON_FILES:
+            if (root / part / name).is_file():
+                read_json(root / part / name)
     return found
 
 
@@ -73,41 +93,78 @@ def pipeline_index(root: Path) -> dict[str, Any]:
     return read_json(root / INDEX)
 
 
+def parts_of(root: Path, index: Mapping[str, Any], family: str) -> list[str]:
+    """The parts that the family cannot do without, and those that the index lists.
+
+    Raises:
+        ValueError: if the index lists a part of a class from elsewhere than diffusers and
+            transformers, or one whose name is no folder name.
+    """
+    needed = ["transformer", "vae", "scheduler", *PARTS[family]]
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list) or not any(value):
+            continue
+        if len(value) != 2 or value[0] not in LIBRARIES or not PART_NAME.fullmatch(name):
+            raise ValueError(
+                f"{root / INDEX} lists {name!r} as {value!r}, which is no class of "
+                f"{' or '.join(LIBRARIES)}"
+            )
+        needed.append(name)
+    return list(dict.fromkeys(needed))
+
+
 def missing_files(root: Path, index: Mapping[str, Any], family: str) -> list[str]:
     """The files, relative to `root`, that loading the pipeline would ask for in vain."""
-    needed = ("transformer", "vae", "scheduler", *PARTS[family])
-    listed = [
-        name
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and any(value)
-    ]
     missing: list[str] = []
-    for part in dict.fromkeys([*needed, *listed]):
-        missing += [f"{part}/{file}" for file in _missing_in(root / part, part)]
+    for part in parts_of(root, index, family):
+        folder = root / part
+        wanted = _wanted(folder, part)
+        missing += [f"{part}/{name}" for name in wanted if not (folder / name).is_file()]
+        if not wanted and not folder.is_dir():
+            missing.append(f"{part}/(the folder)")
+    if family == "flux2" and not missing and not _has_chat_template(root / "tokenizer"):
+        missing.append("tokenizer/chat_template.jinja")
     return missing
 
 
-def _missing_in(folder: Path, part: str) -> list[str]:
+def _has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer can put a prompt into a chat, which klein's text encoder is given."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
+
+
+def _wanted(folder: Path, part: str) -> list[str]:
+    """The files that a part has to hold."""
     if part == "scheduler":
-        wanted = ["scheduler_config.json"]
-    elif part.startswith("tokenizer"):
-        present = any((folder / name).is_file() for name in TOKENIZER_FILES)
-        wanted = [] if present else [TOKENIZER_FILES[0]]
-    elif part in ("transformer", "vae"):
-        wanted = ["config.json", *_weights(folder, "diffusion_pytorch_model")]
-    elif part.startswith("text_encoder"):
-        wanted = ["config.json", *_weights(folder, "model")]
-    else:
-        return [] if folder.is_dir() else ["(the folder)"]
-    return [name for name in wanted if not (folder / name).is_file()]
+        return ["scheduler_config.json"]
+    if part.startswith("tokenizer"):
+        present = any(all((folder / n).is_file() for n in names) for names in TOKENIZER_FILES)
+        return ["tokenizer_config.json", *([] if present else TOKENIZER_FILES[0])]
+    if part in ("transformer", "vae"):
+        return ["config.json", *weight_files(folder, "diffusion_pytorch_model")]
+    if part.startswith("text_encoder"):
+        return ["config.json", *weight_files(folder, "model")]
+    return []
 
 
-def _weights(folder: Path, stem: str) -> list[str]:
-    """The safetensors files that hold a part's weights: one, or the shards that its index names."""
+def weight_files(folder: Path, stem: str) -> list[str]:
+    """The safetensors files that hold a part's weights: one, or the shards that its index names.
+
+    Raises:
+        ValueError: if the index is none, or names a file that is not a safetensors file beside it.
+    """
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file() or (folder / f"{stem}.safetensors").is_file():
         return [f"{stem}.safetensors"]
-    return sorted(set(read_json(index).get("weight_map", {}).values()))
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{index} has no weight_map")
+    names = {str(name) for name in table.values()}
+    for name in sorted(names):
+        if not SHARD_NAME.fullmatch(name):
+            raise ValueError(f"{index} names {name!r}, which is no safetensors file beside it")
+    return sorted(names)
 
 
 def local_pipeline(path: str | Path) -> Path:
@@ -119,11 +176,10 @@ def local_pipeline(path: str | Path) -> Path:
     if Path(path).exists() or not HUB_ID.fullmatch(str(path)):
         return Path(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except OSError as error:  # the hub's own errors, and having no connection
         raise ValueError(f"{path} is no directory, and could not be had from the hub") from error
 
 
@@ -150,7 +206,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: if the file holds anything else.
     """
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -59,6 +59,18 @@ class FluxBackbone(PipelineBackbone):
         scale = self.embedded_guidance if guidance == 1.0 else guidance
         return self._forward(network, x, sigma, cond.positive, scale)
 
+    def passes(self, guidance: float) -> int:
+        """1 where guidance is an input of the network."""
+        return 1 if self.guidance_distilled else super().passes(guidance)
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """T5's tokens; CLIP's pooled output."""
+        config = self.pipe.transformer.config
+        return {
+            "prompt_embeds": (self.sequence, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def _forward(
         self,
         network: nn.Module,

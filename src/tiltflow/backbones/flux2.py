@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.files import check_pipeline, pipeline_index
+from tiltflow.backbones.loading import load_part
 from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype, part_config
 
 TWIN_KEYS = ("in_channels", "out_channels", "joint_attention_dim")
@@ -30,6 +31,7 @@ class Flux2Backbone(PipelineBackbone):
         generator_path: a pipeline directory whose transformer the generator starts from, that is
             the distilled klein when `path` is klein-base; None starts it from the teacher. Only
             its transformer is loaded: text encoder and autoencoder are `path`'s.
+        generator: that transformer, made already.
 
     Raises:
         ValueError: also if `generator_path` is no FLUX.2-klein of the same size, or `path` is the
@@ -52,9 +54,11 @@ class Flux2Backbone(PipelineBackbone):
         generator_path: str | Path | None = None,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
+        generator: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        check_pipeline(path, self.family)
+        if options.get("pipe") is None:
+            check_pipeline(path, self.family)
         if generator_path is not None:
             self._check_generator(path, generator_path)
         super().__init__(path, device=device, dtype=dtype, **options)
@@ -62,14 +66,9 @@ class Flux2Backbone(PipelineBackbone):
         if self.step_distilled:
             self.guidance = 1.0
         self.generator_transformer = self.transformer
-        if generator_path is not None:
-            generator = Flux2Transformer2DModel.from_pretrained(
-                str(generator_path),
-                subfolder="transformer",
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-            )
+        if generator_path is not None and self.parts != "text":
+            generator = load_part(Path(generator_path), "transformer", dtype)
+        if generator is not None:
             self.generator_transformer = generator.to(self.device).requires_grad_(False).eval()
         self._positions: dict[tuple[int, ...], Tensor] = {}
 
@@ -120,6 +119,10 @@ class Flux2Backbone(PipelineBackbone):
                 "give klein-base as model.path and this one as model.generator_path"
             )
         return super().velocity(network, x, sigma, cond, guidance)
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Qwen3's tokens, three of its hidden states side by side."""
+        return {"prompt_embeds": (self.sequence, self.pipe.transformer.config.joint_attention_dim)}
 
     def _forward(
         self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]

@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from tiltflow.backbones.base import Conditioning
-from tiltflow.flow import broadcast, interpolate, shift_sigma
+from tiltflow.flow import broadcast, interpolate, raw_levels, shift_sigma
 
 SHIFT = 3.0
 FIT_STEPS, FIT_BATCH, FIT_LR = 1500, 256, 1e-2
@@ -370,6 +370,10 @@ class MixtureBackbone:
             raise ValueError(f"conditioning of {len(cond)} prompts for {x.shape[0]} latents")
         return network(x if x.dtype == torch.float64 else x.float(), sigma)
 
+    def passes(self, guidance: float) -> int:
+        """One: there is no guidance."""
+        return 1
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """As many rows as prompts, of nothing: tensors (B, 0)."""
         empty = torch.zeros(len(prompts), 0, device=self.device)
@@ -381,9 +385,7 @@ class MixtureBackbone:
 
     def few_step_sigmas(self, steps: int) -> Tensor:
         """Equal raw levels through the shift of 3: 1, .9, .75, .5, 0 for 4 steps (METHOD §1)."""
-        if steps < 1:
-            raise ValueError(f"a sampler takes at least 1 step, not {steps}")
-        return shift_sigma(torch.linspace(1, 0, steps + 1), SHIFT)
+        return shift_sigma(torch.tensor([*raw_levels(steps), 0.0]), SHIFT)
 
     def teacher_sigmas(self, steps: int) -> Tensor:
         """The same grid as the few-step one, for any number of steps."""

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from tiltflow.backbones.base import Conditioning
-from tiltflow.backbones.files import absent_parts, check_pipeline, read_json, side_file
+from tiltflow.backbones.base import Conditioning, Parts
+from tiltflow.backbones.files import check_pipeline, read_json, side_file
+from tiltflow.backbones.loading import load_pipeline
+from tiltflow.flow import raw_levels
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
@@ -58,6 +59,8 @@ class PipelineBackbone(ABC):
         resolution: image side in pixels; None is the model's own.
         max_sequence_length: text tokens (of the longest encoder); None is the side file's value,
             else the pipeline's own default.
+        parts: "text" loads what `encode` needs and no more, "image" everything else.
+        pipe: a pipeline made already, in place of loading the one in `path`.
 
     Raises:
         ValueError: before weights load, if the directory is not a complete pipeline of the family,
@@ -83,12 +86,14 @@ class PipelineBackbone(ABC):
         vae_dtype: torch.dtype | None = None,
         resolution: int | None = None,
         max_sequence_length: int | None = None,
+        parts: Parts = "all",
+        pipe: Any = None,
     ) -> None:
-        check_pipeline(path, self.family)
+        if pipe is None:
+            check_pipeline(path, self.family)
         self.path = str(path)
         self.device = torch.device(device)
-        transformer = part_config(path, "transformer", self.transformer_class)
-        vae = part_config(path, "vae", self.vae_class)
+        transformer, vae = self._part_configs(pipe)
         self.geometry = self._geometry(transformer, vae, resolution)
         self.resolution = self.geometry.side
         self.latent_shape = self._latent_shape(int(transformer["in_channels"]))
@@ -99,23 +104,43 @@ class PipelineBackbone(ABC):
             self.sequence = max_sequence_length
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
-        dtypes = {"default": dtype, "vae": vae_dtype or dtype}
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-        pipe = self.pipeline_class.from_pretrained(
-            self.path,
-            dtype=dtypes,
-            use_safetensors=True,
-            local_files_only=True,
-            **absent_parts(Path(path)),
-        )
-        pipe.set_progress_bar_config(disable=True)
-        self.pipe = pipe.to(self.device)
-        self.transformer: nn.Module = pipe.transformer.requires_grad_(False).eval()
-        self.vae = pipe.vae.requires_grad_(False).eval()
+        self.parts = parts
+        self.pipe = pipe = pipe or self._load(dtype, vae_dtype or dtype)
+        for name in self._networks():
+            getattr(pipe, name).requires_grad_(False).eval().to(self.device)
+        self.transformer: nn.Module = pipe.transformer
+        self.vae = pipe.vae
         self.scheduler = pipe.scheduler
 
+    def _part_configs(self, pipe: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The transformer's and the autoencoder's, without loading them."""
+        if pipe is not None:
+            return dict(pipe.transformer.config), dict(pipe.vae.config)
+        return (
+            part_config(self.path, "transformer", self.transformer_class),
+            part_config(self.path, "vae", self.vae_class),
+        )
+
+    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        pipe = load_pipeline(
+            self.pipeline_class,
+            self.path,
+            transformer_class=self.transformer_class,
+            encoders=self.text_encoders,
+            parts=self.parts,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
     # ---- what a family adds
+
+    @abstractmethod
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each conditioning tensor, without its batch; what `encode` will give."""
 
     @abstractmethod
     def _forward(
@@ -134,6 +159,11 @@ class PipelineBackbone(ABC):
     @abstractmethod
     def lora_targets(self) -> str | list[str]:
         """The modules that adapters go on by default (METHOD §6)."""
+
+    def _networks(self) -> list[str]:
+        """The pipeline's parts that have weights here."""
+        text = [name for name in self.text_encoders if getattr(self.pipe, name) is not None]
+        return text if self.parts == "text" else [*text, "transformer", "vae"]
 
     def _patch(self, transformer: Mapping[str, Any]) -> int:
         return 2
@@ -192,12 +222,16 @@ class PipelineBackbone(ABC):
             plain = self._forward(network, x, sigma, cond.negative)
         return plain + guidance * (conditional - plain)
 
+    def passes(self, guidance: float) -> int:
+        """How many passes of the network one velocity with `guidance` takes."""
+        return 1 if guidance == 1.0 else 2
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The prompts' conditioning; the negative is the empty prompt.
 
         Raises:
-            RuntimeError: after `free_text_encoders`.
+            RuntimeError: after `free_text_encoders`, or where they were not loaded.
         """
         if self.pipe.text_encoder is None:
             raise RuntimeError("the text encoders were freed: encode every prompt before training")
@@ -223,12 +257,11 @@ class PipelineBackbone(ABC):
         return self._schedule(steps, raw=True)
 
     def _schedule(self, steps: int, raw: bool) -> Tensor:
-        if steps < 1:
-            raise ValueError(f"a sampler takes at least 1 step, not {steps}")
+        levels = raw_levels(steps)
         dynamic = self.scheduler.config.use_dynamic_shifting
         shift: dict[str, Any] = {"mu": self._mu(steps)} if dynamic else {}
         if raw:
-            shift["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+            shift["sigmas"] = levels
         self.scheduler.set_timesteps(steps, device="cpu", **shift)
         return self.scheduler.sigmas.clone()
 

@@ -36,6 +36,15 @@ class SD3Backbone(PipelineBackbone):
     def _max_cells(self, transformer: Mapping[str, Any]) -> int | None:
         return int(transformer["pos_embed_max_size"])
 
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """CLIP's tokens and then T5's; both CLIPs' pooled outputs."""
+        config = self.pipe.transformer.config
+        tokens = self.pipe.tokenizer_max_length + self.sequence
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def _forward(
         self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]
     ) -> Tensor:

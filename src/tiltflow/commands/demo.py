@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tiltflow.checkpoint import latest_step
-from tiltflow.commands.evaluate import Request, evaluate, save, show
+from tiltflow.commands.evaluate import Request, evaluate_to, show
 from tiltflow.commands.report import write_evaluation_report
 from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
@@ -44,8 +44,7 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
         diversity=True,
         batch=128,
     )
-    result = evaluate(request, console)
-    save(result, out / "evaluation.json")
+    result = evaluate_to(out / "evaluation.json", request, console)
     shutil.copytree(out / "tilt" / "export", out / "export", dirs_exist_ok=True)
     page = write_evaluation_report(
         out, result, request.prompts, {s: out / s for s in ("cold_start", "tilt")}
@@ -65,3 +64,6 @@ def _train(stage: str, out: Path, changes: Sequence[str], console: Console) -> N
         console.print(f"{out / stage} is done")
         return
     run_training(cfg, console)
+    if latest_step(out / stage) != cfg.train.steps:
+        console.print(f"the demo goes on where it stopped: tiltflow demo --out {out}")
+        raise SystemExit(0)

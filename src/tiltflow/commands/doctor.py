@@ -1,4 +1,4 @@
-"""`tiltflow doctor`, `recipes` and `encode`: looking before training."""
+"""`tiltflow doctor` and `recipes`: looking before training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from tiltflow.build import build_backbone, device_of
+from tiltflow.backbones.meta import meta_backbone, text_encoders
+from tiltflow.backbones.pipeline import PipelineBackbone
+from tiltflow.build import DTYPES, adapter_settings, device_of
 from tiltflow.config import RunConfig, list_recipes, load_config, recipe_text, validate_files
-from tiltflow.embeddings import encode_prompts
-from tiltflow.prompts import load_prompts
+from tiltflow.paths import resolve_path
+from tiltflow.planner import GIB, OVERHEAD, Job, Plan, TiltJob, plan
 
 PACKAGES = ("tiltflow", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -28,8 +31,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def examine(recipe: str | None, overrides: Sequence[str], console: Console) -> None:
-    """Prints versions and device; with a recipe, checks its settings and files.
+def examine(
+    recipe: str | None, overrides: Sequence[str], console: Console, memory: float | None = None
+) -> None:
+    """Prints versions and device; with a recipe, checks its settings and files, and plans.
+
+    `memory` is the device's in GiB; None takes that of this machine's, if it has one.
 
     Raises:
         ValueError: in one sentence, what is wrong with the recipe.
@@ -45,6 +52,76 @@ def examine(recipe: str | None, overrides: Sequence[str], console: Console) -> N
             f"{recipe}: {cfg.stage}, {cfg.train.steps} steps of {cfg.train.batch_size} samples"
             f"{groups}, in order"
         )
+        if cfg.model.path != "mixture":
+            show_plan(plan_recipe(cfg), memory or device_memory(), console)
+
+
+def plan_recipe(cfg: RunConfig) -> Plan:
+    """What a recipe will hold in memory, from configurations alone.
+
+    Raises:
+        ValueError: if there is no directory of the pipeline and it is no published one.
+    """
+    model = cfg.model
+    paths = [resolve_path(p) for p in (model.path, model.generator_path) if p is not None]
+
+    def make() -> PipelineBackbone:
+        return meta_backbone(
+            paths[0],
+            generator_path=paths[1] if len(paths) > 1 else None,
+            dtype=DTYPES[model.dtype],
+            vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
+            resolution=model.resolution,
+            max_sequence_length=model.max_sequence_length,
+        )
+
+    backbone = make()
+    lora = cfg.adapters.kind == "lora"
+    settings = adapter_settings(cfg, backbone) if lora else None
+    tilt = None
+    if cfg.stage == "tilt":
+        backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
+        chunk = cfg.tilt.decode_chunk or cfg.train.micro
+        tilt = TiltJob(cfg.tilt.group_size, chunk, backprop, settings)
+    chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
+    job = Job(
+        batch=cfg.train.batch_size,
+        micro=cfg.train.micro,
+        steps=cfg.sampler.steps,
+        guidance=backbone.guidance if model.guidance is None else model.guidance,
+        consistency=chosen.consistency > 0,
+        adapters=settings,
+        checkpointing=model.gradient_checkpointing,
+        tilt=tilt,
+        fused=cfg.run.device != "cpu",
+    )
+    encoders = sum(p.numel() for e in text_encoders(paths[0]).values() for p in e.parameters())
+    return plan(make, job, encoders * DTYPES[model.dtype].itemsize)
+
+
+def device_memory() -> float | None:
+    """The memory of this machine's GPU in GiB, if it has one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory / GIB
+
+
+def show_plan(made: Plan, memory: float | None, console: Console) -> None:
+    """The plan as a table in GiB, and whether it fits into `memory` GiB."""
+    table = Table(title="memory on the device, without reward models")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for name, size in made.held.items():
+        table.add_row(name, f"{size / GIB:.2f}")
+    for name, size in made.phases.items():
+        table.add_row(f"while in: {name}", f"{size / GIB:.2f}", style="dim")
+    table.add_row("peak of an iteration", f"{made.peak / GIB:.2f}", style="bold")
+    table.add_row("while encoding prompts", f"{made.encoding / GIB:.2f}")
+    table.add_row("allowed for CUDA and its allocator", f"{OVERHEAD / GIB:.2f}")
+    console.print(table)
+    if memory is not None:
+        verdict = "fits" if made.fits(memory * GIB) else "does not fit"
+        console.print(f"{verdict} into {memory:.1f} GiB")
 
 
 def show_recipes(name: str | None, console: Console) -> None:
@@ -54,13 +131,3 @@ def show_recipes(name: str | None, console: Console) -> None:
         return
     text = recipe_text(name)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def encode_recipe(cfg: RunConfig, console: Console) -> None:
-    """Encodes a recipe's prompts and prints what a run will hold."""
-    validate_files(cfg)
-    prompts = load_prompts(cfg.data.prompts)
-    encoded = encode_prompts(build_backbone(cfg), prompts)
-    for key, value in encoded.cond.positive.items():
-        size = value.numel() * value.element_size() / 1e6
-        console.print(f"{key}: {tuple(value.shape)} {value.dtype}, {size:.1f} MB")

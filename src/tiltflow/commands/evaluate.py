@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from tiltflow.backbones import load_backbone
 from tiltflow.build import DTYPES, device_of
-from tiltflow.commands.systems import Loaded, Sampler, load_students
-from tiltflow.embeddings import encode_prompts
-from tiltflow.evaluation.scores import Diversity, Evaluation, evaluate_systems, write_evaluation
+from tiltflow.commands.progress import SystemsProgress, progress_bar
+from tiltflow.commands.systems import TEACHER, Loaded, Sampler, load_students
+from tiltflow.distributed import Ranks, ranks_of_job
+from tiltflow.embeddings import BATCH, distinct, encode_prompts
+from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
+from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
+from tiltflow.evaluation.report import SIGNIFICANT
+from tiltflow.evaluation.scores import Diversity, Evaluation, SaveImages, evaluate_systems
 from tiltflow.paths import resolve_path
 from tiltflow.prompts import Prompt
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import Reward, load_reward
 from tiltflow.rewards.clip_family import CLIPScore
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,12 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
     """Loads the model and its LoRAs, and encodes the prompts.
 
     Raises:
-        ValueError: if `tilt` is outside [0, 1], or anything does not load.
+        ValueError: if `tilt` is outside [0, 1], a number is not finite, or anything does not load.
     """
     if not 0 <= request.tilt <= 1:
         raise ValueError(f"--tilt is {request.tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
+    if request.guidance is not None and not math.isfinite(request.guidance):
+        raise ValueError(f"--guidance is {request.guidance}, which is no finite number")
     backbone = load_backbone(
         resolve_path(request.model),
         generator_path=resolve_path(request.generator_path) if request.generator_path else None,
@@ -67,7 +80,8 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
     )
     if not hasattr(backbone, "pipe"):
         raise ValueError("the mixture backbone has no images to sample; use tiltflow train")
-    encoded = encode_prompts(backbone, request.prompts)
+    batch = max(1, min(BATCH, len(distinct(request.prompts))))
+    encoded = encode_prompts(backbone, request.prompts, batch)
     backbone.free_text_encoders()
     loaded = load_students(backbone, request.few_step, request.tilt_lora, request.tilt)
     guidance = backbone.guidance if request.guidance is None else request.guidance
@@ -83,21 +97,29 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
 
 
 def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
-    """One PNG a prompt in `out`, from the furthest-trained system that was given."""
+    """One PNG a prompt in `out`, from the furthest-trained system that was given.
+
+    Under torchrun the prompts are split over the ranks.
+    """
+    with ranks_of_job(device_of(request.device)) as ranks:
+        _sample_images(request, out, console, ranks)
+    return [out / f"{row:05d}.png" for row in range(len(request.prompts))]
+
+
+def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) -> None:
     loaded, sampler = prepare(request)
     system = sampler.systems(loaded, teacher=not loaded.students)[-1 if loaded.students else 0]
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    with Progress(console=console) as bar:
-        task = bar.add_task(system.name, total=len(request.prompts))
-        for start in range(0, len(request.prompts), request.batch):
-            rows = range(start, min(start + request.batch, len(request.prompts)))
+    mine = range(len(request.prompts))[ranks.share(len(request.prompts))]
+    with progress_bar(console) as bar:
+        report = SystemsProgress(bar, [system.name], console)
+        for start in range(0, len(mine), request.batch):
+            rows = mine[start : start + request.batch]
             images = (system.sample(list(rows)) * 255).round().byte().permute(0, 2, 3, 1)
             for row, pixels in zip(rows, images.cpu().numpy(), strict=True):
-                paths.append(out / f"{row:05d}.png")
-                Image.fromarray(pixels).save(paths[-1])
-            bar.update(task, advance=len(rows))
-    return paths
+                Image.fromarray(pixels).save(out / f"{row:05d}.png")
+            report(system.name, start + len(rows), len(mine))
+    ranks.total([0.0])  # all images are there when rank 0 says so
 
 
 def load_rewards(rewards: Mapping[str, str | None], device: str) -> list[Reward]:
@@ -107,92 +129,181 @@ def load_rewards(rewards: Mapping[str, str | None], device: str) -> list[Reward]
     ]
 
 
-def evaluate(request: Request, console: Console) -> Evaluation:
+def evaluate(
+    request: Request,
+    console: Console,
+    ranks: Ranks = ALONE,
+    take: Take = make_anew,
+    save_images: SaveImages | None = None,
+) -> Evaluation:
     """Scores the teacher and the students; every student is compared with the systems before it."""
     loaded, sampler = prepare(request)
     systems = sampler.systems(loaded)
     rewards = load_rewards(request.rewards, request.device)
     names = [s.name for s in systems]
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
-    with Progress(console=console) as bar:
-        tasks = {name: bar.add_task(name, total=None) for name in names}
-
-        def progress(name: str, done: int, total: int) -> None:
-            bar.update(tasks[name], completed=done, total=total)
-
+    with progress_bar(console) as bar:
         return evaluate_systems(
             systems,
             request.prompts,
             rewards,
             request.batch,
-            progress,
+            SystemsProgress(bar, names, console),
             comparisons=pairs,
             diversity=_diversity(rewards) if request.diversity else None,
+            take=take,
+            save_images=save_images,
+            ranks=ranks,
         )
 
 
+def evaluate_to(
+    path: Path, request: Request, console: Console, keep_images: bool = False
+) -> Evaluation:
+    """`evaluate`, written to `path` (an evaluation.json) and beside it.
+
+    While it runs, what is done lies in `NAME.parts/`; the same request for the same path goes on
+    from there. With `keep_images`, every image is `NAME.images/SYSTEM/NNNNN.png`.
+
+    Under torchrun the prompts are split over the ranks, which go on if they are as many as before.
+    """
+    what, folder = asked(request), path.with_suffix(".images") if keep_images else None
+    with ranks_of_job(device_of(request.device)) as ranks:
+        place = {"rank": ranks.rank, "ranks": ranks.size}
+        chunks = Chunks(path.with_suffix(".parts"), what | place | {"keep_images": keep_images})
+        if len(chunks):
+            console.print(f"going on with {len(chunks)} batches of an earlier run")
+        save_images = partial(save_pngs, folder) if folder else None
+        result = evaluate(request, console, ranks, chunks.take, save_images)
+        result.summary["asked"] = what
+        if ranks.main:
+            if folder:
+                save_prompts(folder, request.prompts)
+            save(result, request.prompts, path)
+        ranks.total([0.0])  # what rank 0 has written makes the chunks superfluous
+        chunks.clear()
+    return result
+
+
+def asked(request: Request) -> dict[str, Any]:
+    """What the figures of a request depend on, as JSON; weights by the files that hold them.
+
+    The code of rewards of one's own, and what a reward server runs, are not seen here.
+    """
+    plain = ("tilt", "steps", "eta", "teacher_steps", "guidance", "seed", "batch", "dtype")
+    prompts = json.dumps([[p.text, p.metadata] for p in request.prompts], default=str)
+    return {
+        **{name: getattr(request, name) for name in (*plain, "resolution", "diversity")},
+        "device": device_of(request.device).type,
+        "model": place_of(resolve_path(request.model)),
+        "generator": place_of(request.generator_path and resolve_path(request.generator_path)),
+        "few_step": place_of(request.few_step),
+        "tilt_lora": place_of(request.tilt_lora),
+        "rewards": {
+            name: place_of(path and resolve_path(path)) for name, path in request.rewards.items()
+        },
+        "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
+        "versions": {name: version(name) for name in ("tiltflow", "torch", "diffusers")},
+    }
+
+
+def save_pngs(folder: Path, system: str, rows: Sequence[int], pixels: NDArray[np.uint8]) -> None:
+    """Images (B, H, W, 3) as `folder`/SYSTEM/NNNNN.png."""
+    (folder / system).mkdir(parents=True, exist_ok=True)
+    for row, image in zip(rows, pixels, strict=True):
+        Image.fromarray(image).save(folder / system / f"{row:05d}.png")
+
+
+def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """The prompts of the images in `folder`, one a line, in `prompts.txt`."""
+    lines = [" ".join(prompt.text.split()) for prompt in prompts]
+    (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def _diversity(rewards: Sequence[Reward]) -> Diversity:
-    """Diversity in the features of the last CLIP among the rewards (the held-out one)."""
+    """Diversity in the features of the last CLIP among the rewards (the held-out one), and the
+    distance to the teacher's images in the same."""
     clips = [reward for reward in rewards if isinstance(reward, CLIPScore)]
     if not clips:
         raise ValueError("--diversity measures distances in a CLIP: add --reward clipscore")
-    return Diversity(clips[-1].image_features)
+    return Diversity(clips[-1].image_features, reference=TEACHER)
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """The table of an evaluation, and its comparisons, in the terminal."""
     rewards = list(next(iter(summary["systems"].values()))["scores"])
+    beside = [n for n in ("vendi", "cmmd") if any(n in s for s in summary["systems"].values())]
     table = Table(title=f"{summary['prompts']} prompts, mean [95% interval]")
     table.add_column("system")
     table.add_column("NFE", justify="right")
-    for reward in rewards:
-        table.add_column(reward, justify="right")
+    for column in (*rewards, *beside):
+        table.add_column(column, justify="right")
     for name, system in summary["systems"].items():
-        cells = []
-        for reward in rewards:
-            score = system["scores"].get(reward)
-            cells.append(_cell(score) if score else "–")
+        cells = [_cell(system["scores"].get(reward)) for reward in rewards]
+        cells += [_cell(system.get(column)) for column in beside]
         table.add_row(name, str(system["nfe"]), *cells)
     console.print(table)
-    for row in summary["comparisons"]:
-        # judged, as in the report, after Holm's correction for the number of comparisons
-        verdict = "" if row.get("p_holm", row["p_value"]) < 0.05 else "  (not significant)"
+    show_comparisons(summary["comparisons"], console)
+
+
+def show_categories(summary: Mapping[str, Any], console: Console) -> None:
+    """For each reward, the means by category of prompt and their mean; nothing without any."""
+    categories = summary.get("categories")
+    if not categories:
+        return
+    for reward in next(iter(summary["systems"].values()))["category_means"]:
+        table = Table(title=f"{reward} by category (prompts)")
+        table.add_column("system")
+        for name, category in categories.items():
+            table.add_column(f"{name} ({category['prompts']})", justify="right")
+        table.add_column("mean of categories", justify="right")
+        for system, figures in summary["systems"].items():
+            cells = [f"{c['systems'][system][reward]['mean']:.4f}" for c in categories.values()]
+            table.add_row(system, *cells, f"{figures['category_means'][reward]:.4f}")
+        console.print(table)
+
+
+def show_comparisons(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Each comparison in a line, with what may be said of it.
+
+    Judged, as in the report, by the p-value after Holm's correction for the number of rows.
+    """
+    for row in rows:
+        p = row.get("p_holm", row["p_value"])
+        if p >= SIGNIFICANT:
+            verdict = "no significant difference"
+        else:
+            verdict = f"{row['a']} is {'higher' if row['difference'] > 0 else 'lower'}"
+        parts = [f"{row['difference']:+.4f} {_range(row['ci95'])}"]
+        if "bootstrap_ci95" in row:
+            parts.append(f"bootstrap {_range(row['bootstrap_ci95'])}")
+        if "win_rate" in row:
+            parts.append(f"wins {row['win_rate']:.0%} of {row['n']}")
+        parts.append(f"p = {row['p_value']:.2g}")
+        if "p_holm" in row:
+            parts.append(f"corrected {p:.2g}")
         console.print(
-            f"{row['a']} − {row['b']} on {row['reward']}: {row['difference']:+.4f} "
-            f"[{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}], p = {row['p_value']:.2g}{verdict}"
+            f"{row['a']} − {row['b']} on {row['reward']}: {', '.join(parts)}: {verdict}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
 
 
-def _cell(score: Mapping[str, Any]) -> str:
+def _range(interval: Sequence[float]) -> str:
+    return f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+
+
+def _cell(score: Mapping[str, Any] | float | None) -> str:
+    if score is None:
+        return "–"
+    if isinstance(score, float):
+        return f"{score:.4f}"
     low, high = score["ci95"]
     return f"{score['mean']:.4f} [{low:.3f}, {high:.3f}]"
 
 
-def save(evaluation: Evaluation, path: Path) -> None:
-    """`evaluation.json`, the scores by prompt and the first images beside it."""
+def save(evaluation: Evaluation, prompts: Sequence[Prompt], path: Path) -> None:
+    """`evaluation.json`, and the scores by prompt beside it."""
+    write_scores(scores_path(path), evaluation, prompts)
     write_evaluation(path, evaluation.summary)
-    arrays = {
-        f"{system}/{reward}": values
-        for system, table in evaluation.scores.items()
-        for reward, values in table.items()
-    }
-    np.savez_compressed(path.with_suffix(".scores.npz"), **arrays)  # type: ignore[arg-type]
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """An `evaluation.json`.
-
-    Raises:
-        ValueError: if the file is missing or no evaluation.
-    """
-    if path.is_dir():
-        path = path / "evaluation.json"
-    if not path.is_file():
-        raise ValueError(f"there is no evaluation at {path}: run tiltflow evaluate --json {path}")
-    try:
-        summary = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(summary, dict) or "systems" not in summary:
-        raise ValueError(f"{path} is no evaluation (it has no systems)")
-    return summary

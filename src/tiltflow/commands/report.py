@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from tiltflow.commands.doctor import versions
-from tiltflow.commands.evaluate import read_evaluation
-from tiltflow.evaluation.report import write_report
-from tiltflow.evaluation.scores import Evaluation
+from tiltflow.commands.evaluate import save_pngs, save_prompts
+from tiltflow.evaluation.files import read_evaluation
+from tiltflow.evaluation.report import Sheet, write_report
+from tiltflow.evaluation.scores import KEPT_IMAGES, Evaluation
+from tiltflow.evaluation.statistics import holm
+from tiltflow.evaluation.watch_figures import Watched
 from tiltflow.metrics import read_metrics
 from tiltflow.prompts import Prompt
+from tiltflow.watch.history import FILE, read_history
 
 IMAGES = "evaluation.images"
 """A folder beside evaluation.json: SYSTEM/NNNNN.png, and prompts.txt."""
@@ -26,17 +32,15 @@ def write_evaluation_report(
     folder = out / IMAGES
     count = 0
     for system, images in evaluation.images.items():
-        (folder / system).mkdir(parents=True, exist_ok=True)
         count = max(count, len(images))
-        for i, pixels in enumerate(images):
-            Image.fromarray(pixels).save(folder / system / f"{i:05d}.png")
+        save_pngs(folder, system, range(len(images)), images)
     if count:
-        (folder / "prompts.txt").write_text("\n".join(p.text for p in prompts[:count]) + "\n")
+        save_prompts(folder, prompts[:count])
     return _write([out, *stages.values()], out)
 
 
 def write_run_report(runs: Sequence[Path], out: Path | None) -> Path:
-    """One page of run directories: curves of each, and of the first what was evaluated.
+    """One page of run directories, side by side: what was evaluated, the watch, curves, samples.
 
     A directory whose sub-directories are runs (the demo's) counts as these.
 
@@ -53,27 +57,116 @@ def write_run_report(runs: Sequence[Path], out: Path | None) -> Path:
 
 
 def _write(folders: Sequence[Path], out: Path) -> Path:
-    evaluations = [f for f in folders if (f / "evaluation.json").is_file()]
-    evaluation = read_evaluation(evaluations[0]) if evaluations else {}
-    grids, prompts = _images(evaluations[0] / IMAGES, evaluation) if evaluations else ({}, [])
+    folders = list({f.absolute(): f for f in folders}.values())
+    evaluation, grids, prompts = _evaluations([f for f in folders if _evaluated(f)])
     runs = [f for f in folders if (f / "metrics.jsonl").is_file()]
     names = _names(runs)
+    rows = {names[r]: read_metrics(r / "metrics.jsonl") for r in runs}
+    texts = {names[r]: (r / "config.yaml").read_text() for r in runs}
+    settings = {name: yaml.safe_load(text) for name, text in texts.items()}
     return write_report(
         out,
-        title=f"tiltflow: {folders[0].name}",
+        title="tiltflow: " + " and ".join(dict.fromkeys(f.name for f in _tops(folders))),
         evaluation=evaluation,
-        curves={names[r]: read_metrics(r / "metrics.jsonl") for r in runs},
+        curves=rows,
         grids=grids,
         prompts=prompts,
-        config={names[r]: (r / "config.yaml").read_text() for r in runs},
+        config=texts,
         versions=versions(),
+        watch={
+            names[r]: _watched(r, rows[names[r]], settings[names[r]])
+            for r in runs
+            if (r / FILE).is_file()
+        },
+        sheets=[sheet for r in runs for sheet in _sheets(r, names[r])],
+        together=_together(settings),
     )
 
 
+def _tops(folders: Sequence[Path]) -> list[Path]:
+    """The folders that lie in no other of them."""
+    return [f for f in folders if not any(other in f.parents for other in folders)]
+
+
+def _watched(run: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Watched:
+    """The watch's measurements, its thresholds, and whether it ended the run."""
+    ended = [str(row["watch/ended"]) for row in rows if "watch/ended" in row]
+    rules = settings.get("watch", {}).get("rules", {})
+    return Watched(read_history(run / FILE), rules, ended[-1] if ended else "")
+
+
+def _sheets(run: Path, name: str) -> list[Sheet]:
+    """The first and the last sheet of samples that a run drew."""
+    files = sorted((run / "samples").glob("step-*.png"))
+    return [
+        Sheet(name, int(file.stem.removeprefix("step-")), _pixels(file))
+        for file in dict.fromkeys([*files[:1], *files[-1:]])
+    ]
+
+
+def _together(settings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The runs of one stage, where there are several."""
+    stages: dict[str, list[str]] = {}
+    for name, values in settings.items():
+        stages.setdefault(str(values.get("stage")), []).append(name)
+    return [names for names in stages.values() if len(names) > 1]
+
+
+def _evaluated(folder: Path) -> bool:
+    return (folder / "evaluation.json").is_file()
+
+
+def _evaluations(
+    folders: Sequence[Path],
+) -> tuple[dict[str, Any], dict[str, list[np.ndarray]], list[str]]:
+    """The folders' evaluations as one, with the kept images by system and their prompts.
+
+    Of several, a system is called by its folder, too, unless it has the same scores in every
+    folder (the teacher, as a rule). Images are shown of those folders whose prompts are the
+    first's.
+    """
+    merged: dict[str, Any] = {"prompts": 0, "systems": {}, "comparisons": []}
+    grids: dict[str, list[np.ndarray]] = {}
+    prompts: list[str] = []
+    names = _names(folders)
+    tables = {folder: read_evaluation(folder) for folder in folders}
+    for folder, found in tables.items():
+        called = {}
+        for system, values in found["systems"].items():
+            same = all(t["systems"].get(system) == values for t in tables.values())
+            called[system] = system if same else f"{system}, {names[folder]}"
+            merged["systems"][called[system]] = values
+        for row in found["comparisons"]:
+            renamed = row | {"a": called[row["a"]], "b": called[row["b"]]}
+            if renamed not in merged["comparisons"]:
+                merged["comparisons"].append(renamed)
+        images, texts = _images(folder / IMAGES, found)
+        if not prompts or texts == prompts:
+            prompts = texts
+            grids |= {called[system]: kept for system, kept in images.items()}
+    if not folders:
+        return {}, {}, []
+    if len(folders) > 1:  # one table, so one correction for the number of its comparisons
+        adjusted = holm([row["p_value"] for row in merged["comparisons"]])
+        for row, p in zip(merged["comparisons"], adjusted, strict=True):
+            row["p_holm"] = p
+    merged["prompts"] = " and ".join(dict.fromkeys(str(t["prompts"]) for t in tables.values()))
+    return merged, grids, prompts
+
+
 def _names(runs: Sequence[Path]) -> dict[Path, str]:
-    """A run's name is its folder's, with the parent's where two are alike."""
-    names = [run.name for run in runs]
-    return {r: r.name if names.count(r.name) == 1 else f"{r.parent.name}/{r.name}" for r in runs}
+    """A run's name: its folder's, with as many of the parents' as tell it from the others."""
+
+    def last(run: Path, parts: int) -> str:
+        return "/".join(run.absolute().parts[-parts:])
+
+    names = {}
+    for run in runs:
+        parts = 1
+        while sum(last(other, parts) == last(run, parts) for other in runs) > 1:
+            parts += 1
+        names[run] = last(run, parts)
+    return names
 
 
 def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarray]], list[str]]:
@@ -82,7 +175,14 @@ def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarra
         return {}, []
     grids = {}
     for system in evaluation["systems"]:
-        files = sorted((folder / system).glob("*.png"))
+        files = sorted((folder / system).glob("*.png"))[:KEPT_IMAGES]
         if files:
-            grids[system] = [np.asarray(Image.open(f).convert("RGB")) for f in files]
+            grids[system] = [_pixels(f) for f in files]
     return grids, (folder / "prompts.txt").read_text().splitlines()
+
+
+def _pixels(file: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(file).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is no image that can be read") from error

@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from tiltflow.backbones.base import Backbone, Conditioning
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.evaluation.scores import System
+from tiltflow.export import adapter_keys, load_lora
 from tiltflow.randomness import Randomness
 from tiltflow.roles import AdapterSwitch, Role
 from tiltflow.sampling import sample_few_step, sample_ode
+from tiltflow.scheduler import CPSFlowMatchScheduler
+
+TEACHER = "teacher"
+"""The system that others are measured against: the teacher with all its steps."""
 
 DRAW_OFFSET = 1_000_003
 """Between the noise numbers of an index's successive draws."""
@@ -23,10 +29,13 @@ DRAW_OFFSET = 1_000_003
 
 @dataclass(frozen=True)
 class Loaded:
-    """A backbone with its adapters: the teacher, and the students by name."""
+    """A backbone with its adapters: the teacher, and the students by name.
+
+    A merged pipeline is a student by itself and has no teacher.
+    """
 
     backbone: Backbone
-    teacher: Role
+    teacher: Role | None
     students: dict[str, Role]
 
 
@@ -36,11 +45,16 @@ def load_students(
     """Loads LoRA folders through the pipeline's own loader.
 
     The students are `ac_dmd` (the few-step adapter) and `rtdmd` (the tilt adapter on top, at
-    `strength` in [0, 1]).
+    `strength` in [0, 1]); of a merged pipeline, whose scheduler is the students', itself: `merged`.
 
     Raises:
         ValueError: if a folder holds no LoRA, or one of another model.
     """
+    if isinstance(backbone.pipe.scheduler, CPSFlowMatchScheduler):  # type: ignore[attr-defined]
+        if few_step is not None:
+            raise ValueError("this pipeline has its few-step weights merged in: give no --few-step")
+        student = backbone.student_base
+        return Loaded(backbone, None, {"merged": Role("merged", backbone, student)})
     if tilt is not None and few_step is None:
         raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
     for name, folder in (("few_step", few_step), ("tilt", tilt)):
@@ -63,17 +77,24 @@ def load_students(
 
 
 def _load(backbone: Backbone, name: str, folder: Path) -> None:
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no LoRA (no .safetensors file)")
     pipe = backbone.pipe  # type: ignore[attr-defined]
+    # klein's LoRAs belong to its second base, which the pipeline does not hold
+    teacher, student = pipe.transformer, backbone.student_base
+    pipe.transformer = student
     try:
-        pipe.load_lora_weights(str(folder), adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"the LoRA in {folder} does not fit this model: {first}") from error
-    if name not in getattr(pipe.transformer, "peft_config", {}):
+        load_lora(pipe, folder, name)
+    finally:
+        pipe.transformer = teacher
+    if name not in getattr(student, "peft_config", {}):
         raise ValueError(f"the LoRA in {folder} has no weight that this model's transformer knows")
-    pipe.transformer.requires_grad_(False)
+    saved = adapter_keys(folder)
+    if saved is not None:
+        here = set(get_peft_model_state_dict(student, adapter_name=name))
+        if saved != here:
+            odd = min(saved ^ here)
+            where = "in the LoRA only" if odd in saved else "in this model only"
+            raise ValueError(f"the LoRA in {folder} is one of another model: {odd} is {where}")
+    student.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -108,21 +129,22 @@ class Sampler:
 
     def systems(self, loaded: Loaded, teacher: bool = True) -> list[System]:
         """`teacher`, `teacher_4_step` (its own ODE in as many steps as the students), students."""
-        passes = 1 if self.guidance == 1.0 else 2
+        passes = loaded.backbone.passes(self.guidance)
         made = []
-        if teacher:
+        if teacher and loaded.teacher is not None:
             grids = {
-                "teacher": loaded.backbone.teacher_sigmas(self.teacher_steps),
+                TEACHER: loaded.backbone.teacher_sigmas(self.teacher_steps),
                 f"teacher_{self.steps}_step": loaded.backbone.few_step_sigmas(self.steps),
             }
             for name, sigmas in grids.items():
-                made.append(_system(name, passes * (len(sigmas) - 1), self._ode(loaded, sigmas)))
+                nfe = passes * (len(sigmas) - 1)
+                made.append(_system(name, nfe, self._ode(loaded.teacher, sigmas)))
         for name, role in loaded.students.items():
             made.append(_system(name, self.steps, self._student(role)))
         return made
 
-    def _ode(self, loaded: Loaded, sigmas: Tensor) -> Callable[[Sequence[int], int], Tensor]:
-        return lambda rows, draw: self.ode(loaded.teacher, sigmas, rows, draw)
+    def _ode(self, role: Role, sigmas: Tensor) -> Callable[[Sequence[int], int], Tensor]:
+        return lambda rows, draw: self.ode(role, sigmas, rows, draw)
 
     def _student(self, role: Role) -> Callable[[Sequence[int], int], Tensor]:
         return lambda rows, draw: self.few_step(role, rows, draw)

@@ -2,56 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tiltflow.build import Build, build_rewards, build_stage, device_of, eval_prompts
+from tiltflow.build import Build, build_rewards, build_stage, device_of
 from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.config import RunConfig, dump_config, validate_files
-from tiltflow.embeddings import EncodedPrompts, encode_prompts
-from tiltflow.export import export_adapters
-from tiltflow.randomness import Randomness
-from tiltflow.rewards.combine import RewardMixture
-from tiltflow.roles import Role
-from tiltflow.sampling import sample_few_step
-from tiltflow.train.loop import Hooks, LoopSettings, train
-
-
-@dataclass(frozen=True)
-class FixedPrompts:
-    """Samples of a role on prompts and noise that stay the same through a run."""
-
-    encoded: EncodedPrompts
-    sigmas: torch.Tensor
-    eta: float
-    batch: int
-
-    def images(self, role: Role, count: int) -> torch.Tensor:
-        """Images (count, 3, H, W) in [0, 1] of the first prompts, on the CPU."""
-        parts = []
-        for start in range(0, count, self.batch):
-            numbers = list(range(start, min(start + self.batch, count)))
-            cond, _ = self.encoded.select(numbers, role.backbone.device)
-            x = sample_few_step(role, cond, numbers, Randomness(0), self.sigmas, self.eta)
-            with torch.no_grad():
-                parts.append(role.backbone.decode(x).cpu())
-        return torch.cat(parts)
+from tiltflow.commands.export import export_checkpoint
+from tiltflow.commands.failures import explained, resume_command
+from tiltflow.commands.progress import progress_bar
+from tiltflow.commands.watching import build_watch, held_out, look
+from tiltflow.config import PromptSets, RunConfig, dump_config, validate_files
+from tiltflow.distributed import Ranks, ranks_of_job
+from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
+from tiltflow.watch.probes import FixedPrompts
+from tiltflow.watch.watch import Watch
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
@@ -70,15 +44,19 @@ def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
 def run_training(cfg: RunConfig, console: Console) -> Path:
     """Trains what the config says and returns the run directory.
 
+    Under torchrun every rank calls this; rank 0 speaks and writes.
+
     Raises:
         ValueError: if the directory already holds a run and `run.resume` is false, or there is
             nothing to resume; and whatever the config's files have wrong.
+        MemoryError, OSError: out of memory or disk, with what helps.
+        PeerLost: if another rank is gone.
     """
-    out = Path(cfg.run.out)
-    resume = _resume(cfg, out)
-    validate_files(cfg)
-    with attention_of(device_of(cfg.run.device)):
-        return _run(cfg, out, resume, console)
+    out, device = Path(cfg.run.out), device_of(cfg.run.device)
+    start = _resume(cfg, out)
+    sets = validate_files(cfg)
+    with ranks_of_job(device) as ranks, attention_of(device), explained(cfg, ranks.size):
+        return _run(cfg, sets, out, start, console if ranks.main else Console(quiet=True), ranks)
 
 
 @contextmanager
@@ -94,10 +72,23 @@ def attention_of(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _run(cfg: RunConfig, out: Path, resume: bool, console: Console) -> Path:
-    build = build_stage(cfg, lambda message: console.print(f"[dim]{message}[/dim]"))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(cfg))
+def _run(
+    cfg: RunConfig,
+    sets: PromptSets,
+    out: Path,
+    start: int | None,
+    console: Console,
+    ranks: Ranks,
+) -> Path:
+    if ranks.from_main(start or 0) != (start or 0):
+        raise ValueError(f"the ranks see different files in {out}: it must be on a shared disk")
+
+    def say(line: str) -> None:
+        console.print(line, style="dim", markup=False)
+
+    build = build_stage(cfg, say, sets=sets, ranks=ranks)
+    if ranks.main:
+        _write_config(cfg, out)
     settings = LoopSettings(
         steps=cfg.train.steps,
         log_every=cfg.log.every,
@@ -105,92 +96,111 @@ def _run(cfg: RunConfig, out: Path, resume: bool, console: Console) -> Path:
         keep=cfg.checkpoint.keep,
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
+        stop_on_alarm=cfg.watch.stop,
         facts=build.facts,
+        skip=cfg.train.skip_nonfinite,
+        resume_from=cfg.run.resume_from,
     )
-    with _bar(console) as bar:
-        start = (latest_step(out) or 0) if resume else 0
-        task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start, note="")
-        hooks = _hooks(cfg, build, out, lambda done, m: _show(bar, task, done, m, console))
-        build.backbone.free_text_encoders()
-        done = train(build.stage, out, settings, hooks, resume)
-    if done < cfg.train.steps:
-        console.print(f"stopped at step {done} and saved; go on with run.resume=true run.out={out}")
-    elif hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
-        export_adapters(load_checkpoint(out), type(build.backbone.pipe), out / "export")
+    with progress_bar(console) as bar:
+        task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start or 0, note="")
+
+        def progress(step: int, metrics: dict[str, float]) -> None:
+            _show(bar, task, step, metrics, console)
+
+        hooks, watch = _hooks(cfg, build, out, start or 0, progress, console, ranks)
+        done = train(build.stage, out, settings, hooks, start is not None, ranks)
+    if watch is not None and watch.alarmed and cfg.watch.stop:
+        console.print(
+            f"the watch ended the run; checkpoints/latest is step {done}, the last without an "
+            "alarm (docs/watch.md says how to go on)"
+        )
+    elif done < cfg.train.steps:
+        command = resume_command(out, ranks.size)
+        console.print(f"stopped at step {done} and saved; go on with: {command}", soft_wrap=True)
+        return out
+    if ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
+        export_checkpoint(cfg, load_checkpoint(out), out / "export")
     return out
 
 
-def _resume(cfg: RunConfig, out: Path) -> bool:
+def _write_config(cfg: RunConfig, out: Path) -> None:
+    """`config.yaml` in one step: a full disk or a kill leaves the old one whole.
+
+    A checkpoint that was asked for once is not asked for again by who resumes from this file.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / ".config.yaml.part"
+    run = cfg.run.model_copy(update={"resume_from": "latest"})
+    part.write_text(dump_config(cfg.model_copy(update={"run": run})))
+    os.replace(part, out / "config.yaml")
+
+
+def _resume(cfg: RunConfig, out: Path) -> int | None:
+    """The step that the run goes on from, None for a new run."""
     found = latest_step(out)
     if found is not None and not cfg.run.resume:
         raise ValueError(
             f"{out} already holds a run at step {found}: give run.resume=true to go on with it, "
             "or another run.out"
         )
-    return found is not None
+    if found is not None and cfg.run.resume_from != "latest":
+        return int(cfg.run.resume_from.removeprefix("step-"))
+    return found
 
 
 def _hooks(
     cfg: RunConfig,
     build: Build,
     out: Path,
+    start: int,
     progress: Callable[[int, dict[str, float]], None],
-) -> Hooks:
-    """Sample grids and held-out rewards, both on fixed prompts and noise."""
+    console: Console,
+    ranks: Ranks,
+) -> tuple[Hooks, Watch | None]:
+    """Sample grids, held-out rewards and the watch, all on the same fixed prompts and noise."""
     watched = cfg.watch.rewards
     pictures = cfg.log.samples_every > 0 and len(build.backbone.latent_shape) == 3
-    if not pictures and not watched:
-        return Hooks(progress=progress)
-    count = max(cfg.log.samples if pictures else 0, cfg.watch.prompts if watched else 0)
-    prompts = eval_prompts(cfg)[:count]
+    if build.fixed is None or not (pictures or watched):
+        return Hooks(progress=progress), None
+    prompts = build.fixed.prompts
     fixed = FixedPrompts(
-        encode_prompts(build.backbone, prompts),
+        build.fixed,
         build.backbone.few_step_sigmas(cfg.sampler.steps),
         cfg.sampler.eta,
         min(cfg.train.micro, 64),
+        ranks,
     )
-    rewards = build_rewards(watched, build.backbone.device) if watched else None
     ema = build.stage.roles.ema
 
     def sample(done: int) -> None:
         if pictures:
             images = fixed.images(ema, min(cfg.log.samples, len(prompts)))
-            save_grid(images, out / "samples" / f"step-{done:06d}.png")
+            if ranks.main:
+                save_grid(images, out / "samples" / f"step-{done:06d}.png")
 
-    def watch(done: int) -> dict[str, float]:
-        assert rewards is not None
-        return held_out(fixed, ema, rewards, min(cfg.watch.prompts, len(prompts)))
-
-    return Hooks(
+    hooks = Hooks(
         progress=progress,
         sample=sample,
-        watch=watch,
         sample_every=cfg.log.samples_every if pictures else 0,
-        watch_every=cfg.watch.every if rewards else 0,
+        watch_every=cfg.watch.every if watched else 0,
     )
-
-
-def held_out(
-    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int
-) -> dict[str, float]:
-    """The mean of each held-out reward on the fixed prompts and noise."""
-    images = fixed.images(role, count).to(role.backbone.device)
-    chosen = fixed.encoded.prompts[:count]
-    scores = rewards.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
-    return {f"held_out/{name}": float(values.mean()) for name, values in scores.items()}
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
+    if not watched:
+        return hooks, None
+    if cfg.stage == "tilt":
+        watch = build_watch(cfg, build, fixed, out, start, console, ranks)
+        seeing = replace(
+            hooks, watch=lambda done: look(watch, done, console), good=lambda: watch.good
+        )
+        return seeing, watch
+    rewards = build_rewards(watched, build.backbone.device)
+    n = min(cfg.watch.prompts, len(prompts))
+    # stage 1 has nothing to hack: figures, no rules, and hence no reference to measure first
+    plain = replace(
+        hooks,
+        watch=lambda done: Watched(held_out(fixed, ema, rewards, n)),
+        good=lambda: 0,
     )
+    return plain, None
 
 
 SHOWN: Sequence[str] = ("generator/matching", "fake_score/ambient")

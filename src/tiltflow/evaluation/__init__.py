@@ -1,6 +1,7 @@
 """Scoring of systems, the statistics of their differences, diversity, and the HTML report."""
 
-from tiltflow.evaluation.diversity import pairwise_distance, vendi_score
+from tiltflow.evaluation.diversity import cmmd, pairwise_distance, vendi_score
+from tiltflow.evaluation.files import read_evaluation, read_scores, write_evaluation, write_scores
 from tiltflow.evaluation.report import write_report
 from tiltflow.evaluation.scores import (
     Diversity,
@@ -8,7 +9,6 @@ from tiltflow.evaluation.scores import (
     System,
     compare,
     evaluate_systems,
-    write_evaluation,
 )
 from tiltflow.evaluation.statistics import (
     Comparison,
@@ -24,13 +24,17 @@ __all__ = [
     "Evaluation",
     "System",
     "bootstrap_ci",
+    "cmmd",
     "compare",
     "evaluate_systems",
     "holm",
     "mean_ci",
     "paired_comparison",
     "pairwise_distance",
+    "read_evaluation",
+    "read_scores",
     "vendi_score",
     "write_evaluation",
     "write_report",
+    "write_scores",
 ]

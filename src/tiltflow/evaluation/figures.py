@@ -32,6 +32,9 @@ _METRICS = {
     "seconds_per_step": "time a step (s)",
     "lr": "learning rate (no unit)",
     "grad_norm": "gradient norm (no unit)",
+    "watch/diversity": "diversity (no unit)",
+    "watch/drift": "velocity gap against the teacher's (ratio)",
+    "watch/high_frequency": "energy against the teacher's (ratio)",
 }
 
 
@@ -123,6 +126,19 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
     Raises:
         ValueError: if a row has no numeric `step`.
     """
+    return [
+        _curve(name, points)
+        for name, points in metric_series(rows).items()
+        if len(points) > 1 and np.ptp(points[:, 0]) > 0 and np.ptp(points[:, 1]) > 0
+    ]
+
+
+def metric_series(rows: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[np.float64]]:
+    """(n, 2) steps and values of every numeric metric, rewards first, then losses.
+
+    Raises:
+        ValueError: if a row has no numeric `step`.
+    """
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         step = row.get("step")
@@ -131,12 +147,10 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
         for name, value in row.items():
             if name != "step" and _numeric(value):
                 series.setdefault(name, []).append((float(step), float(value)))  # type: ignore[arg-type]
-    drawn = []
-    for name in sorted(series, key=_order):
-        points = np.array(sorted(series[name], key=lambda point: point[0]))
-        if len(points) > 1 and np.ptp(points[:, 0]) > 0 and np.ptp(points[:, 1]) > 0:
-            drawn.append(_curve(name, points))
-    return drawn
+    return {
+        name: np.array(sorted(series[name], key=lambda point: point[0]))
+        for name in sorted(series, key=_order)
+    }
 
 
 def forests(evaluation: Mapping[str, Any]) -> list[Forest]:
@@ -151,13 +165,16 @@ def axis_title(name: str) -> str:
     group, _, last = name.rpartition("/")
     if group == "reward" or group.endswith("/reward"):
         return "mean reward (no unit)"
+    if group in ("held_out", "watch/trained"):
+        return f"mean {group.rpartition('/')[2].replace('_', '-')} reward (no unit)"
     return _METRICS.get(name) or _METRICS.get(last) or last.replace("_", " ")
 
 
 def _order(name: str) -> tuple[int, str]:
     """Rewards first, then losses and gaps, then the rest."""
     group, _, last = name.rpartition("/")
-    first = 0 if "reward" in group else 1 if name in _METRICS or "loss" in last else 2
+    rewards = "reward" in group or group in ("held_out", "watch/trained")
+    first = 0 if rewards else 1 if name in _METRICS or "loss" in last else 2
     return first, name
 
 
@@ -170,8 +187,8 @@ def _curve(name: str, points: NDArray[np.float64]) -> Curve:
     each = math.ceil(len(points) / MOST_POINTS)
     cuts = range(0, len(points), each)
     steps, values = np.array([points[i : i + each].mean(0) for i in cuts]).T
-    window = max(1, len(values) // 20) if len(values) >= SMOOTHED_FROM else 1
-    low, high = _frame(values)
+    window = smoothing_window(len(values))
+    low, high = frame(values)
 
     def x(step: NDArray[np.float64] | float) -> Any:
         return LEFT + (step - steps[0]) / (steps[-1] - steps[0]) * (WIDTH - LEFT - RIGHT)
@@ -187,9 +204,9 @@ def _curve(name: str, points: NDArray[np.float64]) -> Curve:
         name=name,
         axis=axis_title(name),
         x_ticks=tuple(Tick(float(x(t)), f"{t:,.0f}") for t in ticks(steps[0], steps[-1])),
-        y_ticks=tuple(Tick(float(y(t)), _label(t, high - low)) for t in ticks(low, high)),
+        y_ticks=tuple(Tick(float(y(t)), tick_label(t, high - low)) for t in ticks(low, high)),
         raw=line(values),
-        smooth=line(_running_median(values, window)) if window > 1 else "",
+        smooth=line(running_median(values, window)) if window > 1 else "",
         outside=int(((values > high) | (values < low)).sum()),
         each=each,
         window=window,
@@ -198,24 +215,29 @@ def _curve(name: str, points: NDArray[np.float64]) -> Curve:
     )
 
 
-def _frame(values: NDArray[np.float64]) -> tuple[float, float]:
+def frame(values: NDArray[np.float64]) -> tuple[float, float]:
     """The lowest and highest value drawn: all of them, unless a few spikes would hide the rest."""
     low, high = float(values.min()), float(values.max())
     calm_low, calm_high = (float(q) for q in np.quantile(values, (0.02, 0.98)))
     calm = calm_high - calm_low
     if high - low > SPIKE * calm > 0:
         low, high = max(low, calm_low - calm / 2), min(high, calm_high + calm / 2)
-    pad = 0.05 * (high - low)
+    pad = 0.05 * (high - low) or 0.05 * max(abs(high), 1.0)
     return low - pad, high + pad
 
 
-def _running_median(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+def smoothing_window(points: int) -> int:
+    """The points that a drawn running median is over; 1 for short curves, drawn as they are."""
+    return max(1, points // 20) if points >= SMOOTHED_FROM else 1
+
+
+def running_median(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     """The median of `window` points around each, fewer at the ends."""
     starts = range(-(window // 2), len(values) - window // 2)
     return np.array([np.median(values[max(i, 0) : i + window]) for i in starts])
 
 
-def _label(value: float, span: float) -> str:
+def tick_label(value: float, span: float) -> str:
     """A tick's label, with the digits that tell its neighbours apart."""
     if value == 0:
         return "0"
@@ -248,5 +270,5 @@ def _forest(reward: str, systems: Mapping[str, Any]) -> Forest:
         )
         for k, (name, score) in enumerate(found)
     )
-    marks = tuple(Tick(x(t), _label(t, high - low)) for t in ticks(low, high))
+    marks = tuple(Tick(x(t), tick_label(t, high - low)) for t in ticks(low, high))
     return Forest(reward, TOP + len(rows) * ROW + BOTTOM, marks, rows)

@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tiltflow.evaluation import figures
+from tiltflow.evaluation.charts import side_by_side
 from tiltflow.evaluation.figures import decimals, number
+from tiltflow.evaluation.watch_figures import Watched, alarms, watch_charts
 
 SIGNIFICANT = 0.05
 MAX_SIDE = 256  # pixels; larger images are shrunk, or 24 prompts make a page of 100 MB
+MAX_SHEET = 768  # pixels of the longer side of a sheet of samples
 MAIN_CURVES = 6  # a stage; the others are folded away
 
 # What the columns are, for the rewards that come with the package.
@@ -36,6 +39,15 @@ MEASURES = {
     "diversity": "mean cosine distance between images of one prompt; higher is more varied",
     "linear": "the first coordinate",
 }
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A sheet of a run's samples on the fixed prompts and noise, (H, W, 3) uint8, after `step`."""
+
+    run: str
+    step: int
+    image: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,9 @@ def write_report(
     prompts: Sequence[str],
     config: Mapping[str, str],
     versions: Mapping[str, str],
+    watch: Mapping[str, Watched] | None = None,
+    sheets: Sequence[Sheet] = (),
+    together: Sequence[Sequence[str]] = (),
 ) -> Path:
     """Write `report.html` into a directory (or to a path that ends in .html); gives its path.
 
@@ -72,6 +87,9 @@ def write_report(
         prompts: one caption a row of the grid; rows beyond the shortest system are left out.
         config: by stage, the resolved configuration's text.
         versions: of what the run ran on, by name.
+        watch: by stage, what its watch saw.
+        sheets: samples during training; those of one run in order.
+        together: groups of stages whose curves are also drawn in common frames.
 
     Raises:
         ValueError: if an image is not (H, W, 3) uint8, or there are more images than prompts.
@@ -91,6 +109,11 @@ def write_report(
         verdicts=[_verdict(c) for c in evaluation.get("comparisons", [])],
         adjusted=any("p_holm" in c for c in evaluation.get("comparisons", [])),
         stages={stage: figures.curves(rows) for stage, rows in curves.items()},
+        together=[c for g in together for c in side_by_side({s: curves[s] for s in g})],
+        watch=watch or {},
+        alarms=alarms(watch or {}),
+        watch_charts=watch_charts(watch or {}),
+        sheets=[(s.run, f"{s.step:,}", *_png(s.image, s.run, MAX_SHEET)) for s in sheets],
         main_curves=MAIN_CURVES,
         grid_systems=list(grids),
         grid=_grid(grids, prompts),
@@ -180,14 +203,14 @@ def _grid(
     ]
 
 
-def _png(image: NDArray[np.uint8], system: str) -> tuple[str, int, int]:
-    """A data URI, width and height of an image (H, W, 3) uint8, shrunk to at most `MAX_SIDE`."""
+def _png(image: NDArray[np.uint8], system: str, most: int = MAX_SIDE) -> tuple[str, int, int]:
+    """A data URI, width and height of an image (H, W, 3) uint8, its sides shrunk to `most`."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(
             f"{system!r}: report images are (H, W, 3) uint8, got {image.shape} {image.dtype}"
         )
     picture = Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((most, most), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,14 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tiltflow.evaluation.diversity import pairwise_distance
-from tiltflow.evaluation.statistics import holm, mean_ci, paired_comparison
+from tiltflow.distributed import Ranks
+from tiltflow.evaluation.categories import by_category, category_means
+from tiltflow.evaluation.chunks import Made, Take, make_anew
+from tiltflow.evaluation.diversity import cmmd, pairwise_distance, vendi_score
+from tiltflow.evaluation.statistics import bootstrap_ci, holm, mean_ci, paired_comparison
 from tiltflow.rewards.base import RANGE_TOLERANCE, Reward, checked
 
 DIVERSITY = "diversity"
 KEPT_IMAGES = 24
+ALONE = Ranks()
 
 Progress = Callable[[str, int, int], None]
+SaveImages = Callable[[str, Sequence[int], NDArray[np.uint8]], None]
 
 
 class PromptLike(Protocol):
@@ -54,24 +57,41 @@ class System:
 class Diversity:
     """What the column `diversity` is: of `prompts` prompts, spread evenly over the set, each
     system that has `redraw` draws `images` images; the value of a prompt is their mean pairwise
-    cosine distance under `features` ((B, 3, H, W) in [0, 1] to (B, D)). The mean, its interval
-    and the paired comparisons are over these prompts.
+    cosine distance under `features` ((B, 3, H, W) in [0, 1] to unit vectors (B, D)). The mean, its
+    interval and the paired comparisons are over these prompts. The Vendi score of the same images
+    stands beside it, and is not compared: a second reading of one measurement would only make
+    Holm's correction harsher on all others.
+
+    With `reference`, a system's name, the CMMD of every other system's images to its images.
     """
 
     features: Callable[[Tensor], Tensor]
     prompts: int = 64
     images: int = 4
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """`summary` is the content of `evaluation.json`; `scores[system][reward]` are the values by
-    prompt, (N,); `images[system]` are the first images, (n, H, W, 3) uint8 (none for points).
+    prompt, (N,), or those of the prompts `measured[reward]` where it is there;
+    `images[system]` are the first images, (n, H, W, 3) uint8 (none for points).
     """
 
     summary: dict[str, Any]
     scores: dict[str, dict[str, NDArray[np.float64]]]
     images: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    measured: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one system gave: its scores, first images, Vendi scores (G,) and features (N, D)."""
+
+    scores: dict[str, NDArray[np.float64]]
+    images: NDArray[np.uint8] | None
+    vendi: NDArray[np.float64] | None
+    features: Tensor | None
 
 
 def evaluate_systems(
@@ -84,52 +104,79 @@ def evaluate_systems(
     comparisons: Sequence[tuple[str, str]] = (),
     diversity: Diversity | None = None,
     keep: int = KEPT_IMAGES,
+    take: Take = make_anew,
+    save_images: SaveImages | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Sample every system on every prompt, score with every reward, compare the named pairs.
 
     Images are rounded to eight bits before they are scored, so the figures are those of the
     saved files, and no more than `keep` of a system are held. `progress(system, done, total)` is
-    called after each batch, in images.
+    called after each batch, in images. `take` may keep the results of a batch, and give them back
+    in place of making them; `save_images(system, indices, pixels)` gets every batch that is made.
+    Both see this rank's batches only.
+
+    Prompts are split over `ranks`; every rank returns all scores, and the images of its own part
+    (rank 0 has the first ones).
 
     Raises:
         ValueError: if names repeat or a comparison names no system, there are fewer than two
             prompts, or a reward fails.
     """
     _check(systems, prompts, rewards, batch_size, comparisons)
-    scores: dict[str, dict[str, NDArray[np.float64]]] = {}
-    images: dict[str, NDArray[np.uint8]] = {}
+    job = _Job(prompts, rewards, batch_size, diversity, keep, take, save_images, ranks)
+    found = {system.name: job.measure(system, progress) for system in systems}
+    scores = {name: measured.scores for name, measured in found.items()}
+    categories = by_category([p.metadata for p in prompts], scores)
+    summary: dict[str, Any] = {"prompts": len(prompts), "systems": {}}
     for system in systems:
-        extra = diversity if system.redraw is not None else None
-        groups = _spread(len(prompts), extra.prompts) if extra else []
-        total = len(prompts) + (len(groups) * extra.images if extra else 0)
-        report = _counted(progress, system.name, total)
-        scores[system.name], kept = _score(system, prompts, rewards, batch_size, report, keep)
-        if kept is not None:
-            images[system.name] = kept
-        if extra:
-            scores[system.name][DIVERSITY] = _diversity(system, extra, groups, batch_size, report)
-    summary = {
-        "prompts": len(prompts),
-        "systems": {
-            s.name: {"nfe": s.nfe, "scores": {k: _interval(v) for k, v in scores[s.name].items()}}
-            for s in systems
-        },
-        "comparisons": compare(scores, comparisons),
-    }
-    return Evaluation(summary, scores, images)
+        measured = found[system.name]
+        table = {reward: _interval(values) for reward, values in measured.scores.items()}
+        summary["systems"][system.name] = {"nfe": system.nfe, "scores": table}
+        if measured.vendi is not None:
+            summary["systems"][system.name]["vendi"] = _interval(measured.vendi)
+        distance = _distance(found, system.name, diversity)
+        if distance is not None:
+            summary["systems"][system.name]["cmmd"] = distance
+        if categories:
+            means = category_means(categories, system.name)
+            summary["systems"][system.name]["category_means"] = means
+    summary["comparisons"] = compare(scores, comparisons)
+    if categories:
+        summary["categories"] = categories
+    images = {name: m.images for name, m in found.items() if m.images is not None}
+    some = {DIVERSITY: job.groups} if any(m.vendi is not None for m in found.values()) else {}
+    return Evaluation(summary, scores, images, some)
+
+
+def _distance(
+    found: Mapping[str, _Measured], name: str, diversity: Diversity | None
+) -> float | None:
+    """The CMMD of a system to the reference, where both have features and are not the same."""
+    reference = found.get(diversity.reference or "") if diversity else None
+    features = found[name].features
+    if reference is None or reference is found[name]:
+        return None
+    if reference.features is None or features is None:
+        return None
+    return cmmd(features, reference.features)
 
 
 def compare(
-    scores: Mapping[str, Mapping[str, NDArray[np.float64]]], pairs: Sequence[tuple[str, str]]
+    scores: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    pairs: Sequence[tuple[str, str]],
+    resamples: int = 10_000,
 ) -> list[dict[str, Any]]:
     """The `comparisons` of `evaluation.json`: every pair (a, b) on every reward both have.
 
-    `difference` is a − b; `p_holm` is the p-value adjusted for the number of comparisons here.
+    `difference` is a − b; `ci95` its t interval and `bootstrap_ci95` that of `resamples`
+    resamples; `p_holm` is the p-value adjusted for the number of comparisons here.
     """
     rows: list[dict[str, Any]] = []
     for a, b in pairs:
         for reward in (name for name in scores[a] if name in scores[b]):
             result = paired_comparison(scores[a][reward], scores[b][reward])
+            differences = scores[a][reward] - scores[b][reward]
             rows.append(
                 {
                     "a": a,
@@ -137,6 +184,7 @@ def compare(
                     "reward": reward,
                     "difference": result.difference,
                     "ci95": list(result.ci95),
+                    "bootstrap_ci95": list(bootstrap_ci(differences, 0, resamples=resamples)),
                     "p_value": result.p_value,
                     "test": result.test,
                     "n": result.n,
@@ -146,19 +194,6 @@ def compare(
     for row, adjusted in zip(rows, holm([r["p_value"] for r in rows]), strict=True):
         row["p_holm"] = adjusted
     return rows
-
-
-def write_evaluation(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write `evaluation.json` in one step: readers see the old file or the whole new one."""
-    path = Path(path)
-    text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def _check(
@@ -186,53 +221,102 @@ def _check(
             raise ValueError(f"a comparison names {name!r}; the systems are {', '.join(names)}")
 
 
-def _score(
-    system: System,
-    prompts: Sequence[PromptLike],
-    rewards: Sequence[Reward],
-    batch_size: int,
-    report: Callable[[int], None],
-    keep: int,
-) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8] | None]:
-    """The scores (N,) by reward, and the first `keep` images."""
-    columns: dict[str, list[Tensor]] = {r.name: [] for r in rewards}
-    kept: list[NDArray[np.uint8]] = []
-    for start in range(0, len(prompts), batch_size):
-        indices = range(start, min(start + batch_size, len(prompts)))
-        with torch.no_grad():
-            images, pixels = _rounded(system.name, system.sample(list(indices)), len(indices))
-        texts = [prompts[i].text for i in indices]
-        metadata = [prompts[i].metadata for i in indices]
-        for reward in rewards:
-            with torch.no_grad():
-                columns[reward.name].append(checked(reward, images, texts, metadata).cpu())
-        if pixels is not None and start < keep:
-            kept.append(pixels[: keep - start])
-        report(len(indices))
-    scores = {name: torch.cat(parts).double().numpy() for name, parts in columns.items()}
-    return scores, np.concatenate(kept) if kept else None
+@dataclass(frozen=True)
+class _Job:
+    """What every system is measured on."""
 
+    prompts: Sequence[PromptLike]
+    rewards: Sequence[Reward]
+    batch: int
+    diversity: Diversity | None
+    keep: int
+    take: Take
+    save_images: SaveImages | None
+    ranks: Ranks
 
-def _diversity(
-    system: System,
-    diversity: Diversity,
-    indices: Sequence[int],
-    batch_size: int,
-    report: Callable[[int], None],
-) -> NDArray[np.float64]:
-    """The mean pairwise distance of each prompt's images, (len(indices),)."""
-    assert system.redraw is not None
-    draws = []
-    for draw in range(diversity.images):
+    @property
+    def groups(self) -> list[int]:
+        """The prompts that diversity is measured on."""
+        return _spread(len(self.prompts), self.diversity.prompts) if self.diversity else []
+
+    def measure(self, system: System, progress: Progress | None) -> _Measured:
+        extra = self.diversity if system.redraw is not None else None
+        mine = self.ranks.spread(len(self.prompts))
+        total = len(mine) + (len(self._own_groups()) * extra.images if extra else 0)
+        report = _counted(progress, system.name, total)
         parts = []
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            with torch.no_grad():
-                images, _ = _rounded(system.name, system.redraw(batch, draw), len(batch))
-                parts.append(diversity.features(images).float().cpu())
-            report(len(batch))
-        draws.append(torch.cat(parts))
-    return pairwise_distance(torch.stack(draws, 1)).double().numpy()
+        for rows in self._batches(mine):
+            make = partial(self._scored, system, rows)
+            parts.append(self.take(f"{system.name}/{rows[0]:06d}", make))
+            report(len(rows))
+        scores = {
+            reward.name: self._whole([part[f"score/{reward.name}"] for part in parts])
+            for reward in self.rewards
+        }
+        columns = {name: values.double().numpy() for name, values in scores.items()}
+        vendi = None
+        if extra:
+            features = self._drawn(system, extra, report)
+            columns[DIVERSITY] = pairwise_distance(features).double().numpy()
+            vendi = vendi_score(features).double().numpy()
+        kept = [part["pixels"].numpy() for part in parts if "pixels" in part]
+        seen = [part["features"] for part in parts if "features" in part]
+        return _Measured(
+            columns,
+            np.concatenate(kept) if kept else None,
+            vendi,
+            self._whole(seen) if seen else None,
+        )
+
+    def _own_groups(self) -> list[int]:
+        """This rank's part of `groups`."""
+        return [self.groups[i] for i in self.ranks.spread(len(self.groups))]
+
+    def _whole(self, parts: Sequence[Tensor]) -> Tensor:
+        """The rows of all prompts from this rank's batches of them."""
+        return self.ranks.collect(torch.cat(list(parts)), len(self.prompts))
+
+    def _batches(self, indices: Sequence[int]) -> list[list[int]]:
+        starts = range(0, len(indices), self.batch)
+        return [list(indices[start : start + self.batch]) for start in starts]
+
+    @torch.no_grad()
+    def _scored(self, system: System, rows: list[int]) -> Made:
+        """The scores of a batch, its features for CMMD, and those of its images that are kept."""
+        images, pixels = _rounded(system.name, system.sample(rows), len(rows))
+        texts = [self.prompts[i].text for i in rows]
+        metadata = [self.prompts[i].metadata for i in rows]
+        made = {
+            f"score/{reward.name}": checked(reward, images, texts, metadata).cpu()
+            for reward in self.rewards
+        }
+        if pixels is None:
+            return made
+        if self.save_images is not None:
+            self.save_images(system.name, rows, pixels)
+        if self.diversity is not None and self.diversity.reference is not None:
+            made["features"] = self.diversity.features(images).float().cpu()
+        if rows[0] < self.keep:
+            made["pixels"] = torch.from_numpy(pixels[: self.keep - rows[0]])
+        return made
+
+    def _drawn(self, system: System, diversity: Diversity, report: Callable[[int], None]) -> Tensor:
+        """The features (G, images, D) of several draws of the prompts `groups`."""
+        draws = []
+        for draw in range(diversity.images):
+            parts = []
+            for rows in self._batches(self._own_groups()):
+                make = partial(self._redrawn, system, diversity, rows, draw)
+                parts.append(self.take(f"{system.name}/draw{draw}-{rows[0]:06d}", make)["features"])
+                report(len(rows))
+            draws.append(torch.cat(parts))
+        return self.ranks.collect(torch.stack(draws, 1), len(self.groups))
+
+    @torch.no_grad()
+    def _redrawn(self, system: System, diversity: Diversity, rows: list[int], draw: int) -> Made:
+        assert system.redraw is not None
+        images, _ = _rounded(system.name, system.redraw(rows, draw), len(rows))
+        return {"features": diversity.features(images).float().cpu()}
 
 
 def _rounded(name: str, images: Tensor, count: int) -> tuple[Tensor, NDArray[np.uint8] | None]:

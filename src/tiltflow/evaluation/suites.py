@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from tiltflow.evaluation.scores import PromptLike
+from tiltflow.paths import nearest
+
+QUOTATION_MARKS = '"“„«'
+
+PREFERENCE = ("clipscore", "pickscore", "hpsv2", "aesthetic", "image_reward")
+"""What general prompts are scored by: agreement with the text, and models of human preference."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """`prompts` is a packaged set, or None where the user brings the file; reward names."""
+    """`prompts` is a packaged set, or None where the user brings the file; `rewards` are names.
+
+    `needs` are keys that the metadata of every prompt must have, and with `quoted` its text must
+    quote something: what the rewards of the suite go by.
+    """
 
     prompts: str | None
     rewards: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    quoted: bool = False
+
+    def check(self, prompts: Sequence[PromptLike]) -> None:
+        """Passes prompts that the suite's rewards can score.
+
+        Raises:
+            ValueError: naming the first that they cannot, and what it lacks.
+        """
+        for number, prompt in enumerate(prompts, start=1):
+            lacking = [key for key in self.needs if key not in prompt.metadata]
+            if lacking:
+                raise ValueError(
+                    f"prompt {number} ({prompt.text!r}) has no {lacking[0]!r}, which this suite "
+                    f"scores by: give its metadata file (.jsonl with {', '.join(self.needs)})"
+                )
+            if self.quoted and not any(mark in prompt.text for mark in QUOTATION_MARKS):
+                raise ValueError(
+                    f"prompt {number} ({prompt.text!r}) has no text in quotation marks to be read"
+                )
 
 
-SUITES = {"shapes": Suite("shapes-heldout", ("shapes", "clipscore", "clipscore_heldout"))}
+SUITES = {
+    "drawbench": Suite(None, PREFERENCE),
+    "pickapic": Suite(None, PREFERENCE),
+    "hpsv3": Suite(None, ("hpsv3",)),
+    "geneval": Suite(None, ("geneval",), needs=("tag", "include")),
+    "geneval2": Suite(None, ("geneval2",), needs=("vqa_list",)),
+    "ocr": Suite(None, ("ocr",), quoted=True),
+    "shapes": Suite("shapes-heldout", ("shapes", "clipscore", "clipscore_heldout")),
+}
 
 
 def suite_of(name: str) -> Suite:
@@ -25,5 +65,4 @@ def suite_of(name: str) -> Suite:
     """
     if name in SUITES:
         return SUITES[name]
-    near = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)
-    raise ValueError(f"there is no suite {name!r}; the nearest is {near[0]}")
+    raise ValueError(f"there is no suite {name!r}{nearest(name, list(SUITES))}")

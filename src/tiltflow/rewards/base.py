@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,10 +16,15 @@ from torch import Tensor
 from tiltflow.paths import nearest
 
 ENTRY_POINTS = "tiltflow.rewards"
+REMOTE = "remote:"
 RANGE_TOLERANCE = 1e-3  # decoders clamp to [0, 1]; a bf16 round trip may leave it by this much
 
 Metadata = Mapping[str, object]
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
+
+
+class NonFiniteScore(ValueError):
+    """A reward gave, or was given, a number that is NaN or infinite."""
 
 
 @runtime_checkable
@@ -106,7 +113,8 @@ def _check_inputs(
         )
     rows = images.detach().flatten(1)
     kind = domain.removesuffix("s")
-    _refuse(~torch.isfinite(rows).all(1), prompts, f"reward {name!r} got a non-finite {kind}")
+    bad = ~torch.isfinite(rows).all(1)
+    _refuse(bad, prompts, f"reward {name!r} got a non-finite {kind}", NonFiniteScore)
     if domain == "images":
         beyond = (rows < -RANGE_TOLERANCE) | (rows > 1 + RANGE_TOLERANCE)
         _refuse(beyond.any(1), prompts, f"reward {name!r} got an image outside [0, 1]")
@@ -121,7 +129,7 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
         raise ValueError(f"{start}, got {tuple(scores.shape)} {_dtype(scores)}")
     scores = scores.to(images.device, torch.float32)
     problem = f"reward {reward.name!r} gave a non-finite score"
-    _refuse(~torch.isfinite(scores.detach()), prompts, problem)
+    _refuse(~torch.isfinite(scores.detach()), prompts, problem, NonFiniteScore)
     promised = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
     if promised and not scores.requires_grad:
         raise ValueError(
@@ -131,11 +139,13 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
     return scores
 
 
-def _refuse(bad: Tensor, prompts: Sequence[str], problem: str) -> None:
-    """ValueError that names the first prompt where `bad` (B,) holds."""
+def _refuse(
+    bad: Tensor, prompts: Sequence[str], problem: str, kind: type[ValueError] = ValueError
+) -> None:
+    """An error of `kind` that names the first prompt where `bad` (B,) holds."""
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
-        raise ValueError(f"{problem} for {prompts[first]!r} (row {first} of {len(prompts)})")
+        raise kind(f"{problem} for {prompts[first]!r} (row {first} of {len(prompts)})")
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -162,6 +172,36 @@ def _clipscore(
     return CLIPScore(path or default, device=device, name=name)
 
 
+PUBLISHED = {
+    "aesthetic": "aesthetic:Aesthetic",
+    "geneval": "geneval:GenEval",
+    "geneval2": "geneval2:GenEval2",
+    "hpsv2": "preference:HPSv2",
+    "hpsv3": "hpsv3:HPSv3",
+    "image_reward": "image_reward:ImageReward",
+    "ocr": "ocr:OCR",
+    "pickscore": "preference:PickScore",
+}
+"""Rewards with published weights: module of this package, and class. Imported when asked for."""
+
+
+def _published(
+    name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
+) -> Reward:
+    module, _, kind = PUBLISHED[name].partition(":")
+    made = getattr(importlib.import_module(f"tiltflow.rewards.{module}"), kind)
+    takes = inspect.signature(made).parameters
+    _only(name, options, [key for key in takes if key not in ("path", "device")])
+    if "path" not in takes:
+        _no_path(name, path)
+    try:
+        reward: Reward = made(**({} if path is None else {"path": path}), device=device, **options)
+    except ValueError as error:
+        start = f"reward {name!r}"
+        raise ValueError(str(error) if start in str(error) else f"{start}: {error}") from error
+    return reward
+
+
 def _linear(
     name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
 ) -> Reward:
@@ -178,6 +218,7 @@ BUILTIN: dict[str, Callable[[str, str | None, str | torch.device, Mapping[str, A
     "linear": _linear,
     "shapes": _shapes,
     "shapes_soft": _shapes,
+    **dict.fromkeys(PUBLISHED, _published),
 }
 
 
@@ -188,7 +229,8 @@ def load_reward(
     device: str | torch.device = "cpu",
     options: Mapping[str, Any] | None = None,
 ) -> Reward:
-    """A reward by builtin name, entry point (group `tiltflow.rewards`) or `package.module:name`.
+    """A reward by builtin name, entry point (group `tiltflow.rewards`), `package.module:name`, or
+    `remote:http://HOST:PORT/NAME` for one behind a reward server.
 
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
     -> (B,)`, whose options are `differentiable` and `domain`, or to a class, which is called with
@@ -202,6 +244,8 @@ def load_reward(
     options = dict(options or {})
     if name in BUILTIN:
         return BUILTIN[name](name, path, device, options)
+    if name.startswith(REMOTE):
+        return _remote(name, path, options)
     if ":" in name:
         return _from_target(_dotted(name), name, path, device, options)
     points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
@@ -212,6 +256,14 @@ def load_reward(
         f"there is no reward {name!r}{nearest(name, known)} "
         "(a reward of your own is 'package.module:function')"
     )
+
+
+def _remote(name: str, path: str | None, options: Mapping[str, Any]) -> Reward:
+    from tiltflow.rewards.remote import RemoteReward, Settings
+
+    _no_path(name, path)
+    _only(name, options, [field.name for field in fields(Settings)])
+    return RemoteReward(name, Settings(**options))
 
 
 def _dotted(name: str) -> object:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
+from tiltflow.sentences import first_sentence
 
 BICUBIC = 3  # PIL's number for it, as processor configurations hold it
 CACHED_PROMPTS = 8192
@@ -70,9 +72,13 @@ class Preprocessing:
         else:
             size = self.resize or (height, width)
         if size != (height, width):
-            # The filter is separable, and overshoots at edges. PIL holds eight bits after each
-            # of its two passes, across first, which clips the overshoot; so must we.
-            for step in ((height, size[1]), size):
+            # The filter is separable, and overshoots at edges. PIL holds eight bits after each of
+            # its two passes, which clips the overshoot; so must we, in its order: across first,
+            # unless the height shrinks by more than twice what the width does (found by experiment
+            # with Pillow 13).
+            down_first = height - size[0] > max(0, 2 * (width - size[1]))
+            middle = (size[0], width) if down_first else (height, size[1])
+            for step in (middle, size):
                 images = F.interpolate(images, step, mode="bicubic", antialias=True).clamp(0, 1)
         if self.crop is None or self.crop == size:
             return images
@@ -92,8 +98,9 @@ class CLIPScore:
     """cos(image, prompt) in [-1, 1] under a frozen fp32 CLIP model; differentiable.
 
     `path` is a directory, a hub id or `packaged:NAME` that holds a `CLIPModel`, its tokenizer and
-    its `preprocessor_config.json`. Prompts longer than the text tower's context (77 tokens for
-    the published models) are cut there, as is the convention.
+    its `preprocessor_config.json`; the last two come from `processor` where that is given, and
+    the first from `model`. Prompts longer than the text tower's context (77 tokens for the
+    published models) are cut there, as is the convention.
 
     Raises:
         ValueError: if any of the three cannot be loaded, or they do not fit together.
@@ -103,23 +110,47 @@ class CLIPScore:
     domain = "images"
 
     def __init__(
-        self, path: str, device: str | torch.device = "cpu", name: str = "clipscore"
+        self,
+        path: str,
+        device: str | torch.device = "cpu",
+        name: str = "clipscore",
+        *,
+        processor: str | None = None,
+        model: CLIPModel | None = None,
     ) -> None:
         self.name = name
-        place = resolve_path(path)
+        words = resolve_path(processor or path)
+        loaded: Any = model
+        kind: Any = CLIPModel
+        missing: list[str] = []
         try:
-            model: Any = CLIPModel.from_pretrained(place, dtype=torch.float32)
-            self.tokenizer = CLIPTokenizer.from_pretrained(place)
+            if loaded is None:
+                loaded, info = kind.from_pretrained(
+                    resolve_path(path),
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+                missing = sorted(info["missing_keys"])
+            self.tokenizer = CLIPTokenizer.from_pretrained(words)
         except OSError as error:
             raise ValueError(f"reward {name!r}: there is no CLIP model at {path!r}") from error
-        self.model = model.requires_grad_(False).eval().to(device)
-        self.preprocessing = Preprocessing.from_pretrained(place)
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"reward {name!r}: the CLIP model at {path!r} cannot be loaded "
+                f"({first_sentence(error)})"
+            ) from error
+        if missing:  # transformers would go on with random ones
+            raise ValueError(f"reward {name!r}: the CLIP model at {path!r} lacks {missing[0]}")
+        self.model = loaded.requires_grad_(False).eval().to(device)
+        self.preprocessing = Preprocessing.from_pretrained(words)
         text = self.model.config.text_config
         self.context: int = text.max_position_embeddings
         # Without vocabulary files the tokenizer loads all the same, with two tokens.
         if not 2 < len(self.tokenizer) <= text.vocab_size:
             raise ValueError(
-                f"reward {name!r}: the tokenizer at {path!r} has {len(self.tokenizer)} tokens, "
+                f"reward {name!r}: the tokenizer at {processor or path!r} has "
+                f"{len(self.tokenizer)} tokens, "
                 f"its model {text.vocab_size}"
             )
         self._cache: OrderedDict[str, Tensor] = OrderedDict()

@@ -14,8 +14,8 @@ from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Roles
 from tiltflow.rollout import Rollout, attach, join, rollout
-from tiltflow.train.optim import Updater, require_finite
-from tiltflow.train.updates import FakeScoreTrainer, Matching, micro_batches
+from tiltflow.train.optim import Updater
+from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ColdStart:
     """One stage-1 iteration: a fake-score update, and every `generator_every`-th a generator one.
 
     Both use the iteration's boundary samples, which 1 to K generator steps from noise make, the
-    number drawn uniformly. `batch` and `micro` count samples.
+    number drawn uniformly.
     """
 
     roles: Roles
@@ -36,8 +36,7 @@ class ColdStart:
     sigmas: Tensor
     latent_shape: tuple[int, ...]
     eta: float
-    batch: int
-    micro: int
+    share: Share
     generator_every: int
     ema: float
 
@@ -46,8 +45,9 @@ class ColdStart:
         return {"generator": self.updater, "fake_score": self.fake.updater}
 
     def iteration(self, step: int) -> dict[str, Tensor]:
-        """Runs iteration `step` (0, 1, …); metrics are detached 0-d tensors."""
-        indices = self.sampler.indices(step * self.batch, self.batch)
+        """Runs iteration `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
+        first = step * self.share.batch + self.share.rows.start
+        indices = self.sampler.indices(first, len(self.share))
         cond, prompts = self.prompts.select(indices, self.roles.generator.backbone.device)
         stop = int(self.randomness.integers("stop", step, 1, len(self.sigmas), (1,)))
         trajectory = self._boundary(step, stop, cond)
@@ -58,13 +58,13 @@ class ColdStart:
         return metrics
 
     def _boundary(self, step: int, stop: int, cond: Conditioning) -> Rollout:
-        """`stop` generator steps from noise, the whole batch, without gradient."""
-        shape, random = (self.batch, *self.latent_shape), self.randomness
+        """`stop` generator steps from noise, all of this rank's rows, without gradient."""
+        shape, random = (self.share.batch, *self.latent_shape), self.randomness
         device = self.roles.generator.backbone.device
-        x = random.normal("init", step, shape, device=device)
-        noise = [random.normal(f"step{k}", step, shape, device=device) for k in range(stop)]
+        x = self.share.of(random.normal("init", step, shape), device)
+        noise = [self.share.of(random.normal(f"step{k}", step, shape), device) for k in range(stop)]
         parts = []
-        for rows in micro_batches(self.batch, self.micro):
+        for rows in self.share.micro_batches():
             z = [n[rows] for n in noise]
             parts.append(
                 rollout(
@@ -77,7 +77,7 @@ class ColdStart:
                     stop=stop,
                 )
             )
-        return join(parts)
+        return join(parts, cond)
 
     def _generator_update(
         self, step: int, trajectory: Rollout, prompts: Sequence[Prompt]
@@ -87,13 +87,13 @@ class ColdStart:
         x_s, s = trajectory.states[-1], trajectory.level(last + 1)
         gradient = self.matching.gradient("matching", step, x_s, s, trajectory.cond)
         total = x_s.new_zeros(())
-        for rows in micro_batches(self.batch, self.micro):
+        for rows in self.share.micro_batches():
             attached, _, _ = attach(self.roles.generator, trajectory.rows(rows), last)
             losses = matching_loss(attached, gradient[rows])
-            require_finite(step, "the matching loss", losses, prompts[rows])
-            loss = losses.sum() / self.batch
+            self.updater.watch("the matching loss", losses, prompts[rows])
+            loss = losses.sum() / self.share.batch
             loss.backward()
             total += loss.detach()
-        norm = self.updater.apply(step)
+        norm = self.share.whole(self.updater.apply(step))
         self.roles.update_ema(self.ema)
         return {"generator/matching": total, "generator/grad_norm": norm}

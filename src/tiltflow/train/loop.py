@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from tiltflow.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from tiltflow.metrics import Accumulator, MetricsLog
+from tiltflow.checkpoint import Checkpoint, load_checkpoint, point_latest, save_checkpoint
+from tiltflow.distributed import Ranks
+from tiltflow.interruption import Stopped, interruptible
+from tiltflow.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.roles import Roles
-from tiltflow.train.optim import Updater
+from tiltflow.train.optim import NON_FINITE, Updater
+
+ALONE = Ranks()
 
 
 class Stage(Protocol):
@@ -31,98 +34,212 @@ class Stage(Protocol):
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a watch saw: figures for the log, and its alarms as sentences by rule."""
+
+    metrics: Mapping[str, float]
+    alarms: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Hooks:
-    """What happens around the iterations. `sample` and `watch` get the number of done steps."""
+    """What happens around the iterations. `sample` and `watch` get the number of done steps.
+
+    `good` is the last step at which the watch saw nothing wrong, None before its first look.
+    """
 
     progress: Callable[[int, dict[str, float]], None] = lambda done, metrics: None
     sample: Callable[[int], None] = lambda done: None
-    watch: Callable[[int], dict[str, float]] = lambda done: {}
+    watch: Callable[[int], Watched] = lambda done: Watched({})
+    good: Callable[[], int | None] = lambda: None
     sample_every: int = 0
     watch_every: int = 0
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Iterations in all, and how often (in iterations) to log and to save; `keep` checkpoints."""
+    """Iterations in all, and how often (in iterations) to log and to save; `keep` checkpoints.
+
+    `skip` iterations may end in a non-finite number and be passed over before the run stops.
+    """
 
     steps: int
     log_every: int = 10
     save_every: int = 100
     keep: int = 2
+    skip: int = 0
+    resume_from: str = "latest"
     tensorboard: bool = False
     wandb: bool = False
+    stop_on_alarm: bool = False
+    """End at the last good checkpoint when the watch raises an alarm; each clean look is saved."""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON-able facts that go into each checkpoint's state (stage, adapters)."""
 
 
-def train(stage: Stage, run: Path, settings: LoopSettings, hooks: Hooks, resume: bool) -> int:
-    """Runs (or goes on with) a stage in the directory `run`; returns the number of done steps.
+def train(
+    stage: Stage,
+    run: Path,
+    settings: LoopSettings,
+    hooks: Hooks,
+    resume: bool,
+    ranks: Ranks = ALONE,
+) -> int:
+    """Runs (or goes on with) a stage in the directory `run`; returns the step of its result.
 
-    Stopped by SIGINT or SIGTERM, it saves and returns early. Counted randomness makes a resumed
-    run equal to an uninterrupted one.
+    Stopped by SIGINT or SIGTERM on any rank, all of them finish the iteration, rank 0 saves, and
+    the loop returns early; from a wait for a reward server it returns at once: an iteration scores
+    before it changes anything, so one that waited is begun anew. (Of several ranks, those that
+    wait for the one that waits lose it.) Ended by an alarm of the watch, rank 0 points `latest` at
+    the last good checkpoint, and its step is returned. Counted randomness makes a resumed run
+    equal to an uninterrupted one.
     """
-    done = restore(stage, load_checkpoint(run)) if resume else 0
-    log = MetricsLog(
+    skips = Skips(settings.skip)
+    done = restore(stage, _found(run, settings, ranks), settings, skips) if resume else 0
+    accumulator, stop = Accumulator(), False
+    if done == 0:
+        hooks.sample(0)
+    with _log(run, settings, done, ranks) as log, interruptible() as stopped, suppress(Stopped):
+        if hooks.watch_every and hooks.good() is None:  # the reference of all later looks
+            look(log, hooks, done, ranks)
+            if ranks.main and settings.stop_on_alarm:
+                save(stage, run, done, settings, skips, hooks.good())
+        while done < settings.steps and not stop:
+            accumulator.add(skips.iteration(stage, done))
+            done += 1
+            stop = ranks.any(stopped.is_set())
+            if done % settings.log_every == 0 or done == settings.steps:
+                means = accumulator.means(ranks.total) | skips.metrics()
+                accumulator.reset()
+                log.write(done, means)
+                hooks.progress(done, means)
+            if hooks.sample_every and done % hooks.sample_every == 0:
+                hooks.sample(done)
+            looked = bool(hooks.watch_every) and done % hooks.watch_every == 0
+            alarmed = looked and look(log, hooks, done, ranks)
+            if alarmed and settings.stop_on_alarm:
+                return end(log, run, done, hooks, ranks)
+            due = done % settings.save_every == 0 or done == settings.steps or stop
+            if ranks.main and (due or (looked and settings.stop_on_alarm)):
+                save(stage, run, done, settings, skips, hooks.good())
+    if ranks.main and stopped.is_set() and not stop:  # in a wait, which no save above follows
+        save(stage, run, done, settings, skips, hooks.good())
+    return done
+
+
+def _log(run: Path, settings: LoopSettings, done: int, ranks: Ranks) -> MetricsLog | NoLog:
+    if not ranks.main:
+        return NoLog()
+    return MetricsLog(
         run / "metrics.jsonl",
         tensorboard=settings.tensorboard,
         wandb=settings.wandb,
         resume_step=done if done else -1,  # a run that died before its first save starts over
     )
-    accumulator = Accumulator()
-    if done == 0:
-        hooks.sample(0)
-    with log, interruptible() as stopped:
-        while done < settings.steps and not stopped.is_set():
-            accumulator.add(stage.iteration(done))
-            done += 1
-            if done % settings.log_every == 0 or done == settings.steps:
-                means = accumulator.means()
-                accumulator.reset()
-                log.write(done, means)
-                hooks.progress(done, means)
-            if hooks.watch_every and done % hooks.watch_every == 0:
-                log.write(done, hooks.watch(done))
-            if hooks.sample_every and done % hooks.sample_every == 0:
-                hooks.sample(done)
-            if done % settings.save_every == 0 or done == settings.steps or stopped.is_set():
-                save(stage, run, done, settings)
-    return done
 
 
-def save(stage: Stage, run: Path, done: int, settings: LoopSettings) -> None:
-    """Weights, EMA and optimizer states as one atomic checkpoint."""
+@dataclass
+class Skips:
+    """Iterations passed over because a number was not finite: at most `limit` in a run."""
+
+    limit: int
+    count: int = 0
+
+    def iteration(self, stage: Stage, step: int) -> dict[str, Tensor]:
+        """One iteration, or no metrics where it was passed over.
+
+        Its optimizer step did not happen; a stage's earlier ones of the same iteration did.
+
+        Raises:
+            NonFiniteError, NonFiniteScore: when the limit is used up.
+        """
+        try:
+            return stage.iteration(step)
+        except NON_FINITE:
+            self.count += 1
+            if self.count > self.limit:
+                raise
+            return {}
+
+    def metrics(self) -> dict[str, float]:
+        """The count so far, where skipping is allowed at all."""
+        return {"skipped": float(self.count)} if self.limit else {}
+
+
+def look(log: MetricsLog | NoLog, hooks: Hooks, done: int, ranks: Ranks) -> bool:
+    """One look of the watch, written to the log; whether rank 0 saw an alarm.
+
+    Every rank looks at the same samples; the one verdict keeps them in step.
+    """
+    watched = hooks.watch(done)
+    log.write(done, watched.metrics)
+    if watched.alarms:
+        log.say(done, {f"alarm/{rule}": text for rule, text in watched.alarms.items()})
+    return ranks.from_main(len(watched.alarms)) > 0
+
+
+def end(log: MetricsLog | NoLog, run: Path, done: int, hooks: Hooks, ranks: Ranks) -> int:
+    """Points `latest` at the last good checkpoint, says so in the log, and gives its step."""
+    kept = 0
+    if ranks.main:
+        good = hooks.good()
+        assert good is not None  # the first look has nothing to be compared with
+        kept = point_latest(run, good)
+    kept = ranks.from_main(kept)
+    log.say(done, {"watch/ended": f"an alarm at step {done} ended the run; step {kept} is kept"})
+    return kept
+
+
+def save(
+    stage: Stage,
+    run: Path,
+    done: int,
+    settings: LoopSettings,
+    skips: Skips,
+    good: int | None = None,
+) -> None:
+    """Weights, EMA and optimizer states as one atomic checkpoint, the same on every rank.
+
+    That of step `good` is kept.
+    """
     tensors = dict(stage.roles.state())
     for name, updater in stage.updaters.items():
         tensors[f"optimizer_{name}"] = updater.state()
-    save_checkpoint(run, done, tensors, {"step": done, **settings.facts}, settings.keep)
+    state = {"step": done, "skipped": skips.count, **settings.facts}
+    save_checkpoint(run, done, tensors, state, settings.keep, good)
 
 
-def restore(stage: Stage, checkpoint: Checkpoint) -> int:
-    """Puts a checkpoint's state back; returns its step."""
-    stage.roles.load(checkpoint.tensors)
-    for name, updater in stage.updaters.items():
-        updater.load(dict(checkpoint.tensors[f"optimizer_{name}"]))
-    return checkpoint.step
+def _found(run: Path, settings: LoopSettings, ranks: Ranks) -> Checkpoint:
+    """The checkpoint to resume from, read by every rank.
 
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second SIGINT interrupts at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    for s in before:
-        signal.signal(s, handle)
+    Raises:
+        ValueError: if it is missing or torn, naming a whole one.
+    """
     try:
-        yield stopped
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        with ranks.main_first():
+            return load_checkpoint(run, settings.resume_from, tidy=ranks.main)
+    except ValueError as error:
+        raise ValueError(f"{error} (run.resume_from=step-XXXXXX goes on from that one)") from error
+
+
+def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips: Skips) -> int:
+    """Puts a checkpoint's state back; returns its step.
+
+    Raises:
+        ValueError: if the checkpoint is another run's: of another stage, model or adapter.
+    """
+    try:
+        for key in ("stage", "adapters", "few_step_adapters"):
+            here, there = settings.facts.get(key), checkpoint.state.get(key)
+            if json.dumps(here) != json.dumps(there):
+                raise ValueError(f"its {key} is {there}, but here it is {here}")
+        stage.roles.load(checkpoint.tensors)
+        for name, updater in stage.updaters.items():
+            updater.load(dict(checkpoint.tensors[f"optimizer_{name}"]))
+    except (KeyError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"checkpoint step-{checkpoint.step:06d} is not of this run: {reason}"
+        ) from error
+    skips.count = int(checkpoint.state.get("skipped", 0))
+    return checkpoint.step

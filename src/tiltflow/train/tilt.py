@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.base import Grouped
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.objectives.policy import (
@@ -21,12 +21,13 @@ from tiltflow.objectives.policy import (
 from tiltflow.objectives.reward_backprop import reward_gradient
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
+from tiltflow.rewards.base import NonFiniteScore
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Roles
 from tiltflow.rollout import Rollout, attach, join, log_prob, rollout
 from tiltflow.rollout import step as sampler_step
-from tiltflow.train.optim import Updater, require_finite
-from tiltflow.train.updates import FakeScoreTrainer, Matching, micro_batches
+from tiltflow.train.optim import NonFiniteError, Updater
+from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, micro_batches
 
 MATCH_STEPS = ("last", "random", "all")
 
@@ -54,7 +55,8 @@ class TiltSettings:
 class Tilt:
     """One stage-2 epoch: rollouts, rewards, fake-score updates, one generator update.
 
-    `batch` samples a rollout in groups of `settings.group_size`, run in micro-batches of `micro`.
+    The global batch is one rollout in groups of `settings.group_size`. A group may lie on several
+    ranks: rewards are gathered, so that advantages see whole groups.
     """
 
     roles: Roles
@@ -68,8 +70,7 @@ class Tilt:
     sigmas: Tensor
     latent_shape: tuple[int, ...]
     eta: float
-    batch: int
-    micro: int
+    share: Share
     ema: float
     settings: TiltSettings
 
@@ -78,24 +79,32 @@ class Tilt:
         return {"generator": self.updater, "fake_score": self.fake.updater}
 
     def iteration(self, step: int) -> dict[str, Tensor]:
-        """Runs epoch `step` (0, 1, …); metrics are detached 0-d tensors."""
+        """Runs epoch `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
         chosen = self.settings
-        groups = self.batch // chosen.group_size
-        indices = self.sampler.indices(step * groups, groups)
-        device = self.roles.generator.backbone.device
-        cond, prompts = self.prompts.select(indices, device)
-        cond = cond.repeat(chosen.group_size)
-        prompts = [p for p in prompts for _ in range(chosen.group_size)]
+        cond, prompts = self._prompts(step)
         trained = self._trained_steps(step)
         trajectory = self._rollout(step, trained, cond)
-        scores = self._score(trajectory.states[-1], prompts)
-        metrics = {f"reward/{name}": values.mean() for name, values in scores.items()}
-        weights = {w.reward.name: w.weight for w in self.rewards.rewards}
+        scores = self._score(step, trajectory.states[-1], prompts)
         advantages, parts = group_advantages(
-            scores, weights, chosen.group_size, chosen.advantage_clip
+            scores, self.rewards.weights, chosen.group_size, chosen.advantage_clip
         )
-        metrics |= parts | self._fake_score_updates(step, trajectory, prompts)
-        return metrics | self._generator_update(step, trajectory, trained, advantages, prompts)
+        means = {f"reward/{name}": values.mean() for name, values in scores.items()}
+        metrics = {name: self.share.whole(value) for name, value in (means | parts).items()}
+        metrics |= self._fake_score_updates(step, trajectory, prompts)
+        return metrics | self._generator_update(
+            step, trajectory, trained, advantages[self.share.rows], prompts
+        )
+
+    def _prompts(self, step: int) -> tuple[Grouped, list[Prompt]]:
+        """The prompts of this rank's rows, each of them as often as its group has members here."""
+        size, rows = self.settings.group_size, self.share.rows
+        groups = self.share.batch // size
+        first = rows.start // size
+        indices = self.sampler.indices(step * groups, groups)[first : -(-rows.stop // size)]
+        each, prompts = self.prompts.select(indices, self.roles.generator.backbone.device)
+        begin = rows.start - first * size
+        cond = Grouped(each, size, begin, len(self.share))
+        return cond, [prompts[row // size] for row in range(begin, begin + len(self.share))]
 
     @property
     def _last(self) -> int:
@@ -108,17 +117,18 @@ class Tilt:
         order = self.randomness.permutation("subset", step, self._last)
         return choose_steps(order, self.settings.subset)
 
-    def _rollout(self, step: int, trained: tuple[int, ...], cond: Conditioning) -> Rollout:
-        """K steps for the global batch; untrained steps share their noise within a group."""
-        shape, random = (self.batch, *self.latent_shape), self.randomness
+    def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
+        """K steps of this rank's rows; untrained steps share their noise within a group."""
+        shape, random = (self.share.batch, *self.latent_shape), self.randomness
         device = self.roles.generator.backbone.device
-        x = random.normal("init", step, shape, device=device)
+        x = self.share.of(random.normal("init", step, shape), device)
         noise = []
         for k in range(self._last):
-            z = random.normal(f"step{k}", step, shape, device=device)
-            noise.append(z if k in trained else share_in_groups(z, self.settings.group_size))
+            z = random.normal(f"step{k}", step, shape)
+            z = z if k in trained else share_in_groups(z, self.settings.group_size)
+            noise.append(self.share.of(z, device))
         parts = []
-        for rows in micro_batches(self.batch, self.micro):
+        for rows in self.share.micro_batches():
             z_rows = [z[rows] for z in noise]
             parts.append(
                 rollout(
@@ -132,17 +142,31 @@ class Tilt:
                     convention=self.settings.log_prob,
                 )
             )
-        return join(parts)
+        return join(parts, cond)
 
     @torch.no_grad()
-    def _score(self, x0: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Every reward of every sample, decoded in chunks: name → (B,)."""
-        parts = []
-        for rows in micro_batches(len(x0), self.settings.decode_chunk):
-            images = self.roles.generator.backbone.decode(x0[rows])
-            texts, metadata = _texts(prompts[rows])
-            parts.append(self.rewards.score(images, texts, metadata))
-        return {name: torch.cat([p[name] for p in parts]).to(x0.device) for name in parts[0]}
+    def _score(self, step: int, x0: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Every reward of every sample of the global batch: name → (B,).
+
+        Each rank decodes and scores its own samples in chunks; one gather joins them.
+
+        Raises:
+            NonFiniteScore: if a score is not finite; NonFiniteError on the other ranks.
+        """
+        names, problem = self.rewards.names, None
+        mine = x0.new_full((len(x0), len(names)), torch.nan)
+        try:
+            for rows in micro_batches(len(x0), self.settings.decode_chunk):
+                images = self.roles.generator.backbone.decode(x0[rows])
+                texts, metadata = _texts(prompts[rows])
+                scores = self.rewards.score(images, texts, metadata)
+                mine[rows] = torch.stack([scores[name] for name in names], 1).to(mine)
+        except NonFiniteScore as error:
+            problem = error
+        table = self.share.ranks.gather(mine, self.share.batch)
+        if not bool(torch.isfinite(table).all()):
+            raise problem or NonFiniteError(f"step {step}: a reward on another rank is not finite")
+        return dict(zip(names, table.unbind(1), strict=True))
 
     def _fake_score_updates(
         self, step: int, trajectory: Rollout, prompts: Sequence[Prompt]
@@ -153,13 +177,13 @@ class Tilt:
         levels = self.sigmas[1:].to(states.device)
         for update in range(self.settings.fake_score_updates):
             draw = step * self.settings.fake_score_updates + update
-            at = torch.full((self.batch,), self._last, device=states.device)
+            at = torch.full((len(self.share),), self._last, device=states.device)
             if self.settings.match_steps != "last":
                 which = self.randomness.integers(
-                    "fake/boundary", draw, 0, self._last + 1, (self.batch,)
+                    "fake/boundary", draw, 0, self._last + 1, (self.share.batch,)
                 )
-                at = which.to(states.device)
-            x_s = states[at, torch.arange(self.batch, device=states.device)]
+                at = self.share.of(which, states.device)
+            x_s = states[at, torch.arange(len(at), device=states.device)]
             metrics = self.fake.update(step, draw, x_s, levels[at], trajectory.cond, prompts)
         return metrics
 
@@ -199,27 +223,27 @@ class Tilt:
         backprop = self.settings.reward_weight > 0 and self.rewards.has_differentiable
         steps = {*trained, *matched} | ({self._last} if backprop else set())
         metrics: dict[str, Tensor] = {}
-        for rows in micro_batches(self.batch, self.micro):
+        for rows in self.share.micro_batches():
             part = trajectory.rows(rows)
             for k in sorted(steps):
                 x_next, mean, std = attach(self.roles.generator, part, k)
                 losses = x_next.new_zeros(len(x_next))
                 if k in trained:
                     policy, seen = self._policy_loss(part, k, mean, std, advantages[rows])
-                    require_finite(step, "the policy loss", policy, prompts[rows])
+                    self.updater.watch("the policy loss", policy, prompts[rows])
                     losses = losses + self.settings.policy_weight * policy / len(trained)
-                    _add(metrics, seen, self.batch)
+                    _add(metrics, seen, self.share.batch)
                 if k in matched:
                     matching = matching_loss(x_next, matched[k][rows])
-                    require_finite(step, "the matching loss", matching, prompts[rows])
+                    self.updater.watch("the matching loss", matching, prompts[rows])
                     losses = losses + self.settings.matching_weight * matching
-                    _add(metrics, {"generator/matching": matching.detach()}, self.batch)
+                    _add(metrics, {"generator/matching": matching.detach()}, self.share.batch)
                 if backprop and k == self._last:
-                    pull, seen = self._reward_pull(step, x_next, prompts[rows])
+                    pull, seen = self._reward_pull(x_next, prompts[rows])
                     losses = losses + self.settings.reward_weight * pull
-                    _add(metrics, seen, self.batch)
-                (losses.sum() / self.batch).backward()
-        metrics["generator/grad_norm"] = self.updater.apply(step)
+                    _add(metrics, seen, self.share.batch)
+                (losses.sum() / self.share.batch).backward()
+        metrics["generator/grad_norm"] = self.share.whole(self.updater.apply(step))
         self.roles.update_ema(self.ema)
         return metrics
 
@@ -235,7 +259,12 @@ class Tilt:
             assert self.roles.reference is not None
             with torch.no_grad():
                 reference, _ = sampler_step(
-                    self.roles.reference, part.states[k], part.sigmas, k, part.cond, part.eta
+                    self.roles.reference,
+                    part.states[k],
+                    part.sigmas,
+                    k,
+                    part.conditioning,
+                    part.eta,
                 )
             kl = policy_kl(mean, reference, std, self.settings.log_prob)
             losses = losses + self.settings.kl * kl
@@ -243,23 +272,28 @@ class Tilt:
         return losses, seen
 
     def _reward_pull(
-        self, step: int, x0: Tensor, prompts: Sequence[Prompt]
+        self, x0: Tensor, prompts: Sequence[Prompt]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A per-sample loss (B,) whose gradient in x̂₀ is that of relu(target − R)."""
+        """A per-sample loss (B,) whose gradient in x̂₀ is that of relu(target − R).
+
+        A score that is not finite pulls nowhere here: it has the updater refuse the step, where
+        every rank learns of it.
+        """
 
         def reward(images: Tensor, rows: slice) -> Tensor:
             texts, metadata = _texts(prompts[rows])
             return self.rewards.differentiable_total(images, texts, metadata)[0]
 
-        values, gradient = reward_gradient(
-            x0,
-            self.roles.generator.backbone.decode,
-            reward,
-            self.settings.reward_target,
-            self.settings.decode_chunk,
-        )
-        require_finite(step, "the reward back-propagation loss", values, prompts)
-        require_finite(step, "the reward's gradient", gradient.flatten(1).sum(1), prompts)
+        decode, chunk = self.roles.generator.backbone.decode, self.settings.decode_chunk
+        try:
+            values, gradient = reward_gradient(
+                x0, decode, reward, self.settings.reward_target, chunk
+            )
+        except NonFiniteScore as error:
+            self.updater.refuse(error)
+            return (0 * x0).flatten(1).sum(1), {}
+        self.updater.watch("the reward back-propagation loss", values, prompts)
+        self.updater.watch("the reward's gradient", gradient.flatten(1).sum(1), prompts)
         seen = {
             "generator/reward_loss": values,
             "generator/reward_gradient": gradient.flatten(1).norm(dim=1),

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.base import Conditioning, Grouped
+from tiltflow.distributed import Ranks
 from tiltflow.flow import renoise_level
 from tiltflow.objectives.distribution_matching import matching_gradient
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.prompts import Prompt
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Role
-from tiltflow.train.optim import Updater, require_finite
+from tiltflow.train.optim import Updater
 
 
 def micro_batches(n: int, size: int) -> list[slice]:
@@ -24,29 +25,66 @@ def micro_batches(n: int, size: int) -> list[slice]:
 
 
 @dataclass(frozen=True)
+class Share:
+    """This rank's part of a global batch, worked on `micro` rows at a time.
+
+    What an iteration returns as metrics is the rank's share of each: over the ranks they add up.
+    """
+
+    batch: int
+    micro: int
+    ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
+
+    @property
+    def rows(self) -> slice:
+        """This rank's rows of the global batch."""
+        return self.ranks.share(self.batch)
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def micro_batches(self) -> list[slice]:
+        """Slices of this rank's own rows, counted from 0."""
+        return micro_batches(len(self), self.micro)
+
+    def of(self, draw: Tensor, device: torch.device) -> Tensor:
+        """This rank's rows of a draw that was made for the global batch."""
+        return draw[self.rows].to(device)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A rank's share of a metric that every rank knows in full."""
+        return value / self.ranks.size
+
+
+@dataclass(frozen=True)
 class FakeScoreTrainer:
-    """`consistency` is γ; `max_delta` in thousandths; `micro` rows a backward pass."""
+    """`consistency` is γ; `max_delta` in thousandths."""
 
     role: Role
     updater: Updater
     randomness: Randomness
+    share: Share
     eta: float
-    micro: int
     consistency: float
     form: str = "two_sample"
     max_delta: int = 200
 
-    def draws(self, draw: int, s: Tensor, shape: tuple[int, ...]) -> FakeScoreDraws:
-        """The global batch's levels and noises; `draw` counts the updates of the run."""
-        random, device, n = self.randomness, s.device, shape[0]
-        delta = random.integers("fake/delta", draw, 1, self.max_delta + 1, (n,)).to(device)
+    def draws(self, draw: int, x_s: Tensor, s: Tensor) -> FakeScoreDraws:
+        """Levels and noises of this rank's rows; `draw` counts the updates of the run."""
+        random, n = self.randomness, self.share.batch
+        shape = (n, *x_s.shape[1:])
+
+        def mine(values: Tensor) -> Tensor:
+            return self.share.of(values, s.device)
+
+        delta = mine(random.integers("fake/delta", draw, 1, self.max_delta + 1, (n,)))
         return FakeScoreDraws(
-            t=renoise_level(s, random.uniform("fake/t", draw, (n,), device=device)),
-            noise=random.normal("fake/noise", draw, shape, device=device),
+            t=renoise_level(s, mine(random.uniform("fake/t", draw, (n,)))),
+            noise=mine(random.normal("fake/noise", draw, shape)),
             delta=delta.to(s.dtype) / 1000,
             transition_noise=(
-                random.normal("fake/a", draw, shape, device=device),
-                random.normal("fake/b", draw, shape, device=device),
+                mine(random.normal("fake/a", draw, shape)),
+                mine(random.normal("fake/b", draw, shape)),
             ),
         )
 
@@ -56,13 +94,13 @@ class FakeScoreTrainer:
         draw: int,
         x_s: Tensor,
         s: Tensor,
-        cond: Conditioning,
+        cond: Conditioning | Grouped,
         prompts: Sequence[Prompt],
     ) -> dict[str, Tensor]:
-        """One optimizer step on boundary samples x_s (B, ...) at levels s (B,)."""
-        draws = self.draws(draw, s, tuple(x_s.shape))
+        """One optimizer step on this rank's boundary samples x_s (b, ...) at levels s (b,)."""
+        draws = self.draws(draw, x_s, s)
         metrics: dict[str, Tensor] = {}
-        for rows in micro_batches(len(x_s), self.micro):
+        for rows in self.share.micro_batches():
             losses, parts = fake_score_objective(
                 self.role.field(cond[rows]),
                 x_s[rows],
@@ -72,11 +110,11 @@ class FakeScoreTrainer:
                 self.eta,
                 self.form,
             )
-            require_finite(step, "the fake-score loss", losses, prompts[rows])
-            (losses.sum() / len(x_s)).backward()
+            self.updater.watch("the fake-score loss", losses, prompts[rows])
+            (losses.sum() / self.share.batch).backward()
             for name, values in parts.items():
-                metrics[name] = metrics.get(name, 0) + values.sum() / len(x_s)
-        metrics["fake_score/grad_norm"] = self.updater.apply(step)
+                metrics[name] = metrics.get(name, 0) + values.sum() / self.share.batch
+        metrics["fake_score/grad_norm"] = self.share.whole(self.updater.apply(step))
         return metrics
 
 
@@ -90,21 +128,21 @@ class Matching:
     teacher: Role
     fake_score: Role
     randomness: Randomness
+    share: Share
     guidance: float
     eta: float
-    micro: int
 
     def gradient(
-        self, stream: str, draw: int, x_s: Tensor, s: Tensor, conditioning: Conditioning
+        self, stream: str, draw: int, x_s: Tensor, s: Tensor, conditioning: Conditioning | Grouped
     ) -> Tensor:
-        """g at x_s (B, ...), levels s (B,), in micro-batches; no graph."""
-        shape, device = tuple(x_s.shape), x_s.device
-        random = self.randomness
-        t = renoise_level(s, random.uniform(f"{stream}/t", draw, shape[:1], device=device))
-        noise = random.normal(f"{stream}/noise", draw, shape, device=device)
-        z = random.normal(f"{stream}/z", draw, shape, device=device)
+        """g at this rank's x_s (b, ...), levels s (b,), in micro-batches; no graph."""
+        shape, device = (self.share.batch, *x_s.shape[1:]), x_s.device
+        random, share = self.randomness, self.share
+        t = renoise_level(s, share.of(random.uniform(f"{stream}/t", draw, shape[:1]), device))
+        noise = share.of(random.normal(f"{stream}/noise", draw, shape), device)
+        z = share.of(random.normal(f"{stream}/z", draw, shape), device)
         parts = []
-        for rows in micro_batches(len(x_s), self.micro):
+        for rows in share.micro_batches():
             cond = conditioning[rows]
             parts.append(
                 matching_gradient(

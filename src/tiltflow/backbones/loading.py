@@ -1,0 +1,92 @@
+"""A pipeline's networks out of its directory: whole ones, by safetensors, or an error."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from tiltflow.backbones.files import absent_parts, pipeline_index, read_json
+from tiltflow.sentences import first_sentence
+
+
+def load_pipeline(
+    pipeline_class: Any,
+    path: str | Path,
+    *,
+    transformer_class: Any,
+    encoders: tuple[str, ...],
+    parts: str,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+) -> Any:
+    """The pipeline with its networks, on the CPU.
+
+    `parts` "image" leaves text encoders and tokenizers out. "text" leaves the autoencoder out and
+    gives the transformer without weights, for what an encoder has to know of its configuration.
+
+    Raises:
+        ValueError: if a part cannot be loaded, or lacks weights.
+    """
+    root = Path(path)
+    given: dict[str, Any] = dict(absent_parts(root))
+    present = [name for name in encoders if name not in given]
+    if parts == "image":
+        given |= {name: None for part in present for name in (part, _tokenizer(part))}
+    else:
+        given |= {part: load_part(root, part, dtype) for part in present}
+    if parts == "text":
+        given |= {"vae": None, "transformer": _without_weights(root, transformer_class)}
+    else:
+        given["transformer"] = load_part(root, "transformer", dtype)
+        given["vae"] = load_part(root, "vae", vae_dtype)
+    try:
+        return pipeline_class.from_pretrained(str(root), local_files_only=True, **given)
+    except Exception as error:
+        raise ValueError(f"{root} cannot be loaded: {first_sentence(error)}") from error
+
+
+def load_part(root: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    """One network, frozen, of the class that the pipeline's index names.
+
+    Raises:
+        ValueError: if it cannot be loaded, or a weight is missing or of another shape: the
+            libraries would put random numbers in its place.
+    """
+    library, name = pipeline_index(root)[part]
+    try:
+        network, info = getattr(importlib.import_module(library), name).from_pretrained(
+            str(root),
+            subfolder=part,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a directory can make of two libraries
+        raise ValueError(f"{root / part} cannot be loaded: {first_sentence(error)}") from error
+    for key in ("missing_keys", "mismatched_keys"):
+        wrong = sorted(map(str, info[key]))
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            what = "lacks the weight" if key == "missing_keys" else "has another shape for"
+            raise ValueError(f"{root / part} {what} {wrong[0]}{more}")
+    return network.requires_grad_(False).eval()
+
+
+def _without_weights(root: Path, transformer_class: Any) -> nn.Module:
+    with init_empty_weights():
+        network: nn.Module = transformer_class.from_config(
+            read_json(root / "transformer" / "config.json")
+        )
+    return network
+
+
+def _tokenizer(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")

@@ -1,0 +1,87 @@
+"""What a run says when the machine's limits end it: memory, disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from tiltflow.checkpoint import latest_step
+from tiltflow.config import RunConfig
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def explained(cfg: RunConfig, ranks: int) -> Iterator[None]:
+    """Turns running out of memory or disk into a sentence that says what helps.
+
+    Raises:
+        MemoryError: in place of the allocator's error, with the settings that need less.
+        OSError: in place of a full disk's, with the checkpoint that is left.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MemoryError(f"out of memory ({first}); {memory_advice(cfg, ranks)}") from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reason = os.strerror(error.errno)
+        place = error.filename or cfg.run.out
+        raise OSError(
+            f"{error.strerror or reason} ({place}); {_left(Path(cfg.run.out))}"
+        ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an allocator's: the accelerator's, Python's, or torch's for main memory.
+
+    The last is a plain RuntimeError, known by its text alone.
+    """
+    texts = ("can't allocate memory", "not enough memory")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(text in str(error) for text in texts)
+
+
+def memory_advice(cfg: RunConfig, ranks: int) -> str:
+    """The settings that need less memory and are not at their least yet, the best first."""
+    train, model, tips = cfg.train, cfg.model, []
+    rows = min(train.micro, -(-train.batch_size // ranks))
+    if rows > 1:
+        tips.append(f"train.micro_batch_size={rows // 2} (now {rows})")
+    if not model.gradient_checkpointing and model.path != "mixture":
+        tips.append("model.gradient_checkpointing=true")
+    chunk = cfg.tilt.decode_chunk or train.micro
+    if cfg.stage == "tilt" and chunk > 1:
+        tips.append(f"tilt.decode_chunk={chunk // 2} (now {chunk})")
+    if model.dtype == "fp32":
+        tips.append("model.dtype=bf16")
+    if cfg.adapters.kind == "copies" and model.path != "mixture":
+        tips.append("adapters.kind=lora")
+    elif ranks > 1 and cfg.run.sharding == "replicated":
+        tips.append("run.sharding=fsdp2")
+    if not tips:
+        return "every setting that needs less memory is at its least: give it more, or more ranks"
+    return f"try {', '.join(tips)}"
+
+
+def _left(out: Path) -> str:
+    step = latest_step(out)
+    if step is None:
+        return "nothing was saved yet: free some space and start again"
+    return f"free some space and go on from step {step} with run.resume=true"
+
+
+def resume_command(out: Path, ranks: int) -> str:
+    """The command that goes on with a run, on the number of ranks that it had on this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    start = "tiltflow" if ranks == 1 else f"torchrun --nproc-per-node {here} -m tiltflow"
+    return f"{start} train {out / 'config.yaml'} run.resume=true"

@@ -1,0 +1,115 @@
+"""The options that `sample` and `evaluate` share, declared once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto")]
+
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option("--reward", help="NAME or NAME@PATH of its weights; repeatable"),
+]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What to sample from, and how, as the command line says it."""
+
+    model: Annotated[str, typer.Option("--model", help="pipeline directory or hub id")]
+    prompt: Annotated[str | None, typer.Option("--prompt", help="one prompt")] = None
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="prompt file or packaged set")
+    ] = None
+    few_step: Annotated[Path | None, typer.Option("--few-step", help="stage-1 LoRA folder")] = None
+    tilt_lora: Annotated[Path | None, typer.Option("--tilt-lora", help="stage-2 LoRA folder")] = (
+        None
+    )
+    tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1")] = 1.0
+    steps: Annotated[int, typer.Option("--steps", help="sampling steps of the students", min=1)] = 4
+    eta: Annotated[float, typer.Option("--eta", help="stochasticity, 0 to 1", min=0, max=1)] = 0.9
+    seed: Annotated[int, typer.Option("--seed", help="seed of the noise", min=0)] = 0
+    guidance: Annotated[float | None, typer.Option("--guidance", help="the teacher's guidance")] = (
+        None
+    )
+    teacher_steps: Annotated[
+        int, typer.Option("--teacher-steps", help="the teacher's steps", min=1)
+    ] = 50
+    batch: Annotated[int, typer.Option("--batch", help="images at a time", min=1)] = 16
+    device: Device = "auto"
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16")] = "fp32"
+    resolution: Annotated[int | None, typer.Option("--resolution", help="image side in pixels")] = (
+        None
+    )
+    generator: Annotated[
+        str | None,
+        typer.Option("--generator", help="the distilled pipeline that LoRAs sit on (klein)"),
+    ] = None
+
+    def request(
+        self, default_prompts: str | None = None, count: int | None = None, **more: Any
+    ) -> Any:
+        """The `Request` of these options and the first `count` prompts; `more` are fields of it
+        that only one command has.
+
+        Raises:
+            ValueError: if there is no prompt, or the dtype is unknown.
+        """
+        from tiltflow.build import DTYPES
+        from tiltflow.commands.evaluate import Request
+        from tiltflow.prompts import Prompt, load_prompts
+
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
+        source = self.prompts if self.prompts or self.prompt is not None else default_prompts
+        if (self.prompt is None) == (source is None):
+            raise ValueError("give either --prompt TEXT or --prompts FILE")
+        chosen = load_prompts(source) if source is not None else [Prompt(str(self.prompt))]
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        del given["prompt"]
+        given |= {"prompts": chosen[:count], "generator_path": given.pop("generator")}
+        return Request(**given, **more)
+
+
+def sampling_options(batch: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command, in the place of its first parameter, the options of `SamplingOptions`,
+    with `batch` for the default of --batch; it is called with them as one object."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        shared = list(inspect.signature(SamplingOptions, eval_str=True).parameters.values())
+        shared = [p.replace(default=batch) if p.name == "batch" else p for p in shared]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        names = [p.name for p in shared]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            command(SamplingOptions(**{name: given.pop(name) for name in names}), **given)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return wrap
+
+
+def named_rewards(given: Sequence[str]) -> Mapping[str, str | None]:
+    """NAME or NAME@PATH as names, each with the path of its weights or None.
+
+    Raises:
+        ValueError: if a name is given twice.
+    """
+    rewards: dict[str, str | None] = {}
+    for text in given:
+        name, _, path = text.partition("@")
+        if name in rewards:
+            raise ValueError(f"the reward {name!r} is given twice")
+        rewards[name] = path or None
+    return rewards

@@ -1,0 +1,207 @@
+"""Ranks: the one file that imports torch.distributed.
+
+The base is replicated (or sharded by FSDP2), every rank works on its rows of the global batch, and
+gradients are added up by one flat all-reduce: no wrapper around the network, because a wrapper
+that waits for every parameter's gradient does not go with switched adapters. A process of its own
+is the one rank whose sums are the values themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits: rank 0 may be saving, or one rank's rewards may be slow."""
+LINGER = 10.0
+"""Seconds that a rank waits after it lost another, so that torchrun sees the real failure first."""
+
+
+class PeerLost(RuntimeError):
+    """Another rank is gone, so this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the `size` ranks of a job.
+
+    Raises (all that communicate):
+        PeerLost: if another rank is gone.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank logs and saves."""
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """This rank's rows of n: in rank order, all of them together n, at most one apart."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def gather(self, part: Tensor, n: int) -> Tensor:
+        """All n rows from every rank's `share(n)` of them: (b, ...) to (n, ...)."""
+        if self.size == 1:
+            return part
+        whole = part.new_zeros(n, *part.shape[1:])
+        whole[self.share(n)] = part
+        self._all_reduce(whole)
+        return whole
+
+    def spread(self, n: int) -> list[int]:
+        """Indices below n, as many on every rank (the last one repeated), for `collect`.
+
+        Equal numbers, because ranks that share a sharded network must call it equally often.
+        """
+        each = -(-n // self.size)
+        return [min(i, n - 1) for i in range(each * self.rank, each * (self.rank + 1))]
+
+    def collect(self, part: Tensor, n: int) -> Tensor:
+        """The n rows of which every rank made its `spread(n)`."""
+        return self.gather(part, len(part) * self.size)[:n]
+
+    @torch.no_grad()
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up tensors of one dtype and device over the ranks, in place, in one all-reduce."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self._all_reduce(flat)
+        _unpack(flat, tensors)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums of plain numbers over the ranks; the accelerator is not involved."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        self._all_reduce(sums)
+        return list(sums.tolist())
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self.total([float(flag)])[0] > 0
+
+    def from_main(self, value: int) -> int:
+        """Rank 0's value."""
+        return int(self.total([float(value) if self.main else 0.0])[0])
+
+    @torch.no_grad()
+    def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
+        """Gives every rank the values of rank 0's tensors (one dtype and device), in place."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with self._peers("broadcast"):
+            dist.broadcast(flat, src=0)
+        _unpack(flat, tensors)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The body on rank 0, and after that on the others: for files that rank 0 puts in order."""
+        if not self.main:
+            self.total([0.0])
+        yield
+        if self.main:
+            self.total([0.0])
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        with self._peers("all-reduce"):
+            dist.all_reduce(tensor)
+
+    @contextmanager
+    def _peers(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise PeerLost(
+                f"rank {self.rank} of {self.size} lost another rank (in {what}); "
+                "the failed rank's own message, or torchrun's below, says which and why"
+            ) from error
+
+
+def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, part in zip(tensors, flat.split(sizes), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def is_main() -> bool:
+    """Whether torchrun's environment says that this process is rank 0 (true without torchrun)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def ranks_of_job(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun's environment describes, joined into one group; one without it.
+
+    With an accelerator, the process's default device becomes its own one of them.
+
+    Raises:
+        ValueError: if `device` names one device for several ranks, or there are too few.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+        return
+    _claim(device, size)
+    backend = "gloo"
+    if device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    try:
+        yield ranks
+    except PeerLost as error:
+        print(f"tiltflow: {error}", file=sys.stderr, flush=True)
+        time.sleep(LINGER)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _claim(device: torch.device, size: int) -> None:
+    """Makes the accelerator of this process's local rank the default one."""
+    if device.type == "cpu":
+        return
+    if device.index is not None:
+        raise ValueError(f"run.device={device} is one device for {size} ranks: leave out the index")
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if local >= found:
+        raise ValueError(
+            f"local rank {local} has no {device.type} device, there are {found}: "
+            f"give torchrun --nproc-per-node {found}"
+        )
+    torch.accelerator.set_device_index(local)
+
+
+def shard(network: nn.Module, device: torch.device) -> None:
+    """FSDP2 over the frozen weights of a network: each of its blocks, then the rest.
+
+    Trainable weights and other adapters stay whole on every rank, where `Ranks.sum_` adds up
+    their gradients, so that nothing else knows of the sharding. What is frozen needs no
+    reduction, only the all-gather of one block at a time.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = {p for name, p in network.named_parameters() if p.requires_grad or ".lora_" in name}
+    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    for block in [block for blocks in lists for block in blocks]:
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    fully_shard(network, mesh=mesh, ignored_params=whole)

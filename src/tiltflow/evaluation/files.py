@@ -1,0 +1,156 @@
+"""The files of an evaluation: `evaluation.json`, and beside it the scores prompt by prompt."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tiltflow.evaluation.scores import Evaluation, PromptLike
+from tiltflow.paths import write_whole
+
+NAME = re.compile(r"[A-Za-z0-9][\w .=:@-]*")
+"""Systems' names are folders' names as well: no separators, and nothing that starts with a dot."""
+
+Interval = tuple[float, float]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class _Score(_Part):
+    mean: float
+    ci95: Interval
+
+
+class _System(_Part):
+    nfe: int
+    scores: dict[str, _Score]
+
+
+class _Comparison(_Part):
+    a: str
+    b: str
+    reward: str
+    difference: float
+    ci95: Interval
+    p_value: float
+
+
+class _Evaluation(_Part):
+    prompts: int
+    systems: Annotated[dict[str, _System], Field(min_length=1)]
+    comparisons: list[_Comparison] = []
+
+
+@dataclass(frozen=True)
+class StoredScores:
+    """The scores of an evaluation: `scores[system][reward]` are values (N,) by prompt, not a
+    number where a prompt was not measured; `prompts` are the N texts."""
+
+    prompts: tuple[str, ...]
+    scores: dict[str, dict[str, NDArray[np.float64]]]
+
+
+def write_evaluation(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Write `evaluation.json`.
+
+    Raises:
+        ValueError: if a figure is not finite.
+    """
+    text = json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_whole(Path(path), text)
+
+
+def scores_path(path: Path) -> Path:
+    """Where the scores of the evaluation at `path` lie: evaluation.scores.jsonl."""
+    return path.with_suffix(".scores.jsonl")
+
+
+def write_scores(path: Path, evaluation: Evaluation, prompts: Sequence[PromptLike]) -> None:
+    """Write `path`, one JSON object a prompt: {"prompt": TEXT, "scores": {SYSTEM: {REWARD: x}}}.
+
+    What was measured on some of the prompts only (diversity) stands at these.
+    """
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt.text, "scores": {system: {} for system in evaluation.scores}}
+        for prompt in prompts
+    ]
+    for system, table in evaluation.scores.items():
+        for reward, values in table.items():
+            at = evaluation.measured.get(reward, range(len(prompts)))
+            for index, value in zip(at, values, strict=True):
+                rows[index]["scores"][system][reward] = float(value)
+    lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows]
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def read_scores(path: Path) -> StoredScores:
+    """What `write_scores` wrote.
+
+    Raises:
+        ValueError: if there is no such file, or a line of it is none of an evaluation.
+    """
+    if not path.is_file():
+        raise ValueError(f"there are no scores at {path}: run tiltflow evaluate again")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        try:
+            row = json.loads(line)
+            rows.append((str(row["prompt"]), {s: dict(t) for s, t in row["scores"].items()}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number} holds no scores of an evaluation") from error
+    names = {s: dict.fromkeys(r for _, table in rows for r in table.get(s, {})) for s in _all(rows)}
+    scores = {
+        system: {
+            reward: np.array([table.get(system, {}).get(reward, np.nan) for _, table in rows])
+            for reward in rewards
+        }
+        for system, rewards in names.items()
+    }
+    return StoredScores(tuple(text for text, _ in rows), scores)
+
+
+def _all(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """The systems of all rows, in order."""
+    return list(dict.fromkeys(system for _, table in rows for system in table))
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """An `evaluation.json`, or the one in a run directory.
+
+    Raises:
+        ValueError: if the file is missing or no evaluation, saying what is wrong in it.
+    """
+    path = evaluation_path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no evaluation at {path}: run tiltflow evaluate --json {path}")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(summary, dict) or "systems" not in summary:
+        raise ValueError(f"{path} is no evaluation (it has no systems)")
+    try:
+        _Evaluation.model_validate(summary)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is no evaluation ({place}: {first['msg']})") from error
+    for name in summary["systems"]:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{path} has a system called {name!r}, which is no plain name")
+    return {"comparisons": [], **summary}
+
+
+def evaluation_path(path: Path) -> Path:
+    """The evaluation.json of a directory, or the file itself."""
+    return path / "evaluation.json" if path.is_dir() else path

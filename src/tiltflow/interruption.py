@@ -1,0 +1,61 @@
+"""Stopping in good order: a signal asks, the loop saves and ends; waits in between give way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+REPEAT = 1.0
+"""Seconds within which a second signal is the first one's echo: a launcher passes it on as well."""
+
+_asked: list[threading.Event] = []
+"""The event of the `interruptible` block that is open in this process, if one is."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop during a `pause`."""
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets; a later second one interrupts at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    first = 0.0
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal first
+        if stopped.is_set() and time.monotonic() - first > REPEAT:
+            raise KeyboardInterrupt
+        if not stopped.is_set():
+            first = time.monotonic()
+        stopped.set()
+
+    for s in before:
+        signal.signal(s, handle)
+    _asked.append(stopped)
+    try:
+        yield stopped
+    finally:
+        _asked.remove(stopped)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def pause(seconds: float) -> None:
+    """Sleeps; inside an `interruptible` block, no longer than until a signal asks to stop.
+
+    Raises:
+        Stopped: if one did.
+    """
+    if not _asked:
+        time.sleep(seconds)
+    elif _asked[-1].wait(seconds):
+        raise Stopped

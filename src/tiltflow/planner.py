@@ -1,0 +1,332 @@
+"""What a run will hold in a device's memory, before anything of it is loaded.
+
+What lies there throughout is counted from shapes: weights, adapters, gradients, optimizer states,
+the global batch's latents and conditioning. What comes and goes is measured and not guessed: each
+phase of an iteration runs once, one micro-batch of it, on the meta device, where every operation
+makes its result in shape only, and `Tally` adds up the storages that are alive at a time.
+
+Not counted: the allocator's fragmentation and the libraries' own memory (`OVERHEAD` stands for
+both), and reward models, whose weights are a reward's own affair.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tiltflow.backbones.base import Conditioning
+from tiltflow.backbones.meta import META
+from tiltflow.backbones.pipeline import PipelineBackbone, input_dtype
+from tiltflow.objectives.distribution_matching import matching_gradient, matching_loss
+from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
+from tiltflow.objectives.reward_backprop import reward_gradient
+from tiltflow.roles import AdapterSettings, Roles, adapter_roles, copy_roles
+from tiltflow.rollout import Rollout, attach, rollout
+
+GIB = 2**30
+OVERHEAD = 1.5 * GIB
+"""CUDA's context, cuBLAS's and cuDNN's workspaces, and the allocator's rounding: a round figure."""
+
+
+class Tally(TorchDispatchMode):
+    """Bytes of the storages that operations make, while they live: `live` now, `peak` so far."""
+
+    def __init__(self, *held: nn.Module | Tensor) -> None:
+        """Storages of `held` are there already and not counted."""
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, int] = {}
+        for thing in held:
+            for tensor in [thing] if isinstance(thing, Tensor) else _tensors(thing):
+                self._note(tensor.untyped_storage(), counted=False)
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage(), counted=True)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage, counted: bool) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = storage.nbytes() if counted else 0
+        weakref.finalize(storage, self._forget, key)
+        self.live += self._known[key]
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._known.pop(key)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention that keeps what a fused kernel keeps: its operands, its result and its row sums.
+
+    On the meta device torch would take the plain one, with its matrix of all pairs of tokens. The
+    function itself is replaced: a torch function mode is suspended inside a backward pass, where
+    checkpointing runs the forward pass again.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _Fused.apply(query, key, value)
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=META)
+        sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=META)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run does, as far as its memory goes; the names are the recipe's.
+
+    `tilt` None is stage 1. `fused` says whether attention is a fused kernel (GPUs) or the plain
+    one that training takes on a CPU.
+    """
+
+    batch: int
+    micro: int
+    steps: int
+    guidance: float
+    consistency: bool
+    adapters: AdapterSettings | None
+    checkpointing: bool = False
+    tilt: TiltJob | None = None
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class TiltJob:
+    """Stage 2's own: group size, rows decoded at once, whether rewards are back-propagated."""
+
+    group: int
+    decode_chunk: int
+    backprop: bool
+    stage_one: AdapterSettings | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes: `held` throughout by what they are, and in each phase of an iteration on top.
+
+    `encoding` is before training: the text encoders, which are loaded by themselves.
+    """
+
+    held: Mapping[str, int]
+    phases: Mapping[str, int]
+    encoding: int
+
+    @property
+    def worst(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def peak(self) -> int:
+        """The most that an iteration needs, without `OVERHEAD`."""
+        return sum(self.held.values()) + self.phases[self.worst]
+
+    def fits(self, memory: float) -> bool:
+        """Whether a device with `memory` bytes will do."""
+        return max(self.peak, self.encoding) + OVERHEAD <= memory
+
+
+def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> Plan:
+    """The memory of a run on the pipelines that `make` makes (on the meta device; called twice).
+
+    `encoders` are the bytes of the text encoders, which are gone before training.
+    """
+    roles = _roles(make, job)
+    backbone = roles.generator.backbone
+    assert isinstance(backbone, PipelineBackbone)
+    trained = [roles.generator, roles.fake_score]
+    for role in trained:  # the gradients of a micro-batch before, which the next one adds to
+        for parameter in role.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+    every = [*trained, roles.ema, *([roles.reference] if roles.reference else [])]
+    sizes = {role.name: _bytes(role.parameters.values()) for role in every}
+    bases = {id(b): b for b in (backbone.student_base, backbone.teacher_base)}
+    own = {id(p) for role in every for p in role.parameters.values()}
+    held = {
+        "base weights": sum(
+            _bytes(t for t in _tensors(b) if id(t) not in own) for b in bases.values()
+        ),
+        "autoencoder": _bytes(_tensors(backbone.vae)),
+        "adapters and EMA": sum(sizes.values()),
+        "optimizer states": 2 * sum(sizes[role.name] for role in trained),
+        "gradients": max(sizes[role.name] for role in trained),
+        "conditioning": _conditioning_bytes(backbone, job),
+    }
+    latents = job.batch * _latent_bytes(backbone)
+    phases = {}
+    for name, copies, run in _phases(roles, backbone, job):
+        phases[name] = copies * latents + _traced(run, job.fused, roles, backbone)
+    if job.fused:  # on a GPU, AdamW works on all parameters at once, with a temporary of each
+        phases["optimizer step"] = (job.steps + 1) * latents + held["gradients"]
+    return Plan(held, phases, encoders)
+
+
+def _roles(make: Callable[[], PipelineBackbone], job: Job) -> Roles:
+    """The run's roles; adapters are made on the meta device too."""
+    with META:
+        if job.adapters is None:
+            backbone = make()
+            few_step: dict[str, Tensor] | None = None
+            if job.tilt is not None:
+                few_step = dict(backbone.student_base.named_parameters())
+            return copy_roles(backbone, seed=0, few_step=few_step, checkpointing=job.checkpointing)
+        below = None
+        if job.tilt is not None:
+            first = job.tilt.stage_one or job.adapters
+            below = (first, adapter_roles(make(), first, seed=0).generator.state())
+        return adapter_roles(
+            make(), job.adapters, seed=0, few_step=below, checkpointing=job.checkpointing
+        )
+
+
+Phase = tuple[str, int, Callable[[], object]]
+
+
+def _phases(roles: Roles, backbone: PipelineBackbone, job: Job) -> list[Phase]:
+    """Name, how many latents of the global batch are alive, and one micro-batch's work.
+
+    The numbers of latents are read off `train/`: K + 1 states of the trajectory, and what a phase
+    adds. A rollout has its first noise, its steps' noise, and its states once by micro-batches
+    and once joined; a fake-score update three draws (and in stage 2 the boundaries stacked).
+    """
+    states = job.steps + 1
+    stacked = states if job.tilt else 0
+    phases: list[Phase] = [
+        ("rollout", 1 + 2 * job.steps + states, lambda: _rollout(roles, backbone, job)),
+        ("fake score", states + stacked + 3, lambda: _fake_score(roles, backbone, job)),
+        ("matching", states + 4, lambda: _matching(roles, backbone, job)),
+        ("generator", states + 1, lambda: _generator(roles, backbone, job)),
+    ]
+    if job.tilt is not None:
+        chunk = job.tilt.decode_chunk
+        phases.append(("scoring", states, lambda: _score(backbone, chunk)))
+    return phases
+
+
+def _traced(
+    run: Callable[[], object], fused: bool, roles: Roles, backbone: PipelineBackbone
+) -> int:
+    """The peak of what `run` makes."""
+    attention: AbstractContextManager[Any] = fused_attention() if fused else nullcontext()
+    networks = {id(r.network): r.network for r in (roles.generator, roles.fake_score)}
+    networks |= {id(r.network): r.network for r in (roles.teacher, roles.ema)}
+    gradients = [p.grad for n in networks.values() for p in n.parameters() if p.grad is not None]
+    with Tally(*networks.values(), backbone.vae, *gradients) as tally, attention:
+        run()
+    return tally.peak
+
+
+def _rollout(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
+    x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
+    # meta tensors have no values to compare with 0, so the grid stays on the CPU
+    return rollout(roles.generator, x, _grid(job), cond, 0.5, lambda k: x, stop=1)
+
+
+def _fake_score(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
+    x, level = _latents(backbone, job.micro), torch.empty(job.micro, device=META)
+    losses, _ = fake_score_objective(
+        roles.fake_score.field(_conditioning(backbone, job.micro)),
+        x,
+        level,
+        FakeScoreDraws(level, x, level, (x, x)),
+        0.01 if job.consistency else 0.0,
+        0.5,
+    )
+    return losses.sum().backward()
+
+
+def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
+    x, level = _latents(backbone, job.micro), torch.empty(job.micro, device=META)
+    cond = _conditioning(backbone, job.micro)
+    teacher = roles.teacher.field(cond, job.guidance)
+    return matching_gradient(x, level, level, x, x, teacher, roles.fake_score.field(cond), 0.5)
+
+
+def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
+    x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
+    trajectory = Rollout(_grid(job), (x, x), cond, 0.5)
+    x_next, _, _ = attach(roles.generator, trajectory, 0)
+    losses = matching_loss(x_next, x)
+    if job.tilt is not None and job.tilt.backprop:
+        _, pull = reward_gradient(
+            x_next,
+            backbone.decode,
+            lambda images, rows: images.flatten(1).mean(1),
+            3.0,
+            job.tilt.decode_chunk,
+        )
+        losses = losses + (x_next * pull).flatten(1).sum(1)
+    return losses.sum().backward()
+
+
+@torch.no_grad()
+def _score(backbone: PipelineBackbone, chunk: int) -> object:
+    return backbone.decode(_latents(backbone, chunk))
+
+
+def _grid(job: Job) -> Tensor:
+    return torch.linspace(1, 0, job.steps + 1)
+
+
+def _latents(backbone: PipelineBackbone, rows: int) -> Tensor:
+    return torch.empty(rows, *backbone.latent_shape, device=META)
+
+
+def _latent_bytes(backbone: PipelineBackbone) -> int:
+    return _latents(backbone, 1).nbytes
+
+
+def _conditioning(backbone: PipelineBackbone, rows: int) -> Conditioning:
+    dtype = input_dtype(backbone.teacher_base)
+    side = {
+        key: torch.empty(rows, *shape, dtype=dtype, device=META)
+        for key, shape in backbone.conditioning_shapes().items()
+    }
+    return Conditioning(side, side)
+
+
+def _conditioning_bytes(backbone: PipelineBackbone, job: Job) -> int:
+    """The global batch's conditioning, a group's prompt once; the negative is one row."""
+    prompts = job.batch // (job.tilt.group if job.tilt else 1)
+    return (prompts + 1) * sum(t.nbytes for t in _conditioning(backbone, 1).positive.values())
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.nbytes for t in tensors)

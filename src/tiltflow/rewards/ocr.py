@@ -1,0 +1,105 @@
+"""OCR: how much of the text that a prompt asks for can be read off the image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tiltflow.rewards.base import Metadata
+
+# Straight double quotes, or typographic ones. Single ones are apostrophes too often.
+QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»')
+
+
+class OCR:
+    """1 − min(d, n)/n in [0, 1], with d the edit distance from the text read off the image to the
+    quoted text of the prompt and n the length of the latter; 1 where the one contains the other.
+
+    Spaces and case do not count. This is Flow-GRPO's `ocr.py` (yifan123/flow_grpo), with the
+    PyPI package `rapidocr` in place of PaddleOCR. A prompt with several quotations asks for all
+    of them, in order; the published score looks at the first. Not differentiable; runs on the CPU.
+
+    Raises:
+        ValueError: if `rapidocr` is not installed, or a prompt quotes no text.
+    """
+
+    name = "ocr"
+    differentiable = False
+    domain = "images"
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        try:
+            from rapidocr import RapidOCR
+        except ImportError as error:
+            raise ValueError(
+                "it needs rapidocr and onnxruntime: pip install 'tiltflow[ocr]'"
+            ) from error
+        settings = {
+            "Global.log_level": "error",
+            # As PaddleOCR 2 in Flow-GRPO: no look at which way up text is, images as they are up
+            # to 960 pixels. (rapidocr's own default enlarges the shorter side to 736.)
+            "Global.use_cls": False,
+            "Det.limit_type": "max",
+            "Det.limit_side_len": 960,
+            "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+        self.engine: Any = RapidOCR(params=settings)
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        targets = [quoted_text(prompt) for prompt in prompts]
+        pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+        arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        scores = [
+            text_score(self.read(array), target)
+            for array, target in zip(arrays, targets, strict=True)
+        ]
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def read(self, image: NDArray[np.uint8]) -> str:
+        """All text found in an image (H, W, 3) of RGB, from top to bottom."""
+        found = self.engine(np.ascontiguousarray(image[..., ::-1]))  # it expects BGR
+        return " ".join(found.txts or ())
+
+
+def quoted_text(prompt: str) -> str:
+    """What the prompt quotes, in order, joined by spaces.
+
+    Raises:
+        ValueError: if it quotes nothing that has a letter, digit or sign in it.
+    """
+    texts = ["".join(groups).strip() for groups in QUOTED.findall(prompt)]
+    text = " ".join(filter(None, texts))
+    if not text:
+        raise ValueError(f'the prompt {prompt!r} has no "quoted text" to look for')
+    return text
+
+
+def text_score(read: str, target: str) -> float:
+    """1 − min(edit distance, length)/length of the target, without spaces and case."""
+    got, want = _normalised(read), _normalised(target)
+    if want in got:
+        return 1.0
+    return 1 - min(edit_distance(got, want), len(want)) / len(want)
+
+
+def _normalised(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's distance: the fewest insertions, deletions and substitutions from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]

@@ -1,0 +1,173 @@
+"""Malformed recipes, settings, prompt files, command lines and evaluations."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+
+from malformed import Case, Make, run, text
+from malformed import both as all_of
+
+TRAIN = "train demo_cold_start run.device=cpu "
+TILT = "train demo_tilt run.device=cpu model.few_step=x "
+MODEL = TRAIN + "model.path=model model.autocast=null data.prompts=prompts.txt "
+PROMPTS = TRAIN + "data.prompts="
+SAMPLE = "sample --device cpu --prompt 'a cat' --out images --model "
+EVALUATE = "evaluate --device cpu --prompts prompts.txt --model model "
+COMPARE = "compare evaluation.json"
+
+SCORE = {"mean": 0.5, "ci95": [0.4, 0.6]}
+EVALUATION = {
+    "prompts": 2,
+    "systems": {"teacher": {"nfe": 8, "scores": {"shapes": SCORE}}},
+    "comparisons": [],
+}
+IMAGES = "run/evaluation.images"
+_SIZE = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+BOMB = b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + _SIZE + struct.pack(">I", zlib.crc32(_SIZE))
+"""A PNG file that ends after its header."""
+
+
+def recipe(what: str, content: str | bytes) -> Case:
+    return Case(what, "train mine.yaml", text("mine.yaml", content))
+
+
+def prompts(what: str, name: str, content: str | bytes) -> Case:
+    return Case(what, PROMPTS + name, text(name, content))
+
+
+def evaluation(what: str, **changes: object) -> Case:
+    return Case(what, COMPARE, text("evaluation.json", json.dumps(EVALUATION | changes)))
+
+
+def score(what: str, value: object, name: str = "teacher") -> Case:
+    """An evaluation of one system whose scores are `value`."""
+    return evaluation(what, systems={name: {"nfe": 8, "scores": value}})
+
+
+def report(what: str, *makes: Make) -> Case:
+    """A run directory with an evaluation, a prompt, and what `makes` add."""
+    return Case(
+        what,
+        "report run",
+        all_of(
+            text("run/config.yaml", "stage: tilt\n"),
+            text("run/evaluation.json", json.dumps(EVALUATION)),
+            text(f"{IMAGES}/prompts.txt", "a cat\n"),
+            *makes,
+        ),
+    )
+
+
+SETTINGS = [
+    Case("a recipe's name with a typing error", "train demo_cold_strat"),
+    Case("a recipe file that is not there", "train mine.yaml"),
+    recipe("a recipe that is not UTF-8", b"stage: \xff"),
+    recipe("a recipe that is a list", "- a\n- b\n"),
+    recipe("YAML that is none", "stage: [tilt\n"),
+    recipe("a key twice", "stage: tilt\nstage: tilt\n"),
+    recipe("a YAML tag that would run a command", "stage: !!python/object/apply:os.system [ls]\n"),
+    recipe("YAML aliases", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"),
+    recipe("YAML nested 5,000 deep", "a: " + "[" * 5000),
+    recipe("a recipe without a model", "stage: tilt\nrun: {out: x}\n"),
+    Case("a YAML tag in a setting", TRAIN + "'train.steps=!!python/name:os.system'"),
+    Case("a setting without =", TRAIN + "train.steps"),
+    Case("an unknown key", TRAIN + "trian.steps=3"),
+    Case("an unknown key in a section", TRAIN + "train.step=3"),
+    Case("a word for a number", TRAIN + "train.steps=ten"),
+    Case("no steps", TRAIN + "train.steps=0"),
+    Case("a rate that is not finite", TRAIN + "train.generator_lr=.nan"),
+    Case("a number in quotes", TRAIN + "'train.steps=\"3\"'"),
+    Case("a setting below a number", TRAIN + "train.steps.more=3"),
+    Case("an unknown stage", TRAIN + "stage=warm_start"),
+    Case("the other stage's section", TRAIN + "tilt.subset=2"),
+    Case("rewards in stage 1", TRAIN + "rewards.shapes=1.0"),
+    Case("stage 2 without stage 1", TILT + "model.few_step=null"),
+    Case("stage 2 on nothing", TILT),
+    Case("stage 2 without rewards", TILT + "rewards={}"),
+    Case("a reward of weight 0", TILT + "rewards.shapes=0"),
+    Case("a reward without a weight", TILT + "'rewards={shapes: {}}'"),
+    Case("micro-batches that do not divide", TRAIN + "train.micro_batch_size=7"),
+    Case("groups that do not divide", TILT + "tilt.group_size=7"),
+    Case("more trained steps than there are", TILT + "tilt.subset=4"),
+    Case("a policy without noise", TILT + "sampler.eta=0"),
+    Case("an odd resolution", TRAIN + "model.resolution=30"),
+    Case("the mixture with a path", TRAIN + "model.family=mixture"),
+    Case("a device that does not exist", "train demo_cold_start run.device=gpu"),
+    Case("a device that is not here", "train demo_cold_start run.device=xpu:7"),
+    Case("a run that is there already", TRAIN + "run.out=run", run()),
+    Case("a cache where a file stands", MODEL + "data.cache=prompts.txt", model="sd35m"),
+    Case("embeddings of the mixture", "encode mixture_cold_start"),
+    Case("embeddings without a cache", "encode demo_cold_start data.cache=off"),
+]
+
+FILES = [
+    Case("no such file", PROMPTS + "none.txt"),
+    Case("no such packaged set", PROMPTS + "shapes-trian"),
+    Case("a directory", PROMPTS + "."),
+    prompts("another format", "p.csv", "a,b\n"),
+    prompts("an empty file", "p.txt", "\n \n"),
+    prompts("Latin-1 text", "p.txt", b"caf\xe9\n"),
+    prompts("a broken line", "p.jsonl", '"a"\n{"b\n'),
+    prompts("no prompt", "p.jsonl", '{"tag": "x"}\n'),
+    prompts("an empty prompt", "p.jsonl", '{"text": " "}'),
+    prompts("a number", "p.json", '["a", 3]'),
+    prompts("an object", "p.json", '{"prompt": "a"}'),
+    prompts("half a letter", "p.json", '["\\ud800"]'),
+    prompts("deep JSON", "p.json", "[" * 200_000),
+    prompts("parquet without pyarrow", "p.parquet", "PAR1"),
+    Case("held-out prompts", TRAIN + "data.eval_prompts=p.json", text("p.json", "[1]")),
+]
+
+LINES = [
+    Case("an unknown command", "trian demo_cold_start"),
+    Case("no recipe", "train"),
+    Case("an unknown option", SAMPLE + "model --stpes 4"),
+    Case("a word for a number", SAMPLE + "model --seed abc"),
+    Case("no steps", SAMPLE + "model --steps 0"),
+    Case("a strength beyond 1", SAMPLE + "model --tilt 2"),
+    Case("a guidance that is no number", SAMPLE + "model --guidance nan"),
+    Case("an unknown precision", SAMPLE + "model --dtype fp8"),
+    Case("an unknown device", "sample --device gpu --prompt x --out y --model model"),
+    Case("no prompt", "sample --model model --out y"),
+    Case("a prompt and a file", SAMPLE + "model --prompts prompts.txt"),
+    Case("images of the mixture", SAMPLE + "mixture"),
+    Case(
+        "images where a file stands",
+        "sample --device cpu --prompt x --out prompts.txt --teacher-steps 1 --model model",
+        model="sd35m",
+    ),
+    Case("no reward", EVALUATE),
+    Case("an unknown suite", EVALUATE + "--suite shaeps"),
+    Case(
+        "one prompt to evaluate",
+        "evaluate --device cpu --model model --prompt x --reward shapes",
+        model="sd35m",
+    ),
+    Case("diversity without a CLIP", EVALUATE + "--reward shapes --diversity", model="sd35m"),
+]
+
+EVALUATIONS = [
+    Case("no such file", "compare nowhere.json"),
+    Case("no JSON", COMPARE, text("evaluation.json", "{")),
+    Case("no systems", COMPARE, text("evaluation.json", "{}")),
+    evaluation("systems that are empty", systems={}),
+    score("a system with a path for a name", {"shapes": SCORE}, "../../home"),
+    score("a system without scores", 3),
+    score("a mean that is no number", {"shapes": SCORE | {"mean": "high"}}),
+    score("an interval of one end", {"shapes": SCORE | {"ci95": [0]}}),
+    evaluation("a comparison of nothing", comparisons=[{"a": "teacher"}]),
+    Case("no run to report", "report nowhere"),
+    report("metrics cut in the middle", text("run/metrics.jsonl", '{"step": 1}\n{"st\n{}\n')),
+    report("metrics that are no objects", text("run/metrics.jsonl", "[1]\n")),
+    report("an image that is none", text(f"{IMAGES}/teacher/00000.png", "text")),
+    report("an image of 10 gigapixels in 33 bytes", text(f"{IMAGES}/teacher/00000.png", BOMB)),
+]
+
+CASES = {
+    "Recipes and settings": SETTINGS,
+    "Prompt files": FILES,
+    "Command lines": LINES,
+    "Evaluations and reports": EVALUATIONS,
+}

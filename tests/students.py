@@ -1,0 +1,100 @@
+"""Random students of tiny pipelines, exported as a run exports its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.backbones import load_backbone
+from tiltflow.checkpoint import Checkpoint
+from tiltflow.commands.evaluate import Request, prepare
+from tiltflow.commands.export import export_checkpoint
+from tiltflow.config import RunConfig, load_config
+from tiltflow.prompts import Prompt
+from tiltflow.roles import AdapterSettings, adapter_roles
+
+RESOLUTION, TOKENS = 64, 24
+PROMPTS = ["a red cat", "two dogs"]
+MODELS = {
+    "sd3m": ("sd3m", None),
+    "sd35m": ("sd35m", None),
+    "flux1_dev": ("flux_dev", None),
+    "schnell": ("flux_schnell", None),
+    "flux2_klein_4b": ("klein_base", "klein"),
+}
+"""A recipe's model (or schnell, which has none), its tiny pipeline and its generator's."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A pipeline directory, its generator's (klein), and the folder of the export."""
+
+    model: Path
+    generator: Path | None
+    export: Path
+    config: RunConfig
+    checkpoint: Checkpoint
+
+    @property
+    def base(self) -> Path:
+        return self.generator or self.model
+
+
+def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -> Student:
+    """A stage-2 student with random adapters, exported to `out`/export."""
+    base, generator = MODELS[name]
+    folders = [shutil.copytree(tiny(n), out / n) for n in (base, generator) if n is not None]
+    for folder in folders:
+        (folder / "tiltflow.json").write_text(json.dumps({"max_sequence_length": TOKENS}))
+    model, second = folders[0], folders[1] if generator else None
+    backbone = load_backbone(model, generator_path=second, device="cpu", resolution=RESOLUTION)
+    settings = AdapterSettings(2, 4.0, backbone.lora_targets())
+    shapes = adapter_roles(backbone, settings, seed=0).generator.state()
+    tensors = {group: random_like(shapes, i) for i, group in enumerate(("few_step", "ema"))}
+    facts = {"stage": "tilt", "adapters": vars(settings), "few_step_adapters": vars(settings)}
+    checkpoint = Checkpoint(3, tensors, facts)
+    recipe = "sd35m_tilt" if name == "schnell" else f"{name}_tilt"
+    config = load_config(
+        recipe,
+        [
+            f"model.path={model}",
+            f"model.generator_path={second or 'null'}",
+            f"model.family={backbone.family}",
+            f"model.resolution={RESOLUTION}",
+            "model.dtype=fp32",
+            f"data.prompts={out / 'prompts.txt'}",
+        ],
+    )
+    export_checkpoint(config, checkpoint, out / "export", **options)
+    return Student(model, second, out / "export", config, checkpoint)
+
+
+def random_like(shapes: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: 0.2 * torch.randn(v.shape, generator=generator) for k, v in shapes.items()}
+
+
+def request(made: Student, **options: Any) -> Request:
+    values: dict[str, Any] = {
+        "model": str(made.model),
+        "generator_path": str(made.generator) if made.generator else None,
+        "prompts": [Prompt(text, {}) for text in PROMPTS],
+        "few_step": made.export / "few_step",
+        "tilt_lora": made.export / "tilt",
+        "resolution": RESOLUTION,
+        "device": "cpu",
+    }
+    return Request(**values | options)
+
+
+def sampled(asked: Request) -> Tensor:
+    """What `tiltflow sample` makes before it rounds to eight bits: (B, 3, H, W)."""
+    loaded, sampler = prepare(asked)
+    return sampler.systems(loaded, teacher=False)[-1].sample(list(range(len(asked.prompts))))

@@ -1,0 +1,225 @@
+"""Exports: without training code, merged, of full copies, with a card; one base in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from students import MODELS, PROMPTS, RESOLUTION, TOKENS, random_like, request, sampled, student
+from torch import nn
+
+from tiltflow.backbones import load_backbone
+from tiltflow.checkpoint import Checkpoint
+from tiltflow.commands.evaluate import prepare
+from tiltflow.commands.export import export_checkpoint, export_run
+from tiltflow.export import save_adapter
+from tiltflow.roles import AdapterSettings, adapter_roles, copy_roles
+
+Tiny = Callable[[str], Path]
+SRC = Path(__file__).parents[1] / "src"
+
+FRESH = """
+import json, sys
+class OnlyInference:
+    allowed = {"tiltflow", "tiltflow.scheduler", "tiltflow.flow", "tiltflow.randomness"}
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("tiltflow") and name not in self.allowed:
+            raise ImportError(name + " is not for inference")
+sys.meta_path.insert(0, OnlyInference())
+import torch
+from diffusers import DiffusionPipeline
+from tiltflow.scheduler import CPSFlowMatchScheduler
+for job in json.load(sys.stdin):
+    if job["merged"]:
+        pipe = DiffusionPipeline.from_pretrained(job["export"] + "/merged")
+    else:
+        pipe = DiffusionPipeline.from_pretrained(job["base"])
+        for name in ("few_step", "tilt"):
+            pipe.load_lora_weights(job["export"] + "/" + name, adapter_name=name)
+        pipe.set_adapters(["few_step", "tilt"], [1.0, job["tilt"]])
+        pipe.scheduler = CPSFlowMatchScheduler.from_pretrained(job["export"] + "/scheduler")
+    noise = pipe.scheduler.seed(job["seed"], images=len(job["prompts"]))
+    images = pipe(prompt=job["prompts"], generator=noise, output_type="pt", **job["call"]).images
+    torch.save(images, job["out"])
+try:
+    import tiltflow.train
+except ImportError:
+    print("inference only")
+"""
+
+
+def call(name: str) -> dict[str, Any]:
+    scale = 3.5 if name in ("flux1_dev", "schnell") else 1.0
+    size = {"height": RESOLUTION, "width": RESOLUTION}
+    return {
+        "num_inference_steps": 4, "guidance_scale": scale, "max_sequence_length": TOKENS, **size
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_fresh_process_without_training_code_gives_the_same_images(
+    tiny_pipeline: Tiny, tmp_path: Path
+) -> None:
+    """Difference 0 in fp32 for the LoRA folders; the merged sums round differently."""
+    jobs, ours = [], []
+    for name in ("sd35m", "flux1_dev", "flux2_klein_4b"):
+        made = student(tiny_pipeline, name, tmp_path / name, merged=True, tilt=0.6)
+        expected = sampled(request(made, tilt=0.6, seed=5))
+        for merged in (False, True):
+            out = str(tmp_path / f"{name}-{merged}.pt")
+            jobs.append(
+                {"merged": merged, "base": str(made.base), "export": str(made.export), "out": out,
+                 "tilt": 0.6, "seed": 5, "prompts": PROMPTS, "call": call(name)}
+            )  # fmt: skip
+            ours.append(expected)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH],
+        input=json.dumps(jobs),
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "inference only" in done.stdout, done.stderr[-2000:]
+    for job, expected in zip(jobs, ours, strict=True):
+        theirs = torch.load(str(job["out"]), weights_only=True)
+        difference = (theirs - expected).abs().max()
+        assert difference == 0 if not job["merged"] else 0 < difference < 1e-3, job
+
+
+def test_a_merged_pipeline_is_a_system_by_itself(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    made = student(tiny_pipeline, "sd3m", tmp_path, merged=True)
+    expected = sampled(request(made, seed=2))
+    merged = request(made, seed=2, model=str(made.export / "merged"), few_step=None, tilt_lora=None)
+    assert (sampled(merged) - expected).abs().max() < 1e-3
+    loaded, sampler = prepare(merged)
+    assert [(s.name, s.nfe) for s in sampler.systems(loaded)] == [("merged", 4)]
+    with pytest.raises(ValueError, match="merged in: give no --few-step"):
+        prepare(request(made, model=str(made.export / "merged")))
+
+
+def test_full_fine_tuning_exports_merged(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    made = student(tiny_pipeline, "sd3m", tmp_path)
+    backbone: Any = load_backbone(made.model, device="cpu", resolution=RESOLUTION)
+    roles = copy_roles(backbone, seed=0)
+    weights = {k: v + 0.01 * torch.randn_like(v) for k, v in roles.ema.state().items()}
+    checkpoint = Checkpoint(3, {"ema": weights}, {"stage": "cold_start", "adapters": None})
+    with pytest.raises(ValueError, match="full copies .* export it with --merged"):
+        export_checkpoint(made.config, checkpoint, tmp_path / "out")
+    paths = export_checkpoint(made.config, checkpoint, tmp_path / "out", merged=True)
+    assert [p.name for p in paths] == ["scheduler", "merged", "README.md"]
+    roles.generator.load(weights)
+    loaded, _ = prepare(
+        request(made, model=str(tmp_path / "out" / "merged"), few_step=None, tilt_lora=None)
+    )
+    state = loaded.backbone.student_base.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in weights.items())
+    assert "lora" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    scores = {"mean": 0.3, "ci95": [0.2, 0.4]}
+    evaluation = {
+        "prompts": 10,
+        "systems": {"rtdmd": {"nfe": 4, "scores": {"clipscore": scores}}},
+        "comparisons": [],
+    }  # fmt: skip
+    made = student(tiny_pipeline, "flux1_dev", tmp_path, evaluation=evaluation)
+    text = (made.export / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: diffusers\n") and "base_model" not in text
+    for part in (
+        "pipe = FluxPipeline.from_pretrained(",
+        'pipe.load_lora_weights("tilt", adapter_name="tilt")',
+        "num_inference_steps=4, guidance_scale=3.5, height=64, width=64, max_sequence_length=24",
+        "| learning rates | generator 3e-06, fake score 1e-06 |",
+        "| rewards | clipscore × 1, hpsv2 × 1, pickscore × 1, geneval × 1 |",
+        "| rtdmd | 4 | 0.3000 [0.2000, 0.4000] |",
+    ):
+        assert part in text, part
+    plain = student(tiny_pipeline, "sd3m", tmp_path / "sd3")
+    text = (plain.export / "README.md").read_text()
+    assert "Not evaluated" in text and "guidance_scale=1.0" in text
+    assert {p.name for p in plain.export.iterdir()} == {
+        "few_step", "tilt", "scheduler", "README.md"
+    }  # fmt: skip
+
+
+def test_bad_exports(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run directory"):
+        export_run(tmp_path, tmp_path / "out")
+    (tmp_path / "config.yaml").write_text("stage: cold_start\n")
+    with pytest.raises(ValueError, match="--tilt is 2"):
+        export_run(tmp_path, tmp_path / "out", tilt=2)
+
+
+def test_a_lora_of_another_model_is_one_sentence(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    made = student(tiny_pipeline, "sd3m", tmp_path)
+    settings = AdapterSettings(2, 4.0, ["attn.to_q"])
+    backbone: Any = load_backbone(tiny_pipeline("flux_dev"), device="cpu", resolution=RESOLUTION)
+    wrong = adapter_roles(backbone, settings, seed=0).generator.state()
+    pipeline = type(backbone.pipe)
+    save_adapter(pipeline, random_like(wrong, 0), settings, tmp_path / "of_flux")
+    right = adapter_roles(load_backbone(made.model, device="cpu"), settings, seed=0)
+    deeper = {k.replace("blocks.2.", "blocks.7."): v for k, v in right.generator.state().items()}
+    save_adapter(pipeline, deeper, settings, tmp_path / "of_a_larger_model")
+    for name in ("of_flux", "of_a_larger_model"):
+        with pytest.raises(ValueError, match=f"LoRA in .*{name} ") as caught:
+            prepare(request(made, few_step=tmp_path / name, tilt_lora=None))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "nfe"), [("flux1_dev", 3), ("sd3m", 6), ("flux2_klein_4b", 6)])
+def test_guidance_as_an_input_costs_no_second_pass(
+    tiny_pipeline: Tiny, tmp_path: Path, name: str, nfe: int
+) -> None:
+    """NFE as counted, against the samples that really go through the teacher."""
+    made = student(tiny_pipeline, name, tmp_path)
+    loaded, sampler = prepare(request(made, teacher_steps=3))
+    systems = {s.name: s for s in sampler.systems(loaded)}
+    assert [s.nfe for s in systems.values()] == [nfe, nfe // 3 * 4, 4, 4]
+    seen: list[int] = []
+    for which, system in (("teacher", systems["teacher"]), ("rtdmd", systems["rtdmd"])):
+        base = loaded.backbone.teacher_base if which == "teacher" else loaded.backbone.student_base
+        hook = base.register_forward_pre_hook(
+            lambda _, __, values: seen.append(len(values["hidden_states"])), with_kwargs=True
+        )
+        system.sample([0])
+        hook.remove()
+        assert sum(seen) == system.nfe
+        seen.clear()
+
+
+def unique(*modules: nn.Module) -> int:
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+
+
+@pytest.mark.parametrize("name", ["sd35m", "flux1_dev", "flux2_klein_4b"])
+def test_copies_of_the_transformer_in_memory(tiny_pipeline: Tiny, name: str) -> None:
+    """One (klein: two) and the adapters of stage 2, against four or five with full fine-tuning."""
+    base, generator = MODELS[name]
+
+    def load() -> Any:
+        second = tiny_pipeline(generator) if generator else None
+        return load_backbone(
+            tiny_pipeline(base), generator_path=second, device="cpu", resolution=RESOLUTION
+        )
+
+    backbone = load()
+    one = unique(backbone.teacher_base)
+    bases = 2 if generator else 1
+    assert unique(backbone.teacher_base, backbone.student_base) == bases * one
+    settings = AdapterSettings(2, 4.0, backbone.lora_targets())
+    state = adapter_roles(load(), settings, seed=0).generator.state()
+    roles = adapter_roles(backbone, settings, seed=0, few_step=(settings, state))
+    every = [roles.teacher, roles.generator, roles.fake_score, roles.ema, roles.reference]
+    adapter = sum(v.numel() for v in state.values())
+    assert unique(*(r.network for r in every if r)) == bases * one + 4 * adapter
+    copies = copy_roles(load(), seed=0)
+    every = [copies.teacher, copies.generator, copies.fake_score, copies.ema]
+    assert unique(*(r.network for r in every if r)) == 4 * one

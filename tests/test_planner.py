@@ -1,0 +1,139 @@
+"""The memory planner against storages counted in real iterations of the tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from students import student
+from test_train import redness  # noqa: F401  (a reward by dotted path)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tiltflow.backbones.meta import meta_backbone
+from tiltflow.build import Build, build_stage
+from tiltflow.commands.doctor import plan_recipe, show_plan
+from tiltflow.config import RunConfig, load_config
+from tiltflow.planner import GIB, OVERHEAD, Plan, Tally
+
+Tiny = Callable[[str], Path]
+
+
+def test_tally_counts_what_is_alive() -> None:
+    held = torch.zeros(1000)
+    with Tally(held) as tally:
+        a = torch.zeros(256)
+        b = a.view(2, 128).t() + 1
+        assert tally.live == tally.peak == 2048
+        del a
+        assert tally.live == 1024
+        c = (held + b.sum()).sum()
+        assert tally.peak >= 1024 + 4000
+        del b, c
+    assert tally.live <= 8
+
+
+def config(tiny: Tiny, name: str, stage: str, kind: str, out: Path, *more: str) -> RunConfig:
+    (out / "prompts.txt").write_text("a cat\na dog\na bird\na fish\n")
+    models = {
+        "sd35m": ("sd35m", None),
+        "flux1_dev": ("flux_dev", None),
+        "flux2_klein_4b": ("klein_base", "klein"),
+    }
+    model, generator = models[name]
+    values = [
+        f"model.path={tiny(model)}",
+        f"model.generator_path={tiny(generator) if generator else 'null'}",
+        "model.resolution=64", "model.dtype=fp32", "model.max_sequence_length=24",
+        f"adapters.kind={kind}", "adapters.rank=4", "train.batch_size=8",
+        "train.micro_batch_size=4", f"data.prompts={out / 'prompts.txt'}",
+        "run.device=cpu", f"run.out={out / 'run'}", "run.seed=0",
+    ]  # fmt: skip
+    if stage == "tilt":
+        values += ["tilt.group_size=4"]
+        values += ["rewards={'test_train:redness': {weight: 1.0, options: {differentiable: true}}}"]
+        values += [f"model.few_step={few_step(tiny, name, out, kind)}"]
+    else:
+        values += ["cold_start.generator_every=1"]
+    return load_config(f"{name}_{stage}", [*values, *more])
+
+
+def few_step(tiny: Tiny, name: str, out: Path, kind: str) -> Path:
+    if kind == "lora":
+        return student(tiny, name, out / "student").export / "few_step"
+    from tiltflow.commands.train import run_training
+
+    run_training(
+        config(tiny, name, "cold_start", kind, out, "train.steps=1", f"run.out={out / 'cold'}"),
+        Console(quiet=True),
+    )
+    return out / "cold"
+
+
+def measured(build: Build) -> int:
+    """Bytes at the worst moment of an iteration: what stands, and the storages made meanwhile."""
+    backbone, stage = build.backbone, build.stage
+    with sdpa_kernel(SDPBackend.MATH):
+        stage.iteration(0)  # the optimizers' states exist from here on
+        modules = [backbone.student_base, backbone.teacher_base, backbone.vae]  # type: ignore[attr-defined]
+        roles = stage.roles
+        modules += [r.network for r in (roles.generator, roles.fake_score, roles.ema)]
+        modules += [roles.reference.network] if roles.reference else []
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        for updater in stage.updaters.values():
+            for state in updater.optimizer.state.values():
+                tensors += [v for v in state.values() if isinstance(v, torch.Tensor)]
+        standing = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        # the prompts' tables lie in main memory, which on a GPU is not the device's
+        tables = [t for table in build.prompts.tables for side in (table.positive, table.negative)
+                  for t in side.values()]  # fmt: skip
+        with Tally(*tensors, *tables) as tally:
+            stage.iteration(1)
+    return sum(standing.values()) + tally.peak
+
+
+CASES = [
+    ("sd35m", "cold_start", "lora", True),
+    pytest.param("flux1_dev", "tilt", "lora", False, marks=pytest.mark.slow),
+    pytest.param("sd35m", "tilt", "copies", True, marks=pytest.mark.slow),
+    pytest.param("flux2_klein_4b", "tilt", "lora", True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "stage", "kind", "checkpointing"), CASES)
+def test_plan_is_within_15_percent_of_what_is_measured(
+    tiny_pipeline: Tiny, tmp_path: Path, name: str, stage: str, kind: str, checkpointing: bool
+) -> None:
+    more = f"model.gradient_checkpointing={str(checkpointing).lower()}"
+    cfg = config(tiny_pipeline, name, stage, kind, tmp_path, more)
+    made = plan_recipe(cfg)
+    build = build_stage(cfg)
+    build.backbone.free_text_encoders()
+    real = measured(build)
+    print(f"PLAN {name} {stage} {kind} {checkpointing}: {made.peak / real:.3f} ({made.worst})")
+    assert made.peak == pytest.approx(real, rel=0.15)
+
+
+def test_plan_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    made = Plan({"base weights": 20 * GIB}, {"rollout": GIB, "generator": 2 * GIB}, 21 * GIB)
+    assert (made.worst, made.peak) == ("generator", 22 * GIB)
+    assert made.fits(22 * GIB + OVERHEAD) and not made.fits(22 * GIB + OVERHEAD - 1)
+    show_plan(made, 23.0, Console())
+    assert "does not fit into 23.0 GiB" in capsys.readouterr().out
+    encoding = Plan({"base weights": GIB}, {"rollout": GIB}, 30 * GIB)
+    assert not encoding.fits(24 * GIB)
+
+
+def test_a_backbone_of_shapes_only(tiny_pipeline: Tiny) -> None:
+    made = meta_backbone(tiny_pipeline("flux_dev"), resolution=64, max_sequence_length=24)
+    assert all(p.is_meta for p in made.teacher_base.parameters())
+    assert made.latent_shape == (16, 8, 8) and made.decode(
+        torch.empty(2, 16, 8, 8, device="meta")
+    ).shape == (2, 3, 64, 64)
+    assert made.conditioning_shapes() == {
+        "prompt_embeds": (24, 32), "pooled_prompt_embeds": (32,)
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="there is no directory"):
+        meta_backbone("black-forest-labs/FLUX.2-klein-14B")
