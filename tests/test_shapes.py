@@ -102,6 +102,14 @@ def test_scenes_and_renders_are_deterministic() -> None:
         assert np.array_equal(render(a), render(b))
 
 
+def test_objects_keep_to_their_own_quarters_and_are_blue_unless_coloured() -> None:
+    for caption, scene in examples(120, 11):
+        quarters = {(o.x > 0.5, o.y > 0.5) for o in scene.objects}
+        assert len(quarters) == len(scene.objects) == sum(i.count for i in caption.items)
+        if all(item.colour is None for item in caption.items):
+            assert {o.colour for o in scene.objects} == {"blue"}
+
+
 def test_render_draws_the_named_colours() -> None:
     image = render(PAIR)
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from assets.data import near_miss, render_pool, sample_captions
-from assets.train import batches, fit, tensor_images
+from assets.data import near_miss, place_labels, render_pool, sample_captions
+from assets.train import autocast, batches, fit, tensor_images
 from tiltflow.worlds import shapes
 from tiltflow.worlds.shapes import Caption
 
@@ -30,10 +30,10 @@ ARCHITECTURES = {
         text=(96, 3, 3), vision=(160, 4, 5, 16), projection=96, seed=22, batch=96, steps=2000
     ),
     "clip": dict(
-        text=(128, 2, 4), vision=(128, 3, 4, 8), projection=128, seed=23, batch=64, steps=1800
+        text=(128, 2, 4), vision=(128, 3, 4, 8), projection=128, seed=23, batch=64, steps=1300
     ),
     "clip_heldout": dict(
-        text=(96, 3, 3), vision=(96, 4, 3, 8), projection=96, seed=24, batch=64, steps=1800
+        text=(96, 3, 3), vision=(96, 4, 3, 8), projection=96, seed=24, batch=64, steps=650
     ),
 }
 REWARDS = ("clip", "clip_heldout")
@@ -65,6 +65,21 @@ def build_tokenizer() -> CLIPTokenizer:
         if len(tokenizer(word).input_ids) != 3:
             raise RuntimeError(f"{word!r} is not one token: {tokenizer.tokenize(word)}")
     return tokenizer
+
+
+def tokenizer_of(work: Path, name: str) -> CLIPTokenizer:
+    """The tokenizer of an earlier model of this name or of the first text tower, or a new one."""
+    for earlier in (work / name, work / "encoder_a"):
+        if earlier.exists():
+            return CLIPTokenizer.from_pretrained(earlier)
+    return build_tokenizer()
+
+
+def text_tower(clip: CLIPModel) -> CLIPTextModelWithProjection:
+    """The text half of a CLIP model, as the class that SD3 pipelines hold."""
+    tower = CLIPTextModelWithProjection(clip.config.text_config)
+    tower.load_state_dict({k: v for k, v in clip.state_dict().items() if k.startswith("text_")})
+    return tower.eval()
 
 
 def new_clip(name: str, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -137,7 +152,7 @@ class PlaceHeads(nn.Module):
         self.shape = nn.Linear(width, len(shapes.SHAPES) + 1)
         self.colour = nn.Linear(width, len(shapes.COLOURS) + 1)
         side = shapes.SIZE // model.config.vision_config.patch_size
-        self.labels = place_labels(work, side)
+        self.labels = place_labels(work, "pool", side)
 
     def loss(self, patches: torch.Tensor, index: np.ndarray) -> torch.Tensor:
         labels = torch.from_numpy(self.labels[index].astype(np.int64))
@@ -146,31 +161,17 @@ class PlaceHeads(nn.Module):
         return 2 * (by_shape + by_colour)
 
 
-def place_labels(work: Path, side: int, n: int = 40_000) -> np.ndarray:
-    """(n, side², 2) uint8: shape, colour (1-based; 0 is background) at each patch of the pool."""
-    path = work / f"places_{side}.npy"
-    if not path.exists():
-        centres = (np.arange(side) + 0.5) / side
-        x, y = np.meshgrid(centres, centres)
-        names, tints = list(shapes.SHAPES), list(shapes.COLOURS)
-        labels = np.zeros((n, side * side, 2), dtype=np.uint8)
-        rng = np.random.default_rng([1, 2])  # the pool's own stream: the same scenes again
-        for i, caption in enumerate(sample_captions(n, seed=1)):
-            for o in shapes.sample_scene(caption, rng).objects:
-                inside = (np.hypot(x - o.x, y - o.y) < 1.2 * o.radius).ravel()
-                labels[i, inside] = (names.index(o.shape) + 1, tints.index(o.colour) + 1)
-        np.save(path, labels)
-    return np.load(path)
-
-
 def train_clip(name: str, work: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
-    """InfoNCE over the batch, plus NEGATIVES near-miss captions an image."""
-    images, texts = render_pool(work, "pool", 40_000, seed=1)
+    """InfoNCE over the batch, plus NEGATIVES near-miss captions an image.
+
+    Goes on from the model in work/name where one is there.
+    """
+    images, texts = render_pool(work, "pool")
     by_text = {c.text: c for c in shapes.captions()}
-    # The pool may hold captions of a larger world than today's.
-    kept = torch.tensor([i for i, text in enumerate(texts) if text in by_text])
-    captions: list[Caption | None] = [by_text.get(text) for text in texts]
+    captions: list[Caption] = [by_text[text] for text in texts]
     model = new_clip(name, tokenizer)
+    if (work / name).exists():
+        model.load_state_dict(CLIPModel.from_pretrained(work / name).state_dict())
     plan = ARCHITECTURES[name]
     seed, batch, steps = plan["seed"], plan["batch"], plan["steps"]
     helper = PlaceHeads(model, work) if name in REWARDS else None
@@ -181,14 +182,14 @@ def train_clip(name: str, work: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
         x: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Image and text features, normalised, and the image's patch tokens."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             seen = model.get_image_features(pixel_values=x)
             text = model.get_text_features(input_ids=ids).pooler_output
         image = F.normalize(seen.pooler_output.float(), dim=-1)
         return image, F.normalize(text.float(), dim=-1), seen.last_hidden_state[:, 1:].float()
 
     def loss(generator: torch.Generator, step: int) -> torch.Tensor:
-        index = kept[batches(len(kept), batch, generator)].sort().values.numpy()
+        index = batches(len(texts), batch, generator).sort().values.numpy()
         rng = np.random.default_rng([seed, step])
         x = normalise(degrade(tensor_images(np.asarray(images[index])), generator))
         batch_texts = [texts[i] for i in index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from tiltflow.worlds import shapes
 
-_FLIP = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+POOLS = {"pool": (40_000, 1), "more": (60_000, 3)}  # training renders: how many, seed
+VALID = (1_000, 2)
 
 
 def sample_captions(n: int, seed: int) -> list[shapes.Caption]:
@@ -23,21 +25,44 @@ def sample_captions(n: int, seed: int) -> list[shapes.Caption]:
     return chosen
 
 
-def render_pool(directory: Path, name: str, n: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def render_pool(directory: Path, name: str) -> tuple[np.ndarray, list[str]]:
     """(n, 64, 64, 3) uint8 renders and their captions, made once and memory-mapped after."""
     images, texts = directory / f"{name}.npy", directory / f"{name}.txt"
     if not texts.exists():
         directory.mkdir(parents=True, exist_ok=True)
+        n, seed = POOLS.get(name, VALID)
         captions = sample_captions(n, seed)
-        rng = np.random.default_rng([seed, 2])
         out = np.lib.format.open_memmap(
             images, mode="w+", dtype=np.uint8, shape=(n, shapes.SIZE, shapes.SIZE, 3)
         )
-        for i, caption in enumerate(captions):
-            out[i] = shapes.render(shapes.sample_scene(caption, rng))
+        for i, scene in enumerate(_scenes(captions, seed)):
+            out[i] = shapes.render(scene)
         out.flush()
         texts.write_text("\n".join(c.text for c in captions))
     return np.load(images, mmap_mode="r"), texts.read_text().split("\n")
+
+
+def _scenes(captions: list[shapes.Caption], seed: int) -> Iterator[shapes.Scene]:
+    rng = np.random.default_rng([seed, 2])
+    for caption in captions:
+        yield shapes.sample_scene(caption, rng)
+
+
+def place_labels(directory: Path, name: str, side: int) -> np.ndarray:
+    """(n, side², 2) uint8: shape and colour (1-based; 0 is background) at places of a pool."""
+    path = directory / f"{name}_places_{side}.npy"
+    if not path.exists():
+        centres = (np.arange(side) + 0.5) / side
+        x, y = np.meshgrid(centres, centres)
+        names, tints = list(shapes.SHAPES), list(shapes.COLOURS)
+        n, seed = POOLS[name]
+        labels = np.zeros((n, side * side, 2), dtype=np.uint8)
+        for i, scene in enumerate(_scenes(sample_captions(n, seed), seed)):
+            for o in scene.objects:
+                inside = (np.hypot(x - o.x, y - o.y) < 1.2 * o.radius).ravel()
+                labels[i, inside] = (names.index(o.shape) + 1, tints.index(o.colour) + 1)
+        np.save(path, labels)
+    return np.load(path)
 
 
 def _other(options: list, current: object, rng: np.random.Generator) -> object:
@@ -47,9 +72,8 @@ def _other(options: list, current: object, rng: np.random.Generator) -> object:
 
 def near_miss(caption: shapes.Caption, rng: np.random.Generator) -> str:
     """A caption that differs in one respect, and that an image of the first contradicts."""
-    items, changes = list(caption.items), ["shape"]
-    coloured = [i for i, item in enumerate(items) if item.colour]
-    changes += ["colour"] * bool(coloured) + ["relation", "relation"] * bool(caption.relation)
+    items, changes = list(caption.items), ["shape", "colour"]
+    changes += ["relation", "relation"] * bool(caption.relation)
     changes += ["count", "count"] * (len(items) == 1)
     changes += ["swap"] * (len({i.colour for i in items}) * len({i.shape for i in items}) == 4)
     changes += ["background"] * bool(caption.background) + ["extra"]
@@ -58,8 +82,8 @@ def near_miss(caption: shapes.Caption, rng: np.random.Generator) -> str:
     if change == "shape":
         items[at] = replace(items[at], shape=_other(list(shapes.SHAPES), items[at].shape, rng))
     elif change == "colour":
-        at = coloured[rng.integers(len(coloured))]
-        items[at] = replace(items[at], colour=_other(list(shapes.COLOURS), items[at].colour, rng))
+        shown = items[at].colour or shapes.DEFAULT_COLOUR
+        items[at] = replace(items[at], colour=_other(list(shapes.COLOURS), shown, rng))
     elif change == "count":
         items[0] = replace(items[0], count=_other([1, *shapes.COUNTS], items[0].count, rng))
     elif change == "swap":

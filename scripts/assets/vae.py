@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from assets.data import render_pool
-from assets.train import batches, chunks, fit, tensor_images
+from assets.train import autocast, batches, chunks, fit, tensor_images
 
 
 def new_vae() -> AutoencoderKL:
@@ -30,7 +30,7 @@ def new_vae() -> AutoencoderKL:
 
 def train_vae(work: Path, steps: int = 3600, batch: int = 16, seed: int = 11) -> AutoencoderKL:
     """L1 + ½ MSE + 1e-5 KL; then scale and shift set so that latents have mean 0, std 1."""
-    images, _ = render_pool(work, "pool", 40_000, seed=1)
+    images, _ = render_pool(work, "pool")
     torch.manual_seed(seed)
     vae = new_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.0)
@@ -38,7 +38,7 @@ def train_vae(work: Path, steps: int = 3600, batch: int = 16, seed: int = 11) ->
     def loss(generator: torch.Generator, step: int) -> torch.Tensor:
         index = batches(len(images), batch, generator).sort().values.numpy()
         x = tensor_images(np.asarray(images[index])) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             out = vae.decode(posterior.mean + posterior.std * noise).sample

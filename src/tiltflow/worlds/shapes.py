@@ -27,6 +27,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (130, 50, 180),
     "pink": (250, 130, 190),
 }
+DEFAULT_COLOUR = "blue"  # of objects that the caption gives none
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (16, 16, 16), "white": (240, 240, 240)}
 RELATIONS = ("left of", "right of", "above", "below")
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -35,9 +36,11 @@ HELD_OUT_SHARE = 0.2
 
 # The reach of a shape (its farthest point) in units of its nominal radius.
 _REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.35, "cross": 1.2}
-# Radius ranges by the number of objects, as a share of the image's side.
-_RADII = {1: (0.16, 0.25), 2: (0.14, 0.19), 3: (0.125, 0.155)}
-_GAP = 0.04
+# Objects stand in the four quarters of the frame, one each, a little off the quarter's centre;
+# their reach as a share of the image's side.
+_CENTRES = tuple(itertools.product((0.25, 0.75), repeat=2))
+_JITTER = 0.035
+_REACHES = (0.16, 0.205)
 
 
 @dataclass(frozen=True)
@@ -179,44 +182,29 @@ def relation_holds(relation: str, a: tuple[float, float], b: tuple[float, float]
 
 
 def sample_scene(caption: Caption, rng: np.random.Generator) -> Scene:
-    """A scene that the caption describes exactly: nothing more, nothing less."""
-    kinds: list[tuple[str, str]] = []
-    for item in caption.items:
-        colour = item.colour or str(rng.choice(list(COLOURS)))
-        kinds += [(item.shape, colour)] * item.count
+    """A scene that the caption describes exactly: nothing more, nothing less.
+
+    Objects that the caption gives no colour are blue; a background it does not name is drawn.
+    """
+    kinds = [(i.shape, i.colour or DEFAULT_COLOUR) for i in caption.items for _ in range(i.count)]
     ground = caption.background or str(rng.choice(list(BACKGROUNDS)))
-    low, high = _RADII[len(kinds)]
     while True:
-        objects = _place(kinds, rng, low, high)
-        if objects is None:
-            continue
-        if caption.relation is not None:
-            a, b = ((o.x, o.y) for o in objects)
-            dx, dy = sorted((abs(a[0] - b[0]), abs(a[1] - b[1])))
-            if not relation_holds(caption.relation, a, b) or dx > 0.7 * dy:
-                continue
-        return Scene(tuple(objects), ground)
+        quarters = rng.permutation(len(_CENTRES))[: len(kinds)]
+        objects = tuple(_place(k, _CENTRES[q], rng) for k, q in zip(kinds, quarters, strict=True))
+        if caption.relation is None or _clear(caption.relation, objects):
+            return Scene(objects, ground)
 
 
-def _place(
-    kinds: list[tuple[str, str]], rng: np.random.Generator, low: float, high: float
-) -> list[Placed] | None:
-    """Objects that keep inside the frame and apart, or None when the draw did not fit."""
-    placed: list[Placed] = []
-    for shape, colour in kinds:
-        for _ in range(30):
-            radius = rng.uniform(low, high)
-            reach = radius * _REACH[shape]
-            x, y = rng.uniform(reach + 0.02, 0.98 - reach, 2)
-            if all(
-                math.hypot(x - o.x, y - o.y) > reach + o.radius * _REACH[o.shape] + _GAP
-                for o in placed
-            ):
-                placed.append(Placed(shape, colour, float(x), float(y), float(radius)))
-                break
-        else:
-            return None
-    return placed
+def _place(kind: tuple[str, str], centre: tuple[float, float], rng: np.random.Generator) -> Placed:
+    (shape, colour), (x, y) = kind, centre + rng.uniform(-_JITTER, _JITTER, 2)
+    return Placed(shape, colour, float(x), float(y), rng.uniform(*_REACHES) / _REACH[shape])
+
+
+def _clear(relation: str, objects: tuple[Placed, ...]) -> bool:
+    """Whether the first two objects stand in the relation, and in no other."""
+    a, b = ((o.x, o.y) for o in objects[:2])
+    near, far = sorted((abs(a[0] - b[0]), abs(a[1] - b[1])))
+    return relation_holds(relation, a, b) and near <= 0.7 * far
 
 
 def _inside_polygon(u: np.ndarray, v: np.ndarray, points: np.ndarray) -> np.ndarray:
