@@ -23,7 +23,9 @@ HEAD = """# What malformed input gives
 Each row is a command that was run on a malformed input, and the sentence that it printed; the exit
 status is 2, and there is no traceback (`--debug` shows one). No input here makes the program
 unpickle anything, follow a path out of its folder, run a YAML tag, or allocate what a header
-claims. `python tests/error_table.py` writes this page, and `tests/test_errors.py` checks it.
+claims. (Weights of rewards that are published as PyTorch files only are read by torch's restricted
+reader, which gives tensors and no objects.)
+`python tests/error_table.py` writes this page, and `tests/test_errors.py` checks it.
 """
 
 

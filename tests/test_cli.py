@@ -117,6 +117,7 @@ assert "tiltflow" not in sys.modules
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_an_exported_lora_loads_in_plain_diffusers(
     strength: float, model: Path, tmp_path: Path

@@ -114,6 +114,7 @@ def test_one_rank_changes_nothing() -> None:
     assert Ranks().any(True) and not Ranks().any(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_ranks_and_micro_batches_equal_one(stage: str, mixture: Callable[..., Path]) -> None:
     """Two ranks; four with uneven shares and groups that lie on several; six micro-batches."""
@@ -143,6 +144,7 @@ def test_resumed_on_another_number_of_ranks(
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_a_pipelines_ranks_and_sharded_base_equal_one(
     run: Runner, tiny_pipeline: Callable[[str], Path], home: Path
 ) -> None:
@@ -159,7 +161,7 @@ def test_a_pipelines_ranks_and_sharded_base_equal_one(
         "model.gradient_checkpointing=true",
         "watch.rewards={'test_train:redness': 1.0}",
         "watch.every=3",
-        "watch.prompts=3",
+        "watch.prompts=8",
     ]
     cold = None
     for stage in ("cold_start", "tilt"):

@@ -239,7 +239,8 @@ def test_what_is_not_significant_is_said_to_be_so(tmp_path: Path) -> None:
     scores = {name: {"r": rng.normal(0, 1, 7)} for name in ("a", "b")}
     path = tmp_path / "evaluation.json"
     write_scores(scores_path(path), Evaluation({}, scores), PROMPTS)
-    write_evaluation(path, {"systems": {}})
+    systems = {name: {"nfe": 4, "scores": {}} for name in scores}
+    write_evaluation(path, {"prompts": 7, "systems": systems})
     assert "no significant difference" in told([path], "a,b", None)
 
 

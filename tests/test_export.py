@@ -63,6 +63,7 @@ def call(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_training_code_gives_the_same_images(
     tiny_pipeline: Tiny, tmp_path: Path
 ) -> None:
@@ -137,7 +138,7 @@ def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
         'pipe.load_lora_weights("tilt", adapter_name="tilt")',
         "num_inference_steps=4, guidance_scale=3.5, height=64, width=64, max_sequence_length=24",
         "| learning rates | generator 3e-06, fake score 1e-06 |",
-        "| rewards | clipscore × 1 |",
+        "| rewards | clipscore × 1, hpsv2 × 1, pickscore × 1, geneval × 1 |",
         "| rtdmd | 4 | 0.3000 [0.2000, 0.4000] |",
     ):
         assert part in text, part

@@ -161,6 +161,7 @@ READER = """<!doctype html><body><iframe id="f" src="{page}" width="{width}" hei
 }}</script>"""
 
 
+@pytest.mark.slow
 def test_in_a_browser(report: Path, tmp_path: Path) -> None:
     """Rendered text, images and width on a phone's screen, and a screenshot that is not blank."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

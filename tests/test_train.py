@@ -107,6 +107,7 @@ def test_resumed_equals_uninterrupted(
     assert {p.name for p in (whole / "export").iterdir()} == folders | {"scheduler", "README.md"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_micro_batches_equal_one_batch(
     stage: str, pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
@@ -147,6 +148,7 @@ def test_options_of_stage_two(
     assert rows[1]["policy/kl"] > 0
 
 
+@pytest.mark.slow
 def test_copies_train_like_adapters(pipeline: Path, prompts: Path, tmp_path: Path) -> None:
     kind = "adapters.kind=copies"
     first = run("cold_start", pipeline, prompts, tmp_path / "a", kind, "train.steps=2")
