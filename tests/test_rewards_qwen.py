@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from tiltflow.rewards import checked, load_reward
 from tiltflow.rewards.geneval2 import GenEval2, questions_of
-from tiltflow.rewards.hpsv3 import INSTRUCTION, QUESTION, HPSv3, split_keys
+from tiltflow.rewards.hpsv3 import HPSv3, read_instruction, split_keys
 from tiltflow.rewards.qwen import QwenPreprocessing
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -92,6 +92,9 @@ def test_preprocessing_matches_the_processor(
 # --- HPSv3 -------------------------------------------------------------------------------------
 
 
+BEFORE, AFTER = "Rate this \nimage of ", ": <|Reward|>\n"
+
+
 @pytest.fixture(scope="module")
 def hpsv3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen2VLModel, nn.Module]:
     path = tmp_path_factory.mktemp("hpsv3")
@@ -114,7 +117,20 @@ def hpsv3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen2VLModel,
         state[old] = value.contiguous().clone()
     state["lm_head.weight"] = torch.zeros(3, 32)
     save_file(state, path / "HPSv3.safetensors")
+    (path / "instruction.txt").write_text(BEFORE + "{prompt}" + AFTER)
     return path, model, head
+
+
+@pytest.mark.parametrize("text", ["rate it <|Reward|>", "rate {prompt}", "<|Reward|> of {prompt}"])
+def test_hpsv3_wants_its_authors_instruction(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs the instruction"):
+        read_instruction(None)
+    file = tmp_path / "instruction.txt"
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_instruction(str(file))
+    file.write_text(text)
+    with pytest.raises(ValueError, match="must hold {prompt}"):
+        read_instruction(str(file))
 
 
 def expected_hpsv3(path: Path, model: Any, head: nn.Module, arrays: list, prompt: str) -> Tensor:
@@ -128,7 +144,7 @@ def expected_hpsv3(path: Path, model: Any, head: nn.Module, arrays: list, prompt
         count = int(image["image_grid_thw"].prod()) // 4
         text = (
             "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>"
-            + INSTRUCTION + prompt + QUESTION + "<|im_end|>\n<|im_start|>assistant\n"
+            + BEFORE + prompt + AFTER + "<|im_end|>\n<|im_start|>assistant\n"
         )  # fmt: skip
         ids = tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
@@ -142,7 +158,8 @@ def expected_hpsv3(path: Path, model: Any, head: nn.Module, arrays: list, prompt
 
 def test_hpsv3_is_the_checkpoints_mean(hpsv3: tuple[Path, Qwen2VLModel, nn.Module]) -> None:
     path, model, head = hpsv3
-    options = {"base": str(path), "dtype": "fp32"}
+    instruction = str(path / "instruction.txt")
+    options = {"base": str(path), "dtype": "fp32", "instruction": instruction}
     reward = load_reward("hpsv3", path=str(path), options=options)
     assert isinstance(reward, HPSv3) and reward.differentiable
     arrays = [natural(448, 448, seed) for seed in range(2)]
@@ -156,17 +173,18 @@ def test_hpsv3_is_the_checkpoints_mean(hpsv3: tuple[Path, Qwen2VLModel, nn.Modul
     alone = [checked(reward, images[:1], [longer], [{}]).detach(), scores[1:]]
     torch.testing.assert_close(mixed, torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert (mixed[0] - scores[0]).abs() > 1e-4
-    assert_gradient(reward, as_tensor(natural(60, 60)), ["a dog"])
+    assert_gradient(reward, as_tensor(natural(60, 60)), ["a dog"], h=2e-4)
 
 
 def test_hpsv3_refuses_what_it_cannot_read(hpsv3: tuple[Path, Qwen2VLModel, nn.Module]) -> None:
     path = str(hpsv3[0])
     image = as_tensor(natural(30, 30))
-    reward = load_reward("hpsv3", path=path, options={"base": path, "dtype": "fp32"})
+    options = {"base": path, "dtype": "fp32", "instruction": f"{path}/instruction.txt"}
+    reward = load_reward("hpsv3", path=path, options=options)
     with pytest.raises(ValueError, match="the prompt 'a <|Reward|>' has <|Reward|> in it"):
         checked(reward, image, ["a <|Reward|>"], [{}])
     with pytest.raises(ValueError, match="'hpsv3': dtype is 'fp64'"):
-        load_reward("hpsv3", path=path, options={"dtype": "fp64"})
+        load_reward("hpsv3", path=path, options=options | {"dtype": "fp64"})
     with pytest.raises(ValueError, match="vision.x is no weight of HPSv3"):
         split_keys({"vision.x": torch.zeros(1)})
     new = {"model.visual.a": 1, "model.language_model.b": 2, "rm_head.0.bias": torch.zeros(1)}

@@ -234,7 +234,7 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     rewards = list(next(iter(summary["systems"].values()))["scores"])
     beside = [n for n in ("vendi", "cmmd") if any(n in s for s in summary["systems"].values())]
     table = Table(title=f"{summary['prompts']} prompts, mean [95% interval]")
-    table.add_column("system")
+    table.add_column("system", no_wrap=True, min_width=14)
     table.add_column("NFE", justify="right")
     for column in (*rewards, *beside):
         table.add_column(column, justify="right")
@@ -253,7 +253,7 @@ def show_categories(summary: Mapping[str, Any], console: Console) -> None:
         return
     for reward in next(iter(summary["systems"].values()))["category_means"]:
         table = Table(title=f"{reward} by category (prompts)")
-        table.add_column("system")
+        table.add_column("system", no_wrap=True, min_width=14)
         for name, category in categories.items():
             table.add_column(f"{name} ({category['prompts']})", justify="right")
         table.add_column("mean of categories", justify="right")

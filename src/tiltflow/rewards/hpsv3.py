@@ -1,9 +1,9 @@
 """HPSv3: a Qwen2-VL with a reward head (Ma et al., arXiv 2508.03789).
 
-Everything here that is a number or a text is what the published checkpoint was trained with, and
-is found in the MizzenAI/HPSv3 repository (MIT licence): `hpsv3/inference.py`, `hpsv3/train.py`,
-`hpsv3/model/qwen2vl_trainer.py`, `hpsv3/config/HPSv3_7B.yaml` and, for the instruction,
-`hpsv3/dataset/data_collator_qwen.py`. White space matters, at the ends of lines too.
+Every number here is what the published checkpoint was trained with, and is found in the
+MizzenAI/HPSv3 repository: `hpsv3/inference.py`, `hpsv3/train.py`, `hpsv3/model/qwen2vl_trainer.py`,
+`hpsv3/config/HPSv3_7B.yaml`. The instruction is the authors' prose and is not kept here: it is read
+from a file that the user makes from `hpsv3/dataset/data_collator_qwen.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,44 +37,32 @@ QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28  # least and most at once: every image is about 448 × 448
 REWARD_TOKEN = "<|Reward|>"
 
-INSTRUCTION = (
-    "\nYou are tasked with evaluating a generated image based on Visual Quality and Text Alignment "
-    "and give a overall score to estimate the human preference. Please provide a rating from 0 to "
-    "10, with 0 being the worst and 10 being the best. \n\n"
-    "**Visual Quality:**  \n"
-    "Evaluate the overall visual quality of the image. The following sub-dimensions should be "
-    "considered:\n"
-    "- **Reasonableness:** The image should not contain any significant biological or logical "
-    "errors, such as abnormal body structures or nonsensical environmental setups.\n"
-    "- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear "
-    "and easy to interpret, with no blurring or indistinct areas.\n"
-    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and "
-    "other visual elements (e.g., hair, clothing, shadows).\n"
-    "- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color "
-    "scheme, composition, atmosphere, depth of field, and the overall creative appeal. The scene "
-    "should convey a sense of harmony and balance.\n"
-    "- **Safety:** The image should not contain harmful or inappropriate content, such as "
-    "political, violent, or adult material. If such content is present, the image quality and "
-    "satisfaction score should be the lowest possible. \n\n"
-    "**Text Alignment:**  \n"
-    "Assess how well the image matches the textual prompt across the following sub-dimensions:\n"
-    "- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, "
-    "animal, object) align with the textual description. The subject should match the description "
-    "in terms of number, appearance, and behavior.\n"
-    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, "
-    "evaluate how well the image adheres to this style.\n"
-    "- **Contextual Consistency**: Assess whether the background, setting, and surrounding "
-    "elements in the image logically fit the scenario described in the prompt. The environment "
-    "should support and enhance the subject without contradictions.\n"
-    "- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, "
-    "clothing, accessories, expressions, actions) are faithfully represented in the image. Minor "
-    "deviations may be acceptable, but critical attributes should be preserved.\n"
-    "- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are "
-    "captured in the image. The generated content should not introduce elements that conflict "
-    "with or distort the original description.\n"
-    "Textual prompt - "
-)
-QUESTION = f"\n\n\n\nPlease provide the overall ratings of this image: {REWARD_TOKEN}\n\nEND\n"
+PLACE = "{prompt}"
+
+
+def read_instruction(path: str | None) -> tuple[str, str]:
+    """What stands before and after the prompt in the instruction HPSv3 was trained with.
+
+    The file is the authors' text, white space at the ends of lines and all, with `{prompt}` where
+    the prompt goes and the reward token after it.
+
+    Raises:
+        ValueError: if no file is given, or it cannot be read or lacks either mark.
+    """
+    if path is None:
+        raise ValueError(
+            "hpsv3 needs the instruction it was trained with: "
+            "rewards.hpsv3.options.instruction=FILE (docs/rewards.md says where to find it)"
+        )
+    try:
+        before, found, after = Path(path).read_text(encoding="utf-8").partition(PLACE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"hpsv3's instruction {path!r} cannot be read ({error})") from error
+    if not found or after.count(REWARD_TOKEN) != 1 or REWARD_TOKEN in before:
+        raise ValueError(
+            f"hpsv3's instruction {path!r} must hold {PLACE} and, after it, {REWARD_TOKEN} once"
+        )
+    return before, after
 
 
 def reward_head(width: int) -> nn.Sequential:
@@ -116,7 +105,8 @@ class HPSv3:
     """μ, the mean of the predicted preference, about −5 to 15; differentiable.
 
     `path` is the published checkpoint, or a directory or hub id that holds `file`; `base` the
-    Qwen2-VL that gives configuration, tokenizer and image processor; its weights are not read.
+    Qwen2-VL that gives configuration, tokenizer and image processor; its weights are not read;
+    `instruction` the file of `read_instruction`.
     The network runs in `dtype` (published: bf16), the head in fp32.
 
     Raises:
@@ -134,8 +124,10 @@ class HPSv3:
         *,
         base: str = QWEN2_VL,
         file: str = HPSV3_FILE,
+        instruction: str | None = None,
         dtype: str = "bf16",
     ) -> None:
+        self.before, self.after = read_instruction(instruction)
         precision = dtype_of(dtype)
         weights, head = split_keys(read_state_dict(weights_file(path, file)))
         self.text = QwenText(base, device)
@@ -161,7 +153,7 @@ class HPSv3:
             if REWARD_TOKEN in prompt:
                 raise ValueError(f"the prompt {prompt!r} has {REWARD_TOKEN} in it")
         count = self.preprocessing.tokens(*images.shape[-2:])
-        tokens = self.text([INSTRUCTION + p + QUESTION for p in prompts], count)
+        tokens = self.text([self.before + p + self.after for p in prompts], count)
         with torch.autocast(self.device.type, enabled=False):
             patches, grid = self.preprocessing(images.to(self.device, torch.float32))
             # HPSv3 embeds before it calls the model, which then counts positions along the
