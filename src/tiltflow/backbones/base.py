@@ -74,16 +74,6 @@ class Grouped:
         return part[start - first * self.times : stop - first * self.times]
 
 
-def join(parts: Sequence[Conditioning]) -> Conditioning:
-    """Conditionings one after the other along the batch."""
-
-    def stack(side: str) -> dict[str, Tensor]:
-        tables = [getattr(part, side) for part in parts]
-        return {key: torch.cat([table[key] for table in tables]) for key in tables[0]}
-
-    return Conditioning(stack("positive"), stack("negative"))
-
-
 class Backbone(Protocol):
     """A model family, without its trained weights: those come as `network` in each call.
 
