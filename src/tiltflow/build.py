@@ -16,7 +16,7 @@ from tiltflow.backbones.base import Backbone, Parts
 from tiltflow.backbones.fingerprint import encoder_facts
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.config import PromptSets, RewardConfig, RunConfig, read_prompts
-from tiltflow.distributed import Ranks, shard
+from tiltflow.distributed import ALONE, Ranks, shard
 from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
 from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
 from tiltflow.export import read_adapter
@@ -31,7 +31,6 @@ from tiltflow.train.optim import Updater, constant, cosine
 from tiltflow.train.tilt import Tilt, TiltSettings
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
 
-ALONE = Ranks()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -7,6 +7,17 @@ import os
 from pathlib import Path
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one step: readers see the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
 def sha256(path: Path) -> str:
     """The checksum of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -132,15 +132,14 @@ class Ranks:
             ) from error
 
 
+ALONE = Ranks()
+"""The one rank of a process of its own."""
+
+
 def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     sizes = [tensor.numel() for tensor in tensors]
     for tensor, part in zip(tensors, flat.split(sizes), strict=True):
         tensor.copy_(part.view_as(tensor))
-
-
-def is_main() -> bool:
-    """Whether torchrun's environment says that this process is rank 0 (true without torchrun)."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
@@ -154,7 +153,7 @@ def ranks_of_job(device: torch.device) -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks()
+        yield ALONE
         return
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())

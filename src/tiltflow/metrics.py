@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tiltflow.disk import write_whole
 
 Values = Mapping[str, Tensor | float]
 
@@ -135,9 +136,7 @@ class MetricsLog:
     def _truncate(self, resume_step: int | None) -> None:
         rows = read_metrics(self.path)
         kept = [row for row in rows if resume_step is None or row["step"] <= resume_step]
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: Values) -> None:
         """One line.

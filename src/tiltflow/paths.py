@@ -1,4 +1,4 @@
-"""Where things lie (`packaged:NAME` ships inside this package), and files written whole."""
+"""Where things lie (`packaged:NAME` ships inside this package)."""
 
 from __future__ import annotations
 
@@ -48,14 +48,3 @@ def nearest(name: str, known: list[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; there is {', '.join(known)}" if known else "; there is none at all"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one step: readers see the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

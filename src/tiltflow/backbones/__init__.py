@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,29 +51,20 @@ def load_backbone(
         from tiltflow.backbones.mixture import MixtureBackbone
 
         return MixtureBackbone(device=device)
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "vae_dtype": vae_dtype,
+        "resolution": resolution,
+        "max_sequence_length": max_sequence_length,
+        "parts": parts,
+    }
     if family == "flux2":
         from tiltflow.backbones.flux2 import Flux2Backbone
 
-        return Flux2Backbone(
-            path,
-            generator_path=generator_path,
-            device=device,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            resolution=resolution,
-            max_sequence_length=max_sequence_length,
-            parts=parts,
-        )
+        return Flux2Backbone(path, generator_path=generator_path, **options)
     if family == "flux":
         from tiltflow.backbones.flux import FluxBackbone as Chosen
     else:
         from tiltflow.backbones.sd3 import SD3Backbone as Chosen  # type: ignore[assignment]
-    return Chosen(
-        path,
-        device=device,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-        resolution=resolution,
-        max_sequence_length=max_sequence_length,
-        parts=parts,
-    )
+    return Chosen(path, **options)

@@ -22,7 +22,7 @@ from tiltflow.backbones import load_backbone
 from tiltflow.build import DTYPES, device_of
 from tiltflow.commands.progress import SystemsProgress, progress_bar
 from tiltflow.commands.systems import TEACHER, Loaded, Sampler, load_students
-from tiltflow.distributed import Ranks, ranks_of_job
+from tiltflow.distributed import ALONE, Ranks, ranks_of_job
 from tiltflow.embeddings import BATCH, distinct, encode_prompts
 from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
 from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
@@ -33,8 +33,6 @@ from tiltflow.prompts import Prompt
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import Reward, load_reward
 from tiltflow.rewards.clip_family import CLIPScore
-
-ALONE = Ranks()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from tiltflow.commands.failures import explained, resume_command
 from tiltflow.commands.progress import progress_bar
 from tiltflow.commands.watching import build_watch, held_out, look
 from tiltflow.config import PromptSets, RunConfig, dump_config, validate_files
+from tiltflow.disk import write_whole
 from tiltflow.distributed import Ranks, ranks_of_job
 from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
 from tiltflow.watch.probes import FixedPrompts
@@ -128,11 +128,8 @@ def _write_config(cfg: RunConfig, out: Path) -> None:
 
     A checkpoint that was asked for once is not asked for again by who resumes from this file.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / ".config.yaml.part"
     run = cfg.run.model_copy(update={"resume_from": "latest"})
-    part.write_text(dump_config(cfg.model_copy(update={"run": run})))
-    os.replace(part, out / "config.yaml")
+    write_whole(out / "config.yaml", dump_config(cfg.model_copy(update={"run": run})))
 
 
 def _resume(cfg: RunConfig, out: Path) -> int | None:

@@ -75,6 +75,44 @@ class Chart:
     marks: tuple[Tick, ...]
 
 
+@dataclass(frozen=True)
+class Scale:
+    """From steps in [first, last] and values in [low, high] to places in the frame."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+
+    def x(self, step: Array | float) -> Array:
+        share = (np.asarray(step) - self.first) / (self.last - self.first)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: Array | float) -> Array:
+        share = (np.clip(value, self.low, self.high) - self.low) / (self.high - self.low)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def points(self, at: Array, value: Array) -> str:
+        """As SVG points."""
+        pairs = zip(self.x(at), self.y(value), strict=True)
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in pairs)
+
+    def line(self, k: int, s: Series) -> Line:
+        """The drawn form of the k-th series."""
+        band = ""
+        if s.low is not None and s.high is not None:
+            band = self.points(np.append(s.steps, s.steps[::-1]), np.append(s.low, s.high[::-1]))
+        return Line(
+            s.name,
+            k % STYLES,
+            s.dashed,
+            self.points(s.steps, s.values),
+            band,
+            HEIGHT + k * LEGEND,
+            number(float(s.values[-1])),
+        )
+
+
 def chart(
     title: str,
     axis: str,
@@ -100,42 +138,18 @@ def chart(
     first, last = float(steps.min()), float(steps.max())
     last = last if last > first else first + 1
 
-    def x(step: Array | float) -> Array:
-        return LEFT + (np.asarray(step) - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: Array | float) -> Array:
-        inside = np.clip(value, low, high)
-        return HEIGHT - BOTTOM - (inside - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    def points(at: Array, value: Array) -> str:
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x(at), y(value), strict=True))
-
-    lines = []
-    for k, s in enumerate(shown):
-        band = ""
-        if s.low is not None and s.high is not None:
-            band = points(np.append(s.steps, s.steps[::-1]), np.append(s.low, s.high[::-1]))
-        lines.append(
-            Line(
-                s.name,
-                k % STYLES,
-                s.dashed,
-                points(s.steps, s.values),
-                band,
-                HEIGHT + k * LEGEND,
-                number(float(s.values[-1])),
-            )
-        )
+    scale = Scale(first, last, low, high)
+    lines = [scale.line(k, s) for k, s in enumerate(shown)]
     return Chart(
         title=title,
         axis=axis,
         label=_words(title, shown, limits, marks),
         height=HEIGHT + len(lines) * LEGEND,
-        x_ticks=tuple(Tick(float(x(t)), f"{t:,.0f}") for t in ticks(first, last)),
-        y_ticks=tuple(Tick(float(y(t)), tick_label(t, high - low)) for t in ticks(low, high)),
+        x_ticks=tuple(Tick(float(scale.x(t)), f"{t:,.0f}") for t in ticks(first, last)),
+        y_ticks=tuple(Tick(float(scale.y(t)), tick_label(t, high - low)) for t in ticks(low, high)),
         lines=tuple(lines),
-        limits=tuple(Tick(float(y(value)), text) for value, text in limits),
-        marks=tuple(Tick(float(x(step)), text) for step, text in marks),
+        limits=tuple(Tick(float(scale.y(value)), text) for value, text in limits),
+        marks=tuple(Tick(float(scale.x(step)), text) for step, text in marks),
     )
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiltflow.paths import write_whole
+from tiltflow.disk import write_whole
 
 Made = dict[str, Tensor]
 Take = Callable[[str, Callable[[], Made]], Made]

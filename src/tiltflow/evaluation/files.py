@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tiltflow.disk import write_whole
 from tiltflow.evaluation.scores import Evaluation, PromptLike
-from tiltflow.paths import write_whole
 
 NAME = re.compile(r"[A-Za-z0-9][\w .=:@-]*")
 """Systems' names are folders' names as well: no separators, and nothing that starts with a dot."""

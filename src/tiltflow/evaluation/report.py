@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
+from tiltflow.disk import write_whole
 from tiltflow.evaluation import figures
 from tiltflow.evaluation.charts import side_by_side
 from tiltflow.evaluation.figures import decimals, number
@@ -122,10 +122,7 @@ def write_report(
         f=figures,
         number=number,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, page)
     return path
 
 

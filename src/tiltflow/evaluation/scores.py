@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tiltflow.distributed import Ranks
+from tiltflow.distributed import ALONE, Ranks
 from tiltflow.evaluation.categories import by_category, category_means
 from tiltflow.evaluation.chunks import Made, Take, make_anew
 from tiltflow.evaluation.diversity import cmmd, pairwise_distance, vendi_score
@@ -21,7 +21,6 @@ from tiltflow.rewards.base import RANGE_TOLERANCE, Reward, checked
 
 DIVERSITY = "diversity"
 KEPT_IMAGES = 24
-ALONE = Ranks()
 
 Progress = Callable[[str, int, int], None]
 SaveImages = Callable[[str, Sequence[int], NDArray[np.uint8]], None]

@@ -21,6 +21,24 @@ BICUBIC = 3  # PIL's number for it, as processor configurations hold it
 CACHED_PROMPTS = 8192
 
 
+def image_processor(kind: Any, path: str) -> Any:
+    """The image processor of class `kind` that a directory or hub id's configuration describes.
+
+    Raises:
+        ValueError: if there is no preprocessor_config.json.
+    """
+    try:
+        return kind.from_pretrained(resolve_path(path))
+    except OSError as error:
+        raise ValueError(f"{path!r} has no preprocessor_config.json") from error
+
+
+def require_bicubic(processor: Any, path: str) -> None:
+    """Refuses the image processor at `path` with a ValueError if it resizes in another way."""
+    if int(processor.resample) != BICUBIC:
+        raise ValueError(f"the image processor at {path!r} does not resize bicubically")
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """A CLIP image processor's steps in torch, for images (B, 3, H, W) in [0, 1].
@@ -41,14 +59,10 @@ class Preprocessing:
         Raises:
             ValueError: if there is none, or it asks for a resize that is not bicubic.
         """
-        try:
-            processor: Any = CLIPImageProcessorPil.from_pretrained(path)
-        except OSError as error:
-            raise ValueError(f"{path!r} has no preprocessor_config.json") from error
+        processor = image_processor(CLIPImageProcessorPil, path)
         resize: int | tuple[int, int] | None = None
         if processor.do_resize:
-            if int(processor.resample) != BICUBIC:
-                raise ValueError(f"the image processor at {path!r} does not resize bicubically")
+            require_bicubic(processor, path)
             size = processor.size
             resize = size["shortest_edge"] or (size["height"], size["width"])
         crop = processor.crop_size if processor.do_center_crop else None

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from tiltflow.paths import resolve_path
-from tiltflow.rewards.clip_family import BICUBIC, Preprocessing
+from tiltflow.rewards.clip_family import Preprocessing, image_processor, require_bicubic
 
 IMAGE_TOKEN = "<|image_pad|>"
 
@@ -42,12 +42,8 @@ class QwenPreprocessing:
         Raises:
             ValueError: if there is none, or it asks for a resize that is not bicubic.
         """
-        try:
-            processor: Any = Qwen2VLImageProcessorPil.from_pretrained(resolve_path(path))
-        except OSError as error:
-            raise ValueError(f"{path!r} has no preprocessor_config.json") from error
-        if int(processor.resample) != BICUBIC:
-            raise ValueError(f"the image processor at {path!r} does not resize bicubically")
+        processor = image_processor(Qwen2VLImageProcessorPil, path)
+        require_bicubic(processor, path)
         return cls(
             processor.patch_size,
             processor.merge_size,

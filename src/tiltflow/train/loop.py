@@ -12,13 +12,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tiltflow.checkpoint import Checkpoint, load_checkpoint, point_latest, save_checkpoint
-from tiltflow.distributed import Ranks
+from tiltflow.distributed import ALONE, Ranks
 from tiltflow.interruption import Stopped, interruptible
 from tiltflow.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.roles import Roles
 from tiltflow.train.optim import NON_FINITE, Updater
-
-ALONE = Ranks()
 
 
 class Stage(Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.checkpoint import load_optimizer_tensors, optimizer_tensors
-from tiltflow.distributed import Ranks
+from tiltflow.distributed import ALONE, Ranks
 from tiltflow.prompts import Prompt
 from tiltflow.rewards.base import NonFiniteScore
 from tiltflow.roles import Role
@@ -53,7 +53,7 @@ class Updater:
         weight_decay: float = 0.0,
         clip: float = 1.0,
         schedule: Callable[[int], float] = lambda step: 1.0,
-        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+        ranks: Ranks = ALONE,
     ) -> None:
         self.role, self.lr, self.clip, self.schedule = role, lr, clip, schedule
         self.names = list(role.parameters)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.backbones.base import Conditioning, Grouped
-from tiltflow.distributed import Ranks
+from tiltflow.distributed import ALONE, Ranks
 from tiltflow.flow import renoise_level
 from tiltflow.objectives.distribution_matching import matching_gradient
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
@@ -33,7 +33,7 @@ class Share:
 
     batch: int
     micro: int
-    ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
+    ranks: Ranks = ALONE
 
     @property
     def rows(self) -> slice:

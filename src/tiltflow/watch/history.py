@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltflow.disk import write_whole
 from tiltflow.metrics import read_metrics
 
 Array = NDArray[np.float64]
@@ -100,10 +100,7 @@ class History:
         """The whole file in one step: it is small, and a kill cannot tear it."""
         if not self.write or (not self.rows and not self.path.exists()):
             return
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(_line(m) for m in self.rows), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_whole(self.path, "".join(_line(m) for m in self.rows))
 
 
 def _line(measurement: Measurement) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.backbones.base import Conditioning
-from tiltflow.distributed import Ranks
+from tiltflow.distributed import ALONE, Ranks
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.evaluation.diversity import pairwise_distance
 from tiltflow.prompts import Prompt
@@ -38,7 +38,7 @@ class FixedPrompts:
     sigmas: Tensor
     eta: float
     batch: int
-    ranks: Ranks = Ranks()  # noqa: RUF009  # frozen
+    ranks: Ranks = ALONE
     randomness: Randomness = field(default_factory=lambda: Randomness(0))
 
     def batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
