@@ -56,6 +56,7 @@ def one_run(cold: Path, rate: float, matching: str, seed: int, rollouts: int, ev
             f"run.seed={seed}",
             f"train.steps={rollouts}",
             "train.batch_size=512",
+            "tilt.reward_weight=0.13",
         ],
     )
     build = build_stage(cfg)

@@ -189,6 +189,12 @@ def test_bad_overrides_are_refused(recipes: Path, override: str, message: str) -
         ("demo_tilt", ["train.batch_size=50"], "tilt.group_size 24 does not divide train.batch"),
         ("demo_tilt", ["train.micro_batch_size=16"], "must divide tilt.group_size 24 or be a mul"),
         ("demo_tilt", ["tilt.subset=4"], "tilt.subset 4 is more than the 3 stochastic steps"),
+        (
+            "demo_tilt",
+            ["tilt.subset=2", "tilt.reward_steps=3"],
+            "the 1 stochastic steps of sampler.steps 4 that tilt.reward_steps 3 leaves",
+        ),
+        ("demo_tilt", ["tilt.reward_steps=5"], "tilt.reward_steps 5 is more than sampler.steps 4"),
         ("demo_tilt", ["tilt.subset=0"], "tilt.subset is 0"),
         ("demo_tilt", ["sampler.eta=0"], "sampler.eta 0 makes every step deterministic"),
         (

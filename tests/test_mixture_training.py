@@ -70,7 +70,8 @@ def test_stage_one_reaches_the_teachers_distribution(cold: Path) -> None:
 def test_stage_two_follows_the_exact_tilted_family(cold: Path, tmp_path: Path) -> None:
     """β > .3 at KL ≤ .01, and still so after three times the rollouts.
 
-    The share within three std falls by about .03 on the way (docs/evidence.md); the bound is .05.
+    The share within three std falls by about .01 on the way (docs/evidence.md); the bound is .04,
+    as two draws of this size differ by up to .02.
     """
     arguments = [f"run.out={tmp_path / 'tilt'}", f"model.few_step={cold}", "run.device=cpu"]
     cfg = load_config("mixture_tilt", arguments)
@@ -85,7 +86,7 @@ def test_stage_two_follows_the_exact_tilted_family(cold: Path, tmp_path: Path) -
         if (step + 1) % 50 == 0:
             x = draw(build.stage.roles.ema)
             beta, kl = fit_tilt(x, mixture, direction)
-            good = beta > 0.3 and kl <= 0.01 and mixture.share_within(x) > quality - 0.05
+            good = beta > 0.3 and kl <= 0.01 and mixture.share_within(x) > quality - 0.04
             if good and reached is None:
                 reached = step + 1
             if reached is not None:

@@ -36,6 +36,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+REDNESS = "{weight: 1.0, options: {differentiable: true}}"
+
+
 def recipe(stage: str, pipeline: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     """Overrides that turn a demo recipe into a run of seconds on a tiny pipeline."""
     base = [
@@ -59,16 +62,13 @@ def recipe(stage: str, pipeline: Path, prompts: Path, out: Path, *more: str) -> 
     if stage == "cold_start":
         base += ["cold_start.generator_every=2"]
     else:
-        base += ["tilt.group_size=2", "rewards={'test_train:redness': 1.0}"]
+        base += ["tilt.group_size=2", f"rewards={{'test_train:redness': {REDNESS}}}"]
     return [*base, *more]
 
 
 def redness(images, prompts, metadata):
     """A reward by dotted path: how red an image is; differentiable."""
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
-
-
-redness.differentiable = True
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -146,6 +146,22 @@ def test_options_of_stage_two(
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[0]["policy/ratio_gap"] == 0 and rows[0]["policy/kl"] == 0
     assert rows[1]["policy/kl"] > 0
+
+
+def test_rewards_go_back_through_several_steps(
+    pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
+) -> None:
+    """The policy gradient has the steps that are left, and none when all are taken."""
+    seen = {}
+    for steps, more in ((1, ()), (3, ()), (4, ("tilt.policy_weight=0.0",))):
+        out = run(
+            "tilt", pipeline, prompts, tmp_path / str(steps), f"model.few_step={cold}",
+            "train.steps=1", "tilt.subset=1", f"tilt.reward_steps={steps}", *more,
+        )  # fmt: skip
+        (seen[steps],) = read_metrics(out / "metrics.jsonl")
+    assert "policy/ratio_gap" in seen[3] and "policy/ratio_gap" not in seen[4]
+    assert all(row["generator/reward_gradient"] > 0 for row in seen.values())
+    assert len({row["generator/grad_norm"] for row in seen.values()}) == 3
 
 
 @pytest.mark.slow

@@ -348,6 +348,7 @@ def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
         matching_weight=tilt.matching_weight,
         reward_weight=tilt.reward_weight,
         reward_target=tilt.reward_target,
+        reward_steps=tilt.reward_steps,
         match_steps=tilt.match_steps,
         fake_score_updates=tilt.fake_score_updates,
         decode_chunk=tilt.decode_chunk or cfg.train.micro,

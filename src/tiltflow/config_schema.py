@@ -93,7 +93,7 @@ class ColdStartConfig(Section):
 
 
 class TiltConfig(Section):
-    """METHOD §5; `subset` is M."""
+    """METHOD §5; `subset` is M. `reward_steps`: the last steps that rewards go back through."""
 
     group_size: Annotated[int, Field(ge=2)] = 24
     subset: Positive = 2
@@ -105,6 +105,7 @@ class TiltConfig(Section):
     matching_weight: Weight = 1e-3
     reward_weight: Weight = 1e-4
     reward_target: float = 3.0
+    reward_steps: Positive = 1
     decode_chunk: Positive | None = None
     match_steps: Literal["last", "random", "all"] = "last"
     fake_score_updates: Positive = 1
@@ -281,10 +282,18 @@ def _check_tilt(config: RunConfig) -> None:
             f"train.micro_batch_size {train.micro} must divide tilt.group_size {tilt.group_size} "
             "or be a multiple of it"
         )
-    if tilt.subset > sampler.steps - 1:
+    if tilt.reward_steps > sampler.steps:
         raise ValueError(
-            f"tilt.subset {tilt.subset} is more than the {sampler.steps - 1} stochastic steps "
-            f"of sampler.steps {sampler.steps}"
+            f"tilt.reward_steps {tilt.reward_steps} is more than sampler.steps {sampler.steps}"
+        )
+    left = sampler.steps - tilt.reward_steps
+    if tilt.policy_weight > 0 and tilt.subset > left:
+        taken = (
+            f" that tilt.reward_steps {tilt.reward_steps} leaves" if tilt.reward_steps > 1 else ""
+        )
+        raise ValueError(
+            f"tilt.subset {tilt.subset} is more than the {left} stochastic steps "
+            f"of sampler.steps {sampler.steps}{taken}"
         )
     if sampler.eta == 0 and tilt.policy_weight > 0:
         raise ValueError(

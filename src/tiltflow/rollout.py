@@ -107,9 +107,27 @@ def attach(velocity: Velocity, trajectory: Rollout, k: int) -> tuple[Tensor, Ten
     The returned x_{k+1} has the recorded value and the gradient of the step's mean, the noise
     held fixed.
     """
-    x, x_next = trajectory.states[k], trajectory.states[k + 1]
+    return _attach(velocity, trajectory, k, trajectory.states[k])
+
+
+def attach_from(velocity: Velocity, trajectory: Rollout, first: int) -> Tensor:
+    """Steps `first` to the last again, as one graph: x_K with its recorded value (METHOD §5).
+
+    Its gradient is the pathwise one of all these steps, every noise held fixed: the CPS step is
+    reparametrised, so that it goes through stochastic steps as through the deterministic last.
+    """
+    x = trajectory.states[first]
+    for k in range(first, trajectory.steps):
+        x = _attach(velocity, trajectory, k, x)[0]
+    return x
+
+
+def _attach(
+    velocity: Velocity, trajectory: Rollout, k: int, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step k from `x`, which has the value of the recorded state: (x_{k+1}, mean, std)."""
     mean, std = step(velocity, x, trajectory.sigmas, k, trajectory.conditioning, trajectory.eta)
-    return mean + (x_next - mean).detach(), mean, std
+    return mean + (trajectory.states[k + 1] - mean).detach(), mean, std
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Tensor, convention: str = "unit") -> Tensor:

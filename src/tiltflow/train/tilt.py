@@ -24,7 +24,7 @@ from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import NonFiniteScore
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Roles
-from tiltflow.rollout import Rollout, attach, join, log_prob, rollout
+from tiltflow.rollout import Rollout, attach, attach_from, join, log_prob, rollout
 from tiltflow.rollout import step as sampler_step
 from tiltflow.train.optim import NonFiniteError, Updater
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, micro_batches
@@ -49,6 +49,8 @@ class TiltSettings:
     match_steps: str = "last"
     fake_score_updates: int = 1
     decode_chunk: int = 16
+    reward_steps: int = 1
+    """How many of the last steps the reward is back-propagated through; SubGRPO has the others."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,24 @@ class Tilt:
     def _last(self) -> int:
         return len(self.sigmas) - 2
 
+    @property
+    def _pathwise(self) -> int:
+        """How many of the last steps have the pathwise gradient of the reward, at least one."""
+        return self.settings.reward_steps if self._backprop else 1
+
+    @property
+    def _backprop(self) -> bool:
+        return self.settings.reward_weight > 0 and self.rewards.has_differentiable
+
     def _trained_steps(self, step: int) -> tuple[int, ...]:
-        """The M of the K − 1 stochastic steps that this epoch trains."""
+        """The M of the K − 1 stochastic steps that this epoch trains by the policy gradient.
+
+        Steps that the reward is back-propagated through are not among them: one step has one
+        gradient of the reward.
+        """
         if self.settings.policy_weight == 0:
             return ()
-        order = self.randomness.permutation("subset", step, self._last)
+        order = self.randomness.permutation("subset", step, len(self.sigmas) - 1 - self._pathwise)
         return choose_steps(order, self.settings.subset)
 
     def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
@@ -220,8 +235,8 @@ class Tilt:
             )
             for k in self._matched_steps(step)
         }
-        backprop = self.settings.reward_weight > 0 and self.rewards.has_differentiable
-        steps = {*trained, *matched} | ({self._last} if backprop else set())
+        alone = self._backprop and self._pathwise == 1
+        steps = {*trained, *matched} | ({self._last} if alone else set())
         metrics: dict[str, Tensor] = {}
         for rows in self.share.micro_batches():
             part = trajectory.rows(rows)
@@ -238,11 +253,16 @@ class Tilt:
                     self.updater.watch("the matching loss", matching, prompts[rows])
                     losses = losses + self.settings.matching_weight * matching
                     _add(metrics, {"generator/matching": matching.detach()}, self.share.batch)
-                if backprop and k == self._last:
+                if alone and k == self._last:
                     pull, seen = self._reward_pull(x_next, prompts[rows])
                     losses = losses + self.settings.reward_weight * pull
                     _add(metrics, seen, self.share.batch)
                 (losses.sum() / self.share.batch).backward()
+            if self._backprop and not alone:
+                x0 = attach_from(self.roles.generator, part, self._last + 1 - self._pathwise)
+                pull, seen = self._reward_pull(x0, prompts[rows])
+                (self.settings.reward_weight * pull.sum() / self.share.batch).backward()
+                _add(metrics, seen, self.share.batch)
         metrics["generator/grad_norm"] = self.share.whole(self.updater.apply(step))
         self.roles.update_ema(self.ema)
         return metrics
