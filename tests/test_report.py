@@ -222,6 +222,11 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
     assert figures.ticks(low, high) == pytest.approx(expected)
 
 
+def test_titles_of_axes_fit_beside_them() -> None:
+    names = [*figures._METRICS, "held_out/x", "watch/trained/x", "tilt/reward/x"]
+    assert all(len(figures.axis_title(name)) <= 31 for name in names)
+
+
 def test_numbers_for_readers() -> None:
     given = (0, 0.5, 0.04567, -2.345, 123.4, 1234.5, 0.00001234, 2.5e9)
     found = [figures.number(v) for v in given]
