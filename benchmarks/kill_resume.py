@@ -120,7 +120,8 @@ def equal(a: Path, b: Path) -> bool:
 
 
 def strike(stage: str, out: Path, whole: Path, cold: Path, seconds: float, save: bool) -> Kill:
-    """One kill and one resume; a run that was quicker than the kill is started again."""
+    """One kill and one resume; a run that was quicker than the kill, or a save that was, is tried
+    again."""
     began = time.monotonic()
     pid = spawn(stage, out, cold)
     if save:
@@ -136,7 +137,7 @@ def strike(stage: str, out: Path, whole: Path, cold: Path, seconds: float, save:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     took, step, leftovers = time.monotonic() - began, latest_step(out), writing(out)
-    if not alive or step == STEPS:
+    if not alive or step == STEPS or (save and not leftovers):
         return strike(stage, out.with_name(f"{out.name}_again"), whole, cold, seconds, save)
     complete(stage, out, cold)
     return Kill(stage, took, bool(leftovers), step, leftovers, equal(out, whole))

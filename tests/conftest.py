@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# The networks of the tests are too small for threads to pay, and `make test` has a process a core.
+# Child processes see it too: bits depend on the number of threads. Torch reads it on import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+LONGEST = ("test_mixture_training.py", "test_distributed.py")
+"""The files that take longest: begun first, so that two processes end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -207,7 +207,7 @@ def long_run(server: ForkServerContext, out: Path, size: int) -> list:
     ]  # fmt: skip
     base, log = "mixture_cold_start", out.with_suffix(".logs")
     ranks = start(server, size, ranks_worker.train, base, arguments, log=log)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     metrics = out / "metrics.jsonl"
     while not (metrics.exists() and read_metrics(metrics)) and time.monotonic() < deadline:
         assert all(rank.is_alive() for rank in ranks), (log / "0.txt").read_text()
@@ -222,7 +222,7 @@ def test_a_signal_on_one_rank_saves_and_ends_all(
     out = home / f"stopped_{number.name}"
     ranks = long_run(server, out, 2)
     os.kill(ranks[1].pid, number)
-    assert finish(ranks, 30) == [0, 0]
+    assert finish(ranks, 60) == [0, 0]
     step = latest_step(out)
     assert step and step == load_checkpoint(out).step
     said = (out.with_suffix(".logs") / "0.txt").read_text()
@@ -237,7 +237,7 @@ def test_a_lost_rank_ends_the_others(server: ForkServerContext, home: Path) -> N
     began = time.monotonic()
     os.kill(ranks[1].pid, signal.SIGKILL)
     assert finish(ranks, 60) == [1, -signal.SIGKILL]
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     assert (
         "PeerLost: rank 0 of 2 lost another rank"
         in (out.with_suffix(".logs") / "0.txt").read_text()

@@ -258,14 +258,20 @@ def test_suites_bind_formats_to_rewards() -> None:
 
 
 def test_a_suite_names_the_prompt_that_it_cannot_score() -> None:
-    good = {"tag": "colors", "include": []}
+    good = {"tag": "colors", "include": [{"class": "dog", "count": 1}]}
     suite_of("geneval").check([Prompt("a", good)])
+    with pytest.raises(ValueError, match="prompt 1: 'a': 'dogs' is no GenEval clause"):
+        suite_of("geneval").check([Prompt("a", good | {"include": ["dogs"]})])
     with pytest.raises(ValueError, match=r"prompt 2 \('b'\) has no 'include'"):
         suite_of("geneval").check([Prompt("a", good), Prompt("b", {"tag": "x"})])
     with pytest.raises(ValueError, match="no 'vqa_list'"):
         suite_of("geneval2").check([Prompt("a", good)])
-    with pytest.raises(ValueError, match="prompt 1 .* no text in quotation marks"):
-        suite_of("ocr").check([Prompt("a dog's sign")])
+    with pytest.raises(ValueError, match="prompt 1: 'a' has no GenEval 2 metadata"):
+        suite_of("geneval2").check([Prompt("a", {"vqa_list": []})])
+    with pytest.raises(ValueError, match="prompt 2: the prompt 'a 5\" sign' has no .quoted"):
+        suite_of("ocr").check([Prompt('a "big" sign'), Prompt('a 5" sign')])
+    with pytest.raises(ValueError, match="prompt 1: 'a cat' is not a caption"):
+        suite_of("shapes").check([Prompt("a cat")])
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is not here")

@@ -65,7 +65,7 @@ def settings(model: Path, folder: Path, stage: str, port: int) -> list[str]:
         name = f"remote:http://127.0.0.1:{port}/mean"
         values |= {
             "tilt.group_size": 2, "model.few_step": folder / "cold_start",
-            "rewards": f"{{'{name}': {{weight: 1.0, options: {{timeout: 5, retries: 0}}}}}}",
+            "rewards": f"{{'{name}': {{weight: 1.0, options: {{timeout: 30, retries: 0}}}}}}",
         }  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
 

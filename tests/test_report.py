@@ -60,8 +60,9 @@ EVALUATION: dict[str, Any] = {
         "teacher": {
             "nfe": 100,
             "scores": {"shapes": score(0.51, 0.04), "diversity": score(0.3, 0.02)},
+            "vendi": score(1.625, 0.1),
         },
-        "rtdmd": {"nfe": 4, "scores": {"shapes": score(0.6234, 0.04)}},
+        "rtdmd": {"nfe": 4, "scores": {"shapes": score(0.6234, 0.04)}, "cmmd": 0.07654},
     },
     "comparisons": [
         {"a": "rtdmd", "b": "teacher", "reward": "shapes", "difference": 0.1134,
@@ -123,6 +124,9 @@ def test_results_and_comparisons_in_figures_and_words(tmp_path: Path) -> None:
     ]  # fmt: skip
     # The adjusted p-value decides.
     assert "p = 0.090" in cells and cells.count("no significant difference") == 2
+    at = cells.index("cmmd")
+    assert cells[at - 1] == "vendi" and {"1.625", "1.525 to 1.725", "0.077"} <= set(cells)
+    assert cells.count("–") == 2  # the teacher's distance to itself, and the other's Vendi score
     best = [a for a in page.all("td") if a.get("class") == "best"]
     assert len(best) == 2
 
@@ -216,6 +220,11 @@ def test_curves_cut_spikes_and_thin_long_runs() -> None:
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert figures.ticks(low, high) == pytest.approx(expected)
+
+
+def test_titles_of_axes_fit_beside_them() -> None:
+    names = [*figures._METRICS, "held_out/x", "watch/trained/x", "tilt/reward/x"]
+    assert all(len(figures.axis_title(name)) <= 31 for name in names)
 
 
 def test_numbers_for_readers() -> None:

@@ -54,8 +54,15 @@ def make_run(folder: Path, seed: int, alarm: bool) -> Path:
     summary = {
         "prompts": 64,
         "systems": {
-            "teacher": {"nfe": 100, "scores": {"shapes": score(0.5, 0.04)}},
-            "rtdmd": {"nfe": 4, "scores": {"shapes": score(0.6 + 0.01 * seed, 0.04)}},
+            "teacher": {"nfe": 100, "scores": {"shapes": score(0.5, 0.04)},
+                        "category_means": {"shapes": 0.512}},
+            "rtdmd": {"nfe": 4, "scores": {"shapes": score(0.6 + 0.01 * seed, 0.04)},
+                      "category_means": {"shapes": 0.61 + 0.01 * seed}},
+        },
+        "categories": {
+            tag: {"prompts": n, "systems": {"teacher": {"shapes": {"mean": 0.4, "ci95": None}},
+                                            "rtdmd": {"shapes": {"mean": mean + 0.01 * seed}}}}
+            for tag, n, mean in (("colors", 40, 0.7), ("counting", 24, 0.52))
         },
         "comparisons": [
             {"a": "rtdmd", "b": "teacher", "reward": "shapes", "difference": 0.1,
@@ -120,6 +127,22 @@ def test_evaluations_of_several_runs_are_one_table(report: Path) -> None:
     assert "p = 0.060" in page.text("td")
     grid = [i["alt"] for i in page.all("img") if str(i["alt"]).startswith("a red circle")]
     assert grid == [f"a red circle, by {s}" for s in ("teacher", "rtdmd, calm", "rtdmd, hacked")]
+
+
+def test_categories_of_several_runs_are_one_table_if_they_are_the_same(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, seed, False) for seed, name in enumerate(("a", "b"), 1)]
+    page = Page(write_run_report(runs, tmp_path / "page.html").read_text())
+    cells = page.text("th", "td")
+    at = cells.index("colors (40)")
+    assert cells[at : at + 15] == [
+        "colors (40)", "counting (24)", "mean of categories", "teacher", "0.400", "0.400", "0.512",
+        "rtdmd, a", "0.710", "0.530", "0.620", "rtdmd, b", "0.720", "0.540", "0.630",
+    ]  # fmt: skip
+    path = tmp_path / "b" / "evaluation.json"
+    found = json.loads(path.read_text())
+    found["categories"]["colors"]["prompts"] = 41
+    path.write_text(json.dumps(found))
+    assert "By category" not in write_run_report(runs, tmp_path / "page.html").read_text()
 
 
 def test_one_run_without_an_alarm(tmp_path: Path) -> None:

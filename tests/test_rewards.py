@@ -34,10 +34,14 @@ def constant(value: float, **options: object) -> FunctionReward:
         (torch.zeros(2, 1, 4, 4), 2, r"'mine' needs \(B, 3, H, W\)"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2, "float images.*uint8"),
         (torch.zeros(2, 3, 4, 4), 3, "got 2 images, 3 prompts"),
-        (torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 1.01)]), 2, "outside.*'p1'"),
-        (torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), torch.nan)]), 2, "image.*'p1'"),
+        (torch.stack([torch.zeros(3, 4, 4), 1.01 * torch.eye(4).expand(3, 4, 4)]), 2,
+         "outside.*'p1'"),
+        (torch.stack([torch.ones(3, 4, 4), torch.eye(4) / torch.eye(4).expand(3, 4, 4)]), 2,
+         "non-finite image.*'p1'"),  # 1 and 0/0
+        (torch.eye(4).log().expand(2, 3, 4, 4), 2, "non-finite image.*'p0'"),  # 0 and -inf
+        (torch.zeros(2, 3, 0, 4), 2, r"'mine' needs \(B, 3, H, W\)"),
     ],
-)
+)  # fmt: skip
 def test_gate_refuses_bad_images(images: Tensor, count: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checked(constant(1), images, [f"p{i}" for i in range(count)], [{}] * count)

@@ -1,27 +1,28 @@
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_rewards import (
+    FIGURES,
+    PROMPTS,
     as_tensor,
     assert_gradient,
     assert_rows_do_not_mix,
     natural,
+    pixels_of,
     redraw,
     write_clip,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tiltflow.rewards import checked, load_reward
 from tiltflow.rewards.open_clip import clip_from_open_clip, clip_keys
 from tiltflow.rewards.weights import read_state_dict, weights_file
-
-PROMPTS = ["a red circle", "a blue star", "a star"]
 
 
 @pytest.fixture(scope="module")
@@ -38,108 +39,34 @@ def clip_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def pixels_of(path: str, images: Tensor) -> Tensor:
-    """The library's own preprocessing."""
-    arrays = [x.permute(1, 2, 0).mul(255).round().byte().numpy() for x in images]
-    processor = CLIPImageProcessorPil.from_pretrained(path)
-    return processor(arrays, return_tensors="pt")["pixel_values"]
-
-
-# --- a straightforward open_clip, from its published architecture and names --------------------
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        layers = {"c_fc": nn.Linear(width, 32), "gelu": nn.GELU(), "c_proj": nn.Linear(32, width)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class Blocks(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, mask)
-        return x
-
-
-class Visual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(16))
-        self.positional_embedding = nn.Parameter(torch.randn(17, 16))
-        self.proj = nn.Parameter(torch.randn(16, 8))
-        self.conv1 = nn.Conv2d(3, 16, 4, 4, bias=False)
-        self.ln_pre, self.ln_post = nn.LayerNorm(16), nn.LayerNorm(16)
-        self.transformer = Blocks(16, 1, 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.conv1(images).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(images), 1, -1)
-        x = torch.cat([first, patches], 1) + self.positional_embedding
-        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
-
-
-class OpenClip(nn.Module):
-    def __init__(self, vocab: int) -> None:
-        super().__init__()
-        self.visual = Visual()
-        self.token_embedding = nn.Embedding(vocab, 16)
-        self.positional_embedding = nn.Parameter(torch.randn(8, 16))
-        self.transformer = Blocks(16, 1, 2)
-        self.ln_final = nn.LayerNorm(16)
-        self.text_projection = nn.Parameter(torch.randn(16, 8))
-        self.logit_scale = nn.Parameter(torch.tensor(3.0))
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        x = self.token_embedding(tokens) + self.positional_embedding
-        mask = torch.full((8, 8), float("-inf")).triu(1)
-        x = self.ln_final(self.transformer(x, mask))
-        return x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection
+# --- open_clip's names, against what open_clip itself computed (scripts/open_clip_figures.py) ----
 
 
 @pytest.fixture(scope="module")
-def open_clip(clip_path: str) -> OpenClip:
-    torch.manual_seed(3)
-    model = OpenClip(len(CLIPTokenizer.from_pretrained(clip_path)))
-    for name, weight in model.named_parameters():
-        if name.endswith("bias") or "ln_" in name:  # which start at 0 and 1, and would hide a swap
-            nn.init.normal_(weight, std=0.5)
-    return model.eval()
+def figures() -> dict[str, Tensor]:
+    return load_file(FIGURES)
 
 
-def open_clip_tokens(path: str) -> Tensor:
-    """Ends of texts have the highest number; what follows them is 0."""
-    encode = CLIPTokenizer.from_pretrained(path)
-    rows = [encode(prompt)["input_ids"] for prompt in PROMPTS]
-    return torch.tensor([row + [0] * (8 - len(row)) for row in rows])
+@pytest.fixture(scope="module")
+def state(figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = "weights/"
+    return {k.removeprefix(start): v for k, v in figures.items() if k.startswith(start)}
 
 
 def test_open_clip_weights_give_open_clips_features(
-    open_clip: OpenClip, clip_path: str, images: Tensor
+    figures: dict[str, Tensor], state: dict[str, Tensor], clip_path: str
 ) -> None:
-    model = clip_from_open_clip(open_clip.state_dict(), CLIPConfig.from_pretrained(clip_path))
-    tokens, pixels = open_clip_tokens(clip_path), pixels_of(clip_path, images)
-    with torch.no_grad():
-        ours = model.get_image_features(pixels).pooler_output
-        torch.testing.assert_close(ours, open_clip.visual(pixels), atol=1e-5, rtol=1e-5)
-        ours = model.get_text_features(tokens).pooler_output
-        torch.testing.assert_close(ours, open_clip.encode_text(tokens), atol=1e-5, rtol=1e-5)
+    model = clip_from_open_clip(state, CLIPConfig.from_pretrained(clip_path))
+    for ours, theirs in (
+        (model.get_image_features(figures["pixels"]), "image_features"),
+        (model.get_text_features(figures["tokens"]), "text_features"),
+    ):
+        torch.testing.assert_close(ours.pooler_output, figures[theirs], atol=1e-5, rtol=1e-5)
+        assert figures[theirs].std(0).mean() > 0.1  # of inputs that differ
     assert model.logit_scale.item() == 3.0
 
 
-def test_open_clip_keys_that_do_not_fit_are_told(open_clip: OpenClip, clip_path: str) -> None:
-    state = open_clip.state_dict()
+def test_open_clip_keys_that_do_not_fit_are_told(state: dict[str, Tensor], clip_path: str) -> None:
     config = CLIPConfig.from_pretrained(clip_path)
     assert "attn_mask" not in clip_keys({**state, "attn_mask": torch.zeros(8, 8)})
     assert clip_keys({"module.logit_scale": torch.tensor(1.0)}).keys() == {"logit_scale"}
@@ -157,24 +84,23 @@ def test_open_clip_keys_that_do_not_fit_are_told(open_clip: OpenClip, clip_path:
 
 
 def test_hpsv2_is_the_cosine_of_the_checkpoint(
-    open_clip: OpenClip, clip_path: str, images: Tensor, tmp_path: Path
+    figures: dict[str, Tensor],
+    state: dict[str, Tensor],
+    clip_path: str,
+    images: Tensor,
+    tmp_path: Path,
 ) -> None:
-    torch.save({"epoch": 1, "state_dict": open_clip.state_dict()}, tmp_path / "HPS_v2.1.pt")
+    torch.save({"epoch": 1, "state_dict": state}, tmp_path / "HPS_v2.1.pt")
     options = {"base": clip_path, "file": "HPS_v2.1.pt"}
     reward = load_reward("hpsv2", path=str(tmp_path), options=options)
     assert reward.name == "hpsv2" and reward.differentiable
-    scores = assert_rows_do_not_mix(reward, images, PROMPTS)
-    with torch.no_grad():
-        seen = F.normalize(open_clip.visual(pixels_of(clip_path, images)), dim=-1)
-        read = F.normalize(open_clip.encode_text(open_clip_tokens(clip_path)), dim=-1)
-    torch.testing.assert_close(scores, (seen * read).sum(-1), atol=2e-2, rtol=0)
-    # The same but for the preprocessing, which is within 2/255 of the library's:
-    square = images[..., :16, :16]
-    with torch.no_grad():
-        seen = F.normalize(open_clip.visual(pixels_of(clip_path, square)), dim=-1)
-    exact = checked(reward, square, PROMPTS, [{}] * 3)
-    torch.testing.assert_close(exact, (seen * read).sum(-1), atol=1e-5, rtol=0)
+    assert_rows_do_not_mix(reward, images, PROMPTS)
     assert_gradient(reward, images, PROMPTS)
+    square = as_tensor(*(natural(16, 16, seed) for seed in range(3)))
+    assert pixels_of(clip_path, square).equal(figures["pixels"])
+    seen, read = (F.normalize(figures[f"{kind}_features"], dim=-1) for kind in ("image", "text"))
+    scores = checked(reward, square, PROMPTS, [{}] * 3)
+    torch.testing.assert_close(scores, (seen * read).sum(-1), atol=1e-5, rtol=0)
 
 
 # --- PickScore and the aesthetic predictor -----------------------------------------------------

@@ -14,6 +14,9 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from tiltflow.rewards.base import Metadata, Reward, checked
 
 WORDS = ("a", "red", "blue", "circle", "star")
+PROMPTS = ["a red circle", "a blue star", "a star"]
+FIGURES = Path(__file__).parent / "data" / "open_clip.safetensors"
+"""Weights, inputs and features of a tiny open_clip model (scripts/open_clip_figures.py)."""
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
@@ -70,6 +73,14 @@ def natural(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def as_tensor(*images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def pixels_of(path: str, images: Tensor) -> Tensor:
+    """The library's own preprocessing by the CLIP at a path."""
+    arrays = [x.permute(1, 2, 0).mul(255).round().byte().numpy() for x in images]
+    processor = CLIPImageProcessorPil.from_pretrained(path)
+    pixels: Tensor = processor(arrays, return_tensors="pt")["pixel_values"]
+    return pixels
 
 
 def assert_rows_do_not_mix(

@@ -123,19 +123,26 @@ def _evaluations(
 
     Of several, a system is called by its folder, too, unless it has the same scores in every
     folder (the teacher, as a rule). Images are shown of those folders whose prompts are the
-    first's.
+    first's, and categories where all have the same ones.
     """
-    merged: dict[str, Any] = {"prompts": 0, "systems": {}, "comparisons": []}
+    merged: dict[str, Any] = {"prompts": 0, "systems": {}, "comparisons": [], "categories": {}}
     grids: dict[str, list[np.ndarray]] = {}
     prompts: list[str] = []
     names = _names(folders)
     tables = {folder: read_evaluation(folder) for folder in folders}
+    categories = {folder: table.get("categories", {}) for folder, table in tables.items()}
+    sizes = [{name: c["prompts"] for name, c in found.items()} for found in categories.values()]
+    if any(size != sizes[0] for size in sizes):
+        categories = {folder: {} for folder in folders}
     for folder, found in tables.items():
         called = {}
         for system, values in found["systems"].items():
             same = all(t["systems"].get(system) == values for t in tables.values())
             called[system] = system if same else f"{system}, {names[folder]}"
             merged["systems"][called[system]] = values
+        for category, table in categories[folder].items():
+            into = merged["categories"].setdefault(category, table | {"systems": {}})
+            into["systems"] |= {called[s]: v for s, v in table["systems"].items()}
         for row in found["comparisons"]:
             renamed = row | {"a": called[row["a"]], "b": called[row["b"]]}
             if renamed not in merged["comparisons"]:

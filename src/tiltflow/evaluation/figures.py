@@ -33,8 +33,8 @@ _METRICS = {
     "lr": "learning rate (no unit)",
     "grad_norm": "gradient norm (no unit)",
     "watch/diversity": "diversity (no unit)",
-    "watch/drift": "velocity gap against the teacher's (ratio)",
-    "watch/high_frequency": "energy against the teacher's (ratio)",
+    "watch/drift": "velocity gap (ratio)",
+    "watch/high_frequency": "high frequencies (ratio)",
 }
 
 

@@ -34,6 +34,18 @@ class _Score(_Part):
 class _System(_Part):
     nfe: int
     scores: dict[str, _Score]
+    vendi: _Score | None = None
+    cmmd: float | None = None
+    category_means: dict[str, float] = {}
+
+
+class _Mean(_Part):
+    mean: float
+
+
+class _Category(_Part):
+    prompts: int
+    systems: dict[str, dict[str, _Mean]]
 
 
 class _Comparison(_Part):
@@ -49,6 +61,7 @@ class _Evaluation(_Part):
     prompts: int
     systems: Annotated[dict[str, _System], Field(min_length=1)]
     comparisons: list[_Comparison] = []
+    categories: dict[str, _Category] = {}
 
 
 @dataclass(frozen=True)

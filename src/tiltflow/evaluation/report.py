@@ -38,7 +38,11 @@ MEASURES = {
     "clipscore_heldout": "cosine similarity under a second CLIP, kept apart from training",
     "diversity": "mean cosine distance between images of one prompt; higher is more varied",
     "linear": "the first coordinate",
+    "vendi": "effective number of different images of one prompt (Vendi score)",
+    "cmmd": "distance of the images, as a set, to the teacher's (CMMD); 0 for the same set",
 }
+BESIDE = ("vendi", "cmmd")
+"""Figures of a system that are shown beside its rewards and not compared."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def write_report(
         evaluation=evaluation,
         systems=systems,
         rewards=list(dict.fromkeys(r for s in systems.values() for r in s["scores"])),
+        beside=[name for name in BESIDE if any(name in s for s in systems.values())],
+        categories=_categories(evaluation),
         measures=MEASURES,
         best=_best(systems),
         digits=_digits(systems),
@@ -152,6 +158,24 @@ def _digits(systems: Mapping[str, Any]) -> dict[str, int]:
         for reward, score in system["scores"].items():
             intervals.setdefault(reward, []).append(score["ci95"])
     return {reward: decimals(found) for reward, found in intervals.items()}
+
+
+def _categories(evaluation: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """By reward, a row a system: its means in each category, and over the categories; "" where it
+    was not measured."""
+    found = evaluation.get("categories", {})
+    means = {s: v.get("category_means", {}) for s, v in evaluation.get("systems", {}).items()}
+    tables = []
+    for reward in dict.fromkeys(name for table in means.values() for name in table):
+        rows = []
+        for system, table in means.items():
+            cells = [
+                c["systems"].get(system, {}).get(reward, {}).get("mean") for c in found.values()
+            ]
+            cells.append(table.get(reward))
+            rows.append((system, ["" if x is None else number(x, 3) for x in cells]))
+        tables.append((reward, rows))
+    return tables if found else []
 
 
 def p_text(p: float) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tiltflow.evaluation.scores import PromptLike
 from tiltflow.paths import nearest
-
-QUOTATION_MARKS = '"“„«'
+from tiltflow.rewards.geneval_rules import scene_of
+from tiltflow.rewards.ocr import quoted_text
+from tiltflow.rewards.shapes import caption_of
 
 PREFERENCE = ("clipscore", "pickscore", "hpsv2", "aesthetic", "image_reward")
 """What general prompts are scored by: agreement with the text, and models of human preference."""
@@ -18,14 +19,14 @@ PREFERENCE = ("clipscore", "pickscore", "hpsv2", "aesthetic", "image_reward")
 class Suite:
     """`prompts` is a packaged set, or None where the user brings the file; `rewards` are names.
 
-    `needs` are keys that the metadata of every prompt must have, and with `quoted` its text must
-    quote something: what the rewards of the suite go by.
+    `needs` are keys that the metadata of every prompt must have; `read` is how the suite's rewards
+    read a prompt, with a ValueError if they cannot.
     """
 
     prompts: str | None
     rewards: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    quoted: bool = False
+    read: Callable[[PromptLike], object] | None = None
 
     def check(self, prompts: Sequence[PromptLike]) -> None:
         """Passes prompts that the suite's rewards can score.
@@ -40,20 +41,33 @@ class Suite:
                     f"prompt {number} ({prompt.text!r}) has no {lacking[0]!r}, which this suite "
                     f"scores by: give its metadata file (.jsonl with {', '.join(self.needs)})"
                 )
-            if self.quoted and not any(mark in prompt.text for mark in QUOTATION_MARKS):
-                raise ValueError(
-                    f"prompt {number} ({prompt.text!r}) has no text in quotation marks to be read"
-                )
+            try:
+                if self.read is not None:
+                    self.read(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from error
+
+
+def _questions(prompt: PromptLike) -> object:
+    from tiltflow.rewards.geneval2 import questions_of  # seconds to import, for this suite alone
+
+    return questions_of(prompt.metadata, prompt.text)
 
 
 SUITES = {
     "drawbench": Suite(None, PREFERENCE),
     "pickapic": Suite(None, PREFERENCE),
     "hpsv3": Suite(None, ("hpsv3",)),
-    "geneval": Suite(None, ("geneval",), needs=("tag", "include")),
-    "geneval2": Suite(None, ("geneval2",), needs=("vqa_list",)),
-    "ocr": Suite(None, ("ocr",), quoted=True),
-    "shapes": Suite("shapes-heldout", ("shapes", "clipscore", "clipscore_heldout")),
+    "geneval": Suite(
+        None, ("geneval",), needs=("tag", "include"), read=lambda p: scene_of(p.metadata, p.text)
+    ),
+    "geneval2": Suite(None, ("geneval2",), needs=("vqa_list",), read=_questions),
+    "ocr": Suite(None, ("ocr",), read=lambda p: quoted_text(p.text)),
+    "shapes": Suite(
+        "shapes-heldout",
+        ("shapes", "clipscore", "clipscore_heldout"),
+        read=lambda p: caption_of(p.text, p.metadata),
+    ),
 }
 
 

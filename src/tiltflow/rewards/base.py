@@ -101,7 +101,7 @@ def _check_inputs(
     name: str, domain: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> None:
     wrong = images.ndim != 2 if domain == "points" else images.ndim != 4 or images.shape[1] != 3
-    if wrong or not images.is_floating_point():
+    if wrong or 0 in images.shape[1:] or not images.is_floating_point():
         wanted = "(B, D) float points" if domain == "points" else "(B, 3, H, W) float images"
         raise ValueError(
             f"reward {name!r} needs {wanted}, got {tuple(images.shape)} {_dtype(images)}"
@@ -111,13 +111,15 @@ def _check_inputs(
             f"reward {name!r} got {len(images)} {domain}, {len(prompts)} prompts "
             f"and {len(metadata)} metadata"
         )
+    # Of a row with a NaN in it both ends are NaN.
     rows = images.detach().flatten(1)
+    low, high = rows.amin(1), rows.amax(1)
     kind = domain.removesuffix("s")
-    bad = ~torch.isfinite(rows).all(1)
+    bad = ~(torch.isfinite(low) & torch.isfinite(high))
     _refuse(bad, prompts, f"reward {name!r} got a non-finite {kind}", NonFiniteScore)
     if domain == "images":
-        beyond = (rows < -RANGE_TOLERANCE) | (rows > 1 + RANGE_TOLERANCE)
-        _refuse(beyond.any(1), prompts, f"reward {name!r} got an image outside [0, 1]")
+        beyond = (low < -RANGE_TOLERANCE) | (high > 1 + RANGE_TOLERANCE)
+        _refuse(beyond, prompts, f"reward {name!r} got an image outside [0, 1]")
 
 
 def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores: object) -> Tensor:

@@ -38,14 +38,18 @@ class ShapesReward:
         pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
         arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
         scores = [
-            score(read_scene(array), _caption(text, about))[int(self.soft)]
+            score(read_scene(array), caption_of(text, about))[int(self.soft)]
             for array, text, about in zip(arrays, prompts, metadata, strict=True)
         ]
         return torch.tensor(scores, dtype=torch.float32)
 
 
-def _caption(prompt: str, metadata: Mapping[str, object]) -> Caption:
-    """The prompt's caption; metadata in GenEval's format, where there are any, must agree."""
+def caption_of(prompt: str, metadata: Mapping[str, object]) -> Caption:
+    """The prompt's caption; metadata in GenEval's format, where there are any, must agree.
+
+    Raises:
+        ValueError: if it is no caption of the world, or they do not.
+    """
     if "include" not in metadata:
         return caption_from_text(prompt)
     caption = caption_from_metadata(metadata)
