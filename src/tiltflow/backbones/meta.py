@@ -40,9 +40,10 @@ def pipeline_configs(path: str | Path) -> dict[str, Any]:
         if not (root / part / file).is_file():
             raise ValueError(f"{root} is not complete: {part}/{file} is missing")
         configs[part] = {**read_json(root / part / file), "_class_name": entry[1]}
-    clip = root / "tokenizer" / "tokenizer_config.json"
-    if clip.is_file():
-        configs["tokenizer_max_length"] = read_json(clip).get("model_max_length")
+    for clip in ("tokenizer_2", "tokenizer"):  # the pipeline asks the first, if it is there
+        settings = root / clip / "tokenizer_config.json"
+        if settings.is_file():
+            configs["tokenizer_max_length"] = read_json(settings).get("model_max_length")
     return configs
 
 

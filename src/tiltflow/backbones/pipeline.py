@@ -281,6 +281,16 @@ class PipelineBackbone(ABC):
         for name in self.text_encoders:
             setattr(self.pipe, name, None)
 
+    def thaw(self) -> None:
+        """For sampling without gradient: weights marked as `from_pretrained` leaves them.
+
+        torch's matmul asks `requires_grad` before it folds a batch into rows, and without grad mode
+        too; with the marks of the pipeline's own, images are its own to the last bit.
+        """
+        for name in self._networks():
+            getattr(self.pipe, name).requires_grad_(True)
+        self.student_base.requires_grad_(True)
+
     # ---- checks
 
     def _geometry(
@@ -292,6 +302,8 @@ class PipelineBackbone(ABC):
                 f"the transformer in {self.path} takes {channels} channels but the autoencoder "
                 f"makes {self.packing * latent} a token: these are not parts of one model"
             )
+        if "shift_factor" in vae and vae["shift_factor"] is None:
+            raise ValueError(f"the autoencoder in {self.path} has no shift_factor, which it needs")
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         patch = self._patch(transformer)
         side = self._default_latent(transformer) * factor if resolution is None else resolution
