@@ -39,9 +39,7 @@ CALLS: list[tuple[str, int, dict[str, Any], float]] = [
 
 
 def load(path: Path, side: int, **options: Any) -> Any:
-    return load_backbone(
-        path, device="cpu", resolution=side, max_sequence_length=TOKENS, **options
-    )
+    return load_backbone(path, device="cpu", resolution=side, max_sequence_length=TOKENS, **options)
 
 
 @torch.no_grad()
@@ -171,7 +169,7 @@ REWARD = "test_train:redness"
     [
         ("other_sd3_without_clip_l", "sd35m", "bf16"),
         ("other_flux_without_guidance", "flux1_dev", "fp32"),
-        ("other_klein", "flux2_klein_4b", "bf16"),
+        ("other_klein", "flux2_klein_4b", "bf16, model.base_storage=fp8"),
     ],
 )
 def test_the_whole_way_of_a_run(
@@ -182,7 +180,7 @@ def test_the_whole_way_of_a_run(
     prompts, model = tmp_path / "prompts.txt", tiny_pipeline(name)
     settings = [
         f"model.path={model}", "model.generator_path=null", "model.guidance=null",
-        "model.resolution=24", "model.max_sequence_length=20", f"model.dtype={dtype}",
+        "model.resolution=24", "model.max_sequence_length=20", *f"model.dtype={dtype}".split(", "),
         f"data.prompts={prompts}", "adapters.rank=2", "train.batch_size=4", "train.steps=1",
         "train.micro_batch_size=2", "log.samples=2", "log.samples_every=1", "run.device=cpu",
     ]  # fmt: skip

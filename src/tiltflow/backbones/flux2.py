@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.files import check_pipeline, pipeline_index, read_json
 from tiltflow.backbones.loading import load_part
-from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype, part_config
+from tiltflow.backbones.pipeline import (
+    TIMESTEPS,
+    PipelineBackbone,
+    input_dtype,
+    keep_in_fp8,
+    part_config,
+)
 
 TWIN_KEYS = ("in_channels", "out_channels", "joint_attention_dim")
 """What two transformers must share to work on the same latents and prompts."""
@@ -73,6 +79,8 @@ class Flux2Backbone(PipelineBackbone):
         if generator_path is not None and self.parts != "text":
             generator = load_part(Path(generator_path), "transformer", dtype)
         if generator is not None:
+            if options.get("fp8"):
+                keep_in_fp8(generator, dtype)
             self.generator_transformer = generator.to(self.device).requires_grad_(False).eval()
         self._positions: dict[tuple[int, ...], Tensor] = {}
 

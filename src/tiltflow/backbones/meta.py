@@ -55,6 +55,7 @@ def meta_backbone(
     vae_dtype: torch.dtype | None = None,
     resolution: int | None = None,
     max_sequence_length: int | None = None,
+    fp8: bool = False,
 ) -> PipelineBackbone:
     """`load_backbone` without weights: every method but `encode` works, on meta tensors.
 
@@ -71,6 +72,7 @@ def meta_backbone(
         "dtype": dtype,
         "resolution": resolution,
         "max_sequence_length": max_sequence_length,
+        "fp8": fp8,
         "pipe": meta_pipeline(configs, dtype, vae_dtype or dtype),
     }
     if family == "sd3":
