@@ -28,8 +28,9 @@ MODELS = {
     "flux1_dev": ("flux_dev", None),
     "schnell": ("flux_schnell", None),
     "flux2_klein_4b": ("klein_base", "klein"),
+    "other_sizes": ("other_sd3_patch_4", None),
 }
-"""A recipe's model (or schnell, which has none), its tiny pipeline and its generator's."""
+"""A recipe's model (or one that has none), its tiny pipeline and its generator's."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -
     tensors = {group: random_like(shapes, i) for i, group in enumerate(("few_step", "ema"))}
     facts = {"stage": "tilt", "adapters": vars(settings), "few_step_adapters": vars(settings)}
     checkpoint = Checkpoint(3, tensors, facts)
-    recipe = "sd35m_tilt" if name == "schnell" else f"{name}_tilt"
+    recipe = "sd35m_tilt" if name in ("schnell", "other_sizes") else f"{name}_tilt"
     config = load_config(
         recipe,
         [

@@ -96,6 +96,7 @@ def measured(build: Build) -> int:
 
 CASES = [
     ("sd35m", "cold_start", "lora", True),
+    pytest.param("flux1_dev", "cold_start", "fp8", True, marks=pytest.mark.slow),
     pytest.param("flux1_dev", "tilt", "lora", False, marks=pytest.mark.slow),
     pytest.param("sd35m", "tilt", "copies", True, marks=pytest.mark.slow),
     pytest.param("flux2_klein_4b", "tilt", "lora", True, marks=pytest.mark.slow),
@@ -106,8 +107,10 @@ CASES = [
 def test_plan_is_within_15_percent_of_what_is_measured(
     tiny_pipeline: Tiny, tmp_path: Path, name: str, stage: str, kind: str, checkpointing: bool
 ) -> None:
-    more = f"model.gradient_checkpointing={str(checkpointing).lower()}"
-    cfg = config(tiny_pipeline, name, stage, kind, tmp_path, more)
+    more = [f"model.gradient_checkpointing={str(checkpointing).lower()}"]
+    if kind == "fp8":  # LoRA's base in 8 bits
+        kind, more = "lora", [*more, "model.base_storage=fp8", "model.dtype=bf16"]
+    cfg = config(tiny_pipeline, name, stage, kind, tmp_path, *more)
     made = plan_recipe(cfg)
     build = build_stage(cfg)
     build.backbone.free_text_encoders()

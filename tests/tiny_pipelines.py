@@ -229,8 +229,10 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
 
 
 def build(name: str, directory: Path, seed: int = 0) -> Path:
-    """Writes the pipeline `name` (of `BUILDERS`) into `directory`, and returns that."""
+    """Writes the pipeline `name` (here or in `other_sizes`) into `directory`, and returns that."""
+    from other_sizes import BUILDERS as OTHERS  # which takes tokenizers from here
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        BUILDERS[name]().save_pretrained(directory)
+        {**BUILDERS, **OTHERS}[name]().save_pretrained(directory)
     return directory

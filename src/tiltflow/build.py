@@ -89,6 +89,7 @@ def build_backbone(cfg: RunConfig, parts: Parts = "all") -> Backbone:
         resolution=model.resolution,
         max_sequence_length=model.max_sequence_length,
         parts=parts,
+        fp8=model.base_storage == "fp8",
     )
 
 

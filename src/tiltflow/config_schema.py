@@ -25,6 +25,8 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """`base_storage`: what the frozen base is kept in, unset is `dtype`."""
+
     path: Text
     generator_path: Text | None = None
     family: Literal["sd3", "flux", "flux2", "mixture"] | None = None
@@ -32,6 +34,7 @@ class ModelConfig(Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
     autocast: Literal["bf16", "auto"] | None = None
     vae_dtype: Literal["fp32", "bf16"] | None = None
+    base_storage: Literal["fp8"] | None = None
     max_sequence_length: Count | None = None
     few_step: Text | None = None
     guidance: float | None = None
@@ -211,6 +214,8 @@ class RunConfig(Section):
         _check_model(self.model)
         _check_batch(self.train)
         _check_run(self.run, self.adapters)
+        if self.model.base_storage is not None:
+            _check_base_storage(self)
         if self.stage == "cold_start":
             if self.rewards:
                 raise ValueError(
@@ -232,6 +237,21 @@ def _check_model(model: ModelConfig) -> None:
         )
     if model.path == "mixture" and model.family not in (None, "mixture"):
         raise ValueError(f"model.path mixture needs model.family mixture, not {model.family}")
+
+
+def _check_base_storage(config: RunConfig) -> None:
+    key = f"model.base_storage {config.model.base_storage}"
+    if config.model.path == "mixture":
+        raise ValueError(f"{key} is for pipelines, not for the mixture")
+    if config.adapters.kind != "lora":
+        raise ValueError(f"{key} is for the frozen base of LoRAs, so adapters.kind is lora")
+    if config.run.sharding != "replicated":
+        raise ValueError(f"{key} cannot be sharded, so run.sharding is replicated")
+    if not config.model.gradient_checkpointing:
+        raise ValueError(
+            f"{key} saves no memory unless model.gradient_checkpointing is true: the backward "
+            "pass would keep every matrix in model.dtype"
+        )
 
 
 def _check_batch(train: TrainConfig) -> None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.meta import META
-from tiltflow.backbones.pipeline import PipelineBackbone, input_dtype
+from tiltflow.backbones.pipeline import FP8, PipelineBackbone, input_dtype
 from tiltflow.objectives.distribution_matching import matching_gradient, matching_loss
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.objectives.reward_backprop import reward_gradient
@@ -55,7 +55,8 @@ class Tally(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage(), counted=True)
+                # a weight that returns to its 8 bits takes the place of what it was before
+                self._note(leaf.untyped_storage(), counted=leaf.dtype != FP8)
         return result
 
     def _note(self, storage: torch.UntypedStorage, counted: bool) -> None:

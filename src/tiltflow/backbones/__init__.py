@@ -24,6 +24,7 @@ def load_backbone(
     resolution: int | None = None,
     max_sequence_length: int | None = None,
     parts: Parts = "all",
+    fp8: bool = False,
 ) -> Backbone:
     """The backbone of a pipeline directory, or the mixture (which reads no path).
 
@@ -34,6 +35,7 @@ def load_backbone(
         resolution: image side in pixels; None is the model's own.
         max_sequence_length: text tokens; None is the side file's value, else the pipeline's own.
         parts: "text" loads what `encode` needs and no more, "image" everything else.
+        fp8: whether the transformer's matrices are kept in 8 bits.
 
     Raises:
         ValueError: before any weight loads, if the directory is not a complete pipeline of the
@@ -58,6 +60,7 @@ def load_backbone(
         "resolution": resolution,
         "max_sequence_length": max_sequence_length,
         "parts": parts,
+        "fp8": fp8,
     }
     if family == "flux2":
         from tiltflow.backbones.flux2 import Flux2Backbone

@@ -22,7 +22,8 @@ PARTS = {
     "flux": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     "flux2": ("text_encoder", "tokenizer"),
 }
-"""Besides transformer, vae and scheduler: what a family cannot do without."""
+"""Besides transformer, vae and scheduler: what a family has. SD3's text encoders may be absent, as
+long as there is one: the index then has a null in their place."""
 
 TOKEN_PATCH = {"sd3": 1, "flux": 2, "flux2": 1}
 """How many latent cells wide a token of the pipeline's own latents is (SD3's are no tokens)."""
@@ -98,11 +99,15 @@ def parts_of(root: Path, index: Mapping[str, Any], family: str) -> list[str]:
 
     Raises:
         ValueError: if the index lists a part of a class from elsewhere than diffusers and
-            transformers, or one whose name is no folder name.
+            transformers, or one whose name is no folder name; or if it lists no text encoder.
     """
-    needed = ["transformer", "vae", "scheduler", *PARTS[family]]
+    needed = ["transformer", "vae", "scheduler"]
+    for part in PARTS[family]:
+        encoder = part.replace("tokenizer", "text_encoder")
+        if family != "sd3" or not _is_null(index.get(encoder)):
+            needed.append(part)
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or not any(value):
+        if name.startswith("_") or not isinstance(value, list) or _is_null(value):
             continue
         if len(value) != 2 or value[0] not in LIBRARIES or not PART_NAME.fullmatch(name):
             raise ValueError(
@@ -110,7 +115,14 @@ def parts_of(root: Path, index: Mapping[str, Any], family: str) -> list[str]:
                 f"{' or '.join(LIBRARIES)}"
             )
         needed.append(name)
+    if not any(part.startswith("text_encoder") for part in needed):
+        raise ValueError(f"{root / INDEX} lists no text encoder: a pipeline needs one at least")
     return list(dict.fromkeys(needed))
+
+
+def _is_null(entry: Any) -> bool:
+    """Whether an entry of the index is that of a part which the pipeline was saved without."""
+    return isinstance(entry, list) and not any(entry)
 
 
 def missing_files(root: Path, index: Mapping[str, Any], family: str) -> list[str]:
@@ -187,10 +199,9 @@ def absent_parts(root: Path) -> dict[str, None]:
     """The parts that a pipeline was saved without, as `from_pretrained` must be told of them.
 
     diffusers takes a null in the index for a gap, unless the class calls the part optional, which
-    SD3's does not call its third text encoder.
+    SD3's does not call its text encoders.
     """
-    entries = pipeline_index(root).items()
-    return {name: None for name, value in entries if isinstance(value, list) and not any(value)}
+    return {name: None for name, value in pipeline_index(root).items() if _is_null(value)}
 
 
 def side_file(root: Path) -> dict[str, Any]:

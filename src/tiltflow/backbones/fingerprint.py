@@ -26,14 +26,15 @@ def encoder_facts(
     """
     if max_sequence_length is None:
         max_sequence_length = side_file(root).get("max_sequence_length")
-    # SD3 without its third encoder makes zeros of the transformer's width in its place.
+    # In the place of an encoder that SD3 lacks are zeros, as many as the transformer takes.
     transformer = read_json(root / "transformer" / "config.json")
+    widths = ("joint_attention_dim", "pooled_projection_dim")
     facts: dict[str, str | int | None] = {
         "dtype": dtype,
         "device": device,
         "max_sequence_length": max_sequence_length,
         "batch size": batch_size,
-        "joint_attention_dim": transformer.get("joint_attention_dim"),
+        **{name: transformer[name] for name in widths if name in transformer},
         **{f"{name} version": version(name) for name in LIBRARIES},
     }
     for part, entry in sorted(pipeline_index(root).items()):

@@ -12,12 +12,21 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
 from tiltflow.backbones.base import Conditioning
-from tiltflow.backbones.files import check_pipeline, pipeline_index
+from tiltflow.backbones.files import check_pipeline, pipeline_index, read_json
 from tiltflow.backbones.loading import load_part
-from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype, part_config
+from tiltflow.backbones.pipeline import (
+    TIMESTEPS,
+    PipelineBackbone,
+    input_dtype,
+    keep_in_fp8,
+    part_config,
+)
 
 TWIN_KEYS = ("in_channels", "out_channels", "joint_attention_dim")
 """What two transformers must share to work on the same latents and prompts."""
+
+HIDDEN_STATES = (9, 18, 27)
+"""Of the text encoder: what the pipeline's call puts side by side as a prompt's embedding."""
 
 
 class Flux2Backbone(PipelineBackbone):
@@ -59,6 +68,7 @@ class Flux2Backbone(PipelineBackbone):
     ) -> None:
         if options.get("pipe") is None:
             check_pipeline(path, self.family)
+            self._check_encoder(path)
         if generator_path is not None:
             self._check_generator(path, generator_path)
         super().__init__(path, device=device, dtype=dtype, **options)
@@ -69,8 +79,27 @@ class Flux2Backbone(PipelineBackbone):
         if generator_path is not None and self.parts != "text":
             generator = load_part(Path(generator_path), "transformer", dtype)
         if generator is not None:
+            if options.get("fp8"):
+                keep_in_fp8(generator, dtype)
             self.generator_transformer = generator.to(self.device).requires_grad_(False).eval()
         self._positions: dict[tuple[int, ...], Tensor] = {}
+
+    @staticmethod
+    def _check_encoder(path: str | Path) -> None:
+        config = read_json(Path(path) / "text_encoder" / "config.json")
+        layers = config.get("num_hidden_layers", 0)
+        if layers < HIDDEN_STATES[-1]:
+            raise ValueError(
+                f"the text encoder in {path} has {layers} layers, but klein is conditioned on the "
+                f"hidden states {', '.join(map(str, HIDDEN_STATES))}"
+            )
+        width = part_config(path, "transformer", Flux2Transformer2DModel)["joint_attention_dim"]
+        hidden = config.get("hidden_size", 0)
+        if width != len(HIDDEN_STATES) * hidden:
+            raise ValueError(
+                f"the transformer in {path} has joint_attention_dim={width}, which is not "
+                f"{len(HIDDEN_STATES)} × hidden_size={hidden} of its text encoder"
+            )
 
     def _check_generator(self, path: str | Path, generator_path: str | Path) -> None:
         check_pipeline(generator_path, self.family)

@@ -40,9 +40,10 @@ def pipeline_configs(path: str | Path) -> dict[str, Any]:
         if not (root / part / file).is_file():
             raise ValueError(f"{root} is not complete: {part}/{file} is missing")
         configs[part] = {**read_json(root / part / file), "_class_name": entry[1]}
-    clip = root / "tokenizer" / "tokenizer_config.json"
-    if clip.is_file():
-        configs["tokenizer_max_length"] = read_json(clip).get("model_max_length")
+    for clip in ("tokenizer_2", "tokenizer"):  # the pipeline asks the first, if it is there
+        settings = root / clip / "tokenizer_config.json"
+        if settings.is_file():
+            configs["tokenizer_max_length"] = read_json(settings).get("model_max_length")
     return configs
 
 
@@ -54,6 +55,7 @@ def meta_backbone(
     vae_dtype: torch.dtype | None = None,
     resolution: int | None = None,
     max_sequence_length: int | None = None,
+    fp8: bool = False,
 ) -> PipelineBackbone:
     """`load_backbone` without weights: every method but `encode` works, on meta tensors.
 
@@ -70,6 +72,7 @@ def meta_backbone(
         "dtype": dtype,
         "resolution": resolution,
         "max_sequence_length": max_sequence_length,
+        "fp8": fp8,
         "pipe": meta_pipeline(configs, dtype, vae_dtype or dtype),
     }
     if family == "sd3":

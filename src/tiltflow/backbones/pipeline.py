@@ -28,6 +28,9 @@ from tiltflow.flow import raw_levels
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
 
+FP8 = torch.float8_e4m3fn
+"""What `model.base_storage=fp8` keeps matrices in: 1 + 4 + 3 bits."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -60,6 +63,7 @@ class PipelineBackbone(ABC):
         max_sequence_length: text tokens (of the longest encoder); None is the side file's value,
             else the pipeline's own default.
         parts: "text" loads what `encode` needs and no more, "image" everything else.
+        fp8: whether the transformer's matrices are kept in 8 bits, see `keep_in_fp8`.
         pipe: a pipeline made already, in place of loading the one in `path`.
 
     Raises:
@@ -87,6 +91,7 @@ class PipelineBackbone(ABC):
         resolution: int | None = None,
         max_sequence_length: int | None = None,
         parts: Parts = "all",
+        fp8: bool = False,
         pipe: Any = None,
     ) -> None:
         if pipe is None:
@@ -106,6 +111,8 @@ class PipelineBackbone(ABC):
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
         self.parts = parts
         self.pipe = pipe = pipe or self._load(dtype, vae_dtype or dtype)
+        if fp8 and parts != "text":
+            keep_in_fp8(pipe.transformer, dtype)
         for name in self._networks():
             getattr(pipe, name).requires_grad_(False).eval().to(self.device)
         self.transformer: nn.Module = pipe.transformer
@@ -281,6 +288,16 @@ class PipelineBackbone(ABC):
         for name in self.text_encoders:
             setattr(self.pipe, name, None)
 
+    def thaw(self) -> None:
+        """For sampling without gradient: weights marked as `from_pretrained` leaves them.
+
+        torch's matmul asks `requires_grad` before it folds a batch into rows, and without grad mode
+        too; with the marks of the pipeline's own, images are its own to the last bit.
+        """
+        for name in self._networks():
+            getattr(self.pipe, name).requires_grad_(True)
+        self.student_base.requires_grad_(True)
+
     # ---- checks
 
     def _geometry(
@@ -292,6 +309,8 @@ class PipelineBackbone(ABC):
                 f"the transformer in {self.path} takes {channels} channels but the autoencoder "
                 f"makes {self.packing * latent} a token: these are not parts of one model"
             )
+        if "shift_factor" in vae and vae["shift_factor"] is None:
+            raise ValueError(f"the autoencoder in {self.path} has no shift_factor, which it needs")
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         patch = self._patch(transformer)
         side = self._default_latent(transformer) * factor if resolution is None else resolution
@@ -313,11 +332,26 @@ def part_config(path: str | Path, part: str, model: Any) -> dict[str, Any]:
     return {**{name: p.default for name, p in parameters}, **saved}
 
 
+def keep_in_fp8(network: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds a transformer's matrices to 8-bit floats, each cast to `dtype` for its own product.
+
+    Norms and what belongs to them stay as they are. This is diffusers' layerwise casting: it swaps
+    the parameter for the product's duration, and a graph keeps the cast matrix, so without
+    gradient checkpointing it saves nothing in a backward pass. Adapters go on afterwards.
+    """
+    network.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=dtype)  # type: ignore[operator]
+
+
 def input_dtype(network: nn.Module) -> torch.dtype:
     """The precision of a transformer's frozen weights, which its inputs are given in.
 
-    Not `network.dtype`: that is of whatever parameter comes first, be it an adapter's.
+    Not `network.dtype`: that is of whatever parameter comes first, be it an adapter's. It is right
+    where weights are kept in 8 bits: what they are cast to.
     """
     weight = network.get_submodule("context_embedder").weight
     assert isinstance(weight, Tensor)
+    if weight.dtype == FP8:
+        computed = network.dtype
+        assert isinstance(computed, torch.dtype)
+        return computed
     return weight.dtype

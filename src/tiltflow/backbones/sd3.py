@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype
 
@@ -14,8 +17,13 @@ from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype
 class SD3Backbone(PipelineBackbone):
     """An SD3 pipeline; see `PipelineBackbone` for arguments and errors.
 
-    Latents are the autoencoder's, (16, side/8, side/8); the transformer cuts its own patches. The
-    T5 tower may be absent: its `max_sequence_length` tokens are zeros then.
+    Latents are the autoencoder's, (16, side/8, side/8); the transformer cuts its own patches.
+
+    Any of the three text encoders may be absent, though not all of them. Its tokens are zeros
+    then, and a CLIP's pooled output too. (The pipeline's own call can do without T5 only.)
+
+    Raises:
+        ValueError: also if the transformer's pooled input has no room for an absent CLIP's output.
     """
 
     family = "sd3"
@@ -26,6 +34,32 @@ class SD3Backbone(PipelineBackbone):
     default_guidance = 7.0
     default_sequence = 256
     packing = 1
+
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        if any(getattr(self.pipe, name) is not None for name in self.text_encoders):
+            self._stand_in()
+
+    def _stand_in(self) -> None:
+        """Puts a tower of zeros where the pipeline, which calls both CLIPs, has none."""
+        pipe, clips = self.pipe, {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+        there = [name for name in clips if getattr(pipe, name) is not None]
+        absent = [name for name in clips if name not in there]
+        width = pipe.transformer.config.pooled_projection_dim
+        width -= sum(getattr(pipe, name).config.projection_dim for name in there)
+        if absent and width <= 0:
+            raise ValueError(
+                f"the pooled_projection_dim of the transformer in {self.path} has no room for "
+                f"{absent[0]}, which is absent"
+            )
+        if there == ["text_encoder_2"]:
+            pipe.tokenizer_max_length = pipe.tokenizer_2.model_max_length
+        tokenizer = pipe.tokenizer or pipe.tokenizer_2 or pipe.tokenizer_3
+        dtype = next(e.dtype for e in map(pipe.components.get, self.text_encoders) if e is not None)
+        for name in absent:
+            setattr(pipe, name, ZeroTower(width, dtype))
+            setattr(pipe, clips[name], tokenizer)  # the pipeline counts tokens, and no more
+            width = 0  # of two absent CLIPs, one stands for both
 
     def _patch(self, transformer: Mapping[str, Any]) -> int:
         return int(transformer["patch_size"])
@@ -80,3 +114,18 @@ class SD3Backbone(PipelineBackbone):
         image = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
         text = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
         return image + text
+
+
+class ZeroTower(nn.Module):
+    """An absent CLIP, called as the pipeline calls one: `width` zeros a token and for the whole."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype = width, dtype
+
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = True) -> CLIPTextModelOutput:
+        """Of `input_ids` (B, L): `text_embeds` (B, width), `hidden_states` (B, L, width)."""
+        tokens = torch.zeros(
+            *input_ids.shape, self.width, dtype=self.dtype, device=input_ids.device
+        )
+        return CLIPTextModelOutput(text_embeds=tokens[:, 0], hidden_states=(tokens, tokens))

@@ -73,6 +73,7 @@ def plan_recipe(cfg: RunConfig) -> Plan:
             vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
             resolution=model.resolution,
             max_sequence_length=model.max_sequence_length,
+            fp8=model.base_storage == "fp8",
         )
 
     backbone = make()

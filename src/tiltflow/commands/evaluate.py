@@ -78,6 +78,7 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
     )
     if not hasattr(backbone, "pipe"):
         raise ValueError("the mixture backbone has no images to sample; use tiltflow train")
+    backbone.thaw()  # type: ignore[attr-defined]
     batch = max(1, min(BATCH, len(distinct(request.prompts))))
     encoded = encode_prompts(backbone, request.prompts, batch)
     backbone.free_text_encoders()

@@ -120,6 +120,7 @@ def _recipe(cfg: RunConfig, step: int) -> dict[str, Any]:
         "weights": f"LoRA, rank {cfg.adapters.rank}, α = {cfg.adapters.alpha}"
         if cfg.adapters.kind == "lora"
         else "full fine-tuning",
+        **({"base in training": "rounded to fp8"} if cfg.model.base_storage else {}),
         "global batch": train.batch_size,
         "learning rates": f"generator {train.generator_lr:g}, fake score {train.fake_score_lr:g}",
         "teacher guidance": cfg.model.guidance or "the model's own",

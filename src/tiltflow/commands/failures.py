@@ -66,7 +66,7 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
         tips.append("model.dtype=bf16")
     if cfg.adapters.kind == "copies" and model.path != "mixture":
         tips.append("adapters.kind=lora")
-    elif ranks > 1 and cfg.run.sharding == "replicated":
+    elif ranks > 1 and cfg.run.sharding == "replicated" and model.base_storage is None:
         tips.append("run.sharding=fsdp2")
     if not tips:
         return "every setting that needs less memory is at its least: give it more, or more ranks"

@@ -97,7 +97,6 @@ def _load(backbone: Backbone, name: str, folder: Path) -> None:
             odd = min(saved ^ here)
             where = "in the LoRA only" if odd in saved else "in this model only"
             raise ValueError(f"the LoRA in {folder} is one of another model: {odd} is {where}")
-    student.requires_grad_(False)
 
 
 @dataclass(frozen=True)
