@@ -189,7 +189,7 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
     phases = {}
     for name, copies, run in _phases(roles, backbone, job):
         phases[name] = copies * latents + _traced(run, job.fused, roles, backbone)
-    if job.fused:  # on a GPU, AdamW works on all parameters at once, with a temporary of each
+    if job.fused:  # several ranks add up one flat copy of the gradients
         phases["optimizer step"] = (job.steps + 1) * latents + held["gradients"]
     return Plan(held, phases, encoders)
 
@@ -251,7 +251,6 @@ def _traced(
 
 def _rollout(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
-    # meta tensors have no values to compare with 0, so the grid stays on the CPU
     return rollout(roles.generator, x, _grid(job), cond, 0.5, lambda k: x, stop=1)
 
 
@@ -277,7 +276,7 @@ def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
 
 def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
-    trajectory = Rollout(_grid(job), (x, x), cond, 0.5)
+    trajectory = Rollout(_grid(job), {0: x, 1: x}, cond, 0.5)
     x_next, _, _ = attach(roles.generator, trajectory, 0)
     losses = matching_loss(x_next, x)
     if job.tilt is not None and job.tilt.backprop:
