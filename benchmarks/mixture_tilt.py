@@ -42,7 +42,7 @@ def draw(role: Role, n: int = 4096) -> torch.Tensor:
         backbone.encode([""] * n),
         0.9,
         lambda k: random.normal("noise", k, (n, 2)),
-    ).states[-1]
+    ).end
 
 
 def one_run(cold: Path, rate: float, matching: str, seed: int, rollouts: int, every: int) -> list:

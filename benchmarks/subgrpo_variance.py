@@ -40,7 +40,7 @@ def gradient(role: Role, repeat: int, trained: tuple[int, ...], share: bool) -> 
     x = random.normal("init", repeat, (BATCH, 2))
     cond, sigmas = role.backbone.encode([""] * BATCH), role.backbone.few_step_sigmas(STEPS)
     trajectory = rollout(role, x, sigmas, cond, 0.9, noise.__getitem__, record=trained)
-    reward = trajectory.states[-1][:, 0]
+    reward = trajectory.end[:, 0]
     groups = reward.view(-1, GROUP)
     advantages = (groups - groups.mean(1, keepdim=True)).flatten()
     total = torch.zeros(())

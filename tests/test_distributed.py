@@ -144,6 +144,17 @@ def test_resumed_on_another_number_of_ranks(
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [5, 10, 15, 20]
 
 
+def test_a_shared_rollout_is_the_same_on_two_ranks_and_resumed_within_its_cycle(
+    mixture: Callable[..., Path], run: Runner
+) -> None:
+    reuse = ("cold_start.reuse=3", "cold_start.generator_every=8")
+    whole = mixture("cold_start", 1, *reuse, name="reuse")
+    base = str(whole / "config.yaml")
+    run("reuse_2_to_1", base, 2, "train.steps=10")  # iterations 8 to 10 share a rollout
+    out = run("reuse_2_to_1", base, 1, "run.resume=true")
+    assert gap(out, whole) < 1e-5
+
+
 @pytest.mark.slow
 def test_a_pipelines_ranks_and_sharded_base_equal_one(
     run: Runner, tiny_pipeline: Callable[[str], Path], home: Path

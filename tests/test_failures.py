@@ -18,7 +18,7 @@ from tiltflow.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from tiltflow.commands.failures import explained, memory_advice, resume_command
 from tiltflow.config import load_config
 from tiltflow.train.loop import LoopSettings, Skips, restore, train
-from tiltflow.train.optim import NonFiniteError
+from tiltflow.train.optim import Guard, NonFiniteError
 
 
 def config(*overrides: str):
@@ -146,6 +146,7 @@ class Stage:
 
     def __init__(self, fail: tuple[int, ...] = ()) -> None:
         self.roles, self.updaters, self.fail, self.ran = self, {}, fail, []
+        self.guard = Guard()
 
     def iteration(self, step: int) -> dict[str, torch.Tensor]:
         self.ran.append(step)

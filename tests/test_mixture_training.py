@@ -30,7 +30,7 @@ def draw(role, n: int = 2 * SAMPLES, seed: int = 0) -> torch.Tensor:
         backbone.encode([""] * n),
         0.9,
         lambda k: random.normal("noise", k, (n, 2)),
-    ).states[-1]
+    ).end
 
 
 def distance(x: torch.Tensor, backbone: MixtureBackbone) -> tuple[float, float]:

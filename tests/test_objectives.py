@@ -229,7 +229,7 @@ def test_hybrid_policy_gradient_of_a_linear_gaussian_generator(convention: str) 
         velocity, x, sigmas, nothing(n), eta, lambda k: draw(n, 1, seed=10 + k),
         record=(0, 1), convention=convention,
     )  # fmt: skip
-    reward = -((trajectory.states[-1] - 1) ** 2).flatten()
+    reward = -((trajectory.end - 1) ** 2).flatten()
     advantages = reward - reward.mean()
     per_sample = torch.zeros(2, n, dtype=torch.float64)
     for k in (0, 1):

@@ -89,11 +89,16 @@ def further(stage: str, cold: Path) -> list[str]:
     return [f"model.few_step={cold}"] if stage == "tilt" else []
 
 
-@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+REUSE = ["cold_start.reuse=3", "cold_start.generator_every=5"]  # step 2 is within a cycle
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"), [("cold_start", []), ("cold_start", REUSE), ("tilt", [])]
+)
 def test_resumed_equals_uninterrupted(
-    stage: str, pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
+    stage: str, options: list[str], pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
 ) -> None:
-    more = further(stage, cold)
+    more = [*further(stage, cold), *options]
     whole = run(stage, pipeline, prompts, tmp_path / "whole", *more)
     run(stage, pipeline, prompts, tmp_path / "parts", "train.steps=2", *more)
     run(stage, pipeline, prompts, tmp_path / "parts", "run.resume=true", *more)

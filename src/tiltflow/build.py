@@ -27,9 +27,10 @@ from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
 from tiltflow.train.cold_start import ColdStart
-from tiltflow.train.optim import Updater, constant, cosine
+from tiltflow.train.optim import Guard, Updater, constant, cosine
 from tiltflow.train.tilt import Tilt, TiltSettings
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
+from tiltflow.transfer import to_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -277,7 +278,7 @@ def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> No
             shard(base, backbone.device)
 
 
-def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks) -> Updater:
+def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks, guard: Guard) -> Updater:
     train = cfg.train
     lr = train.generator_lr if which == "generator" else train.fake_score_lr
     shape = cosine if train.schedule == "cosine" else constant
@@ -290,6 +291,7 @@ def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks) -> Updater:
         train.clip,
         schedule,
         ranks,
+        guard,
     )
 
 
@@ -302,11 +304,11 @@ def _common(
     share: Share,
 ) -> dict[str, Any]:
     """What both stages are made of."""
-    randomness, eta = Randomness(cfg.run.seed), cfg.sampler.eta
+    randomness, eta, guard = Randomness(cfg.run.seed), cfg.sampler.eta, Guard()
     chosen = cfg.cold_start if cfg.stage == "cold_start" else cfg.tilt
     fake = FakeScoreTrainer(
         role=roles.fake_score,
-        updater=_updater(cfg, roles, "fake_score", share.ranks),
+        updater=_updater(cfg, roles, "fake_score", share.ranks, guard),
         randomness=randomness,
         share=share,
         eta=eta,
@@ -322,8 +324,8 @@ def _common(
         "randomness": randomness,
         "fake": fake,
         "matching": Matching(roles.teacher, roles.fake_score, randomness, share, guidance, eta),
-        "updater": _updater(cfg, roles, "generator", share.ranks),
-        "sigmas": sigmas,
+        "updater": _updater(cfg, roles, "generator", share.ranks, guard),
+        "sigmas": to_device(sigmas, backbone.device),
         "latent_shape": backbone.latent_shape,
         "eta": eta,
         "share": share,
@@ -332,7 +334,10 @@ def _common(
 
 
 def _cold_start(cfg: RunConfig, *parts: Any) -> ColdStart:
-    return ColdStart(**_common(cfg, *parts), generator_every=cfg.cold_start.generator_every)
+    chosen = cfg.cold_start
+    return ColdStart(
+        **_common(cfg, *parts), generator_every=chosen.generator_every, reuse=chosen.reuse
+    )
 
 
 def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:

@@ -87,9 +87,13 @@ class TrainConfig(Section):
 
 
 class ColdStartConfig(Section):
-    """METHOD §4; `consistency_max_delta` is in thousandths of σ."""
+    """METHOD §4; `consistency_max_delta` is in thousandths of σ.
+
+    `reuse` is how many iterations one rollout serves: 1 as published, at most K.
+    """
 
     generator_every: Positive = 10
+    reuse: Positive = 1
     consistency: Weight = 0.01
     consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
     consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200
@@ -221,6 +225,11 @@ class RunConfig(Section):
                 raise ValueError(
                     f"rewards ({', '.join(self.rewards)}) are given, but stage cold_start trains "
                     "on none; put them under watch.rewards to log them"
+                )
+            if self.cold_start.reuse > self.sampler.steps:
+                raise ValueError(
+                    f"cold_start.reuse {self.cold_start.reuse} is more than the "
+                    f"{self.sampler.steps} boundaries of sampler.steps {self.sampler.steps}"
                 )
         else:
             _check_tilt(self)

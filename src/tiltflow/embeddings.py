@@ -9,6 +9,7 @@ import torch
 
 from tiltflow.backbones.base import Backbone, Conditioning
 from tiltflow.prompts import Prompt
+from tiltflow.transfer import to_device
 
 BATCH = 64
 """Texts that go through the text encoders at a time."""
@@ -39,11 +40,13 @@ class EncodedPrompts:
         places = [self.places[i] for i in indices]
         first = self.tables[0]
         positive = {
-            key: torch.stack([self.tables[t].positive[key][row] for t, row in places]).to(device)
+            key: to_device(
+                torch.stack([self.tables[t].positive[key][row] for t, row in places]), device
+            )
             for key in first.positive
         }
         negative = {
-            key: value.to(device).expand(len(places), *value.shape[1:])
+            key: to_device(value, device).expand(len(places), *value.shape[1:])
             for key, value in first.negative.items()
         }
         return Conditioning(positive, negative), [self.prompts[i] for i in indices]

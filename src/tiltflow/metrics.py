@@ -21,15 +21,15 @@ Values = Mapping[str, Tensor | float]
 class Accumulator:
     """Running means of 0-d tensors and floats, without a transfer until they are asked for.
 
-    A metric's mean is over the calls of `add` that named it.
+    A metric's mean is over the calls of `add` that named it and were not refused.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor | int] = {}
 
-    def add(self, values: Values) -> None:
-        """Adds one observation of each metric.
+    def add(self, values: Values, refused: Tensor | None = None) -> None:
+        """Adds one observation of each metric, or none where `refused` (0-d) is 1.
 
         Raises:
             ValueError: on a tensor that is not 0-d.
@@ -38,17 +38,21 @@ class Accumulator:
             tensor = torch.as_tensor(value, dtype=torch.float32).detach()
             if tensor.ndim:
                 raise ValueError(f"metric {name!r} has shape {tuple(tensor.shape)}, not ()")
+            if refused is not None:  # not a product: what was refused may be NaN
+                tensor = torch.where(refused > 0, 0.0, tensor)
             before = self._sums.get(name)
             # A copy, so that the caller may go on to change its tensor in place.
             self._sums[name] = tensor.clone() if before is None else before + tensor
-            self._counts[name] = self._counts.get(name, 0) + 1
+            count = 1 if refused is None else 1 - refused
+            self._counts[name] = self._counts.get(name, 0) + count
 
     def means(
         self, total: Callable[[Sequence[float]], Sequence[float]] = lambda values: values
     ) -> dict[str, float]:
         """The mean of every metric since the last reset; one transfer a device.
 
-        `total` adds up the means over ranks, of which each accumulates its share of a metric.
+        `total` adds up the means over ranks, of which each accumulates its share of a metric and
+        all refuse the same calls. A metric of refused calls alone has no mean.
 
         Raises:
             FloatingPointError: naming the first metric that is NaN or infinite.
@@ -56,15 +60,23 @@ class Accumulator:
         means: dict[str, float] = {}
         for device in {tensor.device for tensor in self._sums.values()}:
             names = [name for name, tensor in self._sums.items() if tensor.device == device]
-            sums = torch.stack([self._sums[name] for name in names]).tolist()
-            means |= {n: s / self._counts[n] for n, s in zip(names, sums, strict=True)}
-        totals = total([means[name] for name in self._sums])
-        return {n: _finite(n, value) for n, value in zip(self._sums, totals, strict=True)}
+            table = [torch.stack([self._sums[name] for name in names])]
+            table += [torch.stack([_count(self._counts[n], device) for n in names])]
+            sums, counts = torch.stack(table).tolist()
+            found = zip(names, sums, counts, strict=True)
+            means |= {name: value / count for name, value, count in found if count}
+        named = [name for name in self._sums if name in means]
+        totals = total([means[name] for name in named])
+        return {n: _finite(n, value) for n, value in zip(named, totals, strict=True)}
 
     def reset(self) -> None:
         """Forgets everything added so far."""
         self._sums.clear()
         self._counts.clear()
+
+
+def _count(count: Tensor | int, device: torch.device) -> Tensor:
+    return torch.as_tensor(count, dtype=torch.float32, device=device)
 
 
 def _finite(name: str, value: float) -> float:

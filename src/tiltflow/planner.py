@@ -30,7 +30,7 @@ from tiltflow.objectives.distribution_matching import matching_gradient, matchin
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.objectives.reward_backprop import reward_gradient
 from tiltflow.roles import AdapterSettings, Roles, adapter_roles, copy_roles
-from tiltflow.rollout import Rollout, attach, rollout
+from tiltflow.rollout import Rollout, attach_from, rollout
 
 GIB = 2**30
 OVERHEAD = 1.5 * GIB
@@ -127,11 +127,11 @@ class Job:
 
 @dataclass(frozen=True)
 class TiltJob:
-    """Stage 2's own: group size, rows decoded at once, whether rewards are back-propagated."""
+    """Stage 2's own: group size, rows decoded at once, steps that rewards go back through."""
 
     group: int
     decode_chunk: int
-    backprop: bool
+    reward_steps: int
     stage_one: AdapterSettings | None
 
 
@@ -190,7 +190,7 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
     phases = {}
     for name, copies, run in _phases(roles, backbone, job):
         phases[name] = copies * latents + _traced(run, job.fused, roles, backbone)
-    if job.fused:  # on a GPU, AdamW works on all parameters at once, with a temporary of each
+    if job.fused:  # several ranks add up one flat copy of the gradients
         phases["optimizer step"] = (job.steps + 1) * latents + held["gradients"]
     return Plan(held, phases, encoders)
 
@@ -252,7 +252,6 @@ def _traced(
 
 def _rollout(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
-    # meta tensors have no values to compare with 0, so the grid stays on the CPU
     return rollout(roles.generator, x, _grid(job), cond, 0.5, lambda k: x, stop=1)
 
 
@@ -278,10 +277,11 @@ def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
 
 def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
-    trajectory = Rollout(_grid(job), (x, x), cond, 0.5)
-    x_next, _, _ = attach(roles.generator, trajectory, 0)
+    steps = job.tilt.reward_steps if job.tilt is not None else 0
+    trajectory = Rollout(_grid(job), dict.fromkeys(range(max(steps, 1) + 1), x), cond, 0.5)
+    x_next = attach_from(roles.generator, trajectory, 0)
     losses = matching_loss(x_next, x)
-    if job.tilt is not None and job.tilt.backprop:
+    if job.tilt is not None and steps:
         _, pull = reward_gradient(
             x_next,
             backbone.decode,

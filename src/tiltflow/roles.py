@@ -126,10 +126,11 @@ class Roles:
     reference: Role | None = None
 
     @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        """ema ← decay · ema + (1 − decay) · generator, in fp32."""
-        slow, fast = self.ema.parameters, self.generator.parameters
-        torch._foreach_lerp_(list(slow.values()), [fast[name] for name in slow], 1 - decay)
+    def update_ema(self, decay: float, refused: Tensor | None = None) -> None:
+        """ema ← decay · ema + (1 − decay) · generator, in fp32; unchanged where `refused` is 1."""
+        weight = 1 - decay if refused is None else (1 - decay) * (1 - refused)
+        for name, slow in self.ema.parameters.items():
+            slow.lerp_(self.generator.parameters[name], weight)
 
     def state(self) -> dict[str, State]:
         """What a checkpoint holds; in stage 2 with the frozen adapter underneath, for export."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tiltflow.backbones.base import Conditioning, Grouped
 from tiltflow.flow import broadcast, cps_mean_std
+from tiltflow.transfer import to_device
 
 Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """v(x, σ, conditioning): a role, or anything that behaves like one."""
@@ -23,22 +24,23 @@ LOG_PROBS = ("unit", "gaussian")
 
 @dataclass(frozen=True)
 class Rollout:
-    """Trajectories of B samples over the grid σ₀ > … > σ_K, K ≥ 1.
+    """Trajectories of B samples over the grid σ₀ > … > σ_K = 0, K ≥ 1.
 
-    `states[k]` is x at level σ_k, (B, ...) fp32, for k = 0..K' where K' ≤ K is the last executed
-    step; `sigmas` is (K + 1,). `log_probs[k]` (B,) was recorded while sampling. The conditioning
-    of a whole batch may be `Grouped`; that of the rows that a network sees is not.
+    `states[k]` is x at level σ_k, (B, ...) fp32, for those k of 0..K' that were kept, K' ≤ K being
+    the last executed step and always kept; `sigmas` is (K + 1,). `log_probs[k]` (B,) was recorded
+    while sampling. The conditioning of a whole batch may be `Grouped`; that of the rows that a
+    network sees is not.
     """
 
     sigmas: Tensor
-    states: tuple[Tensor, ...]
+    states: Mapping[int, Tensor]
     cond: Conditioning | Grouped
     eta: float
     log_probs: Mapping[int, Tensor] = field(default_factory=dict)
 
     def rows(self, rows: slice) -> Rollout:
         """The trajectories of some samples."""
-        states = tuple(state[rows] for state in self.states)
+        states = {k: state[rows] for k, state in self.states.items()}
         recorded = {k: value[rows] for k, value in self.log_probs.items()}
         return Rollout(self.sigmas, states, self.cond[rows], self.eta, recorded)
 
@@ -51,12 +53,16 @@ class Rollout:
     @property
     def steps(self) -> int:
         """The number of executed steps."""
-        return len(self.states) - 1
+        return max(self.states)
+
+    @property
+    def end(self) -> Tensor:
+        """The samples after the last executed step: (B, ...)."""
+        return self.states[self.steps]
 
     def level(self, k: int) -> Tensor:
         """σ_k for every sample: (B,)."""
-        x = self.states[0]
-        return self.sigmas[k].to(x.device).expand(len(x))
+        return self.sigmas[k].expand(len(self.end))
 
 
 def step(
@@ -78,25 +84,37 @@ def rollout(
     stop: int | None = None,
     record: Collection[int] = (),
     convention: str = "unit",
+    keep: Collection[int] | None = None,
 ) -> Rollout:
     """Runs the first `stop` steps (default: all) from noise `x` (B, ...).
 
     `noise(k)` gives step k's z, (B, ...); it is not called for a deterministic step (η = 0, or
-    the step into σ = 0). The log-probabilities of the steps in `record` are kept.
+    the last of the grid). The log-probabilities of the steps in `record` are kept, and of the
+    states those in `keep` (default: all) and the last.
+
+    Raises:
+        ValueError: if `record` has a deterministic step under the "gaussian" `convention`.
     """
-    states, recorded = [x], {}
-    for k in range(len(sigmas) - 1 if stop is None else stop):
-        mean, std = step(velocity, states[-1], sigmas, k, cond, eta)
-        stochastic = eta > 0 and bool(sigmas[k + 1] > 0)
-        states.append(mean + std * noise(k).to(mean) if stochastic else mean)
+    sigmas = to_device(sigmas, x.device)
+    last = (len(sigmas) - 1 if stop is None else stop) - 1
+    states, recorded = {0: x}, {}
+    for k in range(last + 1):
+        mean, std = step(velocity, x, sigmas, k, cond, eta)
+        stochastic = eta > 0 and k < len(sigmas) - 2
+        if k in record and convention == "gaussian" and not stochastic:
+            raise ValueError("a deterministic step has no Gaussian density")
+        x = mean + std * noise(k).to(mean) if stochastic else mean
+        states[k + 1] = x
         if k in record:
-            recorded[k] = log_prob(states[-1], mean, std, convention)
-    return Rollout(sigmas, tuple(states), cond, eta, recorded)
+            recorded[k] = log_prob(x, mean, std, convention)
+        if keep is not None and k not in keep:
+            del states[k]
+    return Rollout(sigmas, states, cond, eta, recorded)
 
 
 def join(parts: Sequence[Rollout], cond: Conditioning | Grouped) -> Rollout:
     """Rollouts of several micro-batches as one, along the batch, whose conditioning is `cond`."""
-    states = tuple(torch.cat(column) for column in zip(*(p.states for p in parts), strict=True))
+    states = {k: torch.cat([p.states[k] for p in parts]) for k in parts[0].states}
     recorded = {k: torch.cat([p.log_probs[k] for p in parts]) for k in parts[0].log_probs}
     return Rollout(parts[0].sigmas, states, cond, parts[0].eta, recorded)
 
@@ -134,10 +152,10 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor, convention: str = "unit"
     """A stochastic step's log-probability, averaged over the elements of a sample: (B,).
 
     "unit" is −mean‖x' − mean‖² (the reference's convention); "gaussian" the log density of
-    N(mean, std²) an element (METHOD §5). `x_next` carries no gradient.
+    N(mean, std²) an element, not finite for std 0 (METHOD §5). `x_next` carries no gradient.
 
     Raises:
-        ValueError: on an unknown convention, or a deterministic step under "gaussian".
+        ValueError: on an unknown convention.
     """
     error = (x_next.detach() - mean) ** 2
     if convention == "unit":
@@ -145,6 +163,4 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor, convention: str = "unit"
     if convention != "gaussian":
         raise ValueError(f"log_prob convention {convention!r} is none of {', '.join(LOG_PROBS)}")
     variance = broadcast(std.flatten(), mean) ** 2
-    if not bool((variance > 0).all()):
-        raise ValueError("a deterministic step has no Gaussian density")
     return -0.5 * (error / variance + torch.log(2 * torch.pi * variance)).flatten(1).mean(1)

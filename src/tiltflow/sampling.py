@@ -42,7 +42,7 @@ def sample_few_step(
         return numbered_noise(randomness, sample_step(k), numbers, shape).to(device)
 
     x = numbered_noise(randomness, SAMPLE_INIT, numbers, shape).to(device)
-    return rollout(role, x, sigmas, cond, eta, noise).states[-1]
+    return rollout(role, x, sigmas, cond, eta, noise, keep=()).end
 
 
 @torch.no_grad()

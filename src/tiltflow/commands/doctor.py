@@ -83,7 +83,8 @@ def plan_recipe(cfg: RunConfig) -> Plan:
     if cfg.stage == "tilt":
         backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
         chunk = cfg.tilt.decode_chunk or cfg.train.micro
-        tilt = TiltJob(cfg.tilt.group_size, chunk, backprop, settings)
+        steps = cfg.tilt.reward_steps if backprop else 0
+        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings)
     chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
     job = Job(
         batch=cfg.train.batch_size,

@@ -67,12 +67,17 @@ class FunctionReward:
 
 
 def checked(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
+    values: bool = True,
 ) -> Tensor:
     """The reward's scores (B,) fp32, on the device of `images`; every caller goes through here.
 
     Images of any float precision are handed over in fp32. A reward that is not differentiable
     runs without gradients. A reward that fails is an error, never a score of 0 (METHOD §8).
+    Without `values`, only shapes are checked: every look at a value has the host wait.
 
     Raises:
         ValueError: if images, prompts or metadata disagree in length, an image has the wrong
@@ -81,7 +86,9 @@ def checked(
             the first offending prompt; so do errors that the reward itself raises.
     """
     domain = getattr(reward, "domain", "images")
-    _check_inputs(reward.name, domain, images, prompts, metadata)
+    _check_shapes(reward.name, domain, images, prompts, metadata)
+    if values:
+        _check_values(reward.name, domain, images, prompts)
     images = images.float()
     try:
         if reward.differentiable:
@@ -94,10 +101,14 @@ def checked(
     except Exception as error:
         error.add_note(f"while reward {reward.name!r} scored {len(prompts)} images")
         raise
-    return _check_scores(reward, images, prompts, scores)
+    scores = _check_scores(reward, images, prompts, scores)
+    if values:
+        problem = f"reward {reward.name!r} gave a non-finite score"
+        _refuse(~torch.isfinite(scores.detach()), prompts, problem, NonFiniteScore)
+    return scores
 
 
-def _check_inputs(
+def _check_shapes(
     name: str, domain: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> None:
     wrong = images.ndim != 2 if domain == "points" else images.ndim != 4 or images.shape[1] != 3
@@ -111,6 +122,9 @@ def _check_inputs(
             f"reward {name!r} got {len(images)} {domain}, {len(prompts)} prompts "
             f"and {len(metadata)} metadata"
         )
+
+
+def _check_values(name: str, domain: str, images: Tensor, prompts: Sequence[str]) -> None:
     # Of a row with a NaN in it both ends are NaN.
     rows = images.detach().flatten(1)
     low, high = rows.amin(1), rows.amax(1)
@@ -130,8 +144,6 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
     if scores.shape != (len(prompts),) or not scores.is_floating_point():
         raise ValueError(f"{start}, got {tuple(scores.shape)} {_dtype(scores)}")
     scores = scores.to(images.device, torch.float32)
-    problem = f"reward {reward.name!r} gave a non-finite score"
-    _refuse(~torch.isfinite(scores.detach()), prompts, problem, NonFiniteScore)
     promised = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
     if promised and not scores.requires_grad:
         raise ValueError(

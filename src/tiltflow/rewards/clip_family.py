@@ -104,8 +104,13 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """Resized, cropped and normalised images, (B, 3, h, w)."""
         images = self.geometry(images)
-        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_channels(values, images) for values in (self.mean, self.std))
         return (images - mean) / std
+
+
+def _channels(values: Sequence[float], images: Tensor) -> Tensor:
+    """(1, 3, 1, 1) on the images' device, filled there: a copy would have the host wait."""
+    return torch.stack([images.new_full((), value) for value in values]).view(1, -1, 1, 1)
 
 
 class CLIPScore:

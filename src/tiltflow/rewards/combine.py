@@ -77,11 +77,13 @@ class RewardMixture:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """R = Σ w r (B,) over the back-propagated rewards, and their detached scores (B,).
 
+        Whether these are finite is left to the caller: to look would have the host wait.
+
         Raises:
             ValueError: if no reward of the mixture is back-propagated.
         """
         scores = {
-            item.reward.name: checked(item.reward, images, prompts, metadata)
+            item.reward.name: checked(item.reward, images, prompts, metadata, values=False)
             for item in self.backpropagated
         }
         if not scores:

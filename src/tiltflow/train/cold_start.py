@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Roles
 from tiltflow.rollout import Rollout, attach, join, rollout
-from tiltflow.train.optim import Updater
+from tiltflow.train.optim import Guard, Updater
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Iterations that share one rollout, and with it prompts and noise.
+
+    `number` counts the cycles of a run; `first` is the first iteration and `length` their number.
+    """
+
+    number: int
+    first: int
+    length: int
+
+    @staticmethod
+    def of(step: int, reuse: int, generator_every: int) -> Cycle:
+        """The cycle of iteration `step`, `reuse` iterations long unless the generator's update,
+        the last thing in a cycle that it falls into, cuts it short."""
+        window, within = divmod(step, generator_every)
+        place = within // reuse
+        number = window * -(-generator_every // reuse) + place
+        length = min(reuse, generator_every - place * reuse)
+        return Cycle(number, window * generator_every + place * reuse, length)
 
 
 @dataclass(frozen=True)
 class ColdStart:
     """One stage-1 iteration: a fake-score update, and every `generator_every`-th a generator one.
 
-    Both use the iteration's boundary samples, which 1 to K generator steps from noise make, the
-    number drawn uniformly.
+    Both use the iteration's boundary samples. As published, 1 to K generator steps from noise make
+    them, the number drawn uniformly. With `reuse` R > 1, one rollout serves up to R iterations,
+    each of which takes another of its boundaries. The generator is the same in all of them, so
+    that a run resumed within a cycle makes the same rollout again.
     """
 
     roles: Roles
@@ -39,30 +62,56 @@ class ColdStart:
     share: Share
     generator_every: int
     ema: float
+    reuse: int = 1
+    _held: dict[int, tuple[Rollout, list[Prompt]]] = field(default_factory=dict, repr=False)
 
     @property
     def updaters(self) -> dict[str, Updater]:
         return {"generator": self.updater, "fake_score": self.fake.updater}
 
+    @property
+    def guard(self) -> Guard:
+        return self.updater.guard
+
     def iteration(self, step: int) -> dict[str, Tensor]:
         """Runs iteration `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
-        first = step * self.share.batch + self.share.rows.start
-        indices = self.sampler.indices(first, len(self.share))
-        cond, prompts = self.prompts.select(indices, self.roles.generator.backbone.device)
-        stop = int(self.randomness.integers("stop", step, 1, len(self.sigmas), (1,)))
-        trajectory = self._boundary(step, stop, cond)
-        x_s, s = trajectory.states[-1], trajectory.level(stop)
-        metrics = self.fake.update(step, step, x_s, s, cond, prompts)
+        cycle = Cycle.of(step, self.reuse, self.generator_every)
+        stop = self._stops(cycle)[step - cycle.first]
+        if cycle.number not in self._held:
+            self._held.clear()  # the old one first: both need not be in memory
+            self._held[cycle.number] = self._rollout(cycle)
+        trajectory, prompts = self._held[cycle.number]
+        x_s, s = trajectory.states[stop], trajectory.level(stop)
+        metrics = self.fake.update(step, step, x_s, s, trajectory.cond, prompts)
         if (step + 1) % self.generator_every == 0:
-            metrics |= self._generator_update(step, trajectory, prompts)
+            metrics |= self._generator_update(step, trajectory, stop, prompts)
+        if step + 1 == cycle.first + cycle.length:
+            self._held.clear()
         return metrics
 
-    def _boundary(self, step: int, stop: int, cond: Conditioning) -> Rollout:
-        """`stop` generator steps from noise, all of this rank's rows, without gradient."""
-        shape, random = (self.share.batch, *self.latent_shape), self.randomness
+    def _stops(self, cycle: Cycle) -> list[int]:
+        """After how many generator steps each iteration of a cycle takes its boundary."""
+        steps, random = len(self.sigmas) - 1, self.randomness
+        if self.reuse == 1:
+            return random.integers("stop", cycle.number, 1, steps + 1, (1,)).tolist()
+        order = random.permutation("stop", cycle.number, steps)[: cycle.length]
+        return [k + 1 for k in order.tolist()]
+
+    def _rollout(self, cycle: Cycle) -> tuple[Rollout, list[Prompt]]:
+        """As many generator steps from noise as the cycle needs, all of this rank's rows, without
+        gradient; of the states, the boundaries and what the generator's update starts from."""
+        begin = cycle.number * self.share.batch + self.share.rows.start
+        indices = self.sampler.indices(begin, len(self.share))
         device = self.roles.generator.backbone.device
-        x = self.share.of(random.normal("init", step, shape), device)
-        noise = [self.share.of(random.normal(f"step{k}", step, shape), device) for k in range(stop)]
+        cond, prompts = self.prompts.select(indices, device)
+        stops = self._stops(cycle)
+        kept = {*stops, stops[-1] - 1}
+        shape, random = (self.share.batch, *self.latent_shape), self.randomness
+        x = self.share.of(random.normal("init", cycle.number, shape), device)
+        noise = [
+            self.share.of(random.normal(f"step{k}", cycle.number, shape), device)
+            for k in range(min(max(stops), len(self.sigmas) - 2))
+        ]
         parts = []
         for rows in self.share.micro_batches():
             z = [n[rows] for n in noise]
@@ -74,26 +123,26 @@ class ColdStart:
                     cond[rows],
                     self.eta,
                     z.__getitem__,
-                    stop=stop,
+                    stop=max(stops),
+                    keep=kept,
                 )
             )
-        return join(parts, cond)
+        return join(parts, cond), prompts
 
     def _generator_update(
-        self, step: int, trajectory: Rollout, prompts: Sequence[Prompt]
+        self, step: int, trajectory: Rollout, stop: int, prompts: Sequence[Prompt]
     ) -> dict[str, Tensor]:
-        """The matching gradient carried through the last executed step only."""
-        last = trajectory.steps - 1
-        x_s, s = trajectory.states[-1], trajectory.level(last + 1)
+        """The matching gradient at boundary `stop`, carried through the step that made it only."""
+        x_s, s = trajectory.states[stop], trajectory.level(stop)
         gradient = self.matching.gradient("matching", step, x_s, s, trajectory.cond)
         total = x_s.new_zeros(())
         for rows in self.share.micro_batches():
-            attached, _, _ = attach(self.roles.generator, trajectory.rows(rows), last)
+            attached, _, _ = attach(self.roles.generator, trajectory.rows(rows), stop - 1)
             losses = matching_loss(attached, gradient[rows])
             self.updater.watch("the matching loss", losses, prompts[rows])
             loss = losses.sum() / self.share.batch
             loss.backward()
             total += loss.detach()
         norm = self.share.whole(self.updater.apply(step))
-        self.roles.update_ema(self.ema)
+        self.roles.update_ema(self.ema, self.guard.refused(step))
         return {"generator/matching": total, "generator/grad_norm": norm}

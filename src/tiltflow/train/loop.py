@@ -16,7 +16,7 @@ from tiltflow.distributed import ALONE, Ranks
 from tiltflow.interruption import Stopped, interruptible
 from tiltflow.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.roles import Roles
-from tiltflow.train.optim import NON_FINITE, Updater
+from tiltflow.train.optim import NON_FINITE, Guard, Updater
 
 
 class Stage(Protocol):
@@ -27,6 +27,9 @@ class Stage(Protocol):
 
     @property
     def updaters(self) -> dict[str, Updater]: ...
+
+    @property
+    def guard(self) -> Guard: ...
 
     def iteration(self, step: int) -> dict[str, Tensor]: ...
 
@@ -103,25 +106,30 @@ def train(
             if ranks.main and settings.stop_on_alarm:
                 save(stage, run, done, settings, skips, hooks.good())
         while done < settings.steps and not stop:
-            accumulator.add(skips.iteration(stage, done))
+            accumulator.add(skips.iteration(stage, done), stage.guard.refused(done))
             done += 1
             stop = ranks.any(stopped.is_set())
-            if done % settings.log_every == 0 or done == settings.steps:
+            logs = done % settings.log_every == 0 or done == settings.steps
+            looked = bool(hooks.watch_every) and done % hooks.watch_every == 0
+            due = done % settings.save_every == 0 or done == settings.steps or stop
+            if logs or looked or due:
+                skips.settle(stage)
+            if logs:
                 means = accumulator.means(ranks.total) | skips.metrics()
                 accumulator.reset()
                 log.write(done, means)
                 hooks.progress(done, means)
             if hooks.sample_every and done % hooks.sample_every == 0:
                 hooks.sample(done)
-            looked = bool(hooks.watch_every) and done % hooks.watch_every == 0
             alarmed = looked and look(log, hooks, done, ranks)
             if alarmed and settings.stop_on_alarm:
                 return end(log, run, done, hooks, ranks)
-            due = done % settings.save_every == 0 or done == settings.steps or stop
             if ranks.main and (due or (looked and settings.stop_on_alarm)):
                 save(stage, run, done, settings, skips, hooks.good())
-    if ranks.main and stopped.is_set() and not stop:  # in a wait, which no save above follows
-        save(stage, run, done, settings, skips, hooks.good())
+    if stopped.is_set() and not stop:  # in a wait, which no save above follows
+        skips.settle(stage)
+        if ranks.main:
+            save(stage, run, done, settings, skips, hooks.good())
     return done
 
 
@@ -144,20 +152,31 @@ class Skips:
     count: int = 0
 
     def iteration(self, stage: Stage, step: int) -> dict[str, Tensor]:
-        """One iteration, or no metrics where it was passed over.
-
-        Its optimizer step did not happen; a stage's earlier ones of the same iteration did.
+        """One iteration, or no metrics where a score that was not finite ended it.
 
         Raises:
             NonFiniteError, NonFiniteScore: when the limit is used up.
         """
         try:
             return stage.iteration(step)
-        except NON_FINITE:
-            self.count += 1
-            if self.count > self.limit:
-                raise
+        except NON_FINITE as error:
+            self._pass_over(error)
             return {}
+
+    def settle(self, stage: Stage) -> None:
+        """Counts the iterations of which the guard has refused an optimizer step: that one and
+        the later ones of the iteration did not happen, earlier ones did.
+
+        Raises:
+            NonFiniteError: when the limit is used up.
+        """
+        for error in stage.guard.failures():
+            self._pass_over(error)
+
+    def _pass_over(self, error: Exception) -> None:
+        self.count += 1
+        if self.count > self.limit:
+            raise error
 
     def metrics(self) -> dict[str, float]:
         """The count so far, where skipping is allowed at all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Roles
 from tiltflow.rollout import Rollout, attach, attach_from, join, log_prob, rollout
 from tiltflow.rollout import step as sampler_step
-from tiltflow.train.optim import NonFiniteError, Updater
+from tiltflow.train.optim import Guard, NonFiniteError, Updater
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, micro_batches
 
 MATCH_STEPS = ("last", "random", "all")
@@ -80,13 +80,17 @@ class Tilt:
     def updaters(self) -> dict[str, Updater]:
         return {"generator": self.updater, "fake_score": self.fake.updater}
 
+    @property
+    def guard(self) -> Guard:
+        return self.updater.guard
+
     def iteration(self, step: int) -> dict[str, Tensor]:
         """Runs epoch `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
         chosen = self.settings
         cond, prompts = self._prompts(step)
         trained = self._trained_steps(step)
         trajectory = self._rollout(step, trained, cond)
-        scores = self._score(step, trajectory.states[-1], prompts)
+        scores = self._score(step, trajectory.end, prompts)
         advantages, parts = group_advantages(
             scores, self.rewards.weights, chosen.group_size, chosen.advantage_clip
         )
@@ -134,6 +138,7 @@ class Tilt:
 
     def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
         """K steps of this rank's rows; untrained steps share their noise within a group."""
+        kept = self._kept(step, trained)
         shape, random = (self.share.batch, *self.latent_shape), self.randomness
         device = self.roles.generator.backbone.device
         x = self.share.of(random.normal("init", step, shape), device)
@@ -155,9 +160,23 @@ class Tilt:
                     z_rows.__getitem__,
                     record=trained,
                     convention=self.settings.log_prob,
+                    keep=kept,
                 )
             )
         return join(parts, cond)
+
+    def _kept(self, step: int, trained: tuple[int, ...]) -> set[int]:
+        """The states that the updates of this epoch look at."""
+        steps = self._attached(trained, self._matched_steps(step))
+        every = self.settings.match_steps != "last"
+        boundaries = range(1, self._last + 2) if every else (self._last + 1,)
+        path = range(self._last + 1 - self._pathwise, self._last + 1)
+        return {*steps, *(k + 1 for k in steps), *path, *boundaries}
+
+    def _attached(self, trained: tuple[int, ...], matched: Collection[int]) -> set[int]:
+        """The sampler steps that some term of the generator's loss goes through."""
+        alone = self._backprop and self._pathwise == 1
+        return {*trained, *matched} | ({self._last} if alone else set())
 
     @torch.no_grad()
     def _score(self, step: int, x0: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -188,19 +207,26 @@ class Tilt:
     ) -> dict[str, Tensor]:
         """φ on the rollout's own boundary samples: the last, or a random one a sample."""
         metrics: dict[str, Tensor] = {}
-        states = torch.stack(trajectory.states[1:])
-        levels = self.sigmas[1:].to(states.device)
         for update in range(self.settings.fake_score_updates):
             draw = step * self.settings.fake_score_updates + update
-            at = torch.full((len(self.share),), self._last, device=states.device)
-            if self.settings.match_steps != "last":
-                which = self.randomness.integers(
-                    "fake/boundary", draw, 0, self._last + 1, (self.share.batch,)
-                )
-                at = self.share.of(which, states.device)
-            x_s = states[at, torch.arange(len(at), device=states.device)]
-            metrics = self.fake.update(step, draw, x_s, levels[at], trajectory.cond, prompts)
+            x_s, s = self._boundaries(draw, trajectory)
+            metrics = self.fake.update(step, draw, x_s, s, trajectory.cond, prompts)
         return metrics
+
+    def _boundaries(self, draw: int, trajectory: Rollout) -> tuple[Tensor, Tensor]:
+        """Boundary samples and their levels for one fake-score update."""
+        end = trajectory.end
+        if self.settings.match_steps == "last":
+            return end, trajectory.level(self._last + 1)
+        which = self.randomness.integers(
+            "fake/boundary", draw, 0, self._last + 1, (self.share.batch,)
+        )
+        at = self.share.of(which, end.device)
+        x_s = end
+        for k in range(self._last):  # one at a time: a stack would hold all of them once more
+            here = (at == k).view(-1, *[1] * (end.ndim - 1))
+            x_s = torch.where(here, trajectory.states[k + 1], x_s)
+        return x_s, trajectory.sigmas[1:][at]
 
     def _matched_steps(self, step: int) -> tuple[int, ...]:
         if self.settings.matching_weight == 0:
@@ -235,8 +261,8 @@ class Tilt:
             )
             for k in self._matched_steps(step)
         }
+        steps = self._attached(trained, matched)
         alone = self._backprop and self._pathwise == 1
-        steps = {*trained, *matched} | ({self._last} if alone else set())
         metrics: dict[str, Tensor] = {}
         for rows in self.share.micro_batches():
             part = trajectory.rows(rows)
@@ -264,7 +290,7 @@ class Tilt:
                 (self.settings.reward_weight * pull.sum() / self.share.batch).backward()
                 _add(metrics, seen, self.share.batch)
         metrics["generator/grad_norm"] = self.share.whole(self.updater.apply(step))
-        self.roles.update_ema(self.ema)
+        self.roles.update_ema(self.ema, self.guard.refused(step))
         return metrics
 
     def _policy_loss(
@@ -296,22 +322,18 @@ class Tilt:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A per-sample loss (B,) whose gradient in x̂₀ is that of relu(target − R).
 
-        A score that is not finite pulls nowhere here: it has the updater refuse the step, where
-        every rank learns of it.
+        A score that is not finite has the updater refuse the step, on every rank.
         """
 
         def reward(images: Tensor, rows: slice) -> Tensor:
             texts, metadata = _texts(prompts[rows])
-            return self.rewards.differentiable_total(images, texts, metadata)[0]
+            total, scores = self.rewards.differentiable_total(images, texts, metadata)
+            for name, values in scores.items():
+                self.updater.watch(f"reward {name!r}", values, prompts[rows])
+            return total
 
         decode, chunk = self.roles.generator.backbone.decode, self.settings.decode_chunk
-        try:
-            values, gradient = reward_gradient(
-                x0, decode, reward, self.settings.reward_target, chunk
-            )
-        except NonFiniteScore as error:
-            self.updater.refuse(error)
-            return (0 * x0).flatten(1).sum(1), {}
+        values, gradient = reward_gradient(x0, decode, reward, self.settings.reward_target, chunk)
         self.updater.watch("the reward back-propagation loss", values, prompts)
         self.updater.watch("the reward's gradient", gradient.flatten(1).sum(1), prompts)
         seen = {

@@ -17,6 +17,7 @@ from tiltflow.prompts import Prompt
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Role
 from tiltflow.train.optim import Updater
+from tiltflow.transfer import to_device
 
 
 def micro_batches(n: int, size: int) -> list[slice]:
@@ -49,7 +50,7 @@ class Share:
 
     def of(self, draw: Tensor, device: torch.device) -> Tensor:
         """This rank's rows of a draw that was made for the global batch."""
-        return draw[self.rows].to(device)
+        return to_device(draw[self.rows], device)
 
     def whole(self, value: Tensor) -> Tensor:
         """A rank's share of a metric that every rank knows in full."""

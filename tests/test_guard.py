@@ -1,0 +1,141 @@
+"""A non-finite number refuses an optimizer step on the device, and the loop hears of it later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tiltflow.checkpoint import latest_step, load_checkpoint
+from tiltflow.metrics import Accumulator, read_metrics
+from tiltflow.prompts import Prompt
+from tiltflow.roles import Role, Roles
+from tiltflow.train.loop import Hooks, LoopSettings, train
+from tiltflow.train.optim import Attempt, Guard, NonFiniteError, Updater
+
+PROMPTS = [Prompt("a cat"), Prompt("a dog")]
+NAN = float("nan")
+
+
+def role(name: str = "generator") -> Any:
+    weights = {"a": torch.nn.Parameter(torch.arange(6.0)), "b": torch.nn.Parameter(torch.ones(2))}
+    return Role(name, SimpleNamespace(), torch.nn.Identity(), parameters=weights)
+
+
+def feed(updater: Updater, step: int, values: tuple[float, float] = (1.0, 1.0)) -> None:
+    """One update, of which the loss of each prompt is given."""
+    loss = sum(((i + 1) * p.sin()).sum() for i, p in enumerate(updater.parameters))
+    updater.watch("the loss", torch.tensor(values), PROMPTS)
+    loss.backward()
+    updater.apply(step)
+
+
+def everything(updater: Updater) -> dict[str, torch.Tensor]:
+    return {**{k: v.clone() for k, v in updater.role.state().items()}, **updater.state()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("values", [(1.0, NAN), (float("inf"), 1.0)])
+def test_a_refused_step_leaves_weights_and_moments_alone(values: tuple[float, float]) -> None:
+    made, other = (Updater(role(), lr=0.1, weight_decay=0.1) for _ in range(2))
+    for updater in (made, other):
+        feed(updater, 0)
+    before = everything(made)
+    feed(made, 1, values)
+    assert equal(everything(made), before)
+    for updater in (made, other):
+        feed(updater, 2)
+    assert equal(everything(made), everything(other)) and not equal(everything(made), before)
+    (error,) = made.guard.failures()
+    wrong = (0, "inf", "a cat") if values[1] == 1.0 else (1, "nan", "a dog")
+    assert str(error) == f"step 1: the loss is {wrong[1]} for the prompt {wrong[2]!r}"
+    assert made.guard.failures() == [] and other.guard.failures() == []
+
+
+def test_a_gradient_that_is_not_finite_refuses_too() -> None:
+    updater = Updater(role(), lr=0.1)
+    before = everything(updater)
+    updater.parameters[0].grad = torch.full((6,), NAN)
+    updater.parameters[1].grad = torch.ones(2)
+    updater.apply(4)
+    after = everything(updater)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    (error,) = updater.guard.failures()
+    assert str(error).startswith("step 4: the gradient of the generator is not finite")
+
+
+def test_a_refusal_holds_for_the_rest_of_its_iteration() -> None:
+    guard = Guard()
+    fake, generator = (Updater(role(n), lr=0.1, guard=guard) for n in ("fake_score", "generator"))
+    feed(fake, 0, (NAN, NAN))
+    feed(generator, 0)
+    assert torch.equal(generator.parameters[1], torch.ones(2)) and float(guard.refused(0)) == 1
+    assert guard.refused(1) is None
+    feed(fake, 1)
+    feed(generator, 1)
+    assert not torch.equal(generator.parameters[1], torch.ones(2)) and float(guard.refused(1)) == 0
+    assert [str(e)[:7] for e in guard.failures()] == ["step 0:"]
+
+
+def test_a_refused_average_stays() -> None:
+    made = Roles(*(role(name) for name in ("teacher", "generator", "fake_score", "ema")))
+    with torch.no_grad():
+        made.generator.parameters["a"].fill_(10.0)
+    before = {name: p.clone() for name, p in made.ema.state().items()}
+    made.update_ema(0.9, torch.tensor(1.0))
+    assert equal(made.ema.state(), before)
+    made.update_ema(0.9, torch.tensor(0.0))
+    assert torch.allclose(made.ema.state()["a"], 0.9 * before["a"] + 1.0)
+
+
+def test_means_leave_refused_calls_out() -> None:
+    sums, no, yes = Accumulator(), torch.tensor(0.0), torch.tensor(1.0)
+    sums.add({"loss": torch.tensor(2.0)}, no)
+    sums.add({"loss": torch.tensor(NAN), "norm": torch.tensor(NAN)}, yes)
+    sums.add({"loss": torch.tensor(4.0)}, no)
+    assert sums.means() == {"loss": 3.0}
+
+
+class Stage:
+    """Iterations of which the device refuses the given ones."""
+
+    def __init__(self, bad: tuple[int, ...]) -> None:
+        self.roles, self.updaters, self.guard, self.bad = self, {}, Guard(), bad
+
+    def iteration(self, step: int) -> dict[str, torch.Tensor]:
+        values = torch.tensor([1.0, NAN if step in self.bad else 1.0])
+        bad = (~torch.isfinite(values)).sum().float()
+        watched = [("the loss", values, PROMPTS)]
+        self.guard.add(Attempt(step, "generator", watched, bad, bad))
+        return {"loss": values.sum() + step}
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"generator": {"w": torch.zeros(1)}}
+
+
+def run(out: Path, bad: tuple[int, ...], skip: int, save_every: int = 100) -> int:
+    settings = LoopSettings(steps=9, log_every=3, save_every=save_every, skip=skip)
+    return train(Stage(bad), out, settings, Hooks(), resume=False)
+
+
+def test_the_loop_counts_refusals_at_its_log_lines(tmp_path: Path) -> None:
+    assert run(tmp_path, (1, 5), skip=2) == 9
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [1, 2, 2]
+    assert [row["loss"] for row in rows] == [2 + 2 / 2, 2 + 7 / 2, 2 + 7]
+    assert load_checkpoint(tmp_path).state["skipped"] == 2
+
+
+def test_the_loop_stops_before_it_logs_or_saves(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="step 5: the loss is nan for the prompt 'a dog'"):
+        run(tmp_path, (1, 5), skip=1, save_every=7)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3]
+    with pytest.raises(NonFiniteError, match="step 3"):
+        run(tmp_path / "saving", (3,), skip=0, save_every=4)
+    assert latest_step(tmp_path / "saving") is None
