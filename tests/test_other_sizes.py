@@ -147,6 +147,9 @@ def test_sizes_that_do_not_go_together(tiny_pipeline: Tiny, tmp_path: Path) -> N
     shutil.rmtree(headless / "text_encoder")
     with pytest.raises(ValueError, match=r": text_encoder/config\.json, .* missing"):
         check_pipeline(headless)
+    ddim = edited(flux, index, tmp_path / "ddim", scheduler=["diffusers", "DDIMScheduler"])
+    with pytest.raises(ValueError, match="has a DDIMScheduler, but it needs a FlowMatchEuler"):
+        check_pipeline(ddim)
     narrow = edited(
         tiny_pipeline("other_sd3_without_clip_l"), "transformer/config.json",
         tmp_path / "narrow", pooled_projection_dim=24,
@@ -194,7 +197,8 @@ def test_the_whole_way_of_a_run(
     loras = second / "export"
     given = [
         "--model", model, "--few-step", loras / "few_step", "--tilt-lora", loras / "tilt",
-        "--tilt", "0.5", "--resolution", "24", "--prompts", prompts, "--device", "cpu",
+        "--tilt", "0.5", "--resolution", "24", "--max-sequence-length", "20",
+        "--prompts", prompts, "--device", "cpu",
     ]  # fmt: skip
     run("sample", *given, "--out", tmp_path / "images")
     assert len(list((tmp_path / "images").glob("*.png"))) == 3

@@ -40,6 +40,9 @@ SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 LIBRARIES = ("diffusers", "transformers", "tiltflow.scheduler")
 """Where the classes of a pipeline's parts may come from; no code is taken from the directory."""
 
+SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "CPSFlowMatchScheduler")
+"""A flow-matching model's own, and a student's."""
+
 INDEX = "model_index.json"
 JSON_FILES = ("scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
 TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
@@ -69,6 +72,9 @@ def check_pipeline(path: str | Path, family: str | None = None) -> str:
     if family not in (None, found):
         raise ValueError(f"{root} holds a {name} (family {found}), not one of family {family}")
     missing = missing_files(root, index, found)
+    scheduler = index.get("scheduler")
+    if isinstance(scheduler, list) and scheduler[-1] not in (None, *SCHEDULERS):
+        raise ValueError(f"{root} has a {scheduler[-1]}, but it needs a {SCHEDULERS[0]}")
     if missing:
         raise ValueError(f"{root} is not a complete {name}: {', '.join(missing)} missing")
     for part in parts_of(root, index, found):

@@ -53,6 +53,7 @@ class Request:
     device: str = "auto"
     dtype: str = "fp32"
     resolution: int | None = None
+    max_sequence_length: int | None = None
     generator_path: str | None = None
     rewards: Mapping[str, str | None] = field(default_factory=dict)
     """Names of rewards, each with the path of its weights or None."""
@@ -75,6 +76,7 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
         device=device_of(request.device),
         dtype=DTYPES[request.dtype],
         resolution=request.resolution,
+        max_sequence_length=request.max_sequence_length,
     )
     if not hasattr(backbone, "pipe"):
         raise ValueError("the mixture backbone has no images to sample; use tiltflow train")
@@ -190,9 +192,10 @@ def asked(request: Request) -> dict[str, Any]:
     The code of rewards of one's own, and what a reward server runs, are not seen here.
     """
     plain = ("tilt", "steps", "eta", "teacher_steps", "guidance", "seed", "batch", "dtype")
+    more = ("resolution", "max_sequence_length", "diversity")
     prompts = json.dumps([[p.text, p.metadata] for p in request.prompts], default=str)
     return {
-        **{name: getattr(request, name) for name in (*plain, "resolution", "diversity")},
+        **{name: getattr(request, name) for name in (*plain, *more)},
         "device": device_of(request.device).type,
         "model": place_of(resolve_path(request.model)),
         "generator": place_of(request.generator_path and resolve_path(request.generator_path)),

@@ -48,6 +48,9 @@ class SamplingOptions:
     resolution: Annotated[int | None, typer.Option("--resolution", help="image side in pixels")] = (
         None
     )
+    max_sequence_length: Annotated[
+        int | None, typer.Option("--max-sequence-length", help="text tokens, as in training", min=1)
+    ] = None
     generator: Annotated[
         str | None,
         typer.Option("--generator", help="the distilled pipeline that LoRAs sit on (klein)"),
