@@ -1,12 +1,17 @@
 """Draws are functions of (seed, stream, step), with the distributions they claim."""
 
 import hashlib
+import itertools
 import math
 
 import pytest
 import torch
 
-from tiltflow.randomness import Randomness
+from tiltflow.distributed import Ranks
+from tiltflow.randomness import BLOCK, Randomness
+from tiltflow.train.updates import Share
+
+CPU = torch.device("cpu")
 
 
 def test_generator_is_seeded_with_63_bits_of_blake2b() -> None:
@@ -27,6 +32,44 @@ def test_a_draw_depends_on_seed_stream_and_step_alone() -> None:
         random.normal("a", 6, (4, 3)),
     ):
         assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 40_000), (100, 1000), (200, 512)])
+def test_rows_of_a_batch_are_the_same_however_they_are_cut(shape: tuple[int, int]) -> None:
+    """One block, a block a row, and blocks of 32 and of 64 rows."""
+    random, n = Randomness(3), shape[0]
+    whole = random.normal_rows("a", 5, shape, slice(0, n))
+    assert whole.shape == shape and abs(float(whole.mean())) < 4 / math.sqrt(whole.numel())
+    for cuts in ([0, n], [0, 1, n], [0, n // 3, n // 2, n]):
+        parts = [
+            random.normal_rows("a", 5, shape, slice(a, b)) for a, b in itertools.pairwise(cuts)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+    each = max(1, BLOCK // shape[1])
+    assert torch.equal(whole[:each], random.normal("a", 5, (min(each, n), shape[1])))
+    assert len(torch.unique(whole[:, 0])) == n  # no block repeats another
+
+
+def test_a_rank_makes_the_noise_of_its_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = Randomness.normal
+
+    def counted(self: Randomness, stream: str, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        made.append(shape[0])
+        return real(self, stream, step, shape)
+
+    random, latent = Randomness(0), (16, 64, 64)
+    whole = torch.cat(
+        [Share(8, 8, Ranks(rank, 4)).noise(random, "a", 0, latent, CPU) for rank in range(4)]
+    )
+    monkeypatch.setattr(Randomness, "normal", counted)
+    share = Share(8, 8, Ranks(2, 4))
+    assert torch.equal(share.noise(random, "a", 0, latent, CPU), whole[4:6]) and sum(made) == 2
+    grouped = [
+        Share(9, 9, Ranks(rank, 4)).noise(random, "a", 0, (2,), CPU, group=3) for rank in range(4)
+    ]
+    plain = random.normal_rows("a", 0, (9, 2), slice(0, 9))
+    assert torch.equal(torch.cat(grouped), plain[::3].repeat_interleave(3, 0))
 
 
 def test_draws_leave_the_global_generator_alone() -> None:

@@ -1,13 +1,14 @@
 """Counted randomness: every draw is a function of (run seed, stream name, step) (METHOD §8).
 
 Nothing is consumed, so a resumed run, another number of ranks or another micro-batch size sees
-the same noise. A draw is made for the global batch, in fp32 or int64 on the CPU, and then moved;
-whoever needs a part of it takes a slice.
+the same noise. A draw is of the global batch, in fp32 or int64 on the CPU, and then moved; whoever
+needs a part of it takes a slice, or of latents asks for those rows alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor
 
 Device = str | torch.device
+
+BLOCK = 1 << 15
+"""Numbers of a batch's noise that one generator makes: a rank with its rows of a large batch does
+not make the others', and a small batch is one draw."""
 
 SAMPLE_INIT = "sample/init"
 """The stream of images' initial noise, its steps the images' numbers."""
@@ -62,6 +67,29 @@ class Randomness:
             tuple(shape), generator=self.generator(stream, step), dtype=torch.float32
         )
         return draw.to(device)
+
+    def normal_rows(self, stream: str, step: int, shape: Sequence[int], rows: slice) -> Tensor:
+        """Some rows of standard normal draws of `shape` (B, ...), fp32 on the CPU.
+
+        Blocks of `BLOCK` numbers (one row at least) have a generator each, so that the cost is
+        that of the rows asked for. The first block is `normal`'s.
+        """
+        whole, *one = shape
+        each = max(1, BLOCK // max(1, math.prod(one)))
+        start, stop, _ = rows.indices(whole)
+        blocks = range(start // each, -(-stop // each))
+        parts = [
+            self.normal(
+                f"{stream}#{block}" if block else stream,
+                step,
+                (min(each, whole - block * each), *one),
+            )
+            for block in blocks
+        ]
+        if not parts:
+            return torch.empty(0, *one)
+        first = blocks.start * each
+        return torch.cat(parts)[start - first : stop - first]
 
     def uniform(
         self,

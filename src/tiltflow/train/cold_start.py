@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -106,12 +107,15 @@ class ColdStart:
         cond, prompts = self.prompts.select(indices, device)
         stops = self._stops(cycle)
         kept = {*stops, stops[-1] - 1}
-        shape, random = (self.share.batch, *self.latent_shape), self.randomness
-        x = self.share.of(random.normal("init", cycle.number, shape), device)
-        noise = [
-            self.share.of(random.normal(f"step{k}", cycle.number, shape), device)
-            for k in range(min(max(stops), len(self.sigmas) - 2))
-        ]
+        drawn = partial(
+            self.share.noise,
+            self.randomness,
+            step=cycle.number,
+            shape=self.latent_shape,
+            device=device,
+        )
+        x = drawn("init")
+        noise = [drawn(f"step{k}") for k in range(min(max(stops), len(self.sigmas) - 2))]
         parts = []
         for rows in self.share.micro_batches():
             z = [n[rows] for n in noise]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from tiltflow.objectives.policy import (
     clipped_surrogate,
     group_advantages,
     policy_kl,
-    share_in_groups,
 )
 from tiltflow.objectives.reward_backprop import reward_gradient
 from tiltflow.prompts import Prompt, PromptSampler
@@ -139,14 +139,15 @@ class Tilt:
     def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
         """K steps of this rank's rows; untrained steps share their noise within a group."""
         kept = self._kept(step, trained)
-        shape, random = (self.share.batch, *self.latent_shape), self.randomness
-        device = self.roles.generator.backbone.device
-        x = self.share.of(random.normal("init", step, shape), device)
-        noise = []
-        for k in range(self._last):
-            z = random.normal(f"step{k}", step, shape)
-            z = z if k in trained else share_in_groups(z, self.settings.group_size)
-            noise.append(self.share.of(z, device))
+        drawn = partial(
+            self.share.noise,
+            self.randomness,
+            step=step,
+            shape=self.latent_shape,
+            device=self.roles.generator.backbone.device,
+        )
+        x, group = drawn("init"), self.settings.group_size
+        noise = [drawn(f"step{k}", group=1 if k in trained else group) for k in range(self._last)]
         parts = []
         for rows in self.share.micro_batches():
             z_rows = [z[rows] for z in noise]

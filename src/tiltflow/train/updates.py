@@ -13,6 +13,7 @@ from tiltflow.distributed import ALONE, Ranks
 from tiltflow.flow import renoise_level
 from tiltflow.objectives.distribution_matching import matching_gradient
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
+from tiltflow.objectives.policy import share_in_groups
 from tiltflow.prompts import Prompt
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Role
@@ -52,6 +53,26 @@ class Share:
         """This rank's rows of a draw that was made for the global batch."""
         return to_device(draw[self.rows], device)
 
+    def noise(
+        self,
+        random: Randomness,
+        stream: str,
+        step: int,
+        shape: Sequence[int],
+        device: torch.device,
+        group: int = 1,
+    ) -> Tensor:
+        """This rank's rows of the global batch's normal draws, each of `shape`.
+
+        The members of a group of `group` rows have the noise of its first, wherever they lie.
+        """
+        first = self.rows.start - self.rows.start % group
+        rows = slice(first, self.rows.stop)
+        drawn = random.normal_rows(stream, step, (self.batch, *shape), rows)
+        return to_device(
+            share_in_groups(drawn, group)[self.rows.start - first : len(drawn)], device
+        )
+
     def whole(self, value: Tensor) -> Tensor:
         """A rank's share of a metric that every rank knows in full."""
         return value / self.ranks.size
@@ -73,20 +94,19 @@ class FakeScoreTrainer:
     def draws(self, draw: int, x_s: Tensor, s: Tensor) -> FakeScoreDraws:
         """Levels and noises of this rank's rows; `draw` counts the updates of the run."""
         random, n = self.randomness, self.share.batch
-        shape = (n, *x_s.shape[1:])
 
         def mine(values: Tensor) -> Tensor:
             return self.share.of(values, s.device)
 
+        def noise(which: str) -> Tensor:
+            return self.share.noise(random, f"fake/{which}", draw, x_s.shape[1:], s.device)
+
         delta = mine(random.integers("fake/delta", draw, 1, self.max_delta + 1, (n,)))
         return FakeScoreDraws(
             t=renoise_level(s, mine(random.uniform("fake/t", draw, (n,)))),
-            noise=mine(random.normal("fake/noise", draw, shape)),
+            noise=noise("noise"),
             delta=delta.to(s.dtype) / 1000,
-            transition_noise=(
-                mine(random.normal("fake/a", draw, shape)),
-                mine(random.normal("fake/b", draw, shape)),
-            ),
+            transition_noise=(noise("a"), noise("b")),
         )
 
     def update(
@@ -137,11 +157,12 @@ class Matching:
         self, stream: str, draw: int, x_s: Tensor, s: Tensor, conditioning: Conditioning | Grouped
     ) -> Tensor:
         """g at this rank's x_s (b, ...), levels s (b,), in micro-batches; no graph."""
-        shape, device = (self.share.batch, *x_s.shape[1:]), x_s.device
+        shape, device = x_s.shape[1:], x_s.device
         random, share = self.randomness, self.share
-        t = renoise_level(s, share.of(random.uniform(f"{stream}/t", draw, shape[:1]), device))
-        noise = share.of(random.normal(f"{stream}/noise", draw, shape), device)
-        z = share.of(random.normal(f"{stream}/z", draw, shape), device)
+        uniform = random.uniform(f"{stream}/t", draw, (share.batch,))
+        t = renoise_level(s, share.of(uniform, device))
+        noise = share.noise(random, f"{stream}/noise", draw, shape, device)
+        z = share.noise(random, f"{stream}/z", draw, shape, device)
         parts = []
         for rows in share.micro_batches():
             cond = conditioning[rows]
