@@ -126,8 +126,9 @@ def test_memory_advice_is_of_what_can_still_be_lowered() -> None:
         ["model.path=x", "model.few_step=y", "data.prompts=z", "model.gradient_checkpointing=true",
          "train.micro_batch_size=1", "tilt.decode_chunk=4"],
     )  # fmt: skip
-    assert memory_advice(cfg, 1) == "try tilt.decode_chunk=2 (now 4)"
-    assert memory_advice(cfg, 2) == "try tilt.decode_chunk=2 (now 4), run.sharding=fsdp2"
+    chunk, base = "tilt.decode_chunk=2 (now 4)", "model.base_storage=fp8"
+    assert memory_advice(cfg, 1) == f"try {chunk}, {base}"
+    assert memory_advice(cfg, 2) == f"try {chunk}, run.sharding=fsdp2, {base}"
     least = config("train.batch_size=1", "model.dtype=bf16")
     assert memory_advice(least, 1).startswith(
         "every setting that needs less memory is at its least"

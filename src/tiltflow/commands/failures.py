@@ -68,9 +68,16 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
         tips.append("adapters.kind=lora")
     elif ranks > 1 and cfg.run.sharding == "replicated" and model.base_storage is None:
         tips.append("run.sharding=fsdp2")
+    if "model.gradient_checkpointing=true" not in tips and _base_can_shrink(cfg):
+        tips.append("model.base_storage=fp8")
     if not tips:
         return "every setting that needs less memory is at its least: give it more, or more ranks"
     return f"try {', '.join(tips)}"
+
+
+def _base_can_shrink(cfg: RunConfig) -> bool:
+    lora = cfg.adapters.kind == "lora" and cfg.model.path != "mixture"
+    return lora and cfg.run.sharding == "replicated" and cfg.model.base_storage is None
 
 
 def _left(out: Path) -> str:
