@@ -104,6 +104,9 @@ def test_dotted_functions_and_classes(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "my_rewards_for_test.py").write_text(
         "def red(images, prompts, metadata):\n"
         "    return images[:, 0].mean((1, 2))\n"
+        "def green(images, prompts, metadata):\n"
+        "    return images[:, 1].mean((1, 2))\n"
+        "green.differentiable = True\n"
         "class Scaled:\n"
         "    name, differentiable = 'scaled', True\n"
         "    def __init__(self, device, scale):\n"
@@ -117,6 +120,9 @@ def test_dotted_functions_and_classes(tmp_path: Path, monkeypatch: pytest.Monkey
     scores = checked(red, images, ["", ""], [{}, {}])
     assert torch.equal(scores, images[:, 0].mean((1, 2))) and scores.requires_grad
     assert not load_reward("my_rewards_for_test:red").differentiable
+    assert load_reward("my_rewards_for_test:green").differentiable
+    plain = load_reward("my_rewards_for_test:green", options={"differentiable": False})
+    assert not plain.differentiable
     scaled = load_reward("my_rewards_for_test:Scaled", options={"scale": 3.0})
     scores = checked(scaled, images, ["", ""], [{}, {}])
     assert torch.allclose(scores, 3 * images.mean((1, 2, 3)))

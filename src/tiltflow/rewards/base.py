@@ -247,9 +247,9 @@ def load_reward(
     `remote:http://HOST:PORT/NAME` for one behind a reward server.
 
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
-    -> (B,)`, whose options are `differentiable` and `domain`, or to a class, which is called with
-    `device`, the options and, when given, `path`, and whose instances are rewards. `path` is where
-    the weights are: a directory, a hub id or `packaged:NAME`.
+    -> (B,)`, which may have attributes `differentiable` and `domain` (options replace them), or to
+    a class, which is called with `device`, the options and, when given, `path`, and whose instances
+    are rewards. `path` is where the weights are: a directory, a hub id or `packaged:NAME`.
 
     Raises:
         ValueError: if there is no such reward (names the nearest), it cannot be imported, or it
@@ -315,8 +315,10 @@ def _from_target(
     if not callable(target):
         raise ValueError(f"reward {name!r} is neither a function nor a class")
     _no_path(name, path)
-    _only(name, options, ("differentiable", "domain"))
-    return FunctionReward(target, name, **options)
+    known = ("differentiable", "domain")
+    _only(name, options, known)
+    said = {key: getattr(target, key) for key in known if hasattr(target, key)}
+    return FunctionReward(target, name, **(said | dict(options)))
 
 
 def _no_path(name: str, path: str | None) -> None:
