@@ -15,6 +15,7 @@ from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.files import check_pipeline, pipeline_index
 from tiltflow.backbones.loading import load_part
 from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype, part_config
+from tiltflow.transfer import to_device
 
 TWIN_KEYS = ("in_channels", "out_channels", "joint_attention_dim")
 """What two transformers must share to work on the same latents and prompts."""
@@ -144,14 +145,14 @@ class Flux2Backbone(PipelineBackbone):
         """Positions (1, L, 4) of the text tokens, kept on the device."""
         key = (context.shape[1],)
         if key not in self._positions:
-            self._positions[key] = self.pipe._prepare_text_ids(context[:1]).to(self.device)
+            self._positions[key] = to_device(self.pipe._prepare_text_ids(context[:1]), self.device)
         return self._positions[key]
 
     def _image_ids(self, x: Tensor) -> Tensor:
         """Positions (1, H · W, 4) of the image tokens, kept on the device."""
         key = tuple(x.shape[2:])
         if key not in self._positions:
-            self._positions[key] = self.pipe._prepare_latent_ids(x[:1]).to(self.device)
+            self._positions[key] = to_device(self.pipe._prepare_latent_ids(x[:1]), self.device)
         return self._positions[key]
 
     @staticmethod
