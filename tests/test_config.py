@@ -192,7 +192,7 @@ def test_bad_overrides_are_refused(recipes: Path, override: str, message: str) -
         (
             "demo_tilt",
             ["tilt.subset=2", "tilt.reward_steps=3"],
-            "the 1 stochastic steps of sampler.steps 4 that tilt.reward_steps 3 leaves",
+            "the 1 stochastic step of sampler.steps 4 that tilt.reward_steps 3 leaves",
         ),
         ("demo_tilt", ["tilt.reward_steps=5"], "tilt.reward_steps 5 is more than sampler.steps 4"),
         ("demo_tilt", ["tilt.subset=0"], "tilt.subset is 0"),

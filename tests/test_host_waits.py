@@ -65,10 +65,11 @@ def test_no_iteration_waits_for_the_device(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\na red bird\n")
     base, generator = MODELS[name]
-    of_run = [f"model.generator_path={tiny_pipeline(generator)}"] if generator else []
+    of_run = ["model.resolution=64"]
+    of_run += [f"model.generator_path={tiny_pipeline(generator)}"] if generator else []
     if stage == "tilt":
         below = student(tiny_pipeline, name, tmp_path / "student").export / "few_step"
-        of_run += [f"model.few_step={below}", "model.resolution=64"]
+        of_run += [f"model.few_step={below}"]
     arguments = recipe(stage, tiny_pipeline(base), prompts, tmp_path / "run", *of_run, *more)
     build = build_stage(load_config(f"demo_{stage}", arguments))
     roles, backbone = build.stage.roles, build.backbone

@@ -321,8 +321,8 @@ def _check_tilt(config: RunConfig) -> None:
             f" that tilt.reward_steps {tilt.reward_steps} leaves" if tilt.reward_steps > 1 else ""
         )
         raise ValueError(
-            f"tilt.subset {tilt.subset} is more than the {left} stochastic steps "
-            f"of sampler.steps {sampler.steps}{taken}"
+            f"tilt.subset {tilt.subset} is more than the {left} stochastic "
+            f"step{'' if left == 1 else 's'} of sampler.steps {sampler.steps}{taken}"
         )
     if sampler.eta == 0 and tilt.policy_weight > 0:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype
+from tiltflow.transfer import to_device
 
 
 class FluxBackbone(PipelineBackbone):
@@ -98,9 +99,10 @@ class FluxBackbone(PipelineBackbone):
     def _image_ids(self, height: int, width: int) -> Tensor:
         """The tokens' positions, kept on the device."""
         if (height, width) not in self._positions:
-            self._positions[height, width] = self.pipe._prepare_latent_image_ids(
-                1, height // 2, width // 2, self.device, torch.float32
+            ids = self.pipe._prepare_latent_image_ids(
+                1, height // 2, width // 2, torch.device("cpu"), torch.float32
             )
+            self._positions[height, width] = to_device(ids, self.device)
         return self._positions[height, width]
 
     def _pack(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tiltflow.backbones.pipeline import (
     keep_in_fp8,
     part_config,
 )
+from tiltflow.transfer import to_device
 
 TWIN_KEYS = ("in_channels", "out_channels", "joint_attention_dim")
 """What two transformers must share to work on the same latents and prompts."""
@@ -173,14 +174,14 @@ class Flux2Backbone(PipelineBackbone):
         """Positions (1, L, 4) of the text tokens, kept on the device."""
         key = (context.shape[1],)
         if key not in self._positions:
-            self._positions[key] = self.pipe._prepare_text_ids(context[:1]).to(self.device)
+            self._positions[key] = to_device(self.pipe._prepare_text_ids(context[:1]), self.device)
         return self._positions[key]
 
     def _image_ids(self, x: Tensor) -> Tensor:
         """Positions (1, H · W, 4) of the image tokens, kept on the device."""
         key = tuple(x.shape[2:])
         if key not in self._positions:
-            self._positions[key] = self.pipe._prepare_latent_ids(x[:1]).to(self.device)
+            self._positions[key] = to_device(self.pipe._prepare_latent_ids(x[:1]), self.device)
         return self._positions[key]
 
     @staticmethod
