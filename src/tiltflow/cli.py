@@ -232,9 +232,6 @@ def doctor(
 
 def main() -> None:
     """The entry point: turns expected errors into one sentence and an exit status."""
-    from tiltflow.distributed import PeerLost
-    from tiltflow.train.optim import NonFiniteError
-
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -242,6 +239,10 @@ def main() -> None:
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+    # after the environment, which the libraries read when they are imported
+    from tiltflow.distributed import PeerLost
+    from tiltflow.train.optim import NonFiniteError
+
     try:
         status = app(args=arguments or ["--help"], prog_name="tiltflow", standalone_mode=False)
     except Abort:
