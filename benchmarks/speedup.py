@@ -1,0 +1,107 @@
+"""Iterations of both stages against a straightforward version of them (support/plain.py).
+
+The demo's recipes on the embedded model, all versions in one process and in turn, the median over
+the rounds of the ratio to the straightforward version in fp32. bf16 is autocast; both versions run
+in both precisions, so that what the precision alone brings can be told from the rest. Stage 1 also
+with the published ratio of updates and form of the regulariser.
+
+    python benchmarks/speedup.py [--rounds 2] [--batch 16] [--cases cold_start published tilt]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from support.plain import Plain
+from support.stages import Model, model
+from support.tables import interleaved, median, ratio, report
+
+from tiltflow.build import adapter_settings, build_backbone
+
+PUBLISHED = ["cold_start.generator_every=10", "cold_start.consistency_form=two_sample"]
+CASES: dict[str, tuple[str, str, int, list[str]]] = {
+    "cold_start": ("cold_start", "demo's", 2, []),
+    "published": ("cold_start", "published", 10, PUBLISHED),
+    "tilt": ("tilt", "demo's", 1, []),
+}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def of_library(made: Model, stage: str, window: int, *more: str) -> Callable[[], None]:
+    build, step = made.build(stage, *more), 0
+
+    def run() -> None:
+        nonlocal step
+        for _ in range(window):
+            build.stage.iteration(step)
+            step += 1
+        build.stage.guard.failures()
+
+    return run
+
+
+def of_plain(
+    made: Model, stage: str, window: int, precision: torch.dtype | None, *more: str
+) -> Callable[[], None]:
+    build, cfg = made.build(stage, *more), made.config(stage, *more)
+    backbone = build_backbone(cfg, "image")  # one of its own: that of `build` has adapters on it
+    plain = Plain(cfg, backbone, adapter_settings(cfg, backbone), precision)
+    size = cfg.tilt.group_size if stage == "tilt" else 1
+    count, step = cfg.train.batch_size // size, 0
+
+    def run() -> None:
+        nonlocal step
+        for _ in range(window):
+            indices = build.stage.sampler.indices(step * count, count)
+            cond, prompts = build.prompts.select(indices, build.backbone.device)
+            if stage == "cold_start":
+                plain.cold_start(step, cond)
+            else:
+                repeated = [p for p in prompts for _ in range(size)]
+                plain.tilt(cond.repeat(size), repeated, build.stage.rewards)  # type: ignore[union-attr]
+            step += 1
+
+    return run
+
+
+def systems(made: Model, stage: str, window: int, *more: str) -> dict[str, Callable[[], None]]:
+    """The versions of a stage by name, the one that all are compared with first."""
+    found = {}
+    for name, precision in PRECISIONS.items():
+        found[f"straightforward, {name}"] = of_plain(made, stage, window, precision, *more)
+    reuses = (1, 4) if stage == "cold_start" else (1,)
+    for name, precision in PRECISIONS.items():
+        for reuse in reuses:
+            options = [f"model.autocast={'bf16' if precision else 'null'}", *more]
+            options += [f"cold_start.reuse={reuse}"] if stage == "cold_start" else []
+            label = f"tiltflow, {name}" + (f", reuse {reuse}" if reuse > 1 else "")
+            found[label] = of_library(made, stage, window, *options)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    args = parser.parse_args()
+    rows = []
+    with model() as made:
+        for case in args.cases:
+            stage, settings, window, more = CASES[case]
+            batch = f"train.batch_size={args.batch}"
+            runs = systems(made, stage, window, batch, *more)
+            seconds = interleaved(runs, args.rounds)
+            first = next(iter(runs))
+            for name, values in seconds.items():
+                share = ratio(values, seconds[first])
+                rows.append([stage, settings, name, median(values) / window, share])
+                print(rows[-1], flush=True)
+    columns = ["stage", "settings", "version", "iteration, CPU s", "of straightforward fp32"]
+    report("speedup", columns, rows, batch=args.batch, rounds=args.rounds)
+
+
+if __name__ == "__main__":
+    main()
