@@ -265,7 +265,7 @@ def test_the_pathwise_gradient_of_several_steps(first: int) -> None:
         velocity, draw(32, 3), sigmas, nothing(32), 0.9, lambda k: draw(32, 3, seed=10 + k)
     )
     x0 = attach_from(velocity, trajectory, first)
-    assert torch.equal(x0.detach(), trajectory.states[-1])
+    assert torch.equal(x0.detach(), trajectory.end)
     x = trajectory.states[first]
     for k in range(first, 3):
         z = draw(32, 3, seed=10 + k) if k < 2 else None

@@ -140,12 +140,13 @@ def test_the_watch_of_images_ends_with_the_good_export(
     pipeline, prompts, stage_one = images
     out = tmp_path / "run"
     more = [
-        f"model.few_step={stage_one / 'export' / 'few_step'}", "train.generator_lr=0.05",
+        f"model.few_step={stage_one / 'export' / 'few_step'}", "train.generator_lr=0.3",
         "watch.rewards={'test_watch:warmth': 1.0}", "watch.clip=packaged:clip_heldout",
         "watch.every=1", "watch.prompts=8", "watch.diversity_prompts=8", "watch.teacher_images=3",
         "watch.teacher_steps=2", "watch.diversity_images=2", "watch.stop=true", "train.steps=16",
-        "watch.rules.alpha=0.05", "watch.rules.high_frequency=1.2", "watch.rules.drift=1.2",
-        "watch.rules.diversity=0.9", "log.samples_every=0",
+        "watch.rules.alpha=0.2", "watch.rules.high_frequency=1.2", "watch.rules.drift=1.02",
+        "watch.rules.diversity=0.9", "log.samples_every=0", "train.schedule=constant",
+        "train.warmup=0", "train.betas=[0.9,0.999]",
     ]  # fmt: skip
     run_training(load_config("demo_tilt", recipe("tilt", pipeline, prompts, out, *more)), QUIET)
     first = read_history(out / "watch.jsonl")[0]
