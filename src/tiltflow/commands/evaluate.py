@@ -232,18 +232,18 @@ def _diversity(rewards: Sequence[Reward]) -> Diversity:
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
-    """The table of an evaluation, and its comparisons, in the terminal."""
-    rewards = list(next(iter(summary["systems"].values()))["scores"])
-    beside = [n for n in ("vendi", "cmmd") if any(n in s for s in summary["systems"].values())]
-    table = Table(title=f"{summary['prompts']} prompts, mean [95% interval]")
-    table.add_column("system", no_wrap=True, min_width=14)
-    table.add_column("NFE", justify="right")
-    for column in (*rewards, *beside):
-        table.add_column(column, justify="right")
-    for name, system in summary["systems"].items():
-        cells = [_cell(system["scores"].get(reward)) for reward in rewards]
-        cells += [_cell(system.get(column)) for column in beside]
-        table.add_row(name, str(system["nfe"]), *cells)
+    """The table of an evaluation, a column a system, and its comparisons, in the terminal."""
+    systems = summary["systems"]
+    table = Table(title=f"{summary['prompts']} prompts, mean ± half the 95% interval")
+    table.add_column("", no_wrap=True)
+    for name in systems:
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_row("NFE", *(str(system["nfe"]) for system in systems.values()))
+    for reward in next(iter(systems.values()))["scores"]:
+        table.add_row(reward, *(_cell(s["scores"].get(reward)) for s in systems.values()))
+    for name in ("vendi", "cmmd"):
+        if any(name in system for system in systems.values()):
+            table.add_row(name, *(_cell(system.get(name)) for system in systems.values()))
     console.print(table)
     show_comparisons(summary["comparisons"], console)
 
@@ -302,7 +302,8 @@ def _cell(score: Mapping[str, Any] | float | None) -> str:
     if isinstance(score, float):
         return f"{score:.4f}"
     low, high = score["ci95"]
-    return f"{score['mean']:.4f} [{low:.3f}, {high:.3f}]"
+    half = f"{(high - low) / 2:.3f}".removeprefix("0")  # four systems fit into 80 columns
+    return f"{score['mean']:.3f} ±{half}"
 
 
 def save(evaluation: Evaluation, prompts: Sequence[Prompt], path: Path) -> None:
