@@ -20,10 +20,9 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tiny_pipelines import clip_tokenizer, qwen3, t5
+from tiny_pipelines import clip_tokenizer, clip_tower, qwen3, t5
 from torch import nn
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -33,20 +32,7 @@ from transformers import (
 
 
 def clip(model: type, tokenizer: CLIPTokenizer, width: int, layers: int) -> nn.Module:
-    return model(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=16,
-            projection_dim=width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return clip_tower(model, tokenizer, width, layers, heads=4)
 
 
 def autoencoder(widths: tuple[int, ...], latent: int) -> AutoencoderKL:

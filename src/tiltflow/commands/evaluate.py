@@ -26,7 +26,7 @@ from tiltflow.distributed import ALONE, Ranks, ranks_of_job
 from tiltflow.embeddings import BATCH, distinct, encode_prompts
 from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
 from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
-from tiltflow.evaluation.report import SIGNIFICANT
+from tiltflow.evaluation.report import SIGNIFICANT, beside
 from tiltflow.evaluation.scores import Diversity, Evaluation, SaveImages, evaluate_systems
 from tiltflow.paths import resolve_path
 from tiltflow.prompts import Prompt
@@ -241,9 +241,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     table.add_row("NFE", *(str(system["nfe"]) for system in systems.values()))
     for reward in next(iter(systems.values()))["scores"]:
         table.add_row(reward, *(_cell(s["scores"].get(reward)) for s in systems.values()))
-    for name in ("vendi", "cmmd"):
-        if any(name in system for system in systems.values()):
-            table.add_row(name, *(_cell(system.get(name)) for system in systems.values()))
+    for name in beside(systems):
+        table.add_row(name, *(_cell(system.get(name)) for system in systems.values()))
     console.print(table)
     show_comparisons(summary["comparisons"], console)
 

@@ -100,20 +100,10 @@ def write_report(
     """
     out = Path(out)
     path = out if out.suffix == ".html" else out / "report.html"
-    systems = evaluation.get("systems", {})
     page = _template().render(
         title=title,
-        evaluation=evaluation,
-        systems=systems,
-        rewards=list(dict.fromkeys(r for s in systems.values() for r in s["scores"])),
-        beside=[name for name in BESIDE if any(name in s for s in systems.values())],
-        categories=_categories(evaluation),
+        **_results(evaluation),
         measures=MEASURES,
-        best=_best(systems),
-        digits=_digits(systems),
-        forests=figures.forests(evaluation) if systems else [],
-        verdicts=[_verdict(c) for c in evaluation.get("comparisons", [])],
-        adjusted=any("p_holm" in c for c in evaluation.get("comparisons", [])),
         stages={stage: figures.curves(rows) for stage, rows in curves.items()},
         together=[c for g in together for c in side_by_side({s: curves[s] for s in g})],
         watch=watch or {},
@@ -130,6 +120,28 @@ def write_report(
     )
     write_whole(path, page)
     return path
+
+
+def beside(systems: Mapping[str, Any]) -> list[str]:
+    """Those of `BESIDE` that some system of an evaluation has."""
+    return [name for name in BESIDE if any(name in system for system in systems.values())]
+
+
+def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page says of an evaluation."""
+    systems, comparisons = evaluation.get("systems", {}), evaluation.get("comparisons", [])
+    return {
+        "evaluation": evaluation,
+        "systems": systems,
+        "rewards": list(dict.fromkeys(r for s in systems.values() for r in s["scores"])),
+        "beside": beside(systems),
+        "categories": _categories(evaluation),
+        "best": _best(systems),
+        "digits": _digits(systems),
+        "forests": figures.forests(evaluation) if systems else [],
+        "verdicts": [_verdict(c) for c in comparisons],
+        "adjusted": any("p_holm" in c for c in comparisons),
+    }
 
 
 def _template() -> Any:

@@ -117,13 +117,11 @@ class Tilt:
         return len(self.sigmas) - 2
 
     @property
-    def _pathwise(self) -> int:
-        """How many of the last steps have the pathwise gradient of the reward, at least one."""
-        return self.settings.reward_steps if self._backprop else 1
-
-    @property
-    def _backprop(self) -> bool:
-        return self.settings.reward_weight > 0 and self.rewards.has_differentiable
+    def _path(self) -> range:
+        """The last steps, which the reward is back-propagated through; empty if it is not."""
+        backprop = self.settings.reward_weight > 0 and self.rewards.has_differentiable
+        steps = self.settings.reward_steps if backprop else 0
+        return range(self._last + 1 - steps, self._last + 1)
 
     def _trained_steps(self, step: int) -> tuple[int, ...]:
         """The M of the K − 1 stochastic steps that this epoch trains by the policy gradient.
@@ -133,7 +131,7 @@ class Tilt:
         """
         if self.settings.policy_weight == 0:
             return ()
-        order = self.randomness.permutation("subset", step, len(self.sigmas) - 1 - self._pathwise)
+        order = self.randomness.permutation("subset", step, min(self._last, self._path.start))
         return choose_steps(order, self.settings.subset)
 
     def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
@@ -171,13 +169,11 @@ class Tilt:
         steps = self._attached(trained, self._matched_steps(step))
         every = self.settings.match_steps != "last"
         boundaries = range(1, self._last + 2) if every else (self._last + 1,)
-        path = range(self._last + 1 - self._pathwise, self._last + 1)
-        return {*steps, *(k + 1 for k in steps), *path, *boundaries}
+        return {*steps, *(k + 1 for k in steps), *self._path, *boundaries}
 
     def _attached(self, trained: tuple[int, ...], matched: Collection[int]) -> set[int]:
         """The sampler steps that some term of the generator's loss goes through."""
-        alone = self._backprop and self._pathwise == 1
-        return {*trained, *matched} | ({self._last} if alone else set())
+        return {*trained, *matched, *(self._path if len(self._path) == 1 else ())}
 
     @torch.no_grad()
     def _score(self, step: int, x0: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -263,7 +259,7 @@ class Tilt:
             for k in self._matched_steps(step)
         }
         steps = self._attached(trained, matched)
-        alone = self._backprop and self._pathwise == 1
+        path = self._path
         metrics: dict[str, Tensor] = {}
         for rows in self.share.micro_batches():
             part = trajectory.rows(rows)
@@ -280,13 +276,13 @@ class Tilt:
                     self.updater.watch("the matching loss", matching, prompts[rows])
                     losses = losses + self.settings.matching_weight * matching
                     _add(metrics, {"generator/matching": matching.detach()}, self.share.batch)
-                if alone and k == self._last:
+                if len(path) == 1 and k in path:
                     pull, seen = self._reward_pull(x_next, prompts[rows])
                     losses = losses + self.settings.reward_weight * pull
                     _add(metrics, seen, self.share.batch)
                 (losses.sum() / self.share.batch).backward()
-            if self._backprop and not alone:
-                x0 = attach_from(self.roles.generator, part, self._last + 1 - self._pathwise)
+            if len(path) > 1:
+                x0 = attach_from(self.roles.generator, part, path.start)
                 pull, seen = self._reward_pull(x0, prompts[rows])
                 (self.settings.reward_weight * pull.sum() / self.share.batch).backward()
                 _add(metrics, seen, self.share.batch)
