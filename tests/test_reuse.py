@@ -11,7 +11,7 @@ import torch
 from tiltflow.build import build_stage
 from tiltflow.config import load_config
 from tiltflow.rollout import join, rollout
-from tiltflow.train import cold_start
+from tiltflow.train import updates
 from tiltflow.train.cold_start import ColdStart, Cycle
 
 
@@ -40,7 +40,7 @@ def stage(tmp_path: Path, *more: str) -> ColdStart:
 def test_one_rollout_serves_every_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = stage(tmp_path, "cold_start.reuse=4", "cold_start.generator_every=10")
     rollouts, levels = [], []
-    real_rollout, real_update = cold_start.rollout, type(made.fake).update
+    real_rollout, real_update = updates.rollout, type(made.fake).update
 
     def counted(*args, **kwargs):
         rollouts.append(kwargs["stop"])
@@ -50,7 +50,7 @@ def test_one_rollout_serves_every_boundary(tmp_path: Path, monkeypatch: pytest.M
         levels.append(round(float(s[0]), 6))
         return real_update(self, step, draw, x_s, s, cond, prompts)
 
-    monkeypatch.setattr(cold_start, "rollout", counted)
+    monkeypatch.setattr(updates, "rollout", counted)
     monkeypatch.setattr(type(made.fake), "update", seen)
     for step in range(100):
         made.iteration(step)

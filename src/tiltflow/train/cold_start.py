@@ -13,9 +13,9 @@ from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Roles
-from tiltflow.rollout import Rollout, attach, join, rollout
+from tiltflow.rollout import Rollout, attach
 from tiltflow.train.optim import Guard, Updater
-from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
+from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, rollout_in_parts
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ class ColdStart:
         device = self.roles.generator.backbone.device
         cond, prompts = self.prompts.select(indices, device)
         stops = self._stops(cycle)
-        kept = {*stops, stops[-1] - 1}
         drawn = partial(
             self.share.noise,
             self.randomness,
@@ -116,22 +115,18 @@ class ColdStart:
         )
         x = drawn("init")
         noise = [drawn(f"step{k}") for k in range(min(max(stops), len(self.sigmas) - 2))]
-        parts = []
-        for rows in self.share.micro_batches():
-            z = [n[rows] for n in noise]
-            parts.append(
-                rollout(
-                    self.roles.generator,
-                    x[rows],
-                    self.sigmas,
-                    cond[rows],
-                    self.eta,
-                    z.__getitem__,
-                    stop=max(stops),
-                    keep=kept,
-                )
-            )
-        return join(parts, cond), prompts
+        trajectory = rollout_in_parts(
+            self.share,
+            self.roles.generator,
+            x,
+            self.sigmas,
+            cond,
+            self.eta,
+            noise,
+            stop=max(stops),
+            keep={*stops, stops[-1] - 1},
+        )
+        return trajectory, prompts
 
     def _generator_update(
         self, step: int, trajectory: Rollout, stop: int, prompts: Sequence[Prompt]

@@ -24,10 +24,16 @@ from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import NonFiniteScore
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Roles
-from tiltflow.rollout import Rollout, attach, attach_from, join, log_prob, rollout
+from tiltflow.rollout import Rollout, attach, attach_from, log_prob
 from tiltflow.rollout import step as sampler_step
 from tiltflow.train.optim import Guard, NonFiniteError, Updater
-from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, micro_batches
+from tiltflow.train.updates import (
+    FakeScoreTrainer,
+    Matching,
+    Share,
+    micro_batches,
+    rollout_in_parts,
+)
 
 MATCH_STEPS = ("last", "random", "all")
 
@@ -136,7 +142,6 @@ class Tilt:
 
     def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
         """K steps of this rank's rows; untrained steps share their noise within a group."""
-        kept = self._kept(step, trained)
         drawn = partial(
             self.share.noise,
             self.randomness,
@@ -146,23 +151,18 @@ class Tilt:
         )
         x, group = drawn("init"), self.settings.group_size
         noise = [drawn(f"step{k}", group=1 if k in trained else group) for k in range(self._last)]
-        parts = []
-        for rows in self.share.micro_batches():
-            z_rows = [z[rows] for z in noise]
-            parts.append(
-                rollout(
-                    self.roles.generator,
-                    x[rows],
-                    self.sigmas,
-                    cond[rows],
-                    self.eta,
-                    z_rows.__getitem__,
-                    record=trained,
-                    convention=self.settings.log_prob,
-                    keep=kept,
-                )
-            )
-        return join(parts, cond)
+        return rollout_in_parts(
+            self.share,
+            self.roles.generator,
+            x,
+            self.sigmas,
+            cond,
+            self.eta,
+            noise,
+            record=trained,
+            convention=self.settings.log_prob,
+            keep=self._kept(step, trained),
+        )
 
     def _kept(self, step: int, trained: tuple[int, ...]) -> set[int]:
         """The states that the updates of this epoch look at."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tiltflow.objectives.policy import share_in_groups
 from tiltflow.prompts import Prompt
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Role
+from tiltflow.rollout import Rollout, join, rollout
 from tiltflow.train.optim import Updater
 from tiltflow.transfer import to_device
 
@@ -76,6 +78,24 @@ class Share:
     def whole(self, value: Tensor) -> Tensor:
         """A rank's share of a metric that every rank knows in full."""
         return value / self.ranks.size
+
+
+def rollout_in_parts(
+    share: Share,
+    role: Role,
+    x: Tensor,
+    sigmas: Tensor,
+    cond: Conditioning | Grouped,
+    eta: float,
+    noise: Sequence[Tensor],
+    **options: Any,
+) -> Rollout:
+    """`rollout` of a rank's rows, x and every step's noise (b, ...), in micro-batches."""
+    parts = []
+    for rows in share.micro_batches():
+        z = [step[rows] for step in noise]
+        parts.append(rollout(role, x[rows], sigmas, cond[rows], eta, z.__getitem__, **options))
+    return join(parts, cond)
 
 
 @dataclass(frozen=True)
