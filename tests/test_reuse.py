@@ -46,9 +46,9 @@ def test_one_rollout_serves_every_boundary(tmp_path: Path, monkeypatch: pytest.M
         rollouts.append(kwargs["stop"])
         return real_rollout(*args, **kwargs)
 
-    def seen(self, step, draw, x_s, s, cond, prompts):
+    def seen(self, step, draw, x_s, s, cond, prompts, boundary):
         levels.append(round(float(s[0]), 6))
-        return real_update(self, step, draw, x_s, s, cond, prompts)
+        return real_update(self, step, draw, x_s, s, cond, prompts, boundary)
 
     monkeypatch.setattr(updates, "rollout", counted)
     monkeypatch.setattr(type(made.fake), "update", seen)

@@ -46,12 +46,12 @@ def series(seed: int = 0, **shifts: float) -> Callable[[int], Measurement]:
 
 
 def run(at: Callable[[int], Measurement], looks: int = 10, **rules: float | None) -> dict[int, set]:
-    """The rules that trip, by step."""
+    """The rules that trip, by step; no `agreement`, as the series have nothing in common."""
     history: list[Measurement] = []
     found = {}
     for step in range(looks):
         history.append(at(step))
-        alarms = judge(history, Rules(**rules), WEIGHTS)
+        alarms = judge(history, Rules(**{"agreement": None, **rules}), WEIGHTS)
         if alarms:
             found[step] = set(alarms)
     return found
@@ -101,7 +101,7 @@ def test_a_fall_counts_against_the_gain_and_only_while_a_trained_reward_rises() 
             for step, (h, t) in enumerate(zip(held_out, trained, strict=True))
         ]
 
-    rules = Rules(held_out_fall=0.25)
+    rules = Rules(held_out_fall=0.25, agreement=None)
     for held_out, trained, alarm in (
         ([0, 0.5, 1.0, 0.85], [0, 1, 2, 3], False),  # lost 15% of the gain
         ([0, 0.5, 1.0, 0.65], [0, 1, 2, 3], True),  # lost 35%
@@ -114,6 +114,64 @@ def test_a_fall_counts_against_the_gain_and_only_while_a_trained_reward_rises() 
     assert judge(history([0, -0.1], [0, -1]), rules, {"clip": -1.0})
     text = judge(history([0, 1.0, 0.5], [0, 1, 2]), rules, WEIGHTS)["held_out/h"]
     assert "since step 1" in text and "the trained clip rose" in text
+
+
+def _changes(seed: int, rise: float, common: float, changed: float = 1.0) -> list[Measurement]:
+    """Two measurements: a share of the samples changes, by `rise` and spread in the trained reward;
+    `common` is the part of the spread that the held-out reward has too."""
+    rng = np.random.default_rng(seed)
+    base, moved = rng.normal(size=N), rng.random(N) < changed
+    shared, own, other = rng.normal(size=(3, N)) * moved
+    rest = math.sqrt(1 - common**2)
+    start = {"trained/clip": base, "held_out/h": base, "held_out/flat": np.zeros(N)}
+    after = {
+        "trained/clip": base + rise * moved + common * shared + rest * own,
+        "held_out/h": base + common * shared + rest * other,
+        "held_out/flat": np.zeros(N),
+    }
+    return [Measurement(0, start), Measurement(5, after)]
+
+
+class TestAgreement:
+    RULES = Rules(held_out_fall=None, agreement=0.4)
+
+    def tripped(self, rise: float, common: float, changed: float = 1.0) -> int:
+        runs = [_changes(seed, rise, common, changed) for seed in range(40)]
+        return sum(bool(judge(run, self.RULES, WEIGHTS)) for run in runs)
+
+    def test_a_rise_that_no_held_out_reward_shares(self) -> None:
+        """Before any held-out mean has fallen; and when a third of the samples has changed."""
+        assert self.tripped(1.0, 0.0) >= 30
+        assert self.tripped(2.0, 0.0, changed=0.4) >= 20
+
+    def test_no_alarm_where_they_go_together_or_nothing_rose(self) -> None:
+        assert self.tripped(1.0, 0.9) == 0  # rank correlation about .8
+        assert self.tripped(0.0, 0.0) == 0
+        assert self.tripped(-1.0, 0.0) == 0
+        assert self.tripped(1.0, 0.64) <= 2  # at the limit itself
+
+    def test_one_held_out_reward_that_goes_along_is_enough(self) -> None:
+        start, after = _changes(2, 1.0, 0.0)
+        assert "0.4" in judge([start, after], self.RULES, WEIGHTS)["agreement"]
+        values = {**after.values, "held_out/second": after.values["trained/clip"]}
+        both = [
+            Measurement(0, {**start.values, "held_out/second": start.values["trained/clip"]}),
+            Measurement(5, values),
+        ]
+        assert not judge(both, self.RULES, WEIGHTS)
+
+    def test_a_negative_weight_rises_by_falling(self) -> None:
+        assert judge(_changes(2, -1.0, 0.0), self.RULES, {"clip": -1.0})
+        assert not judge(_changes(2, 1.0, 0.0), self.RULES, {"clip": -1.0})
+
+    def test_several_rewards_count_in_their_own_standard_deviations(self) -> None:
+        """A reward of a wide scale does not drown the one that is hacked."""
+        start, after = _changes(2, 1.0, 0.0)
+        rng = np.random.default_rng(9)
+        wide = 1000 * rng.normal(size=N)
+        values = {**after.values, "trained/wide": wide + rng.normal(size=N)}
+        history = [Measurement(0, {**start.values, "trained/wide": wide}), Measurement(5, values)]
+        assert judge(history, self.RULES, {"clip": 1.0, "wide": 1.0})
 
 
 def test_an_initial_offset_of_the_spectrum_is_no_alarm() -> None:

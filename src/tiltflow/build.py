@@ -167,6 +167,11 @@ def load_start(run: Path) -> Start:
     )
 
 
+def fake_scores(cfg: RunConfig) -> int | None:
+    """How many fake scores a config asks for: one for each boundary, or one for all (None)."""
+    return cfg.sampler.steps if cfg.train.fake_scores == "per_boundary" else None
+
+
 def autocast_dtype(setting: str | None, device: torch.device) -> torch.dtype | None:
     """The mixed-precision type of a `model.autocast` value on a device; None is none.
 
@@ -183,6 +188,7 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
     common: dict[str, Any] = {
         "seed": cfg.run.seed,
         "fake_score": start.fake_score if start else None,
+        "boundaries": fake_scores(cfg),
         "checkpointing": cfg.model.gradient_checkpointing,
         "autocast": autocast_dtype(cfg.model.autocast, backbone.device),
     }
@@ -323,7 +329,15 @@ def _common(
         "sampler": PromptSampler(len(encoded), randomness),
         "randomness": randomness,
         "fake": fake,
-        "matching": Matching(roles.teacher, roles.fake_score, randomness, share, guidance, eta),
+        "matching": Matching(
+            roles.teacher,
+            roles.fake_score,
+            randomness,
+            share,
+            guidance,
+            eta,
+            cfg.train.boundary_power,
+        ),
         "updater": _updater(cfg, roles, "generator", share.ranks, guard),
         "sigmas": to_device(sigmas, backbone.device),
         "latent_shape": backbone.latent_shape,

@@ -64,6 +64,8 @@ class SamplerConfig(Section):
 class TrainConfig(Section):
     """`batch_size` is global (stage 2: samples a rollout), `micro_batch_size` a rank's.
 
+    `fake_scores`: one for the samples of all boundaries, as published, or one for each boundary.
+    `boundary_power` p: the matching gradient at level s counts (1 − s)^−p times; 0 as published.
     `skip_nonfinite` is how many steps a run may skip for a non-finite number before it stops.
     """
 
@@ -72,6 +74,8 @@ class TrainConfig(Section):
     micro_batch_size: Positive | None = None
     generator_lr: Rate
     fake_score_lr: Rate
+    fake_scores: Literal["shared", "per_boundary"] = "shared"
+    boundary_power: Weight = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: Weight = 0.0
     clip: Rate = 1.0
@@ -142,6 +146,7 @@ class WatchRules(Section):
 
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
     held_out_fall: Annotated[float, Field(ge=0)] | None = 0.25
+    agreement: Annotated[float, Field(gt=-1, lt=1)] | None = 0.4
     diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.7
     high_frequency: Annotated[float, Field(gt=1)] | None = 2.0
     drift: Annotated[float, Field(gt=1)] | None = 1.5

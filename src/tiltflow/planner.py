@@ -110,8 +110,8 @@ class _Fused(torch.autograd.Function):
 class Job:
     """What a run does, as far as its memory goes; the names are the recipe's.
 
-    `tilt` None is stage 1. `fused` says whether attention is a fused kernel (GPUs) or the plain
-    one that training takes on a CPU.
+    `tilt` None is stage 1; `boundaries` None is one fake score for all of them. `fused` says
+    whether attention is a fused kernel (GPUs) or the plain one that training takes on a CPU.
     """
 
     batch: int
@@ -123,6 +123,7 @@ class Job:
     checkpointing: bool = False
     tilt: TiltJob | None = None
     fused: bool = True
+    boundaries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
     backbone = roles.generator.backbone
     assert isinstance(backbone, PipelineBackbone)
     trained = [roles.generator, roles.fake_score]
-    for role in trained:  # the gradients of a micro-batch before, which the next one adds to
+    updated = [roles.generator, roles.fake_score.at(1)]  # one fake score at a time has gradients
+    for role in updated:  # of a micro-batch before, which the next one adds to
         for parameter in role.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
     every = [*trained, roles.ema, *([roles.reference] if roles.reference else [])]
@@ -183,7 +185,7 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
         "autoencoder": _bytes(_tensors(backbone.vae)),
         "adapters and EMA": sum(sizes.values()),
         "optimizer states": 2 * sum(sizes[role.name] for role in trained),
-        "gradients": max(sizes[role.name] for role in trained),
+        "gradients": max(_bytes(role.parameters.values()) for role in updated),
         "conditioning": _conditioning_bytes(backbone, job),
     }
     latents = job.batch * _latent_bytes(backbone)
@@ -203,13 +205,24 @@ def _roles(make: Callable[[], PipelineBackbone], job: Job) -> Roles:
             few_step: dict[str, Tensor] | None = None
             if job.tilt is not None:
                 few_step = dict(backbone.student_base.named_parameters())
-            return copy_roles(backbone, seed=0, few_step=few_step, checkpointing=job.checkpointing)
+            return copy_roles(
+                backbone,
+                seed=0,
+                few_step=few_step,
+                boundaries=job.boundaries,
+                checkpointing=job.checkpointing,
+            )
         below = None
         if job.tilt is not None:
             first = job.tilt.stage_one or job.adapters
             below = (first, adapter_roles(make(), first, seed=0).generator.state())
         return adapter_roles(
-            make(), job.adapters, seed=0, few_step=below, checkpointing=job.checkpointing
+            make(),
+            job.adapters,
+            seed=0,
+            few_step=below,
+            boundaries=job.boundaries,
+            checkpointing=job.checkpointing,
         )
 
 
@@ -242,7 +255,7 @@ def _traced(
 ) -> int:
     """The peak of what `run` makes."""
     attention: AbstractContextManager[Any] = fused_attention() if fused else nullcontext()
-    networks = {id(r.network): r.network for r in (roles.generator, roles.fake_score)}
+    networks = {id(r.network): r.network for r in (roles.generator, roles.fake_score.at(1))}
     networks |= {id(r.network): r.network for r in (roles.teacher, roles.ema)}
     gradients = [p.grad for n in networks.values() for p in n.parameters() if p.grad is not None]
     with Tally(*networks.values(), backbone.vae, *gradients) as tally, attention:
@@ -258,7 +271,7 @@ def _rollout(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
 def _fake_score(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, level = _latents(backbone, job.micro), torch.empty(job.micro, device=META)
     losses, _ = fake_score_objective(
-        roles.fake_score.field(_conditioning(backbone, job.micro)),
+        roles.fake_score.at(1).field(_conditioning(backbone, job.micro)),
         x,
         level,
         FakeScoreDraws(level, x, level, (x, x)),
@@ -272,7 +285,8 @@ def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, level = _latents(backbone, job.micro), torch.empty(job.micro, device=META)
     cond = _conditioning(backbone, job.micro)
     teacher = roles.teacher.field(cond, job.guidance)
-    return matching_gradient(x, level, level, x, x, teacher, roles.fake_score.field(cond), 0.5)
+    fake_score = roles.fake_score.at(1).field(cond)
+    return matching_gradient(x, level, level, x, x, teacher, fake_score, 0.5)
 
 
 def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:

@@ -60,6 +60,9 @@ class Role:
 
     `parameters` are the role's own weights by canonical name (the adapter's name left out, so
     that generator and EMA share names); empty for the teacher.
+
+    A fake score with a network for each boundary of the few-step grid has these as `boundaries`,
+    is called through `at` alone, and its parameters are theirs, as `boundary1.…` to `boundaryK.…`.
     """
 
     name: str
@@ -69,11 +72,23 @@ class Role:
     switch: AdapterSwitch | None = None
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
     autocast: torch.dtype | None = None
+    boundaries: tuple[Role, ...] = ()
+
+    def at(self, boundary: int | None) -> Role:
+        """The role for samples at `boundary` (1 to K); one role for all of them is itself.
+
+        `None` are samples at several boundaries, which one for each cannot take.
+        """
+        if not self.boundaries:
+            return self
+        assert boundary is not None, f"role {self.name!r} has a network for each boundary"
+        return self.boundaries[boundary - 1]
 
     def __call__(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float = 1.0
     ) -> Tensor:
         kind = self.backbone.device.type
+        assert not self.boundaries, f"role {self.name!r} has a network for each boundary"
         mixed = torch.autocast(kind, self.autocast) if self.autocast else nullcontext()
         weights = self.switch.use(self.adapters) if self.switch else nullcontext()
         with mixed, weights:
@@ -113,6 +128,36 @@ class Role:
                     f"{tuple(state[name].shape)} in the weights to load"
                 )
             parameter.copy_(state[name])
+
+
+def _fake_score(make: Callable[[str], Role], boundaries: int | None) -> Role:
+    """One fake score for all boundaries, or a composite of one for each; `make` takes the name."""
+    name = "fake_score"
+    if boundaries is None:
+        return make(name)
+    each = tuple(make(f"{name}_{k}") for k in range(1, boundaries + 1))
+    joint = {f"boundary{k}.{n}": p for k, r in enumerate(each, 1) for n, p in r.parameters.items()}
+    first = each[0]
+    return Role(
+        name, first.backbone, first.network, parameters=joint, switch=first.switch, boundaries=each
+    )
+
+
+def fit_to_boundaries(state: Mapping[str, Tensor], count: int | None) -> State:
+    """Weights of a fake score, for one with another number of networks.
+
+    One for all boundaries is where each of several starts; of several, the last boundary's, which
+    has seen the finished samples, is where one for all starts.
+    """
+    have = {name.partition(".")[0] for name in state if name.startswith("boundary")}
+    if not have:
+        numbers = range(1, (count or 0) + 1)
+        each = {f"boundary{k}.{name}": value for k in numbers for name, value in state.items()}
+        return each if count else dict(state)
+    if count is not None:
+        return dict(state)
+    last = f"boundary{len(have)}."
+    return {n.removeprefix(last): value for n, value in state.items() if n.startswith(last)}
 
 
 @dataclass(frozen=True)
@@ -188,6 +233,7 @@ def adapter_roles(
     seed: int,
     few_step: tuple[AdapterSettings, State] | None = None,
     fake_score: State | None = None,
+    boundaries: int | None = None,
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
 ) -> Roles:
@@ -195,7 +241,8 @@ def adapter_roles(
 
     `few_step` is stage 1's adapter, for stage 2: it stays frozen under the generator's and the
     EMA's own. `fake_score` are the weights that the fake score starts from (default: the teacher's
-    own, that is, an adapter that does nothing).
+    own, that is, an adapter that does nothing); `boundaries` gives it as many adapters, one for
+    each boundary.
     """
     student, teacher = backbone.student_base, backbone.teacher_base
     stack: tuple[str, ...] = ()
@@ -208,7 +255,11 @@ def adapter_roles(
     ema = add_adapter(student, "ema", settings, seed, trainable=False)
     # The fake score follows the few-step generator, so it has the settings of its adapter.
     fake_settings = few_step[0] if few_step is not None else settings
-    fake = add_adapter(teacher, "fake_score", fake_settings, seed + 1, trainable=True)
+    numbers = [""] if boundaries is None else [f"_{k}" for k in range(1, boundaries + 1)]
+    fakes = {
+        name: add_adapter(teacher, name, fake_settings, seed + k, trainable=True)
+        for k, name in enumerate((f"fake_score{number}" for number in numbers), 1)
+    }
     switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
     if checkpointing:
         for base in {id(b): b for b in (student, teacher)}.values():
@@ -222,13 +273,13 @@ def adapter_roles(
     roles = Roles(
         teacher=role("teacher", teacher, ()),
         generator=role("generator", student, (*stack, "generator"), generator),
-        fake_score=role("fake_score", teacher, ("fake_score",), fake),
+        fake_score=_fake_score(lambda name: role(name, teacher, (name,), fakes[name]), boundaries),
         ema=role("ema", student, (*stack, "ema"), ema),
         reference=role("reference", student, stack, frozen) if stack else None,
     )
     roles.ema.load(roles.generator.state())
     if fake_score is not None:
-        roles.fake_score.load(fake_score)
+        roles.fake_score.load(fit_to_boundaries(fake_score, boundaries))
     return roles
 
 
@@ -238,6 +289,7 @@ def copy_roles(
     seed: int,
     few_step: State | None = None,
     fake_score: State | None = None,
+    boundaries: int | None = None,
     checkpointing: bool = False,
     autocast: torch.dtype | None = None,
 ) -> Roles:
@@ -253,13 +305,16 @@ def copy_roles(
             made.load(start)
         return made
 
-    return Roles(
+    roles = Roles(
         teacher=Role("teacher", backbone, backbone.teacher_base, autocast=autocast),
         generator=role("generator", "student", few_step, True),
-        fake_score=role("fake_score", "teacher", fake_score, True),
+        fake_score=_fake_score(lambda name: role(name, "teacher", None, True), boundaries),
         ema=role("ema", "student", few_step, False),
         reference=None if few_step is None else role("reference", "student", few_step, False),
     )
+    if fake_score is not None:
+        roles.fake_score.load(fit_to_boundaries(fake_score, boundaries))
+    return roles
 
 
 def _call(network: nn.Module, method: str, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tiltflow.backbones.meta import meta_backbone, text_encoders
 from tiltflow.backbones.pipeline import PipelineBackbone
-from tiltflow.build import DTYPES, adapter_settings, device_of
+from tiltflow.build import DTYPES, adapter_settings, device_of, fake_scores
 from tiltflow.config import RunConfig, list_recipes, load_config, recipe_text, validate_files
 from tiltflow.paths import resolve_path
 from tiltflow.planner import GIB, OVERHEAD, Job, Plan, TiltJob, plan
@@ -96,6 +96,7 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         checkpointing=model.gradient_checkpointing,
         tilt=tilt,
         fused=cfg.run.device != "cpu",
+        boundaries=fake_scores(cfg),
     )
     encoders = sum(p.numel() for e in text_encoders(paths[0]).values() for p in e.parameters())
     return plan(make, job, encoders * DTYPES[model.dtype].itemsize)

@@ -83,7 +83,7 @@ class ColdStart:
             self._held[cycle.number] = self._rollout(cycle)
         trajectory, prompts = self._held[cycle.number]
         x_s, s = trajectory.states[stop], trajectory.level(stop)
-        metrics = self.fake.update(step, step, x_s, s, trajectory.cond, prompts)
+        metrics = self.fake.update(step, step, x_s, s, trajectory.cond, prompts, stop)
         if (step + 1) % self.generator_every == 0:
             metrics |= self._generator_update(step, trajectory, stop, prompts)
         if step + 1 == cycle.first + cycle.length:
@@ -133,7 +133,7 @@ class ColdStart:
     ) -> dict[str, Tensor]:
         """The matching gradient at boundary `stop`, carried through the step that made it only."""
         x_s, s = trajectory.states[stop], trajectory.level(stop)
-        gradient = self.matching.gradient("matching", step, x_s, s, trajectory.cond)
+        gradient = self.matching.gradient("matching", step, x_s, s, trajectory.cond, stop)
         total = x_s.new_zeros(())
         for rows in self.share.micro_batches():
             attached, _, _ = attach(self.roles.generator, trajectory.rows(rows), stop - 1)

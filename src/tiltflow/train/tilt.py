@@ -202,28 +202,31 @@ class Tilt:
     def _fake_score_updates(
         self, step: int, trajectory: Rollout, prompts: Sequence[Prompt]
     ) -> dict[str, Tensor]:
-        """φ on the rollout's own boundary samples: the last, or a random one a sample."""
+        """φ on the rollout's own boundary samples: the last, or a random one a sample (a random
+        one for all where each boundary has its own fake score)."""
         metrics: dict[str, Tensor] = {}
         for update in range(self.settings.fake_score_updates):
             draw = step * self.settings.fake_score_updates + update
-            x_s, s = self._boundaries(draw, trajectory)
-            metrics = self.fake.update(step, draw, x_s, s, trajectory.cond, prompts)
+            x_s, s, boundary = self._boundaries(draw, trajectory)
+            metrics = self.fake.update(step, draw, x_s, s, trajectory.cond, prompts, boundary)
         return metrics
 
-    def _boundaries(self, draw: int, trajectory: Rollout) -> tuple[Tensor, Tensor]:
-        """Boundary samples and their levels for one fake-score update."""
-        end = trajectory.end
+    def _boundaries(self, draw: int, trajectory: Rollout) -> tuple[Tensor, Tensor, int | None]:
+        """Boundary samples, their levels and, if they have one in common, their boundary, for one
+        fake-score update."""
+        end, last = trajectory.end, self._last + 1
         if self.settings.match_steps == "last":
-            return end, trajectory.level(self._last + 1)
-        which = self.randomness.integers(
-            "fake/boundary", draw, 0, self._last + 1, (self.share.batch,)
-        )
+            return end, trajectory.level(last), last
+        if self.roles.fake_score.boundaries:
+            one = 1 + int(self.randomness.integers("fake/boundary", draw, 0, last, (1,)))
+            return trajectory.states[one], trajectory.level(one), one
+        which = self.randomness.integers("fake/boundary", draw, 0, last, (self.share.batch,))
         at = self.share.of(which, end.device)
         x_s = end
         for k in range(self._last):  # one at a time: a stack would hold all of them once more
             here = (at == k).view(-1, *[1] * (end.ndim - 1))
             x_s = torch.where(here, trajectory.states[k + 1], x_s)
-        return x_s, trajectory.sigmas[1:][at]
+        return x_s, trajectory.sigmas[1:][at], None
 
     def _matched_steps(self, step: int) -> tuple[int, ...]:
         if self.settings.matching_weight == 0:
@@ -255,6 +258,7 @@ class Tilt:
                 trajectory.states[k + 1],
                 trajectory.level(k + 1),
                 trajectory.cond,
+                k + 1,
             )
             for k in self._matched_steps(step)
         }

@@ -137,13 +137,17 @@ class FakeScoreTrainer:
         s: Tensor,
         cond: Conditioning | Grouped,
         prompts: Sequence[Prompt],
+        boundary: int | None,
     ) -> dict[str, Tensor]:
-        """One optimizer step on this rank's boundary samples x_s (b, ...) at levels s (b,)."""
+        """One optimizer step on this rank's boundary samples x_s (b, ...) at levels s (b,).
+
+        `boundary` is the one that they all are of, from 1 to K; None is several.
+        """
         draws = self.draws(draw, x_s, s)
         metrics: dict[str, Tensor] = {}
         for rows in self.share.micro_batches():
             losses, parts = fake_score_objective(
-                self.role.field(cond[rows]),
+                self.role.at(boundary).field(cond[rows]),
                 x_s[rows],
                 s[rows],
                 draws.rows(rows),
@@ -163,7 +167,9 @@ class FakeScoreTrainer:
 class Matching:
     """The generator's AC-DMD gradient at a boundary, for both stages.
 
-    `guidance` is the teacher's; draws are counted by (stream, draw) for the global batch.
+    `guidance` is the teacher's; draws are counted by (stream, draw) for the global batch. At level
+    s the gradient counts (1 − s)^−`boundary_power` times: 0 is as published; with 1, a gap between
+    teacher and fake score weighs as much as the gap in the data that it stands for.
     """
 
     teacher: Role
@@ -172,11 +178,19 @@ class Matching:
     share: Share
     guidance: float
     eta: float
+    boundary_power: float = 0.0
 
     def gradient(
-        self, stream: str, draw: int, x_s: Tensor, s: Tensor, conditioning: Conditioning | Grouped
+        self,
+        stream: str,
+        draw: int,
+        x_s: Tensor,
+        s: Tensor,
+        conditioning: Conditioning | Grouped,
+        boundary: int,
     ) -> Tensor:
-        """g at this rank's x_s (b, ...), levels s (b,), in micro-batches; no graph."""
+        """g at this rank's x_s (b, ...) of a `boundary`, levels s (b,), in micro-batches; no
+        graph."""
         shape, device = x_s.shape[1:], x_s.device
         random, share = self.randomness, self.share
         uniform = random.uniform(f"{stream}/t", draw, (share.batch,))
@@ -194,8 +208,9 @@ class Matching:
                     noise[rows],
                     z[rows],
                     self.teacher.field(cond, self.guidance),
-                    self.fake_score.field(cond),
+                    self.fake_score.at(boundary).field(cond),
                     self.eta,
                 )
             )
-        return torch.cat(parts)
+        weight = (1 - s).pow(-self.boundary_power)
+        return torch.cat(parts) * weight.view(-1, *[1] * len(shape))

@@ -1,7 +1,7 @@
 """When the watch warns: rules over the paired series of a run (docs/watch.md).
 
 All measurements are of the same prompts from the same noise, so every rule is a one-sided paired
-t test of a difference between two measurements, sample by sample, and asks for two things at
+test of a difference between two measurements, sample by sample, and asks for two things at
 once: that the change is larger than a stated amount, and that this is no chance.
 """
 
@@ -18,6 +18,8 @@ from tiltflow.watch.history import TEACHER, Array, Measurement, first_with
 
 RISING = 0.05
 """The level at which a trained reward counts as risen; the fall beside it is held to `alpha`."""
+FEWEST = 10
+"""Samples below which ranks say nothing at any level in use."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,15 @@ class Rules:
     """Thresholds; None switches a rule off. `alpha` is the level of each test.
 
     `held_out_fall` X: a held-out reward has lost more than the share X of its gain since its
-    highest mean, while a trained reward rose. `diversity` Y: below Y times the reference's.
-    `high_frequency` and `drift`, factors: that much above the higher, or below the lower, of
-    teacher and reference. The reference is the first measurement.
+    highest mean, while a trained reward rose. `agreement` R: the trained rewards rose, and on the
+    samples where they did no held-out reward did (rank correlation below R). `diversity` Y: below
+    Y times the reference's. `high_frequency` and `drift`, factors: that much above the higher, or
+    below the lower, of teacher and reference. The reference is the first measurement.
     """
 
     alpha: float = 1e-3
     held_out_fall: float | None = 0.25
+    agreement: float | None = 0.4
     diversity: float | None = 0.7
     high_frequency: float | None = 2.0
     drift: float | None = 1.5
@@ -50,6 +54,9 @@ def judge(
         for name in (n for n in now.values if n.startswith("held_out/")):
             found = _held_out(history, name, rules.held_out_fall, rules.alpha, weights)
             alarms |= {name: found} if found else {}
+    if rules.agreement is not None:
+        found = _disagreement(history, rules.agreement, rules.alpha, weights)
+        alarms |= {"agreement": found} if found else {}
     for name, threshold in (
         ("diversity", rules.diversity),
         ("high_frequency", rules.high_frequency),
@@ -113,6 +120,54 @@ def _held_out(
         f"{standard_error(fall):.2g}) since step {best.step}, where its gain was "
         f"{gain.mean():.4g}, while the trained {' and '.join(risen)} rose"
     )
+
+
+def _disagreement(
+    history: Sequence[Measurement], threshold: float, alpha: float, weights: Mapping[str, float]
+) -> str | None:
+    """What the trained rewards gained since the reference is not what a held-out reward sees.
+
+    The changes of the trained rewards (weighted, each in its standard deviations at the reference)
+    rose by Wilcoxon's signed-rank test, and their rank correlation with the changes of every
+    held-out reward is below the threshold, by Fisher's z with the variance of Fieller, Hartley and
+    Pearson (1957). Ranks, because early in a run most samples hardly change and a few change much.
+    """
+    now, start = history[-1], history[0]
+    trained = _weighted_change(now, start, weights)
+    if trained is None or len(trained) < FEWEST:
+        return None
+    if not stats.wilcoxon(trained, alternative="greater").pvalue < alpha:
+        return None
+    limit = math.atanh(threshold) + stats.norm.ppf(alpha) * math.sqrt(1.06 / (len(trained) - 3))
+    found = {}
+    for name in (n for n in now.values if n.startswith("held_out/") and n in start.values):
+        change = now.values[name] - start.values[name]
+        if np.ptp(change) == 0:
+            continue  # nothing to go with
+        found[name.partition("/")[2]] = float(stats.spearmanr(trained, change).statistic)
+    if not found or any(r >= math.tanh(limit) for r in found.values()):
+        return None
+    each = ", ".join(f"{r:.2f} with {name}" for name, r in found.items())
+    return (
+        f"the trained rewards rose since step {start.step}, but not on the samples where the "
+        f"held-out ones did: rank correlation {each} (the limit is {threshold:g})"
+    )
+
+
+def _weighted_change(
+    now: Measurement, start: Measurement, weights: Mapping[str, float]
+) -> Array | None:
+    """Σ weight × change / standard deviation at `start`, over the trained rewards: (n,), or None
+    if nothing changed."""
+    total: Array | None = None
+    for name, weight in weights.items():
+        key = f"trained/{name}"
+        if key not in now.values or key not in start.values:
+            continue
+        scale = float(start.values[key].std()) or 1.0
+        part = weight * (now.values[key] - start.values[key]) / scale
+        total = part if total is None else total + part
+    return total if total is not None and bool(total.any()) else None
 
 
 def _risen(now: Measurement, then: Measurement, name: str, weight: float) -> bool:
