@@ -20,7 +20,7 @@ from tiltflow.objectives.policy import (
     policy_kl,
     share_in_groups,
 )
-from tiltflow.objectives.reward_backprop import reward_gradient
+from tiltflow.objectives.reward_backprop import in_equal_parts, reward_gradient
 from tiltflow.rollout import attach, attach_from, log_prob, rollout
 
 
@@ -209,6 +209,18 @@ def test_reward_gradient_in_chunks_equals_one_piece() -> None:
     assert bool((gradient[losses.detach() == 0] == 0).all())
 
 
+def test_gradients_in_equal_parts() -> None:
+    """Every sample's norm is that of elements 1/n in size; directions stay, and so does zero."""
+    gradient = draw(5, 2, 3) * torch.tensor([1e-6, 1.0, 1e6, 0.0, 3.0]).view(-1, 1, 1)
+    equal = in_equal_parts(gradient)
+    torch.testing.assert_close(
+        equal.flatten(1).norm(dim=1), torch.tensor([1, 1, 1, 0, 1]).double() / math.sqrt(6)
+    )
+    cosine = torch.nn.functional.cosine_similarity(equal.flatten(1), gradient.flatten(1))
+    torch.testing.assert_close(cosine, torch.tensor([1, 1, 1, 0, 1]).double())
+    assert bool((equal[3] == 0).all())
+
+
 @pytest.mark.parametrize("convention", ["gaussian", "unit"])
 def test_hybrid_policy_gradient_of_a_linear_gaussian_generator(convention: str) -> None:
     """Score function on the stochastic steps + pathwise on the last = the closed form.
@@ -273,6 +285,39 @@ def test_the_pathwise_gradient_of_several_steps(first: int) -> None:
     weights = draw(32, 3, seed=3)
     found, expected = (torch.autograd.grad((y * weights).sum(), theta)[0] for y in (x0, x))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_bounded_pathwise_gradient() -> None:
+    """The bound scales a sample's gradient at the states between the steps, and nothing else."""
+    theta = torch.tensor([2.0, 3.0, 0.5], dtype=torch.float64, requires_grad=True)  # one a step
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64)
+
+    def velocity(x: torch.Tensor, sigma: torch.Tensor, cond: object = None) -> torch.Tensor:
+        k = int((sigmas == sigma[0]).nonzero())
+        return -theta[k] * x
+
+    trajectory = rollout(
+        velocity, draw(8, 3), sigmas, nothing(8), 0.9, lambda k: draw(8, 3, seed=10 + k)
+    )
+    weights = draw(8, 3, seed=3) * torch.linspace(0.1, 10, 8).view(-1, 1)
+
+    def gradient(most: float | None) -> torch.Tensor:
+        x0 = attach_from(velocity, trajectory, 0, most)
+        assert torch.equal(x0.detach(), trajectory.end)
+        per_sample = (x0 * weights).sum(1)
+        rows = [torch.autograd.grad(v, theta, retain_graph=True)[0] for v in per_sample]
+        return torch.stack(rows)
+
+    plain, norm = gradient(None), weights.norm(dim=1)
+    assert torch.equal(gradient(1e9), plain)
+    most = float(norm.median())
+    bounded = gradient(most)
+    assert torch.equal(bounded[:, 2], plain[:, 2])
+    # x̂₀ = (1 + θ/2) x from the last state, so the gradient there has 1.25 times the norm
+    scale = (most / (1.25 * norm)).clamp(max=1)
+    torch.testing.assert_close(bounded[:, 1], plain[:, 1] * scale)
+    assert bool((scale < 1).any()) and bool((scale == 1).any())
+    assert bool((bounded[:, 0].abs() <= plain[:, 0].abs() * scale + 1e-12).all())
 
 
 def test_the_pathwise_gradient_of_a_linear_gaussian_generator() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -169,6 +170,24 @@ def test_rewards_go_back_through_several_steps(
     assert len({row["generator/grad_norm"] for row in seen.values()}) == 3
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_normalised_reward_gradient_does_not_know_the_reward_s_scale(
+    steps: int, pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
+) -> None:
+    after = {}
+    for scale, normalise in itertools.product((1.0, 1000.0), ("true", "false")):
+        out = run(
+            "tilt", pipeline, prompts, tmp_path / f"{scale}{normalise}", f"model.few_step={cold}",
+            "train.steps=1", f"tilt.reward_steps={steps}", "tilt.policy_weight=0.0",
+            f"tilt.reward_normalise={normalise}", "tilt.reward_target=1e6",
+            "tilt.reward_weight=1.0", f"rewards={{'test_train:bright': {scale}}}",
+        )  # fmt: skip
+        (row,) = read_metrics(out / "metrics.jsonl")
+        after[scale, normalise] = row["generator/grad_norm"]
+    assert after[1000.0, "true"] == pytest.approx(after[1.0, "true"], rel=1e-4)
+    assert after[1000.0, "false"] > 100 * after[1.0, "false"]
+
+
 @pytest.mark.slow
 def test_copies_train_like_adapters(pipeline: Path, prompts: Path, tmp_path: Path) -> None:
     kind = "adapters.kind=copies"
@@ -180,6 +199,13 @@ def test_copies_train_like_adapters(pipeline: Path, prompts: Path, tmp_path: Pat
 def test_an_existing_run_is_not_overwritten(cold: Path, pipeline: Path, prompts: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run at step 6"):
         run("cold_start", pipeline, prompts, cold)
+
+
+def bright(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+bright.differentiable = True  # type: ignore[attr-defined]
 
 
 def broken(images, prompts, metadata):

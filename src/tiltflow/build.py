@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tiltflow.backbones import check_pipeline, load_backbone, local_pipeline
 from tiltflow.backbones.base import Backbone, Parts
+from tiltflow.backbones.compiled import compile_blocks
 from tiltflow.backbones.fingerprint import encoder_facts
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.config import PromptSets, RewardConfig, RunConfig, read_prompts
@@ -276,12 +277,17 @@ def _share(cfg: RunConfig, ranks: Ranks) -> Share:
 
 
 def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> None:
-    """The same start on every rank, and the base sharded over them if that is asked for."""
+    """The same start on every rank, and the networks sharded and compiled as asked for."""
     for role in (roles.generator, roles.fake_score, roles.ema):
         ranks.copy_from_main(list(role.parameters.values()))
     if cfg.run.sharding == "fsdp2" and ranks.size > 1:
         for base in {id(b): b for b in (backbone.student_base, backbone.teacher_base)}.values():
             shard(base, backbone.device)
+    if cfg.model.compile:
+        every = [roles.teacher, roles.generator, roles.fake_score, roles.ema, roles.reference]
+        singles = [one for role in every if role for one in (role.boundaries or (role,))]
+        for network in {id(role.network): role.network for role in singles}.values():
+            compile_blocks(network)
 
 
 def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks, guard: Guard) -> Updater:
@@ -369,6 +375,7 @@ def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
         reward_weight=tilt.reward_weight,
         reward_target=tilt.reward_target,
         reward_steps=tilt.reward_steps,
+        reward_normalise=tilt.reward_normalise,
         match_steps=tilt.match_steps,
         fake_score_updates=tilt.fake_score_updates,
         decode_chunk=tilt.decode_chunk or cfg.train.micro,

@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """`base_storage`: what the frozen base is kept in, unset is `dtype`."""
+    """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks."""
 
     path: Text
     generator_path: Text | None = None
@@ -39,6 +39,7 @@ class ModelConfig(Section):
     few_step: Text | None = None
     guidance: float | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 class AdaptersConfig(Section):
@@ -104,7 +105,10 @@ class ColdStartConfig(Section):
 
 
 class TiltConfig(Section):
-    """METHOD §5; `subset` is M. `reward_steps`: the last steps that rewards go back through."""
+    """METHOD §5; `subset` is M. `reward_steps`: the last steps that rewards go back through.
+
+    `reward_normalise`: every sample's reward gradient counts alike; as published, as it comes.
+    """
 
     group_size: Annotated[int, Field(ge=2)] = 24
     subset: Positive = 2
@@ -117,6 +121,7 @@ class TiltConfig(Section):
     reward_weight: Weight = 1e-4
     reward_target: float = 3.0
     reward_steps: Positive = 1
+    reward_normalise: bool = False
     decode_chunk: Positive | None = None
     match_steps: Literal["last", "random", "all"] = "last"
     fake_score_updates: Positive = 1
@@ -249,6 +254,8 @@ def _check_model(model: ModelConfig) -> None:
         raise ValueError(
             f"model.family mixture needs model.path mixture (no files), not {model.path}"
         )
+    if model.path == "mixture" and model.compile:
+        raise ValueError("model.compile is for pipelines, not for the mixture")
     if model.path == "mixture" and model.family not in (None, "mixture"):
         raise ValueError(f"model.path mixture needs model.family mixture, not {model.family}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -128,16 +129,28 @@ def attach(velocity: Velocity, trajectory: Rollout, k: int) -> tuple[Tensor, Ten
     return _attach(velocity, trajectory, k, trajectory.states[k])
 
 
-def attach_from(velocity: Velocity, trajectory: Rollout, first: int) -> Tensor:
+def attach_from(
+    velocity: Velocity, trajectory: Rollout, first: int, most: float | None = None
+) -> Tensor:
     """Steps `first` to the last again, as one graph: x_K with its recorded value (METHOD §5).
 
     Its gradient is the pathwise one of all these steps, every noise held fixed: the CPS step is
     reparametrised, so that it goes through stochastic steps as through the deterministic last.
+    `most` is the greatest norm that a sample's gradient may have at the states between them; a
+    greater one, as a sample has where a small change of the state makes another image, is scaled.
     """
     x = trajectory.states[first]
     for k in range(first, trajectory.steps):
+        if most is not None and x.requires_grad:
+            x.register_hook(partial(_at_most, most))
         x = _attach(velocity, trajectory, k, x)[0]
     return x
+
+
+def _at_most(most: float, gradient: Tensor) -> Tensor:
+    """Each sample's gradient (B, ...) at a norm of at most `most`."""
+    norm = broadcast(gradient.flatten(1).norm(dim=1), gradient)
+    return gradient * (most / norm.clamp(min=most))
 
 
 def _attach(

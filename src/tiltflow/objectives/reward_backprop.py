@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,6 +31,22 @@ def reward_gradient(
         losses.append(loss.detach())
         gradients.append(gradient)
     return torch.cat(losses), torch.cat(gradients)
+
+
+EPSILON = 1e-12
+
+
+def in_equal_parts(gradient: Tensor) -> Tensor:
+    """Each sample's gradient (B, ...) at the norm 1/√n that an n-element sample has if its elements
+    are 1/n in size, as those of the matching loss are: (B, ...); a zero gradient stays zero.
+
+    Rewards have heavy-tailed gradients: samples at the edge between right and wrong have many times
+    those of the others, and a batch's sum is theirs. Here every sample has the same say, and the
+    weight counts against the matching loss's whatever the reward's scale and the latent's size.
+    """
+    flat = gradient.flatten(1)
+    scale = 1 / ((flat.norm(dim=1) + EPSILON) * math.sqrt(flat.shape[1]))
+    return gradient * scale.view(-1, *[1] * (gradient.ndim - 1))
 
 
 def _chunks(n: int, size: int) -> Iterator[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from tiltflow.objectives.policy import (
     group_advantages,
     policy_kl,
 )
-from tiltflow.objectives.reward_backprop import reward_gradient
+from tiltflow.objectives.reward_backprop import in_equal_parts, reward_gradient
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import NonFiniteScore
@@ -57,6 +58,8 @@ class TiltSettings:
     decode_chunk: int = 16
     reward_steps: int = 1
     """How many of the last steps the reward is back-propagated through; SubGRPO has the others."""
+    reward_normalise: bool = False
+    """Whether every sample's reward gradient counts alike, at x̂₀ and on its way back."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +289,7 @@ class Tilt:
                     _add(metrics, seen, self.share.batch)
                 (losses.sum() / self.share.batch).backward()
             if len(path) > 1:
-                x0 = attach_from(self.roles.generator, part, path.start)
+                x0 = attach_from(self.roles.generator, part, path.start, self._most(part.end))
                 pull, seen = self._reward_pull(x0, prompts[rows])
                 (self.settings.reward_weight * pull.sum() / self.share.batch).backward()
                 _add(metrics, seen, self.share.batch)
@@ -318,6 +321,12 @@ class Tilt:
             seen["policy/kl"] = kl.detach()
         return losses, seen
 
+    def _most(self, x0: Tensor) -> float | None:
+        """The norm that a normalised reward gradient has in the loss, and may have on its way."""
+        if not self.settings.reward_normalise:
+            return None
+        return self.settings.reward_weight / self.share.batch / math.sqrt(x0[0].numel())
+
     def _reward_pull(
         self, x0: Tensor, prompts: Sequence[Prompt]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -341,6 +350,8 @@ class Tilt:
             "generator/reward_loss": values,
             "generator/reward_gradient": gradient.flatten(1).norm(dim=1),
         }
+        if self.settings.reward_normalise:
+            gradient = in_equal_parts(gradient)
         return (x0 * gradient).flatten(1).sum(1), seen
 
 

@@ -1,0 +1,72 @@
+"""`model.compile`: regional compilation under switched adapters and gradient checkpointing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipelines import build
+from torch import nn
+
+from tiltflow.backbones import load_backbone
+from tiltflow.backbones.compiled import VARIANTS, compile_blocks
+from tiltflow.config import load_config
+from tiltflow.roles import AdapterSettings, Roles, adapter_roles
+
+BACKEND = "aot_eager"  # all but the generated code, which takes minutes to build on a CPU
+SETTINGS = AdapterSettings(4, 8.0, ["attn.to_q", "attn.to_v", "attn.to_out.0"])
+
+
+def gradients(roles: Roles, x: torch.Tensor, sigma: torch.Tensor, cond) -> dict:
+    """Two graphs under two roles, a third role runs between, then both are differentiated."""
+    first, second = roles.generator(x, sigma, cond), roles.fake_score(x, sigma, cond)
+    with torch.no_grad():
+        third = roles.teacher(x, sigma, cond, 3.0)
+    first.square().sum().backward()
+    second.square().sum().backward()
+    values = {"generator": first.detach(), "fake_score": second.detach(), "teacher": third}
+    for name in ("generator", "fake_score"):
+        for key, parameter in getattr(roles, name).parameters.items():
+            assert parameter.grad is not None
+            values[f"{name}/{key}"] = parameter.grad
+    return values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [("sd35m", False), ("sd35m", True), ("klein_base", True)]
+)
+def test_compiled_blocks_give_the_same_gradients(
+    name: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    path = build(name, tmp_path / name)
+    plain = load_backbone(path, device="cpu", max_sequence_length=8)
+    found = []
+    for compiled in (False, True):
+        backbone = copy.deepcopy(plain)
+        roles = adapter_roles(backbone, SETTINGS, seed=0, checkpointing=checkpointing)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for role in (roles.generator, roles.fake_score):
+                for parameter in role.parameters.values():
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        if compiled:
+            assert compile_blocks(backbone.student_base, BACKEND) > 0
+        x = torch.randn(2, *backbone.latent_shape, generator=generator)
+        found.append(gradients(roles, x, torch.tensor([0.9, 0.4]), backbone.encode(["a", "b"])))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
+    assert torch._dynamo.config.recompile_limit >= VARIANTS
+
+
+def test_a_network_without_repeated_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="a Linear has no repeated blocks to compile"):
+        compile_blocks(nn.Linear(2, 2))
+
+
+def test_the_mixture_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"model\.compile is for pipelines"):
+        load_config("mixture_cold_start", ["model.compile=true", "run.out=x"])
