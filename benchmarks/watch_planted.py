@@ -1,7 +1,7 @@
 """Does the watch work: a planted reward that is easy to hack trips it, the demo's recipe does not.
 
 `demo_tilt` as it is for several seeds, then with the mean brightness of the image as its reward at
-a large weight, all from one stage-1 run and watched equally often. The planted run must raise an
+a large weight, all from one stage-1 run. The planted run must raise an
 alarm before a held-out reward has fallen by a tenth of the gain that the default recipe brings it;
 the default runs must raise none. Runs that are there already are read and not repeated.
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tiltflow.checkpoint import latest_step
 from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
 from tiltflow.watch.history import Measurement, read_history
-from tiltflow.watch.rules import standard_error
+from tiltflow.watch.rules import Rules, judge, standard_error
 
 ALLOWED = 0.1
 """The share of the gain that a held-out reward may have lost at the alarm."""
@@ -44,7 +45,7 @@ def run(out: Path, few_step: Path, overrides: Sequence[str]) -> list[Measurement
     cfg = load_config("demo_tilt", given)
     if latest_step(out) != cfg.train.steps:
         run_training(cfg, Console())
-    return read_history(out / "watch.jsonl")
+    return judged(read_history(out / "watch.jsonl"))
 
 
 def show(name: str, history: Sequence[Measurement]) -> None:
@@ -63,6 +64,16 @@ def show(name: str, history: Sequence[Measurement]) -> None:
     sys.stdout.flush()
 
 
+def judged(history: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements with the alarms of today's rules, whichever the run was watched by."""
+    trained = [n.partition("/")[2] for n in history[0].values if n.startswith("trained/")]
+    weights = dict.fromkeys(trained, 1.0)
+    return [
+        replace(seen, alarms=judge(history[: i + 1], Rules(), weights) if i else {})
+        for i, seen in enumerate(history)
+    ]
+
+
 def held_out(history: Sequence[Measurement]) -> list[str]:
     return [n for n in history[0].values if n.startswith("held_out/")]
 
@@ -76,7 +87,11 @@ def gains(runs: Sequence[Sequence[Measurement]]) -> dict[str, float]:
 
 
 def planted_result(history: Sequence[Measurement], gain: dict[str, float]) -> dict[str, Any]:
-    """The first alarm, and how far each held-out reward had fallen from its highest mean then."""
+    """The first alarm, and how far each held-out reward had fallen from its highest mean then.
+
+    A reward of which the least change of one sample is above the allowed fall has no
+    `share_of_gain`.
+    """
     first = next((m for m in history if m.alarms), None)
     if first is None:
         return {"alarm": None, "caught": False}
@@ -84,11 +99,13 @@ def planted_result(history: Sequence[Measurement], gain: dict[str, float]) -> di
     for name in held_out(history):
         best = max((m for m in history if m.step <= first.step), key=lambda m: m.mean(name))
         fall = best.values[name] - first.values[name]
+        size = np.abs(fall[fall != 0]).min(initial=np.inf) / len(fall)  # of one sample's change
+        fine = gain[name] > 0 and (ALLOWED * gain[name] >= size or not fall.any())
         falls[name] = {
             "fall": float(fall.mean()),
             "standard_error": standard_error(fall),
             "gain_of_default": gain[name],
-            "share_of_gain": float(fall.mean()) / gain[name] if gain[name] > 0 else None,
+            "share_of_gain": float(fall.mean()) / gain[name] if fine else None,
             "fall_at_end": best.mean(name) - history[-1].mean(name),
         }
     shares = [f["share_of_gain"] for f in falls.values() if f["share_of_gain"] is not None]
@@ -106,9 +123,10 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/watch_planted"))
     parser.add_argument("--seeds", type=int, default=5, help="runs of the default recipe")
     parser.add_argument("--planted-seeds", type=int, default=1)
-    parser.add_argument("--every", type=int, default=5, help="steps between measurements")
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--weight", type=float, default=20.0, help="of the brightness")
+    parser.add_argument("--every", type=int, default=25, help="steps between measurements")
+    parser.add_argument("--planted-every", type=int, default=5, help="the same, planted runs")
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--weight", type=float, default=20.0, help="planted tilt.reward_weight")
     parser.add_argument("--steps", type=int, help="instead of the recipe's, for a trial")
     parser.add_argument("--out", type=Path, default=Path("docs/data/watch_planted.json"))
     parser.add_argument("overrides", nargs="*", help="further settings of all runs, KEY=VALUE")
@@ -124,8 +142,9 @@ def main() -> int:
         show(f"default, seed {seed}", default[-1])
     planted = [
         *common,
-        f"rewards={{'watch_planted:brightness': {args.weight}}}",
-        f"tilt.reward_target={2 * args.weight}",  # above every reward, so that it always pulls
+        f"watch.every={args.planted_every}",
+        "rewards={'watch_planted:brightness': 1.0}",
+        f"tilt.reward_weight={args.weight}",
     ]
     gain, results = gains(default), []
     for seed in range(args.planted_seeds):
@@ -133,7 +152,8 @@ def main() -> int:
         show(f"planted, seed {seed}", history)
         results.append(planted_result(history, gain))
     false = [{m.step: dict(m.alarms) for m in h if m.alarms} for h in default]
-    settings = {"every": args.every, "prompts": args.prompts, "weight": args.weight}
+    every = {"default": args.every, "planted": args.planted_every}
+    settings = {"every": every, "prompts": args.prompts, "weight": args.weight}
     report = {"settings": settings, "false_alarms": false, "gain": gain, "planted": results}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -8,6 +8,8 @@ from backbone_helpers import PROMPTS, Tiny, load, noise, shared
 from tiny_pipelines import BUILDERS, RESOLUTION, TOKENS
 from torch import Tensor
 
+from tiltflow.planner import Tally
+
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_encode(tiny_pipeline: Tiny, name: str) -> None:
@@ -133,3 +135,22 @@ def test_decode_is_differentiable(tiny_pipeline: Tiny, name: str) -> None:
     assert slope.item() == pytest.approx(gradient.norm().item(), rel=0.03)
     images = backbone.decode(100 * z.detach())
     assert images.min() >= 0 and images.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["sd3m", "flux_dev", "klein_base"])
+def test_a_checkpointed_decoder_gives_the_same_gradient_and_keeps_less(
+    tiny_pipeline: Tiny, name: str
+) -> None:
+    backbone = load(tiny_pipeline(name))
+    z = noise(backbone, 2).requires_grad_()
+    found, kept = [], []
+    for checkpointed in (False, True):
+        if checkpointed:
+            backbone.checkpoint_decoder()
+        with Tally(*backbone.vae.parameters(), z) as tally:
+            images = backbone.decode(z)
+            kept.append(tally.live)
+            (gradient,) = torch.autograd.grad(images.square().sum(), z)
+        found.append(gradient)
+    assert torch.equal(*found)
+    assert kept[1] < 0.7 * kept[0]

@@ -123,11 +123,13 @@ def _changes(seed: int, rise: float, common: float, changed: float = 1.0) -> lis
     base, moved = rng.normal(size=N), rng.random(N) < changed
     shared, own, other = rng.normal(size=(3, N)) * moved
     rest = math.sqrt(1 - common**2)
-    start = {"trained/clip": base, "held_out/h": base, "held_out/flat": np.zeros(N)}
+    right = (base > 0).astype(float)
+    start = {"trained/clip": base, "held_out/h": base, "held_out/right": right}
     after = {
         "trained/clip": base + rise * moved + common * shared + rest * own,
         "held_out/h": base + common * shared + rest * other,
-        "held_out/flat": np.zeros(N),
+        # a few answers that turn out right, where the trained reward happens to have risen
+        "held_out/right": np.where(own > 1.5, 1.0, right),
     }
     return [Measurement(0, start), Measurement(5, after)]
 
@@ -142,7 +144,7 @@ class TestAgreement:
     def test_a_rise_that_no_held_out_reward_shares(self) -> None:
         """Before any held-out mean has fallen; and when a third of the samples has changed."""
         assert self.tripped(1.0, 0.0) >= 30
-        assert self.tripped(2.0, 0.0, changed=0.4) >= 20
+        assert self.tripped(2.0, 0.0, changed=0.6) >= 20
 
     def test_no_alarm_where_they_go_together_or_nothing_rose(self) -> None:
         assert self.tripped(1.0, 0.9) == 0  # rank correlation about .8

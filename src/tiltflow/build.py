@@ -15,6 +15,7 @@ from tiltflow.backbones import check_pipeline, load_backbone, local_pipeline
 from tiltflow.backbones.base import Backbone, Parts
 from tiltflow.backbones.compiled import compile_blocks
 from tiltflow.backbones.fingerprint import encoder_facts
+from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.config import PromptSets, RewardConfig, RunConfig, read_prompts
 from tiltflow.distributed import ALONE, Ranks, shard
@@ -81,7 +82,7 @@ def device_of(name: str) -> torch.device:
 def build_backbone(cfg: RunConfig, parts: Parts = "all") -> Backbone:
     """The model of a config, or only what encodes its prompts, or only the rest."""
     model = cfg.model
-    return load_backbone(
+    backbone = load_backbone(
         resolve_path(model.path),
         family="mixture" if model.path == "mixture" else model.family,
         generator_path=resolve_path(model.generator_path) if model.generator_path else None,
@@ -93,6 +94,9 @@ def build_backbone(cfg: RunConfig, parts: Parts = "all") -> Backbone:
         parts=parts,
         fp8=model.base_storage == "fp8",
     )
+    if model.gradient_checkpointing and isinstance(backbone, PipelineBackbone) and parts != "text":
+        backbone.checkpoint_decoder()
+    return backbone
 
 
 def encode_sets(

@@ -169,6 +169,8 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
     roles = _roles(make, job)
     backbone = roles.generator.backbone
     assert isinstance(backbone, PipelineBackbone)
+    if job.checkpointing:
+        backbone.checkpoint_decoder()
     trained = [roles.generator, roles.fake_score]
     updated = [roles.generator, roles.fake_score.at(1)]  # one fake score at a time has gradients
     for role in updated:  # of a micro-batch before, which the next one adds to

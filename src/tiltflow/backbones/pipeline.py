@@ -255,6 +255,11 @@ class PipelineBackbone(ABC):
         images = self.vae.decode(z, return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
 
+    def checkpoint_decoder(self) -> None:
+        """Has a differentiable `decode` keep the ends of the decoder's blocks, and compute the rest
+        again in the backward pass; the gradient is the same."""
+        self.vae.enable_gradient_checkpointing()
+
     def few_step_sigmas(self, steps: int) -> Tensor:
         """Equal raw levels 1, ..., 1/K through the pipeline's own scheduler, then 0 (METHOD §1)."""
         return self._schedule(steps, raw=True)

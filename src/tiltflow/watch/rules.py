@@ -129,8 +129,9 @@ def _disagreement(
 
     The changes of the trained rewards (weighted, each in its standard deviations at the reference)
     rose by Wilcoxon's signed-rank test, and their rank correlation with the changes of every
-    held-out reward is below the threshold, by Fisher's z with the variance of Fieller, Hartley and
-    Pearson (1957). Ranks, because early in a run most samples hardly change and a few change much.
+    held-out reward (of which at least half the samples changed) is below the threshold, by Fisher's
+    z with the variance of Fieller, Hartley and Pearson (1957). Ranks, because early in a run most
+    samples hardly change and a few change much.
     """
     now, start = history[-1], history[0]
     trained = _weighted_change(now, start, weights)
@@ -142,8 +143,8 @@ def _disagreement(
     found = {}
     for name in (n for n in now.values if n.startswith("held_out/") and n in start.values):
         change = now.values[name] - start.values[name]
-        if np.ptp(change) == 0:
-            continue  # nothing to go with
+        if np.mean(change != 0) < 0.5:
+            continue  # a count or a yes and no, which has few changes: its ranks are mostly ties
         found[name.partition("/")[2]] = float(stats.spearmanr(trained, change).statistic)
     if not found or any(r >= math.tanh(limit) for r in found.values()):
         return None
