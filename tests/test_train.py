@@ -179,6 +179,7 @@ def test_a_normalised_reward_gradient_does_not_know_the_reward_s_scale(
         out = run(
             "tilt", pipeline, prompts, tmp_path / f"{scale}{normalise}", f"model.few_step={cold}",
             "train.steps=1", f"tilt.reward_steps={steps}", "tilt.policy_weight=0.0",
+            "tilt.matching_weight=0.0",
             f"tilt.reward_normalise={normalise}", "tilt.reward_target=1e6",
             "tilt.reward_weight=1.0", f"rewards={{'test_train:bright': {scale}}}",
         )  # fmt: skip
