@@ -58,10 +58,17 @@ MIXTURE = (
     "train.batch_size=30",
     "train.steps=20",
     "train.schedule=constant",
+    "train.fake_scores=per_boundary",
     "log.every=5",
     "checkpoint.every=10",
 )
-TILT = ("tilt.group_size=5", "tilt.fake_score_updates=2", "tilt.kl=0.1", "checkpoint.every=10")
+TILT = (
+    "tilt.group_size=5",
+    "tilt.fake_score_updates=2",
+    "tilt.kl=0.1",
+    "checkpoint.every=10",
+    "tilt.reward_normalise=true",
+)
 
 
 @pytest.fixture(scope="session")
