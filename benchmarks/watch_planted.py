@@ -1,9 +1,10 @@
 """Does the watch work: a planted reward that is easy to hack trips it, the demo's recipe does not.
 
 `demo_tilt` as it is for several seeds, then with the mean brightness of the image as its reward at
-a large weight, all from one stage-1 run. The planted run must raise an
-alarm before a held-out reward has fallen by a tenth of the gain that the default recipe brings it;
-the default runs must raise none. Runs that are there already are read and not repeated.
+a large weight, all from one stage-1 run; the planted one is looked at more often unless told
+otherwise (`--planted-every`). It must raise an alarm before a held-out reward has fallen by a tenth
+of the gain that the default recipe brings it; the default runs must raise none. Runs that are there
+already are read and not repeated.
 
     python benchmarks/watch_planted.py [--few-step runs/demo/cold_start] [--seeds 5]
 """

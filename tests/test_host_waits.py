@@ -73,8 +73,7 @@ def test_no_iteration_waits_for_the_device(
     arguments = recipe(stage, tiny_pipeline(base), prompts, tmp_path / "run", *of_run, *more)
     build = build_stage(load_config(f"demo_{stage}", arguments))
     roles, backbone = build.stage.roles, build.backbone
-    fakes = roles.fake_score.boundaries or (roles.fake_score,)
-    every = [roles.generator, *fakes, roles.teacher, roles.ema, roles.reference]
+    every = [roles.generator, *roles.fake_score.singles, roles.teacher, roles.ema, roles.reference]
     networks = [r.network for r in every if r is not None] + [backbone.vae]
     if stage == "tilt":
         scorers = [item.reward for item in build.stage.rewards.rewards]

@@ -142,7 +142,7 @@ class TestAgreement:
         return sum(bool(judge(run, self.RULES, WEIGHTS)) for run in runs)
 
     def test_a_rise_that_no_held_out_reward_shares(self) -> None:
-        """Before any held-out mean has fallen; and when a third of the samples has changed."""
+        """Before any held-out mean has fallen; and when two in five samples have not changed."""
         assert self.tripped(1.0, 0.0) >= 30
         assert self.tripped(2.0, 0.0, changed=0.6) >= 20
 

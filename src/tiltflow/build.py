@@ -289,7 +289,7 @@ def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> No
             shard(base, backbone.device)
     if cfg.model.compile:
         every = [roles.teacher, roles.generator, roles.fake_score, roles.ema, roles.reference]
-        singles = [one for role in every if role for one in (role.boundaries or (role,))]
+        singles = [one for role in every if role for one in role.singles]
         for network in {id(role.network): role.network for role in singles}.values():
             compile_blocks(network)
 

@@ -74,6 +74,11 @@ class Role:
     autocast: torch.dtype | None = None
     boundaries: tuple[Role, ...] = ()
 
+    @property
+    def singles(self) -> tuple[Role, ...]:
+        """The roles that have a network each: those of the boundaries, or this one."""
+        return self.boundaries or (self,)
+
     def at(self, boundary: int | None) -> Role:
         """The role for samples at `boundary` (1 to K); one role for all of them is itself.
 
@@ -130,17 +135,21 @@ class Role:
             parameter.copy_(state[name])
 
 
+def _fake_names(boundaries: int | None) -> list[str]:
+    """The names of the fake score for all boundaries (None), or of those for each."""
+    if boundaries is None:
+        return ["fake_score"]
+    return [f"fake_score_{k}" for k in range(1, boundaries + 1)]
+
+
 def _fake_score(make: Callable[[str], Role], boundaries: int | None) -> Role:
     """One fake score for all boundaries, or a composite of one for each; `make` takes the name."""
-    name = "fake_score"
+    each = tuple(make(name) for name in _fake_names(boundaries))
     if boundaries is None:
-        return make(name)
-    each = tuple(make(f"{name}_{k}") for k in range(1, boundaries + 1))
+        return each[0]
     joint = {f"boundary{k}.{n}": p for k, r in enumerate(each, 1) for n, p in r.parameters.items()}
     first = each[0]
-    return Role(
-        name, first.backbone, first.network, parameters=joint, switch=first.switch, boundaries=each
-    )
+    return Role("fake_score", first.backbone, first.network, parameters=joint, boundaries=each)
 
 
 def fit_to_boundaries(state: Mapping[str, Tensor], count: int | None) -> State:
@@ -255,10 +264,9 @@ def adapter_roles(
     ema = add_adapter(student, "ema", settings, seed, trainable=False)
     # The fake score follows the few-step generator, so it has the settings of its adapter.
     fake_settings = few_step[0] if few_step is not None else settings
-    numbers = [""] if boundaries is None else [f"_{k}" for k in range(1, boundaries + 1)]
     fakes = {
         name: add_adapter(teacher, name, fake_settings, seed + k, trainable=True)
-        for k, name in enumerate((f"fake_score{number}" for number in numbers), 1)
+        for k, name in enumerate(_fake_names(boundaries), 1)
     }
     switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
     if checkpointing:

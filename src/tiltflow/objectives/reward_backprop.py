@@ -36,16 +36,20 @@ def reward_gradient(
 EPSILON = 1e-12
 
 
+def equal_norm(x0: Tensor) -> float:
+    """1/√n, the norm of a gradient whose n elements (of one sample of x̂₀ (B, ...)) are 1/n."""
+    return 1 / math.sqrt(x0[0].numel())
+
+
 def in_equal_parts(gradient: Tensor) -> Tensor:
-    """Each sample's gradient (B, ...) at the norm 1/√n that an n-element sample has if its elements
-    are 1/n in size, as those of the matching loss are: (B, ...); a zero gradient stays zero.
+    """Each sample's gradient (B, ...) at `equal_norm`, as that of the matching loss has if its
+    elements are 1 before the mean: (B, ...); a zero gradient stays zero.
 
     Rewards have heavy-tailed gradients: samples at the edge between right and wrong have many times
     those of the others, and a batch's sum is theirs. Here every sample has the same say, and the
     weight counts against the matching loss's whatever the reward's scale and the latent's size.
     """
-    flat = gradient.flatten(1)
-    scale = 1 / ((flat.norm(dim=1) + EPSILON) * math.sqrt(flat.shape[1]))
+    scale = equal_norm(gradient) / (gradient.flatten(1).norm(dim=1) + EPSILON)
     return gradient * scale.view(-1, *[1] * (gradient.ndim - 1))
 
 

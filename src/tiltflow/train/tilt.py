@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from tiltflow.objectives.policy import (
     group_advantages,
     policy_kl,
 )
-from tiltflow.objectives.reward_backprop import in_equal_parts, reward_gradient
+from tiltflow.objectives.reward_backprop import equal_norm, in_equal_parts, reward_gradient
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import NonFiniteScore
@@ -325,7 +324,7 @@ class Tilt:
         """The norm that a normalised reward gradient has in the loss, and may have on its way."""
         if not self.settings.reward_normalise:
             return None
-        return self.settings.reward_weight / self.share.batch / math.sqrt(x0[0].numel())
+        return self.settings.reward_weight / self.share.batch * equal_norm(x0)
 
     def _reward_pull(
         self, x0: Tensor, prompts: Sequence[Prompt]
