@@ -3,9 +3,11 @@
 The demo's recipes on the embedded model, all versions in one process and in turn, the median over
 the rounds of the ratio to the straightforward version in fp32. bf16 is autocast; both versions run
 in both precisions, so that what the precision alone brings can be told from the rest. Stage 1 also
-with the published ratio of updates and form of the regulariser.
+with the published ratio of updates and form of the regulariser. With --compile also the library's
+versions with `model.compile`, which takes minutes to build.
 
     python benchmarks/speedup.py [--rounds 2] [--batch 16] [--cases cold_start published tilt]
+                                 [--compile]
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ CASES: dict[str, tuple[str, str, int, list[str]]] = {
     "published": ("cold_start", "published", 10, PUBLISHED),
     "tilt": ("tilt", "demo's", 1, []),
 }
+BUILDING = 3  # windows until every role and size of batch has its compiled code
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -66,7 +69,9 @@ def of_plain(
     return run
 
 
-def systems(made: Model, stage: str, window: int, *more: str) -> dict[str, Callable[[], None]]:
+def systems(
+    made: Model, stage: str, window: int, compiled: bool, *more: str
+) -> dict[str, Callable[[], None]]:
     """The versions of a stage by name, the one that all are compared with first."""
     found = {}
     for name, precision in PRECISIONS.items():
@@ -78,6 +83,11 @@ def systems(made: Model, stage: str, window: int, *more: str) -> dict[str, Calla
             options += [f"cold_start.reuse={reuse}"] if stage == "cold_start" else []
             label = f"tiltflow, {name}" + (f", reuse {reuse}" if reuse > 1 else "")
             found[label] = of_library(made, stage, window, *options)
+            if compiled:
+                options.append("model.compile=true")
+                built = found[f"{label}, compiled"] = of_library(made, stage, window, *options)
+                for _ in range(BUILDING):
+                    built()
     return found
 
 
@@ -86,13 +96,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     rows = []
     with model() as made:
         for case in args.cases:
             stage, settings, window, more = CASES[case]
             batch = f"train.batch_size={args.batch}"
-            runs = systems(made, stage, window, batch, *more)
+            runs = systems(made, stage, window, args.compile, batch, *more)
             seconds = interleaved(runs, args.rounds)
             first = next(iter(runs))
             for name, values in seconds.items():
