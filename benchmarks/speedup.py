@@ -20,27 +20,32 @@ from support.plain import Plain
 from support.stages import Model, model
 from support.tables import interleaved, median, ratio, report
 
-from tiltflow.build import adapter_settings, build_backbone
+from tiltflow.attention import attention_of
+from tiltflow.build import adapter_settings, build_backbone, compute_dtype
 
 PUBLISHED = ["cold_start.generator_every=10", "cold_start.consistency_form=two_sample"]
+LAST_STEP = ["tilt.reward_steps=1", "tilt.reward_normalise=false"]  # as published
 CASES: dict[str, tuple[str, str, int, list[str]]] = {
     "cold_start": ("cold_start", "demo's", 2, []),
     "published": ("cold_start", "published", 10, PUBLISHED),
-    "tilt": ("tilt", "demo's", 1, []),
+    "tilt": ("tilt", "demo's, last step", 1, LAST_STEP),
 }
-BUILDING = 3  # windows until every role and size of batch has its compiled code
+BUILDING = 30  # iterations in which every boundary comes up, and so every role is compiled
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def of_library(made: Model, stage: str, window: int, *more: str) -> Callable[[], None]:
     build, step = made.build(stage, *more), 0
+    cpu = torch.device("cpu")
+    dtype = compute_dtype(made.config(stage, *more), cpu)
 
     def run() -> None:
         nonlocal step
-        for _ in range(window):
-            build.stage.iteration(step)
-            step += 1
-        build.stage.guard.failures()
+        with attention_of(cpu, dtype):
+            for _ in range(window):
+                build.stage.iteration(step)
+                step += 1
+            build.stage.guard.failures()
 
     return run
 
@@ -85,9 +90,7 @@ def systems(
             found[label] = of_library(made, stage, window, *options)
             if compiled:
                 options.append("model.compile=true")
-                built = found[f"{label}, compiled"] = of_library(made, stage, window, *options)
-                for _ in range(BUILDING):
-                    built()
+                found[f"{label}, compiled"] = of_library(made, stage, window, *options)
     return found
 
 
@@ -104,7 +107,8 @@ def main() -> None:
             stage, settings, window, more = CASES[case]
             batch = f"train.batch_size={args.batch}"
             runs = systems(made, stage, window, args.compile, batch, *more)
-            seconds = interleaved(runs, args.rounds)
+            warmup = BUILDING // window if args.compile else 1
+            seconds = interleaved(runs, args.rounds, warmup)
             first = next(iter(runs))
             for name, values in seconds.items():
                 share = ratio(values, seconds[first])

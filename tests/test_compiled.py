@@ -59,7 +59,23 @@ def test_compiled_blocks_give_the_same_gradients(
         found.append(gradients(roles, x, torch.tensor([0.9, 0.4]), backbone.encode(["a", "b"])))
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
-    assert torch._dynamo.config.recompile_limit >= VARIANTS
+
+
+def test_the_limit_on_recompilations_grows_with_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own limit is 8, past which a run would go on uncompiled: more roles than that."""
+    config = torch._dynamo.config
+    for name in ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit"):
+        monkeypatch.setattr(config, name, getattr(config, name))
+    before = config.recompile_limit
+    backbone = load_backbone(
+        build("sd35m", tmp_path / "sd35m"), device="cpu", max_sequence_length=8
+    )
+    adapter_roles(backbone, SETTINGS, seed=0, boundaries=4)
+    compile_blocks(backbone.student_base, BACKEND)
+    assert config.recompile_limit == before + 7 * VARIANTS  # generator, average, four, teacher
+    assert config.fail_on_recompile_limit_hit
 
 
 def test_a_network_without_repeated_blocks_is_refused() -> None:

@@ -188,6 +188,11 @@ def autocast_dtype(setting: str | None, device: torch.device) -> torch.dtype | N
     return torch.bfloat16
 
 
+def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
+    """What the networks compute in: the autocast type, or that of the base."""
+    return autocast_dtype(cfg.model.autocast, device) or DTYPES[cfg.model.dtype]
+
+
 def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Roles:
     """Adapters over one base, or separate copies, as `adapters.kind` says."""
     common: dict[str, Any] = {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow.backbones.base import Backbone, Conditioning
+from tiltflow.low_rank import fused
 
 State = dict[str, Tensor]
 
@@ -224,7 +225,7 @@ def add_adapter(
         # PEFT warns of several adapters on one model, which is the point here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
-        _call(network, "add_adapter", settings.config(), adapter_name=name)
+        _call(network, "add_adapter", fused(settings.config()), adapter_name=name)
     mine = {}
     for full, parameter in network.named_parameters():
         if f".{name}." in full:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from tiltflow.build import device_of, encode_sets
-from tiltflow.commands.train import attention_of
+from tiltflow.attention import attention_of
+from tiltflow.build import compute_dtype, device_of, encode_sets
 from tiltflow.config import RunConfig, validate_files
 from tiltflow.paths import embedding_cache
 
@@ -22,7 +22,8 @@ def encode_recipe(cfg: RunConfig, console: Console) -> None:
     if root is None:
         raise ValueError("data.cache is off, so there is nowhere to put the embeddings")
     sets = validate_files(cfg)
-    with attention_of(device_of(cfg.run.device)):
+    device = device_of(cfg.run.device)
+    with attention_of(device, compute_dtype(cfg, device)):
         encoded, *_ = encode_sets(
             cfg, [sets.train, sets.fixed], lambda line: console.print(line, markup=False)
         )

@@ -1,0 +1,126 @@
+"""The fused LoRA layer against PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from torch import nn
+
+from tiltflow.low_rank import FusedLinear, fused
+
+ADAPTERS = ("first", "second")
+
+
+def pair(dropout: float = 0.0, bias: bool = True) -> tuple[nn.Module, nn.Module]:
+    """One linear layer with two adapters: of PEFT's kind and of ours, with the same weights."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 20, bias=bias)).requires_grad_(False)
+    made = []
+    for wrap in (lambda config: config, fused):
+        network = copy.deepcopy(base)
+        for rank, name in enumerate(ADAPTERS, 3):
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=1.7 * rank,
+                target_modules=["0"],
+                init_lora_weights=False,
+                lora_dropout=dropout,
+            )
+            inject_adapter_in_model(wrap(config), network, name)
+        made.append(network)
+    made[1].load_state_dict(made[0].state_dict())
+    for network in made:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_("lora" in name)
+    return made[0], made[1]
+
+
+def use(network: nn.Module, names: list[str]) -> None:
+    layer = network[0]  # type: ignore[index]
+    layer._active_adapter, layer._disable_adapters = names, not names
+
+
+def run(network: nn.Module, x: torch.Tensor, mixed: bool) -> dict[str, torch.Tensor]:
+    """The output, and the gradients of x and of all adapters."""
+    network.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+        y = network(x * 1.0)
+    (y.float() ** 2).sum().backward()
+    assert x.grad is not None
+    found = {"y": y.detach(), "x": x.grad}
+    grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return found | grads
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("active", [[], ["first"], ["second"], ["first", "second"]])
+def test_output_and_gradients_are_pefts(active: list[str], mixed: bool, bias: bool) -> None:
+    theirs, ours = pair(bias=bias)
+    assert type(theirs[0]) is Linear and type(ours[0]) is FusedLinear  # type: ignore[index]
+    x = torch.randn(2, 5, 12)
+    found = []
+    for network in (theirs, ours):
+        use(network, active)
+        found.append(run(network, x, mixed))
+    assert set(found[0]) == set(found[1])
+    assert len(found[0]) == 2 + 2 * len(active)
+    for key, value in found[0].items():
+        assert found[1][key].dtype == value.dtype
+        error = (found[1][key] - value).float().norm() / value.float().norm()
+        assert error < (2e-2 if mixed else 1e-6), (key, error)
+
+
+def test_the_sum_is_no_pass_of_its_own() -> None:
+    """What it is for: no full-size product with the scaling, no full-size addition."""
+    theirs, ours = pair()
+    counts = []
+    for network in (theirs, ours):
+        use(network, ["first"])
+        with torch.profiler.profile() as seen:
+            run(network, torch.randn(2, 5, 12), mixed=False)
+        passes = {"aten::mul", "aten::add"}
+        counts.append(sum(e.count for e in seen.key_averages() if e.key in passes))
+    assert counts[1] < counts[0]
+
+
+def test_dropout_is_left_to_peft() -> None:
+    theirs, ours = pair(dropout=0.5)
+    x = torch.randn(2, 5, 12)
+    found = []
+    for network in (theirs, ours):
+        use(network, ["first"])
+        torch.manual_seed(1)
+        found.append(run(network.train(), x, mixed=False))
+    assert all(torch.equal(found[1][key], value) for key, value in found[0].items())
+
+
+def test_a_base_of_another_type_is_left_to_peft() -> None:
+    """Without autocast a bf16 base under fp32 adapters adds their part in fp32."""
+    theirs, ours = pair()
+    x = torch.randn(2, 5, 12).bfloat16()
+    found = []
+    for network in (theirs, ours):
+        network[0].base_layer.bfloat16()  # type: ignore[index]
+        use(network, ["second"])
+        with torch.no_grad():
+            found.append(network(x))
+    assert torch.equal(found[0], found[1])
+    assert found[0].dtype == torch.bfloat16
+
+
+def test_a_merged_adapter_is_counted_once() -> None:
+    _, ours = pair()
+    x = torch.randn(2, 5, 12)
+    use(ours, ["first"])
+    before = ours(x)
+    ours[0].merge()  # type: ignore[index]
+    torch.testing.assert_close(ours(x), before)
+    ours[0].unmerge()  # type: ignore[index]
+    torch.testing.assert_close(ours(x), before)
