@@ -247,8 +247,8 @@ def _phases(roles: Roles, backbone: PipelineBackbone, job: Job) -> list[Phase]:
         ("generator", states + 1, lambda: _generator(roles, backbone, job)),
     ]
     if job.tilt is not None:
-        chunk = job.tilt.decode_chunk
-        phases.append(("scoring", states, lambda: _score(backbone, chunk)))
+        tilt = job.tilt
+        phases.append(("scoring", states + 1, lambda: _score(backbone, tilt)))
     return phases
 
 
@@ -298,20 +298,18 @@ def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x_next = attach_from(roles.generator, trajectory, 0)
     losses = matching_loss(x_next, x)
     if job.tilt is not None and steps:
-        _, pull = reward_gradient(
-            x_next,
-            backbone.decode,
-            lambda images, rows: images.flatten(1).mean(1),
-            3.0,
-            job.tilt.decode_chunk,
-        )
-        losses = losses + (x_next * pull).flatten(1).sum(1)
+        losses = losses + (x_next * x).flatten(1).sum(1)
     return losses.sum().backward()
 
 
-@torch.no_grad()
-def _score(backbone: PipelineBackbone, chunk: int) -> object:
-    return backbone.decode(_latents(backbone, chunk))
+def _score(backbone: PipelineBackbone, tilt: TiltJob) -> object:
+    x = _latents(backbone, tilt.decode_chunk)
+    if tilt.reward_steps == 0:
+        with torch.no_grad():
+            return backbone.decode(x)
+    return reward_gradient(
+        x, backbone.decode, lambda images, rows: images.flatten(1).mean(1), 3.0, len(x)
+    )
 
 
 def _grid(job: Job) -> Tensor:

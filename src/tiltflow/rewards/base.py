@@ -71,13 +71,11 @@ def checked(
     images: Tensor,
     prompts: Sequence[str],
     metadata: Sequence[Metadata],
-    values: bool = True,
 ) -> Tensor:
     """The reward's scores (B,) fp32, on the device of `images`; every caller goes through here.
 
     Images of any float precision are handed over in fp32. A reward that is not differentiable
     runs without gradients. A reward that fails is an error, never a score of 0 (METHOD §8).
-    Without `values`, only shapes are checked: every look at a value has the host wait.
 
     Raises:
         ValueError: if images, prompts or metadata disagree in length, an image has the wrong
@@ -87,8 +85,7 @@ def checked(
     """
     domain = getattr(reward, "domain", "images")
     _check_shapes(reward.name, domain, images, prompts, metadata)
-    if values:
-        _check_values(reward.name, domain, images, prompts)
+    _check_values(reward.name, domain, images, prompts)
     images = images.float()
     try:
         if reward.differentiable:
@@ -102,9 +99,8 @@ def checked(
         error.add_note(f"while reward {reward.name!r} scored {len(prompts)} images")
         raise
     scores = _check_scores(reward, images, prompts, scores)
-    if values:
-        problem = f"reward {reward.name!r} gave a non-finite score"
-        _refuse(~torch.isfinite(scores.detach()), prompts, problem, NonFiniteScore)
+    problem = f"reward {reward.name!r} gave a non-finite score"
+    _refuse(~torch.isfinite(scores.detach()), prompts, problem, NonFiniteScore)
     return scores
 
 

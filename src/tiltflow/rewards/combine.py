@@ -75,19 +75,18 @@ class RewardMixture:
     def differentiable_total(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """R = Σ w r (B,) over the back-propagated rewards, and their detached scores (B,).
-
-        Whether these are finite is left to the caller: to look would have the host wait.
+        """R = Σ w r (B,) over the back-propagated rewards, and every reward's detached scores (B,).
 
         Raises:
             ValueError: if no reward of the mixture is back-propagated.
         """
-        scores = {
-            item.reward.name: checked(item.reward, images, prompts, metadata, values=False)
-            for item in self.backpropagated
-        }
-        if not scores:
+        backpropagated = [item.reward.name for item in self.backpropagated]
+        if not backpropagated:
             raise ValueError("no reward of the mixture is back-propagated")
-        weighted = [self.weights[name] * value for name, value in scores.items()]
+        scores = {}
+        for item in self.rewards:
+            with torch.set_grad_enabled(item.reward.name in backpropagated):
+                scores[item.reward.name] = checked(item.reward, images, prompts, metadata)
+        weighted = [self.weights[name] * scores[name] for name in backpropagated]
         total = torch.stack(weighted).sum(0)
         return total, {name: value.detach() for name, value in scores.items()}

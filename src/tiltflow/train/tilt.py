@@ -18,20 +18,19 @@ from tiltflow.objectives.policy import (
     group_advantages,
     policy_kl,
 )
-from tiltflow.objectives.reward_backprop import equal_norm, in_equal_parts, reward_gradient
+from tiltflow.objectives.reward_backprop import equal_norm, in_equal_parts
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
-from tiltflow.rewards.base import NonFiniteScore
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Roles
 from tiltflow.rollout import Rollout, attach, attach_from, log_prob
 from tiltflow.rollout import step as sampler_step
-from tiltflow.train.optim import Guard, NonFiniteError, Updater
+from tiltflow.train.optim import Guard, Updater
+from tiltflow.train.scoring import Scored, Scorer
 from tiltflow.train.updates import (
     FakeScoreTrainer,
     Matching,
     Share,
-    micro_batches,
     rollout_in_parts,
 )
 
@@ -98,15 +97,25 @@ class Tilt:
         cond, prompts = self._prompts(step)
         trained = self._trained_steps(step)
         trajectory = self._rollout(step, trained, cond)
-        scores = self._score(step, trajectory.end, prompts)
+        scored = self._scorer(step, trajectory.end, prompts, backprop=bool(self._path))
         advantages, parts = group_advantages(
-            scores, self.rewards.weights, chosen.group_size, chosen.advantage_clip
+            scored.scores, self.rewards.weights, chosen.group_size, chosen.advantage_clip
         )
-        means = {f"reward/{name}": values.mean() for name, values in scores.items()}
+        means = {f"reward/{name}": values.mean() for name, values in scored.scores.items()}
         metrics = {name: self.share.whole(value) for name, value in (means | parts).items()}
         metrics |= self._fake_score_updates(step, trajectory, prompts)
         return metrics | self._generator_update(
-            step, trajectory, trained, advantages[self.share.rows], prompts
+            step, trajectory, trained, advantages[self.share.rows], prompts, scored
+        )
+
+    @property
+    def _scorer(self) -> Scorer:
+        return Scorer(
+            self.rewards,
+            self.roles.generator.backbone.decode,
+            self.share,
+            self.settings.reward_target,
+            self.settings.decode_chunk,
         )
 
     def _prompts(self, step: int) -> tuple[Grouped, list[Prompt]]:
@@ -177,30 +186,6 @@ class Tilt:
         """The sampler steps that some term of the generator's loss goes through."""
         return {*trained, *matched, *(self._path if len(self._path) == 1 else ())}
 
-    @torch.no_grad()
-    def _score(self, step: int, x0: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Every reward of every sample of the global batch: name → (B,).
-
-        Each rank decodes and scores its own samples in chunks; one gather joins them.
-
-        Raises:
-            NonFiniteScore: if a score is not finite; NonFiniteError on the other ranks.
-        """
-        names, problem = self.rewards.names, None
-        mine = x0.new_full((len(x0), len(names)), torch.nan)
-        try:
-            for rows in micro_batches(len(x0), self.settings.decode_chunk):
-                images = self.roles.generator.backbone.decode(x0[rows])
-                texts, metadata = _texts(prompts[rows])
-                scores = self.rewards.score(images, texts, metadata)
-                mine[rows] = torch.stack([scores[name] for name in names], 1).to(mine)
-        except NonFiniteScore as error:
-            problem = error
-        table = self.share.ranks.gather(mine, self.share.batch)
-        if not bool(torch.isfinite(table).all()):
-            raise problem or NonFiniteError(f"step {step}: a reward on another rank is not finite")
-        return dict(zip(names, table.unbind(1), strict=True))
-
     def _fake_score_updates(
         self, step: int, trajectory: Rollout, prompts: Sequence[Prompt]
     ) -> dict[str, Tensor]:
@@ -247,6 +232,7 @@ class Tilt:
         trained: tuple[int, ...],
         advantages: Tensor,
         prompts: Sequence[Prompt],
+        scored: Scored,
     ) -> dict[str, Tensor]:
         """One optimizer step on SubGRPO + AC-DMD + reward back-propagation.
 
@@ -266,7 +252,8 @@ class Tilt:
         }
         steps = self._attached(trained, matched)
         path = self._path
-        metrics: dict[str, Tensor] = {}
+        gradient, seen = self._reward_gradient(scored, prompts)
+        metrics = {name: values.sum() / self.share.batch for name, values in seen.items()}
         for rows in self.share.micro_batches():
             part = trajectory.rows(rows)
             for k in sorted(steps):
@@ -283,15 +270,13 @@ class Tilt:
                     losses = losses + self.settings.matching_weight * matching
                     _add(metrics, {"generator/matching": matching.detach()}, self.share.batch)
                 if len(path) == 1 and k in path:
-                    pull, seen = self._reward_pull(x_next, prompts[rows])
-                    losses = losses + self.settings.reward_weight * pull
-                    _add(metrics, seen, self.share.batch)
+                    assert gradient is not None
+                    losses = losses + self._reward_pull(x_next, gradient[rows])
                 (losses.sum() / self.share.batch).backward()
             if len(path) > 1:
                 x0 = attach_from(self.roles.generator, part, path.start, self._most(part.end))
-                pull, seen = self._reward_pull(x0, prompts[rows])
-                (self.settings.reward_weight * pull.sum() / self.share.batch).backward()
-                _add(metrics, seen, self.share.batch)
+                assert gradient is not None
+                (self._reward_pull(x0, gradient[rows]).sum() / self.share.batch).backward()
         metrics["generator/grad_norm"] = self.share.whole(self.updater.apply(step))
         self.roles.update_ema(self.ema, self.guard.refused(step))
         return metrics
@@ -326,36 +311,24 @@ class Tilt:
             return None
         return self.settings.reward_weight / self.share.batch * equal_norm(x0)
 
-    def _reward_pull(
-        self, x0: Tensor, prompts: Sequence[Prompt]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A per-sample loss (B,) whose gradient in x̂₀ is that of relu(target − R).
+    def _reward_gradient(
+        self, scored: Scored, prompts: Sequence[Prompt]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What the reward's losses have as gradient in x̂₀ (b, ...), and figures of it (b,).
 
-        A score that is not finite has the updater refuse the step, on every rank.
+        A gradient that is not finite has the updater refuse the step, on every rank.
         """
+        if scored.gradient is None or scored.losses is None:
+            return None, {}
+        gradient = scored.gradient
+        norms = gradient.flatten(1).norm(dim=1)
+        self.updater.watch("the reward's gradient", norms, prompts)
+        seen = {"generator/reward_loss": scored.losses, "generator/reward_gradient": norms}
+        return in_equal_parts(gradient) if self.settings.reward_normalise else gradient, seen
 
-        def reward(images: Tensor, rows: slice) -> Tensor:
-            texts, metadata = _texts(prompts[rows])
-            total, scores = self.rewards.differentiable_total(images, texts, metadata)
-            for name, values in scores.items():
-                self.updater.watch(f"reward {name!r}", values, prompts[rows])
-            return total
-
-        decode, chunk = self.roles.generator.backbone.decode, self.settings.decode_chunk
-        values, gradient = reward_gradient(x0, decode, reward, self.settings.reward_target, chunk)
-        self.updater.watch("the reward back-propagation loss", values, prompts)
-        self.updater.watch("the reward's gradient", gradient.flatten(1).sum(1), prompts)
-        seen = {
-            "generator/reward_loss": values,
-            "generator/reward_gradient": gradient.flatten(1).norm(dim=1),
-        }
-        if self.settings.reward_normalise:
-            gradient = in_equal_parts(gradient)
-        return (x0 * gradient).flatten(1).sum(1), seen
-
-
-def _texts(prompts: Sequence[Prompt]) -> tuple[list[str], list]:
-    return [p.text for p in prompts], [p.metadata for p in prompts]
+    def _reward_pull(self, x0: Tensor, gradient: Tensor) -> Tensor:
+        """A per-sample loss (B,) whose gradient in x̂₀ is `gradient`, weighted."""
+        return self.settings.reward_weight * (x0 * gradient).flatten(1).sum(1)
 
 
 def _add(metrics: dict[str, Tensor], values: dict[str, Tensor], batch: int) -> None:
