@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from tiny_pipelines import build
 
+from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.checkpoint import latest_step, load_checkpoint
 from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
@@ -168,6 +169,28 @@ def test_rewards_go_back_through_several_steps(
     assert "policy/ratio_gap" in seen[3] and "policy/ratio_gap" not in seen[4]
     assert all(row["generator/reward_gradient"] > 0 for row in seen.values())
     assert len({row["generator/grad_norm"] for row in seen.values()}) == 3
+
+
+def test_a_sample_is_decoded_once(
+    pipeline: Path, prompts: Path, cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its scores and for the gradient of its reward alike."""
+    rows: list[int] = []
+    decode = PipelineBackbone.decode
+
+    def counted(self: PipelineBackbone, latents: torch.Tensor) -> torch.Tensor:
+        rows.append(len(latents))
+        return decode(self, latents)
+
+    monkeypatch.setattr(PipelineBackbone, "decode", counted)
+    out = run(
+        "tilt", pipeline, prompts, tmp_path / "run", f"model.few_step={cold}", "train.steps=1",
+        "watch.rewards={}", "log.samples_every=0", "tilt.decode_chunk=2",
+    )  # fmt: skip
+    (row,) = read_metrics(out / "metrics.jsonl")
+    assert row["generator/reward_gradient"] > 0
+    assert sum(rows) == load_config(str(out / "config.yaml"), []).train.batch_size
+    assert max(rows) == 2
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -25,6 +25,7 @@ from tiltflow.worlds import shapes
 from tiltflow.worlds.shapes_checker import read_scene, score
 
 PLACE_BLOCK, PLACE_WEIGHT = 3, 0.1
+SHIFT = 2.0  # SD3's is 3, for images of hundreds of times as many pixels
 PAD_TOKENS = 256  # what the pipeline appends by default when text_encoder_3 is absent
 
 
@@ -48,7 +49,7 @@ def new_transformer() -> SD3Transformer2DModel:
 def build_pipeline(work: Path, transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=CLIPTextModelWithProjection.from_pretrained(work / "encoder_a").eval(),
         tokenizer=CLIPTokenizer.from_pretrained(work / "encoder_a"),
