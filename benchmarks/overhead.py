@@ -90,7 +90,7 @@ def recorded(build: Build) -> Iterator[list[Pass]]:
 
 def _roles(stage: Any) -> list[Any]:
     named = stage.roles
-    return [named.teacher, named.generator, named.fake_score, named.ema]
+    return [named.teacher, named.generator, *named.fake_score.singles, named.ema]
 
 
 def measure(build: Build, window: int, rounds: int) -> tuple[dict[str, list[float]], Counter]:
