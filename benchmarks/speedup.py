@@ -20,8 +20,8 @@ from support.plain import Plain
 from support.stages import Model, model
 from support.tables import interleaved, median, ratio, report
 
-from tiltflow.attention import attention_of
 from tiltflow.build import adapter_settings, build_backbone, compute_dtype
+from tiltflow.precision import attention_of
 
 PUBLISHED = ["cold_start.generator_every=10", "cold_start.consistency_form=two_sample"]
 LAST_STEP = ["tilt.reward_steps=1", "tilt.reward_normalise=false"]  # as published

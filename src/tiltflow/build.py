@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.backbones import check_pipeline, load_backbone, local_pipeline
-from tiltflow.backbones.base import Backbone, Parts
+from tiltflow.backbones.base import Backbone, Base, Parts
 from tiltflow.backbones.compiled import compile_blocks
 from tiltflow.backbones.fingerprint import encoder_facts
 from tiltflow.backbones.pipeline import PipelineBackbone
@@ -23,6 +23,7 @@ from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
 from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
 from tiltflow.export import read_adapter
 from tiltflow.paths import embedding_cache, resolve_path
+from tiltflow.precision import autocast_dtype
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import load_reward
@@ -79,9 +80,15 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def build_backbone(cfg: RunConfig, parts: Parts = "all") -> Backbone:
-    """The model of a config, or only what encodes its prompts, or only the rest."""
+def build_backbone(cfg: RunConfig, parts: Parts = "all", ranks: Ranks = ALONE) -> Backbone:
+    """The model of a config, or only what encodes its prompts, or only the rest.
+
+    A transformer that the ranks will share stays in rank 0's main memory.
+    """
     model = cfg.model
+    base: Base = "device"
+    if _sharded(cfg, ranks):
+        base = "host" if ranks.main else "empty"
     backbone = load_backbone(
         resolve_path(model.path),
         family="mixture" if model.path == "mixture" else model.family,
@@ -93,6 +100,7 @@ def build_backbone(cfg: RunConfig, parts: Parts = "all") -> Backbone:
         max_sequence_length=model.max_sequence_length,
         parts=parts,
         fp8=model.base_storage == "fp8",
+        base=base,
     )
     if model.gradient_checkpointing and isinstance(backbone, PipelineBackbone) and parts != "text":
         backbone.checkpoint_decoder()
@@ -177,17 +185,6 @@ def fake_scores(cfg: RunConfig) -> int | None:
     return cfg.sampler.steps if cfg.train.fake_scores == "per_boundary" else None
 
 
-def autocast_dtype(setting: str | None, device: torch.device) -> torch.dtype | None:
-    """The mixed-precision type of a `model.autocast` value on a device; None is none.
-
-    `auto` is bf16 except on a CPU without bf16 instructions, where it is slower than fp32.
-    """
-    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    if setting is None or (setting == "auto" and slow):
-        return None
-    return torch.bfloat16
-
-
 def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
     """What the networks compute in: the autocast type, or that of the base."""
     return autocast_dtype(cfg.model.autocast, device) or DTYPES[cfg.model.dtype]
@@ -254,7 +251,7 @@ def build_stage(
     with ranks.main_first():  # the others find the prompts in the cache
         encoded, *fixed = encode_sets(cfg, chosen, progress)
     progress(f"loading {cfg.model.path}")
-    backbone = build_backbone(cfg, "image")
+    backbone = build_backbone(cfg, "image", ranks)
     start = load_start(Path(cfg.model.few_step)) if cfg.model.few_step else None
     roles = build_roles(cfg, backbone, start)
     _place(cfg, backbone, roles, ranks)
@@ -273,6 +270,10 @@ def build_stage(
     return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts)
 
 
+def _sharded(cfg: RunConfig, ranks: Ranks) -> bool:
+    return cfg.run.sharding == "fsdp2" and ranks.size > 1
+
+
 def _share(cfg: RunConfig, ranks: Ranks) -> Share:
     batch, sharded = cfg.train.batch_size, cfg.run.sharding == "fsdp2"
     if batch < ranks.size:
@@ -287,11 +288,12 @@ def _share(cfg: RunConfig, ranks: Ranks) -> Share:
 
 def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> None:
     """The same start on every rank, and the networks sharded and compiled as asked for."""
+    bases = {id(b): b for b in (backbone.student_base, backbone.teacher_base)}.values()
+    if _sharded(cfg, ranks):
+        for base in bases:
+            shard(base, backbone.device, ranks)
     for role in (roles.generator, roles.fake_score, roles.ema):
         ranks.copy_from_main(list(role.parameters.values()))
-    if cfg.run.sharding == "fsdp2" and ranks.size > 1:
-        for base in {id(b): b for b in (backbone.student_base, backbone.teacher_base)}.values():
-            shard(base, backbone.device)
     if cfg.model.compile:
         every = [roles.teacher, roles.generator, roles.fake_score, roles.ema, roles.reference]
         singles = [one for role in every if role for one in role.singles]

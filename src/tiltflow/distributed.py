@@ -189,18 +189,46 @@ def _claim(device: torch.device, size: int) -> None:
     torch.accelerator.set_device_index(local)
 
 
-def shard(network: nn.Module, device: torch.device) -> None:
+def shard(network: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """FSDP2 over the frozen weights of a network: each of its blocks, then the rest.
 
     Trainable weights and other adapters stay whole on every rank, where `Ranks.sum_` adds up
     their gradients, so that nothing else knows of the sharding. What is frozen needs no
     reduction, only the all-gather of one block at a time.
+
+    The network lies in main memory, and rank 0 alone need have the values of what is frozen: they
+    go to the others block by block, so that no device ever holds more than one block whole.
     """
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {p for name, p in network.named_parameters() if p.requires_grad or ".lora_" in name}
     lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    for block in [block for blocks in lists for block in blocks]:
-        fully_shard(block, mesh=mesh, ignored_params=whole)
-    fully_shard(network, mesh=mesh, ignored_params=whole)
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    for module in [*(block for blocks in lists for block in blocks), network]:
+        _spread(module, device, ranks, whole)
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+
+
+@torch.no_grad()
+def _spread(
+    module: nn.Module, device: torch.device, ranks: Ranks, without: set[nn.Parameter]
+) -> None:
+    """Rank 0's values of a module's parameters and buffers, on every rank's device; what is
+    sharded already is passed over."""
+    from torch.distributed.tensor import DTensor
+
+    tensors: list[Tensor] = []
+    for parameter in module.parameters():
+        if parameter not in without and not isinstance(parameter, DTensor):
+            old = parameter.data
+            parameter.data = old.to(device) if ranks.main else torch.empty_like(old, device=device)
+            tensors.append(parameter.data)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            moved = buffer.to(device)
+            setattr(part, name, moved)
+            tensors.append(moved)
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        ranks.copy_from_main([tensor for tensor in tensors if tensor.dtype == dtype])

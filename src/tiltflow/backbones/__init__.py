@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.backbones.base import Backbone, Parts
+from tiltflow.backbones.base import Backbone, Base, Parts
 from tiltflow.backbones.files import check_pipeline, local_pipeline
 
 __all__ = ["check_pipeline", "load_backbone", "local_pipeline"]
@@ -25,6 +25,7 @@ def load_backbone(
     max_sequence_length: int | None = None,
     parts: Parts = "all",
     fp8: bool = False,
+    base: Base = "device",
 ) -> Backbone:
     """The backbone of a pipeline directory, or the mixture (which reads no path).
 
@@ -36,6 +37,7 @@ def load_backbone(
         max_sequence_length: text tokens; None is the side file's value, else the pipeline's own.
         parts: "text" loads what `encode` needs and no more, "image" everything else.
         fp8: whether the transformer's matrices are kept in 8 bits.
+        base: where the transformer is put, see `Base`.
 
     Raises:
         ValueError: before any weight loads, if the directory is not a complete pipeline of the
@@ -61,6 +63,7 @@ def load_backbone(
         "max_sequence_length": max_sequence_length,
         "parts": parts,
         "fp8": fp8,
+        "base": base,
     }
     if family == "flux2":
         from tiltflow.backbones.flux2 import Flux2Backbone

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 Parts = Literal["all", "text", "image"]
+Base = Literal["device", "host", "empty"]
+"""Where the frozen transformer is put: on the device; in main memory, to be sharded from there; or
+there without values, which another rank has (`distributed.shard`)."""
 """What of a pipeline is loaded: everything, what encodes prompts, or everything else."""
 
 

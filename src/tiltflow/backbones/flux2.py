@@ -78,11 +78,14 @@ class Flux2Backbone(PipelineBackbone):
             self.guidance = 1.0
         self.generator_transformer = self.transformer
         if generator_path is not None and self.parts != "text":
-            generator = load_part(Path(generator_path), "transformer", dtype)
+            empty = options.get("base") == "empty"
+            generator = load_part(Path(generator_path), "transformer", dtype, empty)
         if generator is not None:
             if options.get("fp8"):
                 keep_in_fp8(generator, dtype)
-            self.generator_transformer = generator.to(self.device).requires_grad_(False).eval()
+            self.generator_transformer = generator.requires_grad_(False).eval()
+            if options.get("base", "device") == "device":
+                generator.to(self.device)
         self._positions: dict[tuple[int, ...], Tensor] = {}
 
     @staticmethod

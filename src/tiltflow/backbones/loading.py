@@ -23,11 +23,13 @@ def load_pipeline(
     parts: str,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
+    empty: bool = False,
 ) -> Any:
     """The pipeline with its networks, on the CPU.
 
     `parts` "image" leaves text encoders and tokenizers out. "text" leaves the autoencoder out and
     gives the transformer without weights, for what an encoder has to know of its configuration.
+    `empty` reads no weights of the transformer, see `load_part`.
 
     Raises:
         ValueError: if a part cannot be loaded, or lacks weights.
@@ -42,7 +44,7 @@ def load_pipeline(
     if parts == "text":
         given |= {"vae": None, "transformer": _without_weights(root, transformer_class)}
     else:
-        given["transformer"] = load_part(root, "transformer", dtype)
+        given["transformer"] = load_part(root, "transformer", dtype, empty)
         given["vae"] = load_part(root, "vae", vae_dtype)
     try:
         return pipeline_class.from_pretrained(str(root), local_files_only=True, **given)
@@ -50,14 +52,19 @@ def load_pipeline(
         raise ValueError(f"{root} cannot be loaded: {first_sentence(error)}") from error
 
 
-def load_part(root: Path, part: str, dtype: torch.dtype) -> nn.Module:
+def load_part(root: Path, part: str, dtype: torch.dtype, empty: bool = False) -> nn.Module:
     """One network, frozen, of the class that the pipeline's index names.
+
+    `empty` gives a diffusers model of `dtype` whose weights have no values yet: no file is read,
+    and memory that nobody writes to is not taken.
 
     Raises:
         ValueError: if it cannot be loaded, or a weight is missing or of another shape: the
             libraries would put random numbers in its place.
     """
     library, name = pipeline_index(root)[part]
+    if empty:
+        return _without_values(root / part, getattr(importlib.import_module(library), name), dtype)
     try:
         network, info = getattr(importlib.import_module(library), name).from_pretrained(
             str(root),
@@ -78,6 +85,19 @@ def load_part(root: Path, part: str, dtype: torch.dtype) -> nn.Module:
             what = "lacks the weight" if key == "missing_keys" else "has another shape for"
             raise ValueError(f"{root / part} {what} {wrong[0]}{more}")
     return network.requires_grad_(False).eval()
+
+
+def _without_values(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
+    with init_empty_weights():
+        network: nn.Module = kind.from_config(read_json(folder / "config.json"))
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            made = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+            module.register_parameter(name, made)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+    return network.eval()
 
 
 def _without_weights(root: Path, transformer_class: Any) -> nn.Module:

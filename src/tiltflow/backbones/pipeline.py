@@ -20,7 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from tiltflow.backbones.base import Conditioning, Parts
+from tiltflow.backbones.base import Base, Conditioning, Parts
 from tiltflow.backbones.files import check_pipeline, read_json, side_file
 from tiltflow.backbones.loading import load_pipeline
 from tiltflow.flow import raw_levels
@@ -64,6 +64,7 @@ class PipelineBackbone(ABC):
             else the pipeline's own default.
         parts: "text" loads what `encode` needs and no more, "image" everything else.
         fp8: whether the transformer's matrices are kept in 8 bits, see `keep_in_fp8`.
+        base: where the transformer is put, see `Base`.
         pipe: a pipeline made already, in place of loading the one in `path`.
 
     Raises:
@@ -92,6 +93,7 @@ class PipelineBackbone(ABC):
         max_sequence_length: int | None = None,
         parts: Parts = "all",
         fp8: bool = False,
+        base: Base = "device",
         pipe: Any = None,
     ) -> None:
         if pipe is None:
@@ -110,11 +112,13 @@ class PipelineBackbone(ABC):
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
         self.parts = parts
-        self.pipe = pipe = pipe or self._load(dtype, vae_dtype or dtype)
+        self.pipe = pipe = pipe or self._load(dtype, vae_dtype or dtype, base)
         if fp8 and parts != "text":
             keep_in_fp8(pipe.transformer, dtype)
         for name in self._networks():
-            getattr(pipe, name).requires_grad_(False).eval().to(self.device)
+            network = getattr(pipe, name).requires_grad_(False).eval()
+            if name != "transformer" or base == "device":
+                network.to(self.device)
         self.transformer: nn.Module = pipe.transformer
         self.vae = pipe.vae
         self.scheduler = pipe.scheduler
@@ -128,7 +132,7 @@ class PipelineBackbone(ABC):
             part_config(self.path, "vae", self.vae_class),
         )
 
-    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype, base: Base) -> Any:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         pipe = load_pipeline(
@@ -139,6 +143,7 @@ class PipelineBackbone(ABC):
             parts=self.parts,
             dtype=dtype,
             vae_dtype=vae_dtype,
+            empty=base == "empty",
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from tiltflow.attention import attention_of
 from tiltflow.build import compute_dtype, device_of, encode_sets
 from tiltflow.config import RunConfig, validate_files
 from tiltflow.paths import embedding_cache
+from tiltflow.precision import attention_of
 
 
 def encode_recipe(cfg: RunConfig, console: Console) -> None:

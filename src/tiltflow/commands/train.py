@@ -12,7 +12,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from tiltflow.attention import attention_of
 from tiltflow.build import Build, build_rewards, build_stage, compute_dtype, device_of
 from tiltflow.checkpoint import latest_step, load_checkpoint
 from tiltflow.commands.export import export_checkpoint
@@ -22,6 +21,7 @@ from tiltflow.commands.watching import build_watch, held_out, look
 from tiltflow.config import PromptSets, RunConfig, dump_config, validate_files
 from tiltflow.disk import write_whole
 from tiltflow.distributed import Ranks, ranks_of_job
+from tiltflow.precision import attention_of
 from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
 from tiltflow.watch.probes import FixedPrompts
 from tiltflow.watch.watch import Watch

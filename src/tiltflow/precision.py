@@ -1,4 +1,4 @@
-"""Which attention kernel a run uses."""
+"""What networks compute in, and the attention kernel that goes with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def autocast_dtype(setting: str | None, device: torch.device) -> torch.dtype | None:
+    """The mixed-precision type of a `model.autocast` value on a device; None is none.
+
+    `auto` is bf16 except on a CPU without bf16 instructions, where it is slower than fp32.
+    """
+    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    if setting is None or (setting == "auto" and slow):
+        return None
+    return torch.bfloat16
 
 
 @contextmanager
