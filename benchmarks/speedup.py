@@ -6,7 +6,7 @@ in both precisions, so that what the precision alone brings can be told from the
 with the published ratio of updates and form of the regulariser. With --compile also the library's
 versions with `model.compile`, which takes minutes to build.
 
-    python benchmarks/speedup.py [--rounds 2] [--batch 16] [--cases cold_start published tilt]
+    python benchmarks/speedup.py [--rounds 2] [--batch 64] [--cases cold_start published tilt]
                                  [--compile]
 """
 
@@ -97,7 +97,7 @@ def systems(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()

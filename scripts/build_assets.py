@@ -1,8 +1,8 @@
 """Builds the embedded default's weights: `python scripts/build_assets.py [--stage NAME]`.
 
-Stages: pool, vae, encoder_a, encoder_b, clip, clip_heldout, teacher, package. Each is seeded and
-resumes where it was interrupted; without --stage they run one after the
-other. About two hours on two CPU cores.
+Stages: pool, vae, encoder_a, encoder_b, clip, clip_heldout, harden, teacher, package. Each is
+seeded and resumes where it was interrupted; without --stage they run one after the other. About
+three hours on two CPU cores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from assets import clip as clips
 from assets.data import POOLS, render_pool
 from assets.vae import reconstruction_error, train_vae
 
-STAGES = ("pool", "vae", *clips.ARCHITECTURES, "teacher", "package")
+STAGES = ("pool", "vae", *clips.ARCHITECTURES, "harden", "teacher", "package")
 
 
 def run(stage: str, work: Path, out: Path) -> None:
@@ -41,6 +41,16 @@ def run(stage: str, work: Path, out: Path) -> None:
         half = model if stage in clips.REWARDS else clips.text_tower(model)
         half.save_pretrained(work / stage)
         tokenizer.save_pretrained(work / stage)
+    elif stage == "harden":
+        from assets.harden import harden_clip, pair_accuracy
+
+        tokenizer = clips.tokenizer_of(work, "clip")
+        model = harden_clip("clip", work, tokenizer)
+        print(
+            f"clip: right caption among near misses {clips.hard_accuracy(model, tokenizer):.3f}, "
+            f"better of two images {pair_accuracy(model, tokenizer):.3f}"
+        )
+        model.save_pretrained(work / "clip")
     elif stage == "teacher":
         from assets.teacher import train_teacher
 

@@ -161,14 +161,65 @@ class PlaceHeads(nn.Module):
         return 2 * (by_shape + by_colour)
 
 
+def features(
+    model: CLIPModel, x: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Image and text features, normalised, and the image's patch tokens."""
+    with autocast():
+        seen = model.get_image_features(pixel_values=x)
+        text = model.get_text_features(input_ids=ids).pooler_output
+    image = F.normalize(seen.pooler_output.float(), dim=-1)
+    return image, F.normalize(text.float(), dim=-1), seen.last_hidden_state[:, 1:].float()
+
+
+def scale_of(model: CLIPModel) -> torch.Tensor:
+    return model.logit_scale.exp().clamp(max=100)
+
+
+def near_miss_logits(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(n, NEGATIVES) logits of n images against their own near misses, which follow their n
+    captions in `text`."""
+    n = len(image)
+    return scale * torch.einsum(
+        "bd,bnd->bn", image, text[n : n * (1 + NEGATIVES)].view(n, NEGATIVES, -1)
+    )
+
+
+def verdict(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (n,) of the right caption among an image's near misses."""
+    own = scale * (image * text[: len(image)]).sum(1)
+    logits = torch.cat([own[:, None], near_miss_logits(image, text, scale)], 1)
+    return F.cross_entropy(logits, torch.zeros(len(image), dtype=torch.long), reduction="none")
+
+
+def contrast(
+    image: torch.Tensor, text: torch.Tensor, texts: list[str], scale: torch.Tensor
+) -> torch.Tensor:
+    """InfoNCE over the batch both ways, the near misses among the captions, plus `verdict`."""
+    n = len(image)
+    logits = scale * image @ text[:n].T
+    hard = near_miss_logits(image, text, scale)
+    # The same caption elsewhere in the batch is no negative.
+    same = torch.tensor([[a == b for b in texts] for a in texts])
+    same &= ~torch.eye(n, dtype=torch.bool)
+    logits = logits.masked_fill(same, -1e4)
+    target = torch.arange(n)
+    to_text = F.cross_entropy(torch.cat([logits, hard], 1), target)
+    return to_text + F.cross_entropy(logits.T, target) + verdict(image, text, scale).mean()
+
+
+def by_caption(texts: list[str]) -> list[Caption]:
+    table = {c.text: c for c in shapes.captions()}
+    return [table[text] for text in texts]
+
+
 def train_clip(name: str, work: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
     """InfoNCE over the batch, plus NEGATIVES near-miss captions an image.
 
     Goes on from the model in work/name where one is there.
     """
     images, texts = render_pool(work, "pool")
-    by_text = {c.text: c for c in shapes.captions()}
-    captions: list[Caption] = [by_text[text] for text in texts]
+    captions = by_caption(texts)
     model = new_clip(name, tokenizer)
     if (work / name).exists():
         model.load_state_dict(CLIPModel.from_pretrained(work / name).state_dict())
@@ -178,34 +229,14 @@ def train_clip(name: str, work: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
     trained = [*model.parameters(), *(helper.parameters() if helper else [])]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02)
 
-    def features(
-        x: torch.Tensor, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Image and text features, normalised, and the image's patch tokens."""
-        with autocast():
-            seen = model.get_image_features(pixel_values=x)
-            text = model.get_text_features(input_ids=ids).pooler_output
-        image = F.normalize(seen.pooler_output.float(), dim=-1)
-        return image, F.normalize(text.float(), dim=-1), seen.last_hidden_state[:, 1:].float()
-
     def loss(generator: torch.Generator, step: int) -> torch.Tensor:
         index = batches(len(texts), batch, generator).sort().values.numpy()
         rng = np.random.default_rng([seed, step])
         x = normalise(degrade(tensor_images(np.asarray(images[index])), generator))
-        batch_texts = [texts[i] for i in index]
+        own = [texts[i] for i in index]
         wrong = [near_miss(captions[i], rng) for i in index for _ in range(NEGATIVES)]
-        image, text, patches = features(x, tokenize(tokenizer, batch_texts + wrong))
-        scale = model.logit_scale.exp().clamp(max=100)
-        logits = scale * image @ text[:batch].T
-        hard = scale * torch.einsum("bd,bnd->bn", image, text[batch:].view(batch, NEGATIVES, -1))
-        # The same caption elsewhere in the batch is no negative.
-        same = torch.tensor([[a == b for b in batch_texts] for a in batch_texts])
-        same &= ~torch.eye(batch, dtype=torch.bool)
-        logits = logits.masked_fill(same, -1e4)
-        target = torch.arange(batch)
-        right = torch.cat([logits.diagonal()[:, None], hard], 1)
-        to_text = F.cross_entropy(torch.cat([logits, hard], 1), target)
-        total = to_text + F.cross_entropy(logits.T, target) + F.cross_entropy(right, target * 0)
+        image, text, patches = features(model, x, tokenize(tokenizer, own + wrong))
+        total = contrast(image, text, own, scale_of(model))
         return total if helper is None else total + helper.loss(patches, index)
 
     modules = {"clip": model} | ({"helper": helper} if helper else {})

@@ -190,14 +190,21 @@ def sample_scene(caption: Caption, rng: np.random.Generator) -> Scene:
     ground = caption.background or str(rng.choice(list(BACKGROUNDS)))
     while True:
         quarters = rng.permutation(len(_CENTRES))[: len(kinds)]
-        objects = tuple(_place(k, _CENTRES[q], rng) for k, q in zip(kinds, quarters, strict=True))
+        objects = tuple(place(k, _CENTRES[q], rng) for k, q in zip(kinds, quarters, strict=True))
         if caption.relation is None or _clear(caption.relation, objects):
             return Scene(objects, ground)
 
 
-def _place(kind: tuple[str, str], centre: tuple[float, float], rng: np.random.Generator) -> Placed:
+def place(kind: tuple[str, str], centre: tuple[float, float], rng: np.random.Generator) -> Placed:
+    """An object of a (shape, colour), of a drawn size, near a quarter's centre."""
     (shape, colour), (x, y) = kind, centre + rng.uniform(-_JITTER, _JITTER, 2)
     return Placed(shape, colour, float(x), float(y), rng.uniform(*_REACHES) / _REACH[shape])
+
+
+def free_places(scene: Scene) -> list[tuple[float, float]]:
+    """The centres of the quarters that no object of the scene is in."""
+    taken = [min(_CENTRES, key=lambda c: math.hypot(c[0] - o.x, c[1] - o.y)) for o in scene.objects]
+    return [centre for centre in _CENTRES if centre not in taken]
 
 
 def _clear(relation: str, objects: tuple[Placed, ...]) -> bool:
