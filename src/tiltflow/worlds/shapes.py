@@ -38,7 +38,7 @@ HELD_OUT_SHARE = 0.2
 _REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.35, "cross": 1.2}
 # Objects stand in the four quarters of the frame, one each, a little off the quarter's centre;
 # their reach as a share of the image's side.
-_CENTRES = tuple(itertools.product((0.25, 0.75), repeat=2))
+_CENTRES = tuple((x, y) for x in (0.25, 0.75) for y in (0.25, 0.75))
 _JITTER = 0.035
 _REACHES = (0.16, 0.205)
 
