@@ -103,9 +103,9 @@ class Counts:
             self.texts += [text for text in texts if text]
             return encode(backbone, texts)
 
-        def counted_part(root: Path, name: str, dtype: torch.dtype) -> Any:
+        def counted_part(root: Path, name: str, dtype: torch.dtype, empty: bool = False) -> Any:
             self.parts.append(name)
-            return part(root, name, dtype)
+            return part(root, name, dtype, empty)
 
         def counted_read(source: Any) -> Any:
             self.files.append(Path(source).name)
