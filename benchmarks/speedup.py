@@ -20,8 +20,7 @@ from support.plain import Plain
 from support.stages import Model, model
 from support.tables import interleaved, median, ratio, report
 
-from tiltflow.build import adapter_settings, build_backbone, compute_dtype
-from tiltflow.precision import attention_of
+from tiltflow.build import adapter_settings, attention_for, build_backbone
 
 PUBLISHED = ["cold_start.generator_every=10", "cold_start.consistency_form=two_sample"]
 LAST_STEP = ["tilt.reward_steps=1", "tilt.reward_normalise=false"]  # as published
@@ -36,12 +35,11 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 def of_library(made: Model, stage: str, window: int, *more: str) -> Callable[[], None]:
     build, step = made.build(stage, *more), 0
-    cpu = torch.device("cpu")
-    dtype = compute_dtype(made.config(stage, *more), cpu)
+    cfg, cpu = made.config(stage, *more), torch.device("cpu")
 
     def run() -> None:
         nonlocal step
-        with attention_of(cpu, dtype):
+        with attention_for(cfg, cpu):
             for _ in range(window):
                 build.stage.iteration(step)
                 step += 1

@@ -28,7 +28,7 @@ from assets.clip import (
     verdict,
 )
 from assets.data import near_miss, render_pool
-from assets.train import autocast, batches, fit, tensor_images
+from assets.train import batches, fit, tensor_images
 from tiltflow.worlds import shapes
 from tiltflow.worlds.shapes import Caption, Scene
 
@@ -133,11 +133,7 @@ def attack(
     start = 0.5 * radius * start / norm(start)
     moved = (images + start).requires_grad_(True)
     scale = scale_of(model).detach()
-    with torch.no_grad(), autocast():
-        text = F.normalize(model.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
-    with autocast():
-        seen = model.get_image_features(pixel_values=normalise(moved)).pooler_output
-    image = F.normalize(seen.float(), dim=-1)
+    image, text, _ = features(model, normalise(moved), ids)
     n = sitting.batch
     loss = (
         verdict(image[:n], text, scale).sum() + preference(image, text, scale, sitting.pairs).sum()
@@ -160,6 +156,7 @@ def _sit(
 ) -> None:
     images, texts = render_pool(work, "pool")
     captions = by_caption(texts)
+    torch.manual_seed(sitting.seed)  # for the heads' first weights
     helper = PlaceHeads(model, work)
     trained = [*model.parameters(), *helper.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
 from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
 from tiltflow.export import read_adapter
 from tiltflow.paths import embedding_cache, resolve_path
-from tiltflow.precision import autocast_dtype
+from tiltflow.precision import attention_of, autocast_dtype
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import load_reward
@@ -185,9 +186,10 @@ def fake_scores(cfg: RunConfig) -> int | None:
     return cfg.sampler.steps if cfg.train.fake_scores == "per_boundary" else None
 
 
-def compute_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
-    """What the networks compute in: the autocast type, or that of the base."""
-    return autocast_dtype(cfg.model.autocast, device) or DTYPES[cfg.model.dtype]
+def attention_for(cfg: RunConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The attention of what the networks compute in: the autocast type, or that of the base."""
+    dtype = autocast_dtype(cfg.model.autocast, device) or DTYPES[cfg.model.dtype]
+    return attention_of(device, dtype)
 
 
 def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Roles:

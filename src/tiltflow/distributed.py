@@ -98,13 +98,16 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
-        """Gives every rank the values of rank 0's tensors (one dtype and device), in place."""
-        if self.size == 1 or not tensors:
+        """Gives every rank the values of rank 0's tensors (on one device), in place: one
+        broadcast a dtype."""
+        if self.size == 1:
             return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with self._peers("broadcast"):
-            dist.broadcast(flat, src=0)
-        _unpack(flat, tensors)
+        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.flatten() for tensor in alike])
+            with self._peers("broadcast"):
+                dist.broadcast(flat, src=0)
+            _unpack(flat, alike)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -200,6 +203,7 @@ def shard(network: nn.Module, device: torch.device, ranks: Ranks) -> None:
     go to the others block by block, so that no device ever holds more than one block whole.
     """
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {p for name, p in network.named_parameters() if p.requires_grad or ".lora_" in name}
@@ -207,28 +211,11 @@ def shard(network: nn.Module, device: torch.device, ranks: Ranks) -> None:
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     for module in [*(block for blocks in lists for block in blocks), network]:
-        _spread(module, device, ranks, whole)
-        fully_shard(module, mesh=mesh, ignored_params=whole)
-
-
-@torch.no_grad()
-def _spread(
-    module: nn.Module, device: torch.device, ranks: Ranks, without: set[nn.Parameter]
-) -> None:
-    """Rank 0's values of a module's parameters and buffers, on every rank's device; what is
-    sharded already is passed over."""
-    from torch.distributed.tensor import DTensor
-
-    tensors: list[Tensor] = []
-    for parameter in module.parameters():
-        if parameter not in without and not isinstance(parameter, DTensor):
+        unsharded = [p for p in module.parameters() if not isinstance(p, DTensor)]
+        frozen = [p for p in unsharded if p not in whole]
+        for parameter in frozen:
             old = parameter.data
             parameter.data = old.to(device) if ranks.main else torch.empty_like(old, device=device)
-            tensors.append(parameter.data)
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            moved = buffer.to(device)
-            setattr(part, name, moved)
-            tensors.append(moved)
-    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        ranks.copy_from_main([tensor for tensor in tensors if tensor.dtype == dtype])
+        ranks.copy_from_main(frozen)
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+    ranks.copy_from_main(list(network.buffers()))  # fully_shard has moved them to the device

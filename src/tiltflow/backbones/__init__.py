@@ -32,12 +32,7 @@ def load_backbone(
     Args:
         family: "sd3", "flux", "flux2" or "mixture"; None reads it off the directory.
         generator_path: klein's second base (METHOD §4); for "flux2" only.
-        vae_dtype: None is `dtype`.
-        resolution: image side in pixels; None is the model's own.
-        max_sequence_length: text tokens; None is the side file's value, else the pipeline's own.
-        parts: "text" loads what `encode` needs and no more, "image" everything else.
-        fp8: whether the transformer's matrices are kept in 8 bits.
-        base: where the transformer is put, see `Base`.
+        the others: as of `PipelineBackbone`.
 
     Raises:
         ValueError: before any weight loads, if the directory is not a complete pipeline of the

@@ -42,7 +42,10 @@ def load_pipeline(
     else:
         given |= {part: load_part(root, part, dtype) for part in present}
     if parts == "text":
-        given |= {"vae": None, "transformer": _without_weights(root, transformer_class)}
+        given |= {
+            "vae": None,
+            "transformer": _without_weights(root / "transformer", transformer_class),
+        }
     else:
         given["transformer"] = load_part(root, "transformer", dtype, empty)
         given["vae"] = load_part(root, "vae", vae_dtype)
@@ -88,8 +91,7 @@ def load_part(root: Path, part: str, dtype: torch.dtype, empty: bool = False) ->
 
 
 def _without_values(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
-    with init_empty_weights():
-        network: nn.Module = kind.from_config(read_json(folder / "config.json"))
+    network = _without_weights(folder, kind)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             made = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
@@ -100,11 +102,9 @@ def _without_values(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
     return network.eval()
 
 
-def _without_weights(root: Path, transformer_class: Any) -> nn.Module:
+def _without_weights(folder: Path, kind: Any) -> nn.Module:
     with init_empty_weights():
-        network: nn.Module = transformer_class.from_config(
-            read_json(root / "transformer" / "config.json")
-        )
+        network: nn.Module = kind.from_config(read_json(folder / "config.json"))
     return network
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from tiltflow.build import compute_dtype, device_of, encode_sets
+from tiltflow.build import attention_for, device_of, encode_sets
 from tiltflow.config import RunConfig, validate_files
 from tiltflow.paths import embedding_cache
-from tiltflow.precision import attention_of
 
 
 def encode_recipe(cfg: RunConfig, console: Console) -> None:
@@ -22,8 +21,7 @@ def encode_recipe(cfg: RunConfig, console: Console) -> None:
     if root is None:
         raise ValueError("data.cache is off, so there is nowhere to put the embeddings")
     sets = validate_files(cfg)
-    device = device_of(cfg.run.device)
-    with attention_of(device, compute_dtype(cfg, device)):
+    with attention_for(cfg, device_of(cfg.run.device)):
         encoded, *_ = encode_sets(
             cfg, [sets.train, sets.fixed], lambda line: console.print(line, markup=False)
         )
