@@ -32,7 +32,9 @@ class Reward(Protocol):
     """Scores images: (B, 3, H, W) floats in [0, 1], prompts and metadata to (B,) fp32, more is
     better. `differentiable` says that gradients flow from the scores to the images.
 
-    A reward of points instead of images ((B, D), any range) says so with `domain = "points"`.
+    A reward of points instead of images ((B, D), any range) says so with `domain = "points"`. One
+    that waits for another machine says `elsewhere = True`: training calls it from another thread
+    and goes on meanwhile. It is not differentiable.
     """
 
     name: str

@@ -58,6 +58,17 @@ class RewardMixture:
         return tuple(r for r in self.rewards if r.backprop and r.reward.differentiable)
 
     @property
+    def elsewhere(self) -> tuple[Weighted, ...]:
+        """The rewards that compute elsewhere, so that this process can work in the meantime."""
+        return tuple(r for r in self.rewards if getattr(r.reward, "elsewhere", False))
+
+    @property
+    def here(self) -> RewardMixture | None:
+        """The others; None if there are none."""
+        others = [item for item in self.rewards if item not in self.elsewhere]
+        return RewardMixture(others) if others else None
+
+    @property
     def has_differentiable(self) -> bool:
         """Whether any reward is back-propagated."""
         return bool(self.backpropagated)

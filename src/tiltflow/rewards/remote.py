@@ -103,6 +103,7 @@ class RemoteReward:
 
     differentiable = False
     domain = "images"
+    elsewhere = True
 
     def __init__(self, address: str, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()

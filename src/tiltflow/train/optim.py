@@ -159,6 +159,11 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def drop(self) -> None:
+        """Forgets gradients and watched values since the last `apply`."""
+        self._watched = []
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _bad(self) -> Tensor:
         """How many watched values are not finite (0-d fp32)."""
         bad = torch.zeros((), device=self.parameters[0].device)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tiltflow.background import Background
 from tiltflow.objectives.reward_backprop import reward_gradient
 from tiltflow.prompts import Prompt
-from tiltflow.rewards.base import NonFiniteScore
+from tiltflow.rewards.base import NonFiniteScore, checked
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.train.optim import NonFiniteError
 from tiltflow.train.updates import Share, micro_batches
@@ -42,38 +44,99 @@ class Scorer:
     target: float
     chunk: int
 
-    def __call__(self, step: int, x0: Tensor, prompts: Sequence[Prompt], backprop: bool) -> Scored:
-        """Scores this rank's samples x0 (b, ...); one gather joins the ranks' scores.
+    def begin(self, x0: Tensor, prompts: Sequence[Prompt], backprop: bool) -> Scoring:
+        """Scores this rank's samples x0 (b, ...) by the rewards that compute here, and has those
+        that compute elsewhere begin."""
+        scoring = Scoring(self, prompts)
+        try:
+            scoring.begin(x0, backprop)
+        except BaseException:
+            scoring.close()
+            raise
+        return scoring
+
+
+class Scoring:
+    """The scores of one rollout, on their way; to be closed (a `with` block does)."""
+
+    def __init__(self, scorer: Scorer, prompts: Sequence[Prompt]) -> None:
+        self._scorer, self._prompts = scorer, prompts
+        self._here = scorer.rewards.here
+        away = [item.reward for item in scorer.rewards.elsewhere]
+        self._threads = [(reward, Background(f"reward {reward.name}")) for reward in away]
+        self._later: list[tuple[str, slice, Future]] = []
+        self._losses: Tensor | None = None
+        self._gradient: Tensor | None = None
+        self._problem: Exception | None = None
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Calls that have not begun are not made any more."""
+        for _, thread in self._threads:
+            thread.close()
+
+    def begin(self, x0: Tensor, backprop: bool) -> None:
+        scorer = self._scorer
+        self._mine = x0.new_full((len(x0), len(scorer.rewards.names)), torch.nan)
+        try:
+            if backprop:
+                self._losses, self._gradient = reward_gradient(
+                    x0, scorer.decode, self._total, scorer.target, scorer.chunk
+                )
+            else:
+                for rows in micro_batches(len(x0), scorer.chunk):
+                    with torch.no_grad():
+                        self._plain(scorer.decode(x0[rows]), rows)
+        except NonFiniteScore as error:
+            self._problem = error
+
+    def finish(self, step: int) -> Scored:
+        """Every reward of the global batch, of iteration `step`; one gather joins the ranks'.
 
         Raises:
             NonFiniteScore: if a score is not finite; NonFiniteError on the other ranks.
         """
-        names, problem = self.rewards.names, None
-        mine = x0.new_full((len(x0), len(names)), torch.nan)
-        losses = gradient = None
-
-        def keep(rows: slice, scores: dict[str, Tensor]) -> None:
-            mine[rows] = torch.stack([scores[name] for name in names], 1).to(mine)
-
-        def total(images: Tensor, rows: slice) -> Tensor:
-            found, scores = self.rewards.differentiable_total(images, *_of(prompts[rows]))
-            keep(rows, scores)
-            return found
-
         try:
-            if backprop:
-                losses, gradient = reward_gradient(x0, self.decode, total, self.target, self.chunk)
-            else:
-                for rows in micro_batches(len(x0), self.chunk):
-                    with torch.no_grad():
-                        images = self.decode(x0[rows])
-                    keep(rows, self.rewards.score(images, *_of(prompts[rows])))
+            for name, rows, future in self._later:
+                self._keep(rows, {name: future.result()})
         except NonFiniteScore as error:
-            problem = error
-        table = self.share.ranks.gather(mine, self.share.batch)
+            self._problem = self._problem or error
+        share, names = self._scorer.share, self._scorer.rewards.names
+        table = share.ranks.gather(self._mine, share.batch)
         if not bool(torch.isfinite(table).all()):
-            raise problem or NonFiniteError(f"step {step}: a reward on another rank is not finite")
-        return Scored(dict(zip(names, table.unbind(1), strict=True)), losses, gradient)
+            message = f"step {step}: a reward on another rank is not finite"
+            raise self._problem or NonFiniteError(message)
+        scores = dict(zip(names, table.unbind(1), strict=True))
+        return Scored(scores, self._losses, self._gradient)
+
+    def _total(self, images: Tensor, rows: slice) -> Tensor:
+        self._send(images, rows)
+        assert self._here is not None  # what is back-propagated is here
+        total, scores = self._here.differentiable_total(images, *_of(self._prompts[rows]))
+        self._keep(rows, scores)
+        return total
+
+    def _plain(self, images: Tensor, rows: slice) -> None:
+        self._send(images, rows)
+        if self._here is not None:
+            self._keep(rows, self._here.score(images, *_of(self._prompts[rows])))
+
+    def _send(self, images: Tensor, rows: slice) -> None:
+        """To the rewards elsewhere, from host memory: their threads leave the device alone."""
+        if self._threads:
+            there = (images.detach().cpu(), *_of(self._prompts[rows]))
+            for reward, thread in self._threads:
+                self._later.append((reward.name, rows, thread.call(checked, reward, *there)))
+
+    def _keep(self, rows: slice, scores: dict[str, Tensor]) -> None:
+        names = self._scorer.rewards.names
+        for name, values in scores.items():
+            self._mine[rows, names.index(name)] = values.to(self._mine)
 
 
 def _of(prompts: Sequence[Prompt]) -> tuple[list[str], list]:

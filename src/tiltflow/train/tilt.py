@@ -97,13 +97,12 @@ class Tilt:
         cond, prompts = self._prompts(step)
         trained = self._trained_steps(step)
         trajectory = self._rollout(step, trained, cond)
-        scored = self._scorer(step, trajectory.end, prompts, backprop=bool(self._path))
+        scored, metrics = self._scored_and_fake_scores(step, trajectory, prompts)
         advantages, parts = group_advantages(
             scored.scores, self.rewards.weights, chosen.group_size, chosen.advantage_clip
         )
         means = {f"reward/{name}": values.mean() for name, values in scored.scores.items()}
-        metrics = {name: self.share.whole(value) for name, value in (means | parts).items()}
-        metrics |= self._fake_score_updates(step, trajectory, prompts)
+        metrics |= {name: self.share.whole(value) for name, value in (means | parts).items()}
         return metrics | self._generator_update(
             step, trajectory, trained, advantages[self.share.rows], prompts, scored
         )
@@ -186,17 +185,37 @@ class Tilt:
         """The sampler steps that some term of the generator's loss goes through."""
         return {*trained, *matched, *(self._path if len(self._path) == 1 else ())}
 
-    def _fake_score_updates(
+    def _scored_and_fake_scores(
         self, step: int, trajectory: Rollout, prompts: Sequence[Prompt]
-    ) -> dict[str, Tensor]:
-        """φ on the rollout's own boundary samples: the last, or a random one a sample (a random
-        one for all where each boundary has its own fake score)."""
+    ) -> tuple[Scored, dict[str, Tensor]]:
+        """The samples' rewards, and φ's updates on the rollout's own boundary samples: the last,
+        or a random one a sample (a random one for all where each boundary has its own fake score).
+
+        Rewards that compute elsewhere do so while the first update's gradient is computed. Until
+        all scores are there nothing has changed, so that an iteration may be given up.
+        """
         metrics: dict[str, Tensor] = {}
-        for update in range(self.settings.fake_score_updates):
-            draw = step * self.settings.fake_score_updates + update
-            x_s, s, boundary = self._boundaries(draw, trajectory)
-            metrics = self.fake.update(step, draw, x_s, s, trajectory.cond, prompts, boundary)
-        return metrics
+        updates = self.settings.fake_score_updates
+        with self._scorer.begin(trajectory.end, prompts, bool(self._path)) as scoring:
+            try:
+                if updates:
+                    metrics = self._fake_score_gradient(step, 0, trajectory, prompts)
+                scored = scoring.finish(step)
+            except BaseException:
+                self.fake.updater.drop()
+                raise
+        for update in range(updates):
+            if update:
+                metrics = self._fake_score_gradient(step, update, trajectory, prompts)
+            metrics |= self.fake.apply(step)
+        return scored, metrics
+
+    def _fake_score_gradient(
+        self, step: int, update: int, trajectory: Rollout, prompts: Sequence[Prompt]
+    ) -> dict[str, Tensor]:
+        draw = step * self.settings.fake_score_updates + update
+        x_s, s, boundary = self._boundaries(draw, trajectory)
+        return self.fake.accumulate(draw, x_s, s, trajectory.cond, prompts, boundary)
 
     def _boundaries(self, draw: int, trajectory: Rollout) -> tuple[Tensor, Tensor, int | None]:
         """Boundary samples, their levels and, if they have one in common, their boundary, for one

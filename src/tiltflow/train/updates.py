@@ -139,7 +139,19 @@ class FakeScoreTrainer:
         prompts: Sequence[Prompt],
         boundary: int | None,
     ) -> dict[str, Tensor]:
-        """One optimizer step on this rank's boundary samples x_s (b, ...) at levels s (b,).
+        """One optimizer step on this rank's boundary samples, as `accumulate` takes them."""
+        return self.accumulate(draw, x_s, s, cond, prompts, boundary) | self.apply(step)
+
+    def accumulate(
+        self,
+        draw: int,
+        x_s: Tensor,
+        s: Tensor,
+        cond: Conditioning | Grouped,
+        prompts: Sequence[Prompt],
+        boundary: int | None,
+    ) -> dict[str, Tensor]:
+        """The gradient at this rank's boundary samples x_s (b, ...), levels s (b,), for `apply`.
 
         `boundary` is the one that they all are of, from 1 to K; None is several.
         """
@@ -159,8 +171,11 @@ class FakeScoreTrainer:
             (losses.sum() / self.share.batch).backward()
             for name, values in parts.items():
                 metrics[name] = metrics.get(name, 0) + values.sum() / self.share.batch
-        metrics["fake_score/grad_norm"] = self.share.whole(self.updater.apply(step))
         return metrics
+
+    def apply(self, step: int) -> dict[str, Tensor]:
+        """The optimizer step on what was accumulated."""
+        return {"fake_score/grad_norm": self.share.whole(self.updater.apply(step))}
 
 
 @dataclass(frozen=True)
