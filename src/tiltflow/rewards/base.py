@@ -54,13 +54,17 @@ class FunctionReward:
         name: str,
         differentiable: bool = False,
         domain: str = "images",
+        elsewhere: bool = False,
     ) -> None:
         if domain not in ("images", "points"):
             raise ValueError(f"reward {name!r}: domain must be images or points, not {domain!r}")
+        if elsewhere and differentiable:
+            raise ValueError(f"reward {name!r}: elsewhere, so it cannot be differentiable")
         self.function = function
         self.name = name
         self.differentiable = differentiable
         self.domain = domain
+        self.elsewhere = elsewhere
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -245,9 +249,10 @@ def load_reward(
     `remote:http://HOST:PORT/NAME` for one behind a reward server.
 
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
-    -> (B,)`, which may have attributes `differentiable` and `domain` (options replace them), or to
-    a class, which is called with `device`, the options and, when given, `path`, and whose instances
-    are rewards. `path` is where the weights are: a directory, a hub id or `packaged:NAME`.
+    -> (B,)`, which may have attributes `differentiable`, `domain` and `elsewhere` (options replace
+    them), or to a class, which is called with `device`, the options and, when given, `path`, and
+    whose instances are rewards. `path` is where the weights are: a directory, a hub id or
+    `packaged:NAME`.
 
     Raises:
         ValueError: if there is no such reward (names the nearest), it cannot be imported, or it
@@ -313,7 +318,7 @@ def _from_target(
     if not callable(target):
         raise ValueError(f"reward {name!r} is neither a function nor a class")
     _no_path(name, path)
-    known = ("differentiable", "domain")
+    known = ("differentiable", "domain", "elsewhere")
     _only(name, options, known)
     said = {key: getattr(target, key) for key in known if hasattr(target, key)}
     return FunctionReward(target, name, **(said | dict(options)))
