@@ -73,7 +73,7 @@ def _other(options: list, current: object, rng: np.random.Generator) -> object:
 def near_miss(caption: shapes.Caption, rng: np.random.Generator) -> str:
     """A caption that differs in one respect, and that an image of the first contradicts."""
     items, changes = list(caption.items), ["shape", "colour"]
-    changes += ["relation"] * (4 * bool(caption.relation))
+    changes += ["relation", "relation"] * bool(caption.relation)
     changes += ["count", "count"] * (len(items) == 1)
     changes += ["swap"] * (len({i.colour for i in items}) * len({i.shape for i in items}) == 4)
     changes += ["background"] * bool(caption.background) + ["extra"]
