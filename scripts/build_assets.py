@@ -44,13 +44,17 @@ def run(stage: str, work: Path, out: Path) -> None:
     elif stage == "harden":
         from assets.harden import harden_clip, pair_accuracy
 
-        tokenizer = clips.tokenizer_of(work, "clip")
-        model = harden_clip("clip", work, tokenizer)
-        print(
-            f"clip: right caption among near misses {clips.hard_accuracy(model, tokenizer):.3f}, "
-            f"better of two images {pair_accuracy(model, tokenizer):.3f}"
-        )
-        model.save_pretrained(work / "clip")
+        for name in (*clips.REWARDS, *clips.EYES):
+            tokenizer = clips.tokenizer_of(work, name)
+            model = harden_clip(name, work, tokenizer)
+            print(
+                f"{name}: right caption among near misses "
+                f"{clips.hard_accuracy(model, tokenizer):.3f}, better of two images "
+                f"{pair_accuracy(model, tokenizer):.3f}, right relation "
+                f"{clips.relation_accuracy(model, tokenizer):.3f}"
+            )
+            half = model if name in clips.REWARDS else clips.text_tower(model)
+            half.save_pretrained(work / name)
     elif stage == "teacher":
         from assets.teacher import train_teacher
 

@@ -129,6 +129,7 @@ LINES = [
     Case("a strength beyond 1", SAMPLE + "model --tilt 2"),
     Case("a guidance that is no number", SAMPLE + "model --guidance nan"),
     Case("an unknown precision", SAMPLE + "model --dtype fp8"),
+    Case("an unknown mixed precision", SAMPLE + "model --autocast fp16"),
     Case("an unknown device", "sample --device gpu --prompt x --out y --model model"),
     Case("no prompt", "sample --model model --out y"),
     Case("a prompt and a file", SAMPLE + "model --prompts prompts.txt"),

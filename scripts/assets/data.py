@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def _other(options: list, current: object, rng: np.random.Generator) -> object:
 def near_miss(caption: shapes.Caption, rng: np.random.Generator) -> str:
     """A caption that differs in one respect, and that an image of the first contradicts."""
     items, changes = list(caption.items), ["shape", "colour"]
-    changes += ["relation", "relation"] * bool(caption.relation)
+    changes += ["relation"] * (4 * bool(caption.relation))
     changes += ["count", "count"] * (len(items) == 1)
     changes += ["swap"] * (len({i.colour for i in items}) * len({i.shape for i in items}) == 4)
     changes += ["background"] * bool(caption.background) + ["extra"]
@@ -102,3 +102,18 @@ def near_miss(caption: shapes.Caption, rng: np.random.Generator) -> str:
         more = shapes.Item(str(rng.choice(shapes.SHAPES)), str(rng.choice(list(shapes.COLOURS))))
         return replace(caption, items=(items[0], more)).text
     return replace(caption, items=tuple(items)).text
+
+
+def false_captions(texts: Sequence[str], each: int, seed: int) -> np.ndarray:
+    """(N, `each`) rows of `texts` that are near misses of text n, itself where it has none there.
+
+    `texts` are captions of the train split (others are a KeyError), and so are the false ones.
+    """
+    rng, row = np.random.default_rng([seed, 3]), {text: i for i, text in enumerate(texts)}
+    table = {c.text: c for options in shapes.split(held_out=False).values() for c in options}
+    out = np.empty((len(texts), each), dtype=np.int64)
+    for i, text in enumerate(texts):
+        tries = (row.get(near_miss(table[text], rng)) for _ in range(8 * each))
+        found = [t for t in tries if t is not None][:each] or [i]
+        out[i] = [found[k % len(found)] for k in range(each)]
+    return out

@@ -2,7 +2,10 @@
 
 A reward whose gradient is followed needs more than the right ranking of captions. Trained on
 clean renders alone, it has a gradient of small, scattered changes that raise the score and leave
-the picture as it is, and nothing tells it that "a square" is not a red one.
+the picture as it is, and nothing tells it that "a square" is not a red one. Relations ("left of")
+all learn here: first the places that images show and captions tell (`PlaceHeads`), the contrast of
+captions weighing little, then both together. The text towers of the pipeline have the first part
+only; before it, turning a relation round changed a twelfth of their embeddings, after it all.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from assets.clip import (
     NEGATIVES,
+    Features,
     PlaceHeads,
     by_caption,
     contrast,
     degrade,
     features,
+    load,
     normalise,
     scale_of,
     tokenize,
@@ -39,19 +44,31 @@ PAIR_WEIGHT = 3.0
 
 @dataclass(frozen=True)
 class Sitting:
-    """`pairs` captions a step with a right and a wrong image, beside `batch` renders."""
+    """A step has `batch` renders, half of them of relations, and `pairs` captions with a right and
+    a wrong image; images change by up to `radius`; the losses of captions weigh `contrast`."""
 
     steps: int
     batch: int
     pairs: int
     seed: int
+    radius: float = RADIUS
+    contrast: float = 1.0
 
 
-SITTINGS = (Sitting(1600, 64, 0, 23), Sitting(1100, 48, 24, 123))
+PLACES = Sitting(500, 64, 0, 23, radius=0.0, contrast=0.1)
+SITTINGS = {
+    "clip": (PLACES, Sitting(1000, 48, 24, 123)),
+    "clip_heldout": (replace(PLACES, seed=24), Sitting(600, 64, 0, 124, radius=0.0)),
+    "encoder_a": (replace(PLACES, seed=321),),
+    "encoder_b": (replace(PLACES, seed=322),),
+}
 
 
-def spoil(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one thing changed, so that a caption that it followed is wrong."""
+def spoil(scene: Scene, relation: bool, rng: np.random.Generator) -> Scene:
+    """The scene with one thing changed, so that a caption that it followed is wrong.
+
+    Where the caption has a `relation`, the two objects may also have changed places.
+    """
     objects = list(scene.objects)
     at = int(rng.integers(len(objects)))
     changed = objects[at]
@@ -61,7 +78,7 @@ def spoil(scene: Scene, rng: np.random.Generator) -> Scene:
     if len(objects) == 2 and all(
         getattr(objects[0], key) != getattr(objects[1], key) for key in ("shape", "colour")
     ):
-        options += ["swap", "swap"]
+        options += ["swap", "swap"] + ["mirror"] * (4 * relation)
     change = options[rng.integers(len(options))]
     if change == "shape":
         objects[at] = replace(changed, shape=_other(shapes.SHAPES, changed.shape, rng))
@@ -72,6 +89,9 @@ def spoil(scene: Scene, rng: np.random.Generator) -> Scene:
     elif change == "swap":
         a, b = objects
         objects = [replace(a, colour=b.colour), replace(b, colour=a.colour)]
+    elif change == "mirror":
+        a, b = objects
+        objects = [replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)]
     else:
         kind = (changed.shape, changed.colour)
         if rng.random() < 0.5:
@@ -96,7 +116,8 @@ def pair_images(
     for caption in captions:
         scene = shapes.sample_scene(caption, rng)
         right, wrong = (
-            shapes.render(s).astype(np.float32) / 255 for s in (scene, spoil(scene, rng))
+            shapes.render(s).astype(np.float32) / 255
+            for s in (scene, spoil(scene, caption.relation is not None, rng))
         )
         near = rng.uniform(0, 0.3) * (rng.random() < 0.5)
         far = rng.uniform(near + 0.2, 1.0) if rng.random() < 0.6 else 1.0
@@ -122,13 +143,13 @@ def attack(
     sitting: Sitting,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """The images changed by up to `RADIUS`: one gradient step from a random start, uphill in the
-    losses; the radius is drawn for each image, so that some stay as they were."""
+    """The images changed by up to the sitting's radius: one gradient step from a random start,
+    uphill in the losses; the radius is drawn for each image, so that some stay as they were."""
 
     def norm(x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-12
 
-    radius = RADIUS * torch.rand(len(images), 1, 1, 1, generator=generator)
+    radius = sitting.radius * torch.rand(len(images), 1, 1, 1, generator=generator)
     start = torch.randn(images.shape, generator=generator)
     start = 0.5 * radius * start / norm(start)
     moved = (images + start).requires_grad_(True)
@@ -144,9 +165,9 @@ def attack(
 
 
 def harden_clip(name: str, work: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Goes on from the model in work/name, through `SITTINGS`."""
-    model = CLIPModel.from_pretrained(work / name)
-    for number, sitting in enumerate(SITTINGS):
+    """Goes on from the model in work/name, through its sittings."""
+    model = load(work, name)
+    for number, sitting in enumerate(SITTINGS[name]):
         _sit(f"{name}_hardened_{number}", model, sitting, work, tokenizer)
     return model.eval()
 
@@ -161,9 +182,12 @@ def _sit(
     trained = [*model.parameters(), *helper.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.02)
     n = sitting.batch
+    related = torch.tensor([i for i, c in enumerate(captions) if c.relation is not None])
 
     def loss(generator: torch.Generator, step: int) -> torch.Tensor:
-        index = batches(len(texts), n, generator).sort().values.numpy()
+        index = batches(len(texts), n, generator)
+        index[: n // 2] = related[batches(len(related), n // 2, generator)]
+        index = index.sort().values.numpy()
         rng = np.random.default_rng([sitting.seed, step])
         x = degrade(tensor_images(np.asarray(images[index])), generator)
         own = [texts[i] for i in index]
@@ -172,14 +196,16 @@ def _sit(
         if chosen:
             x = torch.cat([x, degrade(torch.cat(pair_images(chosen, rng)), generator)])
         ids = tokenize(tokenizer, [*own, *wrong, *(c.text for c in chosen)])
-        x = attack(model, x, ids, sitting, generator)
+        if sitting.radius:
+            x = attack(model, x, ids, sitting, generator)
         image, text, patches = features(model, normalise(x), ids)
         scale = scale_of(model)
         total = contrast(image[:n], text[: n * (1 + NEGATIVES)], own, scale)
-        total = total + helper.loss(patches[:n], index)
         if chosen:
             total = total + PAIR_WEIGHT * preference(image, text, scale, sitting.pairs).mean()
-        return total
+        own_features = Features(image[:n], text[:n], patches[:n])
+        placed = helper.loss(own_features, index, [captions[i] for i in index])
+        return sitting.contrast * total + placed
 
     fit(
         label,

@@ -18,7 +18,7 @@ from tiltflow.evaluation.suites import suite_of
 from tiltflow.prompts import load_prompts
 
 MODEL = "packaged:pipeline"
-PROMPTS, FAST_PROMPTS = 516, 24
+PROMPTS, FAST_PROMPTS = 1024, 24
 FAST = {
     "cold_start": ("train.steps=10", "log.samples_every=10", "watch.every=10", "watch.prompts=12"),
     "tilt": ("train.steps=4", "log.samples_every=4", "watch.every=4", "watch.prompts=12"),
@@ -42,6 +42,7 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
         tilt_lora=out / "tilt" / "export" / "tilt",
         rewards=dict.fromkeys(suite.rewards),
         diversity=True,
+        autocast="auto",  # as in training
         batch=128,
     )
     result = evaluate_to(out / "evaluation.json", request, console)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from tiltflow.evaluation.files import scores_path, write_evaluation, write_score
 from tiltflow.evaluation.report import SIGNIFICANT, beside
 from tiltflow.evaluation.scores import Diversity, Evaluation, SaveImages, evaluate_systems
 from tiltflow.paths import resolve_path
+from tiltflow.precision import attention_of, autocast_dtype
 from tiltflow.prompts import Prompt
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import Reward, load_reward
@@ -52,6 +54,8 @@ class Request:
     batch: int = 64
     device: str = "auto"
     dtype: str = "fp32"
+    autocast: str | None = None
+    """As `model.autocast` of a run: bf16, auto or None."""
     resolution: int | None = None
     max_sequence_length: int | None = None
     generator_path: str | None = None
@@ -84,7 +88,8 @@ def prepare(request: Request) -> tuple[Loaded, Sampler]:
     batch = max(1, min(BATCH, len(distinct(request.prompts))))
     encoded = encode_prompts(backbone, request.prompts, batch)
     backbone.free_text_encoders()
-    loaded = load_students(backbone, request.few_step, request.tilt_lora, request.tilt)
+    mixed = autocast_dtype(request.autocast, backbone.device)
+    loaded = load_students(backbone, request.few_step, request.tilt_lora, request.tilt, mixed)
     guidance = backbone.guidance if request.guidance is None else request.guidance
     sampler = Sampler(
         encoded,
@@ -116,11 +121,20 @@ def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) 
         report = SystemsProgress(bar, [system.name], console)
         for start in range(0, len(mine), request.batch):
             rows = mine[start : start + request.batch]
-            images = (system.sample(list(rows)) * 255).round().byte().permute(0, 2, 3, 1)
+            with _attention(request):
+                images = system.sample(list(rows))
+            images = (images * 255).round().byte().permute(0, 2, 3, 1)
             for row, pixels in zip(rows, images.cpu().numpy(), strict=True):
                 Image.fromarray(pixels).save(out / f"{row:05d}.png")
             report(system.name, start + len(rows), len(mine))
     ranks.total([0.0])  # all images are there when rank 0 says so
+
+
+def _attention(request: Request) -> AbstractContextManager[None]:
+    """As in training; without autocast the networks' own, which diffusers' pipelines use too."""
+    device = device_of(request.device)
+    mixed = autocast_dtype(request.autocast, device)
+    return attention_of(device, mixed) if mixed else nullcontext()
 
 
 def load_rewards(rewards: Mapping[str, str | None], device: str) -> list[Reward]:
@@ -143,7 +157,7 @@ def evaluate(
     rewards = load_rewards(request.rewards, request.device)
     names = [s.name for s in systems]
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
-    with progress_bar(console) as bar:
+    with progress_bar(console) as bar, _attention(request):
         return evaluate_systems(
             systems,
             request.prompts,
@@ -192,7 +206,7 @@ def asked(request: Request) -> dict[str, Any]:
     The code of rewards of one's own, and what a reward server runs, are not seen here.
     """
     plain = ("tilt", "steps", "eta", "teacher_steps", "guidance", "seed", "batch", "dtype")
-    more = ("resolution", "max_sequence_length", "diversity")
+    more = ("autocast", "resolution", "max_sequence_length", "diversity")
     prompts = json.dumps([[p.text, p.metadata] for p in request.prompts], default=str)
     return {
         **{name: getattr(request, name) for name in (*plain, *more)},

@@ -45,6 +45,9 @@ class SamplingOptions:
     batch: Annotated[int, typer.Option("--batch", help="images at a time", min=1)] = 16
     device: Device = "auto"
     dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16")] = "fp32"
+    autocast: Annotated[
+        str | None, typer.Option("--autocast", help="bf16 or auto: networks in mixed precision")
+    ] = None
     resolution: Annotated[int | None, typer.Option("--resolution", help="image side in pixels")] = (
         None
     )
@@ -63,7 +66,7 @@ class SamplingOptions:
         that only one command has.
 
         Raises:
-            ValueError: if there is no prompt, or the dtype is unknown.
+            ValueError: if there is no prompt, or a precision is unknown.
         """
         from tiltflow.build import DTYPES
         from tiltflow.commands.evaluate import Request
@@ -71,6 +74,8 @@ class SamplingOptions:
 
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
+        if self.autocast not in (None, "bf16", "auto"):
+            raise ValueError(f"--autocast is {self.autocast!r}; it is one of bf16, auto")
         source = self.prompts if self.prompts or self.prompt is not None else default_prompts
         if (self.prompt is None) == (source is None):
             raise ValueError("give either --prompt TEXT or --prompts FILE")

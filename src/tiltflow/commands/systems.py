@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,12 +44,17 @@ class Loaded:
 
 
 def load_students(
-    backbone: Backbone, few_step: Path | None, tilt: Path | None, strength: float = 1.0
+    backbone: Backbone,
+    few_step: Path | None,
+    tilt: Path | None,
+    strength: float = 1.0,
+    autocast: torch.dtype | None = None,
 ) -> Loaded:
     """Loads LoRA folders through the pipeline's own loader.
 
     The students are `ac_dmd` (the few-step adapter) and `rtdmd` (the tilt adapter on top, at
     `strength` in [0, 1]); of a merged pipeline, whose scheduler is the students', itself: `merged`.
+    Every network runs under `autocast`, if given.
 
     Raises:
         ValueError: if a folder holds no LoRA, or one of another model.
@@ -56,8 +62,8 @@ def load_students(
     if isinstance(backbone.pipe.scheduler, CPSFlowMatchScheduler):  # type: ignore[attr-defined]
         if few_step is not None:
             raise ValueError("this pipeline has its few-step weights merged in: give no --few-step")
-        student = backbone.student_base
-        return Loaded(backbone, None, {"merged": Role("merged", backbone, student)})
+        merged = Role("merged", backbone, backbone.student_base, autocast=autocast)
+        return Loaded(backbone, None, {"merged": merged})
     if tilt is not None and few_step is None:
         raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
     for name, folder in (("few_step", few_step), ("tilt", tilt)):
@@ -70,12 +76,13 @@ def load_students(
         for layer in switch.layers:
             if isinstance(layer, LoraLayer) and "tilt" in layer.scaling:
                 layer.set_scale("tilt", strength)
-    students = {}
+    made = partial(Role, autocast=autocast)
+    students: dict[str, Role] = {}
     if few_step is not None:
-        students["ac_dmd"] = Role("ac_dmd", backbone, student, ("few_step",), switch)
+        students["ac_dmd"] = made("ac_dmd", backbone, student, ("few_step",), switch)
     if tilt is not None:
-        students["rtdmd"] = Role("rtdmd", backbone, student, ("few_step", "tilt"), switch)
-    teacher = Role("teacher", backbone, backbone.teacher_base, (), teacher_switch)
+        students["rtdmd"] = made("rtdmd", backbone, student, ("few_step", "tilt"), switch)
+    teacher = made("teacher", backbone, backbone.teacher_base, (), teacher_switch)
     return Loaded(backbone, teacher, students)
 
 
