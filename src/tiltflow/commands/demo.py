@@ -18,7 +18,7 @@ from tiltflow.evaluation.suites import suite_of
 from tiltflow.prompts import load_prompts
 
 MODEL = "packaged:pipeline"
-PROMPTS, FAST_PROMPTS = 1024, 24
+PROMPTS, FAST_PROMPTS = 516, 24
 FAST = {
     "cold_start": ("train.steps=10", "log.samples_every=10", "watch.every=10", "watch.prompts=12"),
     "tilt": ("train.steps=4", "log.samples_every=4", "watch.every=4", "watch.prompts=12"),
