@@ -21,6 +21,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from assets.data import POOLS, false_captions, place_labels, render_pool
 from assets.train import autocast, batches, chunks, fit
 from assets.vae import encode
+from tiltflow.flow import shift_sigma
 from tiltflow.worlds import shapes
 from tiltflow.worlds.shapes_checker import read_scene, score
 
@@ -97,7 +98,7 @@ def sample(pipe, transformer, embeds, pooled, steps, guidance, seed) -> np.ndarr
     n = len(embeds) - 1
     x = torch.randn(n, 8, 8, 8, generator=generator)
     u = torch.linspace(1, 0, steps + 1)
-    grid = SHIFT * u / (1 + (SHIFT - 1) * u)
+    grid = shift_sigma(u, SHIFT)
     context = torch.cat([embeds[-1:].expand(n, -1, -1), embeds[:n]])
     pool = torch.cat([pooled[-1:].expand(n, -1), pooled[:n]])
     for now, then in itertools.pairwise(grid):

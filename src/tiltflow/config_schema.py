@@ -24,6 +24,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+Autocast = Literal["bf16", "auto"]
+"""Mixed precision of the networks; `auto` is none on CPUs without bf16 instructions."""
+
+
 class ModelConfig(Section):
     """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks."""
 
@@ -32,7 +36,7 @@ class ModelConfig(Section):
     family: Literal["sd3", "flux", "flux2", "mixture"] | None = None
     resolution: Positive | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
-    autocast: Literal["bf16", "auto"] | None = None
+    autocast: Autocast | None = None
     vae_dtype: Literal["fp32", "bf16"] | None = None
     base_storage: Literal["fp8"] | None = None
     max_sequence_length: Count | None = None

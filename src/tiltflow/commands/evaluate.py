@@ -117,13 +117,11 @@ def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) 
     system = sampler.systems(loaded, teacher=not loaded.students)[-1 if loaded.students else 0]
     out.mkdir(parents=True, exist_ok=True)
     mine = range(len(request.prompts))[ranks.share(len(request.prompts))]
-    with progress_bar(console) as bar:
+    with progress_bar(console) as bar, _attention(request):
         report = SystemsProgress(bar, [system.name], console)
         for start in range(0, len(mine), request.batch):
             rows = mine[start : start + request.batch]
-            with _attention(request):
-                images = system.sample(list(rows))
-            images = (images * 255).round().byte().permute(0, 2, 3, 1)
+            images = (system.sample(list(rows)) * 255).round().byte().permute(0, 2, 3, 1)
             for row, pixels in zip(rows, images.cpu().numpy(), strict=True):
                 Image.fromarray(pixels).save(out / f"{row:05d}.png")
             report(system.name, start + len(rows), len(mine))

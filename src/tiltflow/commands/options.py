@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -70,12 +70,14 @@ class SamplingOptions:
         """
         from tiltflow.build import DTYPES
         from tiltflow.commands.evaluate import Request
+        from tiltflow.config_schema import Autocast
         from tiltflow.prompts import Prompt, load_prompts
 
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
-        if self.autocast not in (None, "bf16", "auto"):
-            raise ValueError(f"--autocast is {self.autocast!r}; it is one of bf16, auto")
+        if self.autocast not in (None, *get_args(Autocast)):
+            choices = ", ".join(get_args(Autocast))
+            raise ValueError(f"--autocast is {self.autocast!r}; it is one of {choices}")
         source = self.prompts if self.prompts or self.prompt is not None else default_prompts
         if (self.prompt is None) == (source is None):
             raise ValueError("give either --prompt TEXT or --prompts FILE")

@@ -59,11 +59,11 @@ def load_students(
     Raises:
         ValueError: if a folder holds no LoRA, or one of another model.
     """
+    made = partial(Role, autocast=autocast)
     if isinstance(backbone.pipe.scheduler, CPSFlowMatchScheduler):  # type: ignore[attr-defined]
         if few_step is not None:
             raise ValueError("this pipeline has its few-step weights merged in: give no --few-step")
-        merged = Role("merged", backbone, backbone.student_base, autocast=autocast)
-        return Loaded(backbone, None, {"merged": merged})
+        return Loaded(backbone, None, {"merged": made("merged", backbone, backbone.student_base)})
     if tilt is not None and few_step is None:
         raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
     for name, folder in (("few_step", few_step), ("tilt", tilt)):
@@ -76,7 +76,6 @@ def load_students(
         for layer in switch.layers:
             if isinstance(layer, LoraLayer) and "tilt" in layer.scaling:
                 layer.set_scale("tilt", strength)
-    made = partial(Role, autocast=autocast)
     students: dict[str, Role] = {}
     if few_step is not None:
         students["ac_dmd"] = made("ac_dmd", backbone, student, ("few_step",), switch)
