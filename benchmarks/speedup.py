@@ -4,16 +4,17 @@ The demo's recipes on the embedded model, all versions in one process and in tur
 the rounds of the ratio to the straightforward version in fp32. bf16 is autocast; both versions run
 in both precisions, so that what the precision alone brings can be told from the rest. Stage 1 also
 with the published ratio of updates and form of the regulariser. With --compile also the library's
-versions with `model.compile`, which takes minutes to build.
+last version with `model.compile`, which takes minutes to build.
 
-    python benchmarks/speedup.py [--rounds 2] [--batch 64] [--cases cold_start published tilt]
+    python benchmarks/speedup.py [--rounds 3] [--batch 64] [--cases cold_start published tilt]
                                  [--compile]
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from support.plain import Plain
@@ -21,13 +22,31 @@ from support.stages import Model, model
 from support.tables import interleaved, median, ratio, report
 
 from tiltflow.build import adapter_settings, attention_for, build_backbone
+from tiltflow.train.cold_start import ColdStart, Cycle
 
 PUBLISHED = ["cold_start.generator_every=10", "cold_start.consistency_form=two_sample"]
 LAST_STEP = ["tilt.reward_steps=1", "tilt.reward_normalise=false"]  # as published
-CASES: dict[str, tuple[str, str, int, list[str]]] = {
-    "cold_start": ("cold_start", "demo's", 2, []),
-    "published": ("cold_start", "published", 10, PUBLISHED),
-    "tilt": ("tilt", "demo's, last step", 1, LAST_STEP),
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of a stage, `window` iterations of which are a round, and the library's variants."""
+
+    stage: str
+    settings: str
+    window: int
+    more: Sequence[str] = ()
+    variants: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": ()})
+
+
+CASES = {
+    "cold_start": Case(
+        "cold_start", "demo's", 8, (), {", step run again": ["cold_start.keep_graph=false"], "": ()}
+    ),
+    "published": Case(
+        "cold_start", "published", 10, PUBLISHED, {"": (), ", reuse 4": ["cold_start.reuse=4"]}
+    ),
+    "tilt": Case("tilt", "demo's, last step", 1, LAST_STEP),
 }
 BUILDING = 30  # iterations in which every boundary comes up, and so every role is compiled
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -62,8 +81,10 @@ def of_plain(
         for _ in range(window):
             indices = build.stage.sampler.indices(step * count, count)
             cond, prompts = build.prompts.select(indices, build.backbone.device)
-            if stage == "cold_start":
-                plain.cold_start(step, cond)
+            if isinstance(build.stage, ColdStart):
+                # the library's boundaries: by its own draw it could have shorter rollouts
+                (stop,) = build.stage.stops(Cycle.of(step, 1, cfg.cold_start.generator_every))
+                plain.cold_start(step, cond, stop)
             else:
                 repeated = [p for p in prompts for _ in range(size)]
                 plain.tilt(cond.repeat(size), repeated, build.stage.rewards)  # type: ignore[union-attr]
@@ -72,45 +93,42 @@ def of_plain(
     return run
 
 
-def systems(
-    made: Model, stage: str, window: int, compiled: bool, *more: str
-) -> dict[str, Callable[[], None]]:
+def systems(made: Model, case: Case, compiled: bool, *more: str) -> dict[str, Callable[[], None]]:
     """The versions of a stage by name, the one that all are compared with first."""
-    found = {}
+    found, common = {}, (*case.more, *more)
     for name, precision in PRECISIONS.items():
-        found[f"straightforward, {name}"] = of_plain(made, stage, window, precision, *more)
-    reuses = (1, 4) if stage == "cold_start" else (1,)
+        found[f"straightforward, {name}"] = of_plain(
+            made, case.stage, case.window, precision, *common
+        )
     for name, precision in PRECISIONS.items():
-        for reuse in reuses:
-            options = [f"model.autocast={'bf16' if precision else 'null'}", *more]
-            options += [f"cold_start.reuse={reuse}"] if stage == "cold_start" else []
-            label = f"tiltflow, {name}" + (f", reuse {reuse}" if reuse > 1 else "")
-            found[label] = of_library(made, stage, window, *options)
-            if compiled:
-                options.append("model.compile=true")
-                found[f"{label}, compiled"] = of_library(made, stage, window, *options)
+        for variant, changes in case.variants.items():
+            options = [f"model.autocast={'bf16' if precision else 'null'}", *common, *changes]
+            label = f"tiltflow, {name}{variant}"
+            found[label] = of_library(made, case.stage, case.window, *options)
+    if compiled:  # the last, in bf16 and with the last variant
+        options.append("model.compile=true")
+        found[f"{label}, compiled"] = of_library(made, case.stage, case.window, *options)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     rows = []
     with model() as made:
-        for case in args.cases:
-            stage, settings, window, more = CASES[case]
-            batch = f"train.batch_size={args.batch}"
-            runs = systems(made, stage, window, args.compile, batch, *more)
-            warmup = BUILDING // window if args.compile else 1
+        for case in (CASES[name] for name in args.cases):
+            runs = systems(made, case, args.compile, f"train.batch_size={args.batch}")
+            warmup = -(-BUILDING // case.window) if args.compile else 1
             seconds = interleaved(runs, args.rounds, warmup)
             first = next(iter(runs))
             for name, values in seconds.items():
                 share = ratio(values, seconds[first])
-                rows.append([stage, settings, name, median(values) / window, share])
+                each = median(values) / case.window
+                rows.append([case.stage, case.settings, name, each, share])
                 print(rows[-1], flush=True)
     columns = ["stage", "settings", "version", "iteration, CPU s", "of straightforward fp32"]
     report("speedup", columns, rows, batch=args.batch, rounds=args.rounds)

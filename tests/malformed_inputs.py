@@ -78,6 +78,7 @@ SETTINGS = [
     Case("a word for a number", TRAIN + "train.steps=ten"),
     Case("no steps", TRAIN + "train.steps=0"),
     Case("a rate that is not finite", TRAIN + "train.generator_lr=.nan"),
+    Case("a part without gradient", TRAIN + "'model.gradient_checkpointing=[teacher]'"),
     Case("a number in quotes", TRAIN + "'train.steps=\"3\"'"),
     Case("a setting below a number", TRAIN + "train.steps.more=3"),
     Case("an unknown stage", TRAIN + "stage=warm_start"),

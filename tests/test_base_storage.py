@@ -32,7 +32,7 @@ def made(tiny: Tiny, name: str, generator: str | None, fp8: bool) -> tuple[Any, 
         for base in {backbone.student_base, backbone.teacher_base}:
             rounded(base)
     settings = AdapterSettings(2, 4.0, backbone.lora_targets())
-    roles = adapter_roles(backbone, settings, seed=0, checkpointing=True)
+    roles = adapter_roles(backbone, settings, seed=0, checkpointing=("generator", "fake_score"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         for role in (roles.generator, roles.fake_score):

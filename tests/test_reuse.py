@@ -67,7 +67,7 @@ def test_a_shared_rollout_holds_the_boundaries_and_nothing_else(tmp_path: Path) 
     made = stage(tmp_path, "cold_start.reuse=2", "cold_start.generator_every=2")
     made.iteration(0)
     ((trajectory, _),) = made._held.values()
-    stops = made._stops(Cycle.of(0, 2, 2))
+    stops = made.stops(Cycle.of(0, 2, 2))
     assert set(trajectory.states) == {*stops, stops[-1] - 1}
     made.iteration(1)
     assert not made._held

@@ -84,9 +84,11 @@ def test_same_seed_same_adapter(pipeline: Path) -> None:
     assert not torch.equal(made[0][name], made[2][name])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "checkpointing", [(), ("generator",), ("fake_score",), ("generator", "fake_score")]
+)
 def test_gradients_under_switched_adapters_equal_separate_copies(
-    backbone: Backbone, checkpointing: bool
+    backbone: Backbone, checkpointing: tuple[str, ...]
 ) -> None:
     """Two graphs are built under two roles, a third role runs, then both are differentiated."""
     x, sigma, cond = inputs(backbone)

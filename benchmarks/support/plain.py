@@ -159,10 +159,9 @@ class Plain:
                 self.generator.parameters[name], alpha=1 - self.cfg.train.ema
             )
 
-    def cold_start(self, step: int, cond: Conditioning) -> dict[str, float]:
-        """One iteration of stage 1 on a batch of prompts."""
+    def cold_start(self, step: int, cond: Conditioning, stop: int) -> dict[str, float]:
+        """One iteration of stage 1 on a batch of prompts, at the boundary after step `stop`."""
         chosen = self.cfg.cold_start
-        stop = int(torch.randint(1, len(self.sigmas), ()))
         states, _ = self.rollout(cond, stop, [self.noise() for _ in range(stop)])
         s = self.level(stop)
         seen = self.fake_update(states[-1], s, cond, chosen.consistency)

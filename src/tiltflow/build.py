@@ -103,7 +103,11 @@ def build_backbone(cfg: RunConfig, parts: Parts = "all", ranks: Ranks = ALONE) -
         fp8=model.base_storage == "fp8",
         base=base,
     )
-    if model.gradient_checkpointing and isinstance(backbone, PipelineBackbone) and parts != "text":
+    if (
+        "decoder" in model.checkpointed
+        and isinstance(backbone, PipelineBackbone)
+        and parts != "text"
+    ):
         backbone.checkpoint_decoder()
     return backbone
 
@@ -198,7 +202,7 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
         "seed": cfg.run.seed,
         "fake_score": start.fake_score if start else None,
         "boundaries": fake_scores(cfg),
-        "checkpointing": cfg.model.gradient_checkpointing,
+        "checkpointing": cfg.model.checkpointed,
         "autocast": autocast_dtype(cfg.model.autocast, backbone.device),
     }
     if cfg.adapters.kind == "copies":
@@ -308,16 +312,8 @@ def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks, guard: Guar
     lr = train.generator_lr if which == "generator" else train.fake_score_lr
     shape = cosine if train.schedule == "cosine" else constant
     schedule = partial(shape, steps=train.steps, warmup=train.warmup)
-    return Updater(
-        getattr(roles, which),
-        lr,
-        train.betas,
-        train.weight_decay,
-        train.clip,
-        schedule,
-        ranks,
-        guard,
-    )
+    role, fixed = getattr(roles, which), (train.betas, train.weight_decay, train.clip)
+    return Updater(role, lr, *fixed, schedule, ranks, guard)
 
 
 def _common(
@@ -369,7 +365,10 @@ def _common(
 def _cold_start(cfg: RunConfig, *parts: Any) -> ColdStart:
     chosen = cfg.cold_start
     return ColdStart(
-        **_common(cfg, *parts), generator_every=chosen.generator_every, reuse=chosen.reuse
+        **_common(cfg, *parts),
+        generator_every=chosen.generator_every,
+        reuse=chosen.reuse,
+        keep_graph=chosen.keep_graph,
     )
 
 

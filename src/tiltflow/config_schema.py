@@ -28,8 +28,26 @@ Autocast = Literal["bf16", "auto"]
 """Mixed precision of the networks; `auto` is none on CPUs without bf16 instructions."""
 
 
+CHECKPOINTED = ("decoder", "fake_score", "generator")
+"""What gradient checkpointing can cover: what has a backward pass."""
+
+
+def checkpointed_parts(value: Any) -> Any:
+    """Yes, no, or names out of `CHECKPOINTED`."""
+    named = isinstance(value, list | tuple) and all(part in CHECKPOINTED for part in value)
+    if not named and not isinstance(value, bool):
+        raise ValueError(f"be true, false or a list out of {', '.join(CHECKPOINTED)}")
+    return tuple(value) if named else value
+
+
+Checkpointed = Annotated[bool | tuple[str, ...], BeforeValidator(checkpointed_parts)]
+
+
 class ModelConfig(Section):
-    """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks."""
+    """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks.
+
+    `gradient_checkpointing`: of nothing, of all that has a backward pass, or of these.
+    """
 
     path: Text
     generator_path: Text | None = None
@@ -42,8 +60,16 @@ class ModelConfig(Section):
     max_sequence_length: Count | None = None
     few_step: Text | None = None
     guidance: float | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointed = False
     compile: bool = False
+
+    @property
+    def checkpointed(self) -> frozenset[str]:
+        """The parts of `gradient_checkpointing` by name."""
+        chosen = self.gradient_checkpointing
+        if isinstance(chosen, bool):
+            return frozenset(CHECKPOINTED if chosen else ())
+        return frozenset(chosen)
 
 
 class AdaptersConfig(Section):
@@ -99,10 +125,13 @@ class ColdStartConfig(Section):
     """METHOD §4; `consistency_max_delta` is in thousandths of σ.
 
     `reuse` is how many iterations one rollout serves: 1 as published, at most K.
+    `keep_graph`: the step that the generator's update differentiates is run once, and its graph
+    kept while the fake score is updated.
     """
 
     generator_every: Positive = 10
     reuse: Positive = 1
+    keep_graph: bool = False
     consistency: Weight = 0.01
     consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
     consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200
@@ -272,10 +301,10 @@ def _check_base_storage(config: RunConfig) -> None:
         raise ValueError(f"{key} is for the frozen base of LoRAs, so adapters.kind is lora")
     if config.run.sharding != "replicated":
         raise ValueError(f"{key} cannot be sharded, so run.sharding is replicated")
-    if not config.model.gradient_checkpointing:
+    if not {"generator", "fake_score"} <= config.model.checkpointed:
         raise ValueError(
-            f"{key} saves no memory unless model.gradient_checkpointing is true: the backward "
-            "pass would keep every matrix in model.dtype"
+            f"{key} saves no memory unless model.gradient_checkpointing is true or has generator "
+            "and fake_score: the backward pass would keep every matrix in model.dtype"
         )
 
 

@@ -30,7 +30,7 @@ from tiltflow.objectives.distribution_matching import matching_gradient, matchin
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.objectives.reward_backprop import reward_gradient
 from tiltflow.roles import AdapterSettings, Roles, adapter_roles, copy_roles
-from tiltflow.rollout import Rollout, attach_from, rollout
+from tiltflow.rollout import Rollout, advance, attach_from, rollout
 
 GIB = 2**30
 OVERHEAD = 1.5 * GIB
@@ -120,10 +120,11 @@ class Job:
     guidance: float
     consistency: bool
     adapters: AdapterSettings | None
-    checkpointing: bool = False
+    checkpointing: frozenset[str] = frozenset()
     tilt: TiltJob | None = None
     fused: bool = True
     boundaries: int | None = None
+    keep_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
     roles = _roles(make, job)
     backbone = roles.generator.backbone
     assert isinstance(backbone, PipelineBackbone)
-    if job.checkpointing:
+    if "decoder" in job.checkpointing:
         backbone.checkpoint_decoder()
     trained = [roles.generator, roles.fake_score]
     updated = [roles.generator, roles.fake_score.at(1)]  # one fake score at a time has gradients
@@ -272,6 +273,7 @@ def _rollout(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
 
 def _fake_score(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, level = _latents(backbone, job.micro), torch.empty(job.micro, device=META)
+    kept = _kept(roles, backbone, job)
     losses, _ = fake_score_objective(
         roles.fake_score.at(1).field(_conditioning(backbone, job.micro)),
         x,
@@ -280,7 +282,16 @@ def _fake_score(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
         0.01 if job.consistency else 0.0,
         0.5,
     )
-    return losses.sum().backward()
+    losses.sum().backward()
+    return kept
+
+
+def _kept(roles: Roles, backbone: PipelineBackbone, job: Job) -> list[Tensor]:
+    """The generator's step of every micro-batch with its graph, where it is kept."""
+    x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
+    start = Rollout(_grid(job), {0: x}, cond, 0.5)
+    parts = job.batch // job.micro if job.keep_graph else 0
+    return [advance(roles.generator, start, 0, x) for _ in range(parts)]
 
 
 def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
@@ -288,7 +299,8 @@ def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     cond = _conditioning(backbone, job.micro)
     teacher = roles.teacher.field(cond, job.guidance)
     fake_score = roles.fake_score.at(1).field(cond)
-    return matching_gradient(x, level, level, x, x, teacher, fake_score, 0.5)
+    kept = _kept(roles, backbone, job)
+    return kept, matching_gradient(x, level, level, x, x, teacher, fake_score, 0.5)
 
 
 def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:

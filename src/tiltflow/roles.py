@@ -8,7 +8,7 @@ second generator adapter (`tilt`) on the frozen stage-1 one (`few_step`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -244,7 +244,7 @@ def adapter_roles(
     few_step: tuple[AdapterSettings, State] | None = None,
     fake_score: State | None = None,
     boundaries: int | None = None,
-    checkpointing: bool = False,
+    checkpointing: Collection[str] = (),
     autocast: torch.dtype | None = None,
 ) -> Roles:
     """Roles as adapters over the backbone's frozen base(s).
@@ -252,7 +252,7 @@ def adapter_roles(
     `few_step` is stage 1's adapter, for stage 2: it stays frozen under the generator's and the
     EMA's own. `fake_score` are the weights that the fake score starts from (default: the teacher's
     own, that is, an adapter that does nothing); `boundaries` gives it as many adapters, one for
-    each boundary.
+    each boundary. `checkpointing` may have `generator` and `fake_score`.
     """
     student, teacher = backbone.student_base, backbone.teacher_base
     stack: tuple[str, ...] = ()
@@ -270,9 +270,10 @@ def adapter_roles(
         for k, name in enumerate(_fake_names(boundaries), 1)
     }
     switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
-    if checkpointing:
+    if any(_covered(name, checkpointing) for name in ("generator", *fakes)):
         for base in {id(b): b for b in (student, teacher)}.values():
-            _call(base, "enable_gradient_checkpointing", _checkpointing(switches[id(base)]))
+            function = _checkpointing(switches[id(base)], checkpointing)
+            _call(base, "enable_gradient_checkpointing", function)
 
     def role(
         name: str, base: nn.Module, adapters: tuple[str, ...], own: dict | None = None
@@ -299,14 +300,14 @@ def copy_roles(
     few_step: State | None = None,
     fake_score: State | None = None,
     boundaries: int | None = None,
-    checkpointing: bool = False,
+    checkpointing: Collection[str] = (),
     autocast: torch.dtype | None = None,
 ) -> Roles:
     """Roles as separate fp32 networks (full fine-tuning); stage 2 starts from `few_step`."""
 
     def role(name: str, of: str, start: State | None, trainable: bool) -> Role:
         network = backbone.new_copy(of, seed)
-        if checkpointing:
+        if _covered(name, checkpointing):
             _call(network, "enable_gradient_checkpointing")
         own = dict(network.requires_grad_(trainable).named_parameters())
         made = Role(name, backbone, network, parameters=own, autocast=autocast)
@@ -338,11 +339,19 @@ def _call(network: nn.Module, method: str, *args: Any, **kwargs: Any) -> None:
     found(*args, **kwargs)
 
 
-def _checkpointing(switch: AdapterSwitch) -> Callable[..., Tensor]:
-    """Gradient checkpointing whose recomputation sees the adapters of the forward pass."""
+def _covered(name: str, parts: Collection[str]) -> bool:
+    """Whether a role or adapter is of `parts`, where `fake_score` is all the fake scores."""
+    return ("fake_score" if name.startswith("fake_score") else name) in parts
+
+
+def _checkpointing(switch: AdapterSwitch, parts: Collection[str]) -> Callable[..., Tensor]:
+    """Gradient checkpointing whose recomputation sees the adapters of the forward pass; none under
+    adapters that are not of `parts`."""
 
     def run(module: nn.Module, *args: Tensor) -> Tensor:
         names = switch.active or ()
+        if not any(_covered(name, parts) for name in names):
+            return module(*args)
 
         def forward(*inputs: Tensor) -> Tensor:
             with switch.use(names):

@@ -129,6 +129,16 @@ def attach(velocity: Velocity, trajectory: Rollout, k: int) -> tuple[Tensor, Ten
     return _attach(velocity, trajectory, k, trajectory.states[k])
 
 
+def advance(velocity: Velocity, trajectory: Rollout, k: int, noise: Tensor | None) -> Tensor:
+    """Step k for the first time and with gradient: x_{k+1}, from the recorded state of step k.
+
+    `noise` is the step's z (B, ...), held fixed; None for a deterministic step.
+    """
+    x = trajectory.states[k]
+    mean, std = step(velocity, x, trajectory.sigmas, k, trajectory.conditioning, trajectory.eta)
+    return mean if noise is None else mean + std * noise.to(mean)
+
+
 def attach_from(
     velocity: Velocity, trajectory: Rollout, first: int, most: float | None = None
 ) -> Tensor:

@@ -93,10 +93,11 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         guidance=backbone.guidance if model.guidance is None else model.guidance,
         consistency=chosen.consistency > 0,
         adapters=settings,
-        checkpointing=model.gradient_checkpointing,
+        checkpointing=model.checkpointed,
         tilt=tilt,
         fused=cfg.run.device != "cpu",
         boundaries=fake_scores(cfg),
+        keep_graph=cfg.stage == "cold_start" and cfg.cold_start.keep_graph,
     )
     encoders = sum(p.numel() for e in text_encoders(paths[0]).values() for p in e.parameters())
     return plan(make, job, encoders * DTYPES[model.dtype].itemsize)

@@ -12,6 +12,7 @@ import torch
 
 from tiltflow.checkpoint import latest_step
 from tiltflow.config import RunConfig
+from tiltflow.config_schema import CHECKPOINTED
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -57,7 +58,7 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
     rows = min(train.micro, -(-train.batch_size // ranks))
     if rows > 1:
         tips.append(f"train.micro_batch_size={rows // 2} (now {rows})")
-    if not model.gradient_checkpointing and model.path != "mixture":
+    if len(model.checkpointed) < len(CHECKPOINTED) and model.path != "mixture":
         tips.append("model.gradient_checkpointing=true")
     chunk = cfg.tilt.decode_chunk or train.micro
     if cfg.stage == "tilt" and chunk > 1:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
+import torch
 from torch import Tensor
 
 from tiltflow.embeddings import EncodedPrompts
@@ -13,7 +13,7 @@ from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Roles
-from tiltflow.rollout import Rollout, attach
+from tiltflow.rollout import Rollout, advance, attach
 from tiltflow.train.optim import Guard, Updater
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, rollout_in_parts
 
@@ -48,6 +48,9 @@ class ColdStart:
     them, the number drawn uniformly. With `reuse` R > 1, one rollout serves up to R iterations,
     each of which takes another of its boundaries. The generator is the same in all of them, so
     that a run resumed within a cycle makes the same rollout again.
+
+    The generator's update differentiates the step that made its boundary samples. That step is run
+    once more for it, or, with `keep_graph`, has its graph kept while the fake score is updated.
     """
 
     roles: Roles
@@ -64,6 +67,7 @@ class ColdStart:
     generator_every: int
     ema: float
     reuse: int = 1
+    keep_graph: bool = False
     _held: dict[int, tuple[Rollout, list[Prompt]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -77,20 +81,26 @@ class ColdStart:
     def iteration(self, step: int) -> dict[str, Tensor]:
         """Runs iteration `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
         cycle = Cycle.of(step, self.reuse, self.generator_every)
-        stop = self._stops(cycle)[step - cycle.first]
+        stop = self.stops(cycle)[step - cycle.first]
         if cycle.number not in self._held:
             self._held.clear()  # the old one first: both need not be in memory
             self._held[cycle.number] = self._rollout(cycle)
         trajectory, prompts = self._held[cycle.number]
-        x_s, s = trajectory.states[stop], trajectory.level(stop)
+        both = self._updates_both(step)
+        kept = self._advance(cycle, trajectory, stop) if both and self.keep_graph else []
+        x_s = torch.cat([part.detach() for part in kept]) if kept else trajectory.states[stop]
+        s = trajectory.level(stop)
         metrics = self.fake.update(step, step, x_s, s, trajectory.cond, prompts, stop)
-        if (step + 1) % self.generator_every == 0:
-            metrics |= self._generator_update(step, trajectory, stop, prompts)
+        if both:
+            metrics |= self._generator_update(step, trajectory, stop, x_s, prompts, kept)
         if step + 1 == cycle.first + cycle.length:
             self._held.clear()
         return metrics
 
-    def _stops(self, cycle: Cycle) -> list[int]:
+    def _updates_both(self, step: int) -> bool:
+        return (step + 1) % self.generator_every == 0
+
+    def stops(self, cycle: Cycle) -> list[int]:
         """After how many generator steps each iteration of a cycle takes its boundary."""
         steps, random = len(self.sigmas) - 1, self.randomness
         if self.reuse == 1:
@@ -103,18 +113,12 @@ class ColdStart:
         gradient; of the states, the boundaries and what the generator's update starts from."""
         begin = cycle.number * self.share.batch + self.share.rows.start
         indices = self.sampler.indices(begin, len(self.share))
-        device = self.roles.generator.backbone.device
-        cond, prompts = self.prompts.select(indices, device)
-        stops = self._stops(cycle)
-        drawn = partial(
-            self.share.noise,
-            self.randomness,
-            step=cycle.number,
-            shape=self.latent_shape,
-            device=device,
-        )
-        x = drawn("init")
-        noise = [drawn(f"step{k}") for k in range(min(max(stops), len(self.sigmas) - 2))]
+        cond, prompts = self.prompts.select(indices, self.roles.generator.backbone.device)
+        *others, end = self.stops(cycle)
+        made_later = self.keep_graph and self._updates_both(cycle.first + cycle.length - 1)
+        keep = {*others, end - 1} if made_later else {*others, end, end - 1}
+        x, stop = self._noise(cycle, "init"), max(keep)
+        noise = [self._noise(cycle, f"step{k}") for k in range(min(stop, len(self.sigmas) - 2))]
         trajectory = rollout_in_parts(
             self.share,
             self.roles.generator,
@@ -123,25 +127,47 @@ class ColdStart:
             cond,
             self.eta,
             noise,
-            stop=max(stops),
-            keep={*stops, stops[-1] - 1},
+            stop=stop,
+            keep=keep,
         )
         return trajectory, prompts
 
+    def _noise(self, cycle: Cycle, stream: str) -> Tensor:
+        """This rank's rows of a draw that the iterations of a cycle share."""
+        device = self.roles.generator.backbone.device
+        return self.share.noise(self.randomness, stream, cycle.number, self.latent_shape, device)
+
+    def _advance(self, cycle: Cycle, trajectory: Rollout, stop: int) -> list[Tensor]:
+        """The boundary samples after step `stop`, with their graphs, by micro-batches."""
+        last, generator = stop == len(self.sigmas) - 1, self.roles.generator
+        z = None if last else self._noise(cycle, f"step{stop - 1}")
+        return [
+            advance(generator, trajectory.rows(rows), stop - 1, None if z is None else z[rows])
+            for rows in self.share.micro_batches()
+        ]
+
     def _generator_update(
-        self, step: int, trajectory: Rollout, stop: int, prompts: Sequence[Prompt]
+        self,
+        step: int,
+        trajectory: Rollout,
+        stop: int,
+        x_s: Tensor,
+        prompts: Sequence[Prompt],
+        kept: list[Tensor],
     ) -> dict[str, Tensor]:
-        """The matching gradient at boundary `stop`, carried through the step that made it only."""
-        x_s, s = trajectory.states[stop], trajectory.level(stop)
+        """The matching gradient at boundary `stop`, carried through the step that made it only;
+        `kept` are its graphs by micro-batches, each freed with its backward pass, or nothing."""
+        s, metrics = trajectory.level(stop), dict[str, Tensor]()
         gradient = self.matching.gradient("matching", step, x_s, s, trajectory.cond, stop)
-        total = x_s.new_zeros(())
         for rows in self.share.micro_batches():
-            attached, _, _ = attach(self.roles.generator, trajectory.rows(rows), stop - 1)
+            if kept:
+                attached = kept.pop(0)
+            else:
+                attached, _, _ = attach(self.roles.generator, trajectory.rows(rows), stop - 1)
             losses = matching_loss(attached, gradient[rows])
             self.updater.watch("the matching loss", losses, prompts[rows])
-            loss = losses.sum() / self.share.batch
-            loss.backward()
-            total += loss.detach()
+            (losses.sum() / self.share.batch).backward()
+            self.share.add(metrics, {"generator/matching": losses.detach()})
         norm = self.share.whole(self.updater.apply(step))
         self.roles.update_ema(self.ema, self.guard.refused(step))
-        return {"generator/matching": total, "generator/grad_norm": norm}
+        return metrics | {"generator/grad_norm": norm}

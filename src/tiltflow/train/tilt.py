@@ -282,12 +282,12 @@ class Tilt:
                     policy, seen = self._policy_loss(part, k, mean, std, advantages[rows])
                     self.updater.watch("the policy loss", policy, prompts[rows])
                     losses = losses + self.settings.policy_weight * policy / len(trained)
-                    _add(metrics, seen, self.share.batch)
+                    self.share.add(metrics, seen)
                 if k in matched:
                     matching = matching_loss(x_next, matched[k][rows])
                     self.updater.watch("the matching loss", matching, prompts[rows])
                     losses = losses + self.settings.matching_weight * matching
-                    _add(metrics, {"generator/matching": matching.detach()}, self.share.batch)
+                    self.share.add(metrics, {"generator/matching": matching.detach()})
                 if len(path) == 1 and k in path:
                     assert gradient is not None
                     losses = losses + self._reward_pull(x_next, gradient[rows])
@@ -348,10 +348,3 @@ class Tilt:
     def _reward_pull(self, x0: Tensor, gradient: Tensor) -> Tensor:
         """A per-sample loss (B,) whose gradient in x̂₀ is `gradient`, weighted."""
         return self.settings.reward_weight * (x0 * gradient).flatten(1).sum(1)
-
-
-def _add(metrics: dict[str, Tensor], values: dict[str, Tensor], batch: int) -> None:
-    """Adds per-sample values (B,) of one micro-batch to running means over the batch."""
-    for name, tensor in values.items():
-        share = tensor.sum() / batch
-        metrics[name] = metrics[name] + share if name in metrics else share

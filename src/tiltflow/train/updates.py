@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,12 @@ class Share:
         return to_device(
             share_in_groups(drawn, group)[self.rows.start - first : len(drawn)], device
         )
+
+    def add(self, metrics: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Adds per-sample values (b,) of a micro-batch to metrics, which are means of the batch."""
+        for name, each in values.items():
+            part = each.sum() / self.batch
+            metrics[name] = metrics[name] + part if name in metrics else part
 
     def whole(self, value: Tensor) -> Tensor:
         """A rank's share of a metric that every rank knows in full."""
@@ -169,8 +175,7 @@ class FakeScoreTrainer:
             )
             self.updater.watch("the fake-score loss", losses, prompts[rows])
             (losses.sum() / self.share.batch).backward()
-            for name, values in parts.items():
-                metrics[name] = metrics.get(name, 0) + values.sum() / self.share.batch
+            self.share.add(metrics, parts)
         return metrics
 
     def apply(self, step: int) -> dict[str, Tensor]:
