@@ -3,16 +3,17 @@
 The demo's recipes on the embedded model, all versions in one process and in turn, the median over
 the rounds of the ratio to the straightforward version in fp32. bf16 is autocast; both versions run
 in both precisions, so that what the precision alone brings can be told from the rest. Stage 1 also
-with the published ratio of updates and form of the regulariser. With --compile also the library's
-last version with `model.compile`, which takes minutes to build.
+with the published ratio of updates and form of the regulariser. Where there is a C++ compiler, also
+the library's last version with `model.compile`, which takes a minute or two to build.
 
     python benchmarks/speedup.py [--rounds 3] [--batch 64] [--cases cold_start published tilt]
-                                 [--compile]
+                                 [--no-compile]
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -48,7 +49,6 @@ CASES = {
     ),
     "tilt": Case("tilt", "demo's, last step", 1, LAST_STEP),
 }
-BUILDING = 30  # iterations in which every boundary comes up, and so every role is compiled
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -116,14 +116,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None
+    )
     args = parser.parse_args()
     rows = []
     with model() as made:
         for case in (CASES[name] for name in args.cases):
             runs = systems(made, case, args.compile, f"train.batch_size={args.batch}")
-            warmup = -(-BUILDING // case.window) if args.compile else 1
-            seconds = interleaved(runs, args.rounds, warmup)
+            seconds = interleaved(runs, args.rounds)
             first = next(iter(runs))
             for name, values in seconds.items():
                 share = ratio(values, seconds[first])

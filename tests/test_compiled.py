@@ -9,15 +9,23 @@ import pytest
 import torch
 from tiny_pipelines import build
 from torch import nn
+from torch._dynamo.utils import counters
 
 from tiltflow.backbones import load_backbone
+from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.compiled import VARIANTS, compile_blocks
+from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.config import load_config
 from tiltflow.roles import AdapterSettings, Roles, adapter_roles
 
 BACKEND = "aot_eager"  # all but the generated code, which takes minutes to build on a CPU
 BOTH = ("generator", "fake_score")
 SETTINGS = AdapterSettings(4, 8.0, ["attn.to_q", "attn.to_v", "attn.to_out.0"])
+
+
+def arguments_of(backbone: PipelineBackbone) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(2))
+    return x, torch.tensor([0.9, 0.4]), backbone.encode(["a", "b"])
 
 
 def gradients(roles: Roles, x: torch.Tensor, sigma: torch.Tensor, cond) -> dict:
@@ -56,16 +64,15 @@ def test_compiled_blocks_give_the_same_gradients(
                     parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         if compiled:
             assert compile_blocks(backbone.student_base, BACKEND) > 0
-        x = torch.randn(2, *backbone.latent_shape, generator=generator)
-        found.append(gradients(roles, x, torch.tensor([0.9, 0.4]), backbone.encode(["a", "b"])))
+        found.append(gradients(roles, *arguments_of(backbone)))
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
-def test_the_limit_on_recompilations_grows_with_the_adapters(
+def test_roles_with_as_many_adapters_share_a_compilation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's own limit is 8, past which a run would go on uncompiled: more roles than that."""
+    """Which names are active must not be part of what is compiled; past the limit torch raises."""
     config = torch._dynamo.config
     for name in ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit"):
         monkeypatch.setattr(config, name, getattr(config, name))
@@ -73,10 +80,26 @@ def test_the_limit_on_recompilations_grows_with_the_adapters(
     backbone = load_backbone(
         build("sd35m", tmp_path / "sd35m"), device="cpu", max_sequence_length=8
     )
-    adapter_roles(backbone, SETTINGS, seed=0, boundaries=4)
+    roles = adapter_roles(backbone, SETTINGS, seed=0, boundaries=4)
     compile_blocks(backbone.student_base, BACKEND)
-    assert config.recompile_limit == before + 7 * VARIANTS  # generator, average, four, teacher
-    assert config.fail_on_recompile_limit_hit
+    assert config.recompile_limit == before + VARIANTS and config.fail_on_recompile_limit_hit
+    torch._dynamo.reset()
+    x, sigma, cond = arguments_of(backbone)
+
+    def made() -> int:
+        return int(counters["stats"]["unique_graphs"])
+
+    for role in (roles.generator, roles.fake_score.at(1)):
+        role(x, sigma, cond).sum().backward()
+        with torch.no_grad():
+            role(x, sigma, cond)
+    before = made()
+    assert before > 0
+    for role in roles.fake_score.boundaries[1:]:
+        role(x, sigma, cond).sum().backward()
+        with torch.no_grad():
+            role(x, sigma, cond)
+    assert made() == before
 
 
 def test_a_network_without_repeated_blocks_is_refused() -> None:

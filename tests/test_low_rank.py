@@ -124,3 +124,21 @@ def test_a_merged_adapter_is_counted_once() -> None:
     torch.testing.assert_close(ours(x), before)
     ours[0].unmerge()  # type: ignore[index]
     torch.testing.assert_close(ours(x), before)
+
+
+def test_what_was_prepared_gives_way_to_pefts_own_switches() -> None:
+    """A layer whose adapters were prepared and are then switched by PEFT follows PEFT."""
+    _, ours = pair()
+    layer, x = ours[0], torch.randn(2, 5, 12)  # type: ignore[index]
+    found = {}
+    for name in ADAPTERS:
+        use(ours, [name])
+        found[name] = layer(x)
+    use(ours, ["first"])
+    layer.parts = layer.active_parts()
+    assert torch.equal(layer(x), found["first"])
+    layer.set_adapter("second")
+    assert torch.equal(layer(x), found["second"])
+    layer.parts = layer.active_parts()
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))

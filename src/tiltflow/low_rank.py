@@ -10,6 +10,9 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+Part = tuple[Tensor, Tensor, float]
+"""An adapter's A (r, in) and B (out, r), and its scaling."""
+
 
 class FusedLinear(Linear):
     """y = W x + b + Σ scaling · B A x, each adapter's part added by the product that makes it.
@@ -18,37 +21,54 @@ class FusedLinear(Linear):
     as the layer's output, forwards and backwards, and under autocast it casts the input to the
     adapter's type and back. Parameters, names and files are PEFT's, and so are all cases but the
     plain one: no dropout, bias or variant of LoRA, and one type throughout.
+
+    `parts` are the active adapters, prepared by who switches them; None has PEFT's own state looked
+    up by name. torch.compile makes a version of a block's code for every name, but one for all
+    parts of the same shapes.
     """
 
+    parts: tuple[Part, ...] | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        parts = self.active_parts() if self.parts is None else self.parts
         mixed = _autocast(x.device.type)
-        if self.disable_adapters or args or kwargs or not self._plain(active, x.dtype, mixed):
+        if parts is None or self.merged_adapters or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        if mixed is None and any(down.dtype != x.dtype for down, _, _ in parts):
             return super().forward(x, *args, **kwargs)
         x = x if mixed is None else x.to(mixed)
         y = self.base_layer(x)
         rows = y.view(-1, y.shape[-1])
-        for name in active:
-            down, up = self._matrices(name)
+        for down, up, scaling in parts:
             inner = linear(x, down.to(x.dtype)).view(-1, len(down))
-            rows.addmm_(inner, up.to(x.dtype).t(), alpha=self.scaling[name])
+            rows.addmm_(inner, up.to(x.dtype).t(), alpha=scaling)
         return y
 
-    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of an adapter."""
+    def active_parts(self) -> tuple[Part, ...] | None:
+        """What PEFT's state has active; None if it is a case that is left to PEFT."""
+        names = [] if self.disable_adapters else self.active_adapters
+        active = [name for name in names if name in self.lora_A]
+        if not all(self._plain(name) for name in active):
+            return None
+        return tuple(self._part(name) for name in active)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.parts = None
+        super().set_adapter(*args, **kwargs)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.parts = None
+        super().enable_adapters(enabled)
+
+    def _part(self, name: str) -> Part:
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         assert isinstance(down, Tensor) and isinstance(up, Tensor)
-        return down, up
+        return down, up, self.scaling[name]
 
-    def _plain(self, names: list[str], dtype: torch.dtype, mixed: torch.dtype | None) -> bool:
-        """Whether the fused sum is that of PEFT's layer for inputs of `dtype`."""
-        for name in names:
-            special = name in self.lora_variant or self.lora_bias[name]
-            if special or not isinstance(self.lora_dropout[name], nn.Identity):
-                return False
-            if mixed is None and self._matrices(name)[0].dtype != dtype:
-                return False
-        return not self.merged
+    def _plain(self, name: str) -> bool:
+        """Whether the fused sum is what PEFT's layer does with this adapter."""
+        special = name in self.lora_variant or self.lora_bias[name]
+        return not special and isinstance(self.lora_dropout[name], nn.Identity)
 
 
 def _autocast(kind: str) -> torch.dtype | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow.backbones.base import Backbone, Conditioning
-from tiltflow.low_rank import fused
+from tiltflow.low_rank import FusedLinear, fused
 
 State = dict[str, Tensor]
 
@@ -43,6 +43,8 @@ class AdapterSwitch:
         for layer in self.layers:
             layer._disable_adapters = not names
             layer._active_adapter = list(names)
+            if isinstance(layer, FusedLinear):
+                layer.parts = layer.active_parts()
         self.active = names
 
     @contextmanager
