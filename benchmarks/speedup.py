@@ -100,14 +100,18 @@ def systems(made: Model, case: Case, compiled: bool, *more: str) -> dict[str, Ca
         found[f"straightforward, {name}"] = of_plain(
             made, case.stage, case.window, precision, *common
         )
-    for name, precision in PRECISIONS.items():
-        for variant, changes in case.variants.items():
-            options = [f"model.autocast={'bf16' if precision else 'null'}", *common, *changes]
-            label = f"tiltflow, {name}{variant}"
-            found[label] = of_library(made, case.stage, case.window, *options)
-    if compiled:  # the last, in bf16 and with the last variant
-        options.append("model.compile=true")
-        found[f"{label}, compiled"] = of_library(made, case.stage, case.window, *options)
+    versions = {
+        f"tiltflow, {name}{variant}": [
+            f"model.autocast={'bf16' if precision else 'null'}", *common, *changes
+        ]
+        for name, precision in PRECISIONS.items()
+        for variant, changes in case.variants.items()
+    }  # fmt: skip
+    if compiled:  # the last: in bf16 and with the last variant
+        last = list(versions)[-1]
+        versions[f"{last}, compiled"] = [*versions[last], "model.compile=true"]
+    for name, options in versions.items():
+        found[name] = of_library(made, case.stage, case.window, *options)
     return found
 
 

@@ -15,20 +15,18 @@ import torch
 DATA = Path(__file__).parents[2] / "docs" / "data"
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
-    """CPU seconds of each of several runs, `rounds` times in turn, after `warmup` of each.
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each of several runs, `rounds` times in turn, after one of each.
 
     In turn, because a machine's speed drifts: what is compared should meet the same weather. CPU
     seconds of this process, which a job beside it does not lengthen by what it takes for itself.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(warmup + rounds):
+    for number in range(1 + rounds):
         for name, run in runs.items():
             began = time.process_time()
             run()
-            if number >= warmup:
+            if number > 0:
                 seconds[name].append(time.process_time() - began)
     return seconds
 

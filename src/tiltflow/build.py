@@ -312,8 +312,8 @@ def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks, guard: Guar
     lr = train.generator_lr if which == "generator" else train.fake_score_lr
     shape = cosine if train.schedule == "cosine" else constant
     schedule = partial(shape, steps=train.steps, warmup=train.warmup)
-    role, fixed = getattr(roles, which), (train.betas, train.weight_decay, train.clip)
-    return Updater(role, lr, *fixed, schedule, ranks, guard)
+    role, decay = getattr(roles, which), train.weight_decay
+    return Updater(role, lr, train.betas, decay, train.clip, schedule, ranks, guard)
 
 
 def _common(

@@ -74,6 +74,16 @@ def step(
     return cps_mean_std(x, velocity(x, now, cond), now, then, eta)
 
 
+def stochastic(sigmas: Tensor, k: int, eta: float) -> bool:
+    """Whether step k draws noise: none does with η = 0, nor the last of the grid."""
+    return eta > 0 and k < len(sigmas) - 2
+
+
+def _drawn(mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
+    """The state after a step; `noise` is None for a deterministic one."""
+    return mean if noise is None else mean + std * noise.to(mean)
+
+
 @torch.no_grad()
 def rollout(
     velocity: Velocity,
@@ -101,10 +111,10 @@ def rollout(
     states, recorded = {0: x}, {}
     for k in range(last + 1):
         mean, std = step(velocity, x, sigmas, k, cond, eta)
-        stochastic = eta > 0 and k < len(sigmas) - 2
-        if k in record and convention == "gaussian" and not stochastic:
+        random = stochastic(sigmas, k, eta)
+        if k in record and convention == "gaussian" and not random:
             raise ValueError("a deterministic step has no Gaussian density")
-        x = mean + std * noise(k).to(mean) if stochastic else mean
+        x = _drawn(mean, std, noise(k) if random else None)
         states[k + 1] = x
         if k in record:
             recorded[k] = log_prob(x, mean, std, convention)
@@ -136,7 +146,7 @@ def advance(velocity: Velocity, trajectory: Rollout, k: int, noise: Tensor | Non
     """
     x = trajectory.states[k]
     mean, std = step(velocity, x, trajectory.sigmas, k, trajectory.conditioning, trajectory.eta)
-    return mean if noise is None else mean + std * noise.to(mean)
+    return _drawn(mean, std, noise)
 
 
 def attach_from(

@@ -58,8 +58,11 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
     rows = min(train.micro, -(-train.batch_size // ranks))
     if rows > 1:
         tips.append(f"train.micro_batch_size={rows // 2} (now {rows})")
-    if len(model.checkpointed) < len(CHECKPOINTED) and model.path != "mixture":
+    recomputed = set(CHECKPOINTED) - ({"decoder"} if cfg.stage == "cold_start" else set())
+    if not recomputed <= model.checkpointed and model.path != "mixture":
         tips.append("model.gradient_checkpointing=true")
+    if cfg.stage == "cold_start" and cfg.cold_start.keep_graph:
+        tips.append("cold_start.keep_graph=false")
     chunk = cfg.tilt.decode_chunk or train.micro
     if cfg.stage == "tilt" and chunk > 1:
         tips.append(f"tilt.decode_chunk={chunk // 2} (now {chunk})")

@@ -13,7 +13,7 @@ from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Roles
-from tiltflow.rollout import Rollout, advance, attach
+from tiltflow.rollout import Rollout, advance, attach, stochastic
 from tiltflow.train.optim import Guard, Updater
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, rollout_in_parts
 
@@ -139,10 +139,11 @@ class ColdStart:
 
     def _advance(self, cycle: Cycle, trajectory: Rollout, stop: int) -> list[Tensor]:
         """The boundary samples after step `stop`, with their graphs, by micro-batches."""
-        last, generator = stop == len(self.sigmas) - 1, self.roles.generator
-        z = None if last else self._noise(cycle, f"step{stop - 1}")
+        k, generator = stop - 1, self.roles.generator
+        random = stochastic(self.sigmas, k, self.eta)
+        z = self._noise(cycle, f"step{k}") if random else None
         return [
-            advance(generator, trajectory.rows(rows), stop - 1, None if z is None else z[rows])
+            advance(generator, trajectory.rows(rows), k, None if z is None else z[rows])
             for rows in self.share.micro_batches()
         ]
 
