@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 BENCHES := overhead speedup growth ranks reuse reward_batching kill_resume paper_model
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: venv demo test lint bench
+.PHONY: venv demo test test-slow lint bench
 
 venv: $(STAMP)
 
@@ -25,7 +25,11 @@ demo: $(STAMP)
 
 # A file's tests stay in one process, which has the file's fixtures.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not long"
+
+# what takes minutes by itself: compiled architectures, kills
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def gradients(roles: Roles, x: torch.Tensor, sigma: torch.Tensor, cond) -> dict:
     return values
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "checkpointing"), [("sd35m", ()), ("sd35m", BOTH), ("klein_base", BOTH)]
 )
