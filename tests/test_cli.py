@@ -125,7 +125,8 @@ def test_an_exported_lora_loads_in_plain_diffusers(model: Path, tmp_path: Path) 
 
     from tiltflow.backbones import load_backbone
     from tiltflow.commands.systems import load_students
-    from tiltflow.export import read_adapter, save_adapter
+    from tiltflow.export import save_adapter
+    from tiltflow.lora_files import read_adapter
     from tiltflow.roles import AdapterSettings, adapter_roles
 
     settings = AdapterSettings(4, 8.0, ["attn.to_q", "attn.to_out.0", "attn.add_k_proj"])

@@ -16,7 +16,7 @@ from tiltflow.backbones.mixture import ring
 from tiltflow.checkpoint import latest_step, load_checkpoint
 from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
-from tiltflow.export import read_adapter
+from tiltflow.lora_files import read_adapter
 from tiltflow.metrics import read_metrics
 from tiltflow.watch.history import read_history
 

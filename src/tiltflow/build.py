@@ -22,7 +22,7 @@ from tiltflow.config import PromptSets, RewardConfig, RunConfig, read_prompts
 from tiltflow.distributed import ALONE, Ranks, shard
 from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
 from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
-from tiltflow.export import read_adapter
+from tiltflow.lora_files import read_adapter
 from tiltflow.paths import embedding_cache, resolve_path
 from tiltflow.precision import attention_of, autocast_dtype
 from tiltflow.prompts import Prompt, PromptSampler

@@ -15,7 +15,8 @@ from torch import Tensor
 from tiltflow.backbones.base import Backbone, Conditioning
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.evaluation.scores import System
-from tiltflow.export import adapter_keys, load_lora
+from tiltflow.export import load_lora
+from tiltflow.lora_files import adapter_keys
 from tiltflow.randomness import Randomness
 from tiltflow.roles import AdapterSwitch, Role
 from tiltflow.sampling import sample_few_step, sample_ode
