@@ -1,7 +1,7 @@
 """The run configuration: a recipe and overrides in, a checked `RunConfig` out (DESIGN §2).
 
 `load_config` touches no file but the recipe; `validate_files` looks at the files that a config
-names, before any weight is loaded.
+names, before any weight is loaded (`checks.py` has the list that a run goes through).
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from tiltflow.recipe_source import (
 )
 
 __all__ = [
+    "Later",
     "PromptSets",
     "RewardConfig",
     "RunConfig",
+    "check_few_step",
+    "check_model_files",
+    "check_reward_files",
     "config_keys",
     "dump_config",
     "list_recipes",
@@ -221,21 +225,36 @@ def validate_files(config: RunConfig) -> PromptSets:
     Raises:
         ValueError: naming the key, the path and what is missing.
     """
+    check_model_files(config)
+    check_few_step(config)
+    check_reward_files(config)
+    return read_prompts(config)
+
+
+def check_model_files(config: RunConfig) -> None:
+    """That the pipelines of the model are there and whole, or could be on the hub.
+
+    Raises:
+        ValueError: naming the key, the path and what is missing.
+    """
     model = config.model
-    if model.path != "mixture":
-        for key, path in (
-            ("model.path", model.path),
-            ("model.generator_path", model.generator_path),
-        ):
-            if path is not None:
-                _check_pipeline(key, path, model.family)
-    if model.few_step is not None:
-        _check_few_step(model.few_step)
+    if model.path == "mixture":
+        return
+    for key, path in (("model.path", model.path), ("model.generator_path", model.generator_path)):
+        if path is not None:
+            _check_pipeline(key, path, model.family)
+
+
+def check_reward_files(config: RunConfig) -> None:
+    """That the weights of the rewards are there, or could be on the hub.
+
+    Raises:
+        ValueError: naming the key and the path.
+    """
     for prefix, rewards in (("rewards", config.rewards), ("watch.rewards", config.watch.rewards)):
         for name, reward in rewards.items():
             if reward.path is not None and not Path(resolve_path(reward.path)).exists():
                 _require_hub_id(f"{prefix}.{name}.path", reward.path)
-    return read_prompts(config)
 
 
 def _require_hub_id(key: str, path: str) -> None:
@@ -255,10 +274,24 @@ def _check_pipeline(key: str, path: str, family: str | None = None) -> None:
         raise ValueError(f"{key}: {error}") from error
 
 
-def _check_few_step(path: str) -> None:
+class Later(ValueError):
+    """Something is missing that a run before this one makes: no fault of the config's."""
+
+
+def check_few_step(config: RunConfig) -> None:
+    """That what stage 2 starts from is there.
+
+    Raises:
+        Later: if there is no such directory.
+        ValueError: if it holds neither a run nor a LoRA.
+    """
+    path = config.model.few_step
+    if path is None:
+        return
     folder = Path(resolve_path(path))
     if not folder.is_dir():
-        raise ValueError(f"model.few_step {path} is no directory: train stage cold_start first")
+        kind = ValueError if folder.exists() else Later
+        raise kind(f"model.few_step {path} is no directory: train stage cold_start first")
     if not (folder / "checkpoints" / "latest").exists() and not any(
         any(folder.glob(pattern)) for pattern in ("*.safetensors", "export/few_step/*.safetensors")
     ):

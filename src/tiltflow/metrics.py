@@ -215,6 +215,18 @@ class NoLog:
         """Nothing."""
 
 
+def check_sinks(tensorboard: bool, wandb: bool) -> None:
+    """That the packages of the sinks that are asked for are installed.
+
+    Raises:
+        ValueError: naming the first that is not, and how to install it.
+    """
+    if tensorboard:
+        _package("torch.utils.tensorboard", "tensorboard")
+    if wandb:
+        _package("wandb", "wandb")
+
+
 def _package(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)

@@ -13,7 +13,8 @@ from rich.table import Table
 from tiltflow.backbones.meta import meta_backbone, text_encoders
 from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.build import DTYPES, adapter_settings, device_of, fake_scores
-from tiltflow.config import RunConfig, list_recipes, load_config, recipe_text, validate_files
+from tiltflow.checks import Finding, Subject, findings
+from tiltflow.config import RunConfig, list_recipes, load_config, recipe_text
 from tiltflow.paths import resolve_path
 from tiltflow.planner import GIB, OVERHEAD, Job, Plan, TiltJob, plan
 
@@ -34,26 +35,47 @@ def versions() -> dict[str, str]:
 def examine(
     recipe: str | None, overrides: Sequence[str], console: Console, memory: float | None = None
 ) -> None:
-    """Prints versions and device; with a recipe, checks its settings and files, and plans.
+    """Prints versions and device; with a recipe, what each check of it says, and a plan.
 
     `memory` is the device's in GiB; None takes that of this machine's, if it has one.
 
     Raises:
-        ValueError: in one sentence, what is wrong with the recipe.
+        ValueError: in one sentence, what is wrong with the recipe, after everything is printed.
     """
     for name, value in versions().items():
         console.print(f"{name} {value}")
     console.print(f"device {device_of('auto')}, {torch.get_num_threads()} threads")
     if recipe is not None:
         cfg = load_config(recipe, overrides)
-        validate_files(cfg)
+        found = list(findings(Subject(cfg)))
+        for finding in found:
+            _say(f"{finding.name}: {_verdict(finding).removeprefix(f'{finding.name}: ')}", console)
         groups = "" if cfg.stage == "cold_start" else f" in groups of {cfg.tilt.group_size}"
-        console.print(
+        failed = {finding.name: finding for finding in found if finding.failed}
+        order = ", in order" if not failed else ""
+        _say(
             f"{recipe}: {cfg.stage}, {cfg.train.steps} steps of {cfg.train.batch_size} samples"
-            f"{groups}, in order"
+            f"{groups}{order}",
+            console,
         )
-        if cfg.model.path != "mixture":
+        if cfg.model.path != "mixture" and "model" not in failed:
             show_plan(plan_recipe(cfg), memory or device_memory(), console)
+        if len(failed) == 1:
+            raise ValueError(next(str(finding.error) for finding in failed.values()))
+        if failed:
+            raise ValueError(f"{recipe}: {len(failed)} checks failed ({', '.join(failed)})")
+
+
+def _verdict(finding: Finding) -> str:
+    if not finding.seen:
+        return "not looked at"
+    if finding.error is None:
+        return "ok"
+    return f"not yet: {finding.error}" if finding.note else str(finding.error)
+
+
+def _say(line: str, console: Console) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def plan_recipe(cfg: RunConfig) -> Plan:

@@ -14,11 +14,12 @@ from rich.progress import Progress
 
 from tiltflow.build import Build, attention_for, build_rewards, build_stage, device_of
 from tiltflow.checkpoint import latest_step, load_checkpoint
+from tiltflow.checks import check_run
 from tiltflow.commands.export import export_checkpoint
 from tiltflow.commands.failures import explained, resume_command
 from tiltflow.commands.progress import progress_bar
 from tiltflow.commands.watching import build_watch, held_out, look
-from tiltflow.config import PromptSets, RunConfig, dump_config, validate_files
+from tiltflow.config import PromptSets, RunConfig, dump_config
 from tiltflow.disk import write_whole
 from tiltflow.distributed import Ranks, ranks_of_job
 from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
@@ -52,7 +53,7 @@ def run_training(cfg: RunConfig, console: Console) -> Path:
     """
     out, device = Path(cfg.run.out), device_of(cfg.run.device)
     start = _resume(cfg, out)
-    sets = validate_files(cfg)
+    sets = check_run(cfg)
     attention = attention_for(cfg, device)
     with ranks_of_job(device) as ranks, attention, explained(cfg, ranks.size):
         return _run(cfg, sets, out, start, console if ranks.main else Console(quiet=True), ranks)

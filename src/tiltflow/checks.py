@@ -1,0 +1,107 @@
+"""What `tiltflow doctor` and `tiltflow train` look at before a weight loads or a directory is made.
+
+One list, in order. `train` stops at the first check that fails, `doctor` goes through all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from tiltflow.build import device_of
+from tiltflow.config import (
+    Later,
+    PromptSets,
+    RunConfig,
+    check_few_step,
+    check_model_files,
+    check_reward_files,
+    read_prompts,
+)
+from tiltflow.metrics import check_sinks
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A config, and what its checks have read on the way."""
+
+    cfg: RunConfig
+
+    @cached_property
+    def prompts(self) -> PromptSets:
+        """The prompts, read once.
+
+        Raises:
+            ValueError: as `read_prompts`.
+        """
+        return read_prompts(self.cfg)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A name, and what raises a ValueError of one sentence where something is not in order.
+
+    `needs` are the checks without which this one has nothing to look at.
+    """
+
+    name: str
+    run: Callable[[Subject], object]
+    needs: tuple[str, ...] = ()
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("device", lambda on: device_of(on.cfg.run.device)),
+    Check("packages", lambda on: check_sinks(on.cfg.log.tensorboard, on.cfg.log.wandb)),
+    Check("model", lambda on: check_model_files(on.cfg)),
+    Check("stage 1", lambda on: check_few_step(on.cfg)),
+    Check("rewards' files", lambda on: check_reward_files(on.cfg)),
+    Check("prompts", lambda on: on.prompts),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: nothing wrong (`error` None), or a sentence.
+
+    `note`: the sentence is of something that a run before this one will make. `seen` False: not
+    looked at, because a check that it needs has failed.
+    """
+
+    name: str
+    error: ValueError | None = None
+    note: bool = False
+    seen: bool = True
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None and not self.note
+
+
+def findings(subject: Subject) -> Iterator[Finding]:
+    """Every check's finding, in order."""
+    failed: set[str] = set()
+    for check in CHECKS:
+        if failed & set(check.needs):
+            yield Finding(check.name, seen=False)
+            continue
+        try:
+            check.run(subject)
+        except ValueError as error:
+            failed.add(check.name)
+            yield Finding(check.name, error, isinstance(error, Later))
+        else:
+            yield Finding(check.name)
+
+
+def check_run(cfg: RunConfig) -> PromptSets:
+    """Goes through the list up to the first thing that is wrong; gives the prompts that were read.
+
+    Raises:
+        ValueError: in one sentence, what is wrong.
+    """
+    subject = Subject(cfg)
+    for found in findings(subject):
+        if found.error is not None:
+            raise found.error
+    return subject.prompts

@@ -1,0 +1,102 @@
+"""The one list of checks that `doctor` and `train` go through."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tiltflow import checks
+from tiltflow.checks import CHECKS, Check, Subject, check_run, findings
+from tiltflow.cli import main
+from tiltflow.config import load_config
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of a command line."""
+    monkeypatch.setattr(sys, "argv", ["tiltflow", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text('a "sign"\n')
+    return tmp_path
+
+
+def test_the_demo_is_in_order() -> None:
+    found = list(findings(Subject(load_config("demo_cold_start", ["run.device=cpu"]))))
+    assert [finding.name for finding in found] == [check.name for check in CHECKS]
+    assert not any(finding.failed for finding in found)
+
+
+def test_needed_checks_stand_before_those_that_need_them() -> None:
+    names = [check.name for check in CHECKS]
+    assert len(names) == len(set(names))
+    for place, check in enumerate(CHECKS):
+        assert set(check.needs) <= set(names[:place])
+
+
+def test_what_needs_a_failed_check_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(on: Subject) -> None:
+        raise ValueError("no")
+
+    listed = (Check("a", refuse), Check("b", refuse, needs=("a",)), Check("c", lambda on: None))
+    monkeypatch.setattr(checks, "CHECKS", listed)
+    found = list(findings(Subject(load_config("mixture_cold_start"))))
+    assert [(f.seen, f.failed) for f in found] == [(True, True), (False, False), (True, False)]
+
+
+def test_doctor_says_all_that_is_wrong_and_train_the_first(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    wrong = ["demo_cold_start", "log.wandb=true", "data.prompts=none.txt", "run.device=cpu"]
+    assert run(monkeypatch, "doctor", *wrong) == 2
+    said = capsys.readouterr()
+    assert "packages: log.wandb is true, but wandb is not installed" in said.out
+    assert "\nprompts: there is no file none.txt" in said.out
+    assert "model: ok" in said.out
+    assert "2 checks failed (packages, prompts)" in said.err
+    assert run(monkeypatch, "train", *wrong, "run.out=out") == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("tiltflow: log.wandb is true") and said.err.count("\n") == 1
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("sink", ["tensorboard", "wandb"])
+def test_a_sink_without_its_package_is_found_before_the_model_loads(
+    here: Path, monkeypatch: pytest.MonkeyPatch, sink: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=f"log.{sink} is true, but {sink} is not installed"):
+        check_run(load_config("demo_cold_start", [f"log.{sink}=true", "run.device=cpu"]))
+
+
+def test_stage_2_is_planned_before_stage_1_is_there(
+    here: Path,
+    tiny_pipeline: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = [
+        "sd35m_tilt",
+        f"model.path={tiny_pipeline('sd35m')}",
+        "model.resolution=32",
+        "data.prompts=prompts.txt",
+        "rewards={shapes: 1.0}",
+        "watch.rewards={}",
+    ]
+    assert run(monkeypatch, "doctor", *settings) == 0
+    said = capsys.readouterr().out
+    assert "stage 1: not yet: model.few_step runs/sd35m_cold_start is no directory" in said
+    assert "peak of an iteration" in said
+    assert run(monkeypatch, "train", *settings, "run.out=out") == 2
+    assert "train stage cold_start first" in capsys.readouterr().err
+    assert not (here / "out").exists()
