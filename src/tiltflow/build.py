@@ -1,4 +1,4 @@
-"""From a validated config to the objects of a run: the config stops here."""
+"""From a validated config to the objects of a run: the config stops here and in `assemble`."""
 
 from __future__ import annotations
 
@@ -10,31 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from tiltflow.assemble import make_stage
 from tiltflow.backbones import check_pipeline, load_backbone, local_pipeline
 from tiltflow.backbones.base import Backbone, Base, Parts
 from tiltflow.backbones.compiled import compile_blocks
 from tiltflow.backbones.fingerprint import encoder_facts
 from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.checkpoint import load_checkpoint
-from tiltflow.config import PromptSets, RewardConfig, RunConfig, read_prompts
+from tiltflow.config import PromptSets, RunConfig, read_prompts
 from tiltflow.distributed import ALONE, Ranks, shard
 from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
 from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
 from tiltflow.lora_files import read_adapter
 from tiltflow.paths import embedding_cache, resolve_path
 from tiltflow.precision import attention_of, autocast_dtype
-from tiltflow.prompts import Prompt, PromptSampler
-from tiltflow.randomness import Randomness
-from tiltflow.rewards.base import load_reward
-from tiltflow.rewards.combine import RewardMixture, Weighted
+from tiltflow.prompts import Prompt
 from tiltflow.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
 from tiltflow.train.cold_start import ColdStart
-from tiltflow.train.optim import Guard, Updater, constant, cosine
-from tiltflow.train.tilt import Tilt, TiltSettings
-from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
-from tiltflow.transfer import to_device
+from tiltflow.train.tilt import Tilt
+from tiltflow.train.updates import Share
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -224,15 +219,6 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
         raise ValueError(f"model.few_step={below_path} does not fit {model}: {error}") from error
 
 
-def build_rewards(table: dict[str, RewardConfig], device: torch.device) -> RewardMixture:
-    """Loads every reward of a config table; weights and back-propagation as configured."""
-    loaded = []
-    for name, reward in table.items():
-        made = load_reward(name, path=reward.path, device=str(device), options=reward.options)
-        loaded.append(Weighted(made, reward.weight, reward.backprop))
-    return RewardMixture(loaded)
-
-
 def build_stage(
     cfg: RunConfig,
     progress: Callable[[str], None] = lambda message: None,
@@ -270,9 +256,7 @@ def build_stage(
         "steps": cfg.sampler.steps,
         "eta": cfg.sampler.eta,
     }
-    make = _cold_start if cfg.stage == "cold_start" else _tilt
-    sigmas = backbone.few_step_sigmas(cfg.sampler.steps)
-    stage = make(cfg, backbone, encoded, roles, sigmas, share)
+    stage = make_stage(cfg, backbone, encoded, roles, share)
     return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts)
 
 
@@ -305,92 +289,3 @@ def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> No
         singles = [one for role in every if role for one in role.singles]
         for network in {id(role.network): role.network for role in singles}.values():
             compile_blocks(network)
-
-
-def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks, guard: Guard) -> Updater:
-    train = cfg.train
-    lr = train.generator_lr if which == "generator" else train.fake_score_lr
-    shape = cosine if train.schedule == "cosine" else constant
-    schedule = partial(shape, steps=train.steps, warmup=train.warmup)
-    role, decay = getattr(roles, which), train.weight_decay
-    return Updater(role, lr, train.betas, decay, train.clip, schedule, ranks, guard)
-
-
-def _common(
-    cfg: RunConfig,
-    backbone: Backbone,
-    encoded: EncodedPrompts,
-    roles: Roles,
-    sigmas: Tensor,
-    share: Share,
-) -> dict[str, Any]:
-    """What both stages are made of."""
-    randomness, eta, guard = Randomness(cfg.run.seed), cfg.sampler.eta, Guard()
-    chosen = cfg.cold_start if cfg.stage == "cold_start" else cfg.tilt
-    fake = FakeScoreTrainer(
-        role=roles.fake_score,
-        updater=_updater(cfg, roles, "fake_score", share.ranks, guard),
-        randomness=randomness,
-        share=share,
-        eta=eta,
-        consistency=chosen.consistency,
-        form=cfg.cold_start.consistency_form,
-        max_delta=cfg.cold_start.consistency_max_delta,
-    )
-    guidance = cfg.model.guidance if cfg.model.guidance is not None else backbone.guidance
-    return {
-        "roles": roles,
-        "prompts": encoded,
-        "sampler": PromptSampler(len(encoded), randomness),
-        "randomness": randomness,
-        "fake": fake,
-        "matching": Matching(
-            roles.teacher,
-            roles.fake_score,
-            randomness,
-            share,
-            guidance,
-            eta,
-            cfg.train.boundary_power,
-        ),
-        "updater": _updater(cfg, roles, "generator", share.ranks, guard),
-        "sigmas": to_device(sigmas, backbone.device),
-        "latent_shape": backbone.latent_shape,
-        "eta": eta,
-        "share": share,
-        "ema": cfg.train.ema,
-    }
-
-
-def _cold_start(cfg: RunConfig, *parts: Any) -> ColdStart:
-    chosen = cfg.cold_start
-    return ColdStart(
-        **_common(cfg, *parts),
-        generator_every=chosen.generator_every,
-        reuse=chosen.reuse,
-        keep_graph=chosen.keep_graph,
-    )
-
-
-def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
-    backbone: Backbone = parts[0]
-    tilt = cfg.tilt
-    settings = TiltSettings(
-        group_size=tilt.group_size,
-        subset=tilt.subset,
-        clip_range=tilt.clip_range,
-        advantage_clip=tilt.advantage_clip,
-        kl=tilt.kl,
-        log_prob=tilt.log_prob,
-        policy_weight=tilt.policy_weight,
-        matching_weight=tilt.matching_weight,
-        reward_weight=tilt.reward_weight,
-        reward_target=tilt.reward_target,
-        reward_steps=tilt.reward_steps,
-        reward_normalise=tilt.reward_normalise,
-        match_steps=tilt.match_steps,
-        fake_score_updates=tilt.fake_score_updates,
-        decode_chunk=tilt.decode_chunk or cfg.train.micro,
-    )
-    rewards = build_rewards(cfg.rewards, backbone.device)
-    return Tilt(**_common(cfg, *parts), rewards=rewards, settings=settings)

@@ -7,20 +7,18 @@ second generator adapter (`tilt`) on the frozen stage-1 one (`few_step`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tiltflow.adapters import AdapterSettings, add_adapter, call
 from tiltflow.backbones.base import Backbone, Conditioning
-from tiltflow.low_rank import FusedLinear, fused
+from tiltflow.low_rank import FusedLinear
 
 State = dict[str, Tensor]
 
@@ -201,43 +199,6 @@ class Roles:
             role.load(state[role.name])
 
 
-@dataclass(frozen=True)
-class AdapterSettings:
-    """A LoRA: rank, α (the update is scaled by α / rank) and the modules it goes on."""
-
-    rank: int
-    alpha: float
-    targets: str | list[str]
-
-    def config(self) -> LoraConfig:
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # scaling takes any number
-            target_modules=self.targets,
-            init_lora_weights="gaussian",
-        )
-
-
-def add_adapter(
-    network: nn.Module, name: str, settings: AdapterSettings, seed: int, trainable: bool
-) -> dict[str, nn.Parameter]:
-    """A new fp32 adapter (A Gaussian, B zero) and its parameters by canonical name."""
-    before = {n for n, p in network.named_parameters() if p.requires_grad}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT warns of several adapters on one model, which is the point here
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        torch.manual_seed(seed)
-        _call(network, "add_adapter", fused(settings.config()), adapter_name=name)
-    mine = {}
-    for full, parameter in network.named_parameters():
-        if f".{name}." in full:
-            parameter.data = parameter.data.float()
-            mine[full.replace(f".{name}.", ".")] = parameter
-        # add_adapter froze the other adapters
-        parameter.requires_grad_(trainable if f".{name}." in full else full in before)
-    return mine
-
-
 def adapter_roles(
     backbone: Backbone,
     settings: AdapterSettings,
@@ -275,7 +236,7 @@ def adapter_roles(
     if any(_covered(name, checkpointing) for name in ("generator", *fakes)):
         for base in {id(b): b for b in (student, teacher)}.values():
             function = _checkpointing(switches[id(base)], checkpointing)
-            _call(base, "enable_gradient_checkpointing", function)
+            call(base, "enable_gradient_checkpointing", function)
 
     def role(
         name: str, base: nn.Module, adapters: tuple[str, ...], own: dict | None = None
@@ -310,7 +271,7 @@ def copy_roles(
     def role(name: str, of: str, start: State | None, trainable: bool) -> Role:
         network = backbone.new_copy(of, seed)
         if _covered(name, checkpointing):
-            _call(network, "enable_gradient_checkpointing")
+            call(network, "enable_gradient_checkpointing")
         own = dict(network.requires_grad_(trainable).named_parameters())
         made = Role(name, backbone, network, parameters=own, autocast=autocast)
         if start is not None:
@@ -327,18 +288,6 @@ def copy_roles(
     if fake_score is not None:
         roles.fake_score.load(fit_to_boundaries(fake_score, boundaries))
     return roles
-
-
-def _call(network: nn.Module, method: str, *args: Any, **kwargs: Any) -> None:
-    """A method that diffusers' models have and `nn.Module` does not declare.
-
-    Raises:
-        ValueError: if this network lacks it.
-    """
-    found = getattr(network, method, None)
-    if found is None:
-        raise ValueError(f"a {type(network).__name__} has no {method}: use adapters.kind=copies")
-    found(*args, **kwargs)
 
 
 def _covered(name: str, parts: Collection[str]) -> bool:

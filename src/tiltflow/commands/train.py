@@ -12,7 +12,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from tiltflow.build import Build, attention_for, build_rewards, build_stage, device_of
+from tiltflow.assemble import build_rewards
+from tiltflow.build import Build, attention_for, build_stage, device_of
 from tiltflow.checkpoint import latest_step, load_checkpoint
 from tiltflow.checks import check_run
 from tiltflow.commands.export import export_checkpoint

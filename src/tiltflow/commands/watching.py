@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tiltflow.build import Build, build_rewards
+from tiltflow.assemble import build_rewards
+from tiltflow.build import Build
 from tiltflow.config import RunConfig
 from tiltflow.distributed import Ranks
 from tiltflow.rewards.clip_family import CLIPScore
