@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tiltflow.disk import write_whole
 from tiltflow.metrics import Accumulator, MetricsLog, read_metrics
 
 
@@ -127,3 +128,19 @@ def test_tensorboard_file_is_written(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "m.jsonl", tensorboard=True) as log:
         log.write(3, {"a": 2.0})
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + "[" * 100_000 + "]" * 100_000 + '\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2: not a metrics line"):
+        read_metrics(path)
+
+
+def test_a_planted_link_in_the_place_of_the_part_is_not_followed(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("kept")
+    (tmp_path / ".config.yaml.part").symlink_to(secret)
+    write_whole(tmp_path / "config.yaml", "stage: tilt\n")
+    assert secret.read_text() == "kept" and not (tmp_path / "config.yaml").is_symlink()
+    assert (tmp_path / "config.yaml").read_text() == "stage: tilt\n"

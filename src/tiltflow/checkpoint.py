@@ -1,7 +1,7 @@
 """Checkpoints that no kill can tear: safetensors + JSON, written beside, then renamed.
 
     RUN/checkpoints/step-000100/   GROUP.safetensors …, state.json, manifest.json (checksums)
-    RUN/checkpoints/latest         symbolic link to the newest whole one
+    RUN/checkpoints/latest         a file that names the newest whole one
 
 A directory gets its `step-` name only when every byte of it is on disk, and `latest` moves only
 after that. Nothing is pickled.
@@ -24,12 +24,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiltflow.disk import fsync, sha256
+from tiltflow.disk import fsync, parse_json, sha256
+from tiltflow.latest import (
+    FORMAT,
+    NAME,
+    STEP,
+    is_whole,
+    latest_name,
+    point_at,
+    step_name,
+    steps_in,
+    verified,
+)
 
-FORMAT = "tiltflow-checkpoint-1"
-_STEP = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.(old|tmp)-\d+-")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+MOMENTS = frozenset(("step", "exp_avg", "exp_avg_sq"))
+"""What AdamW keeps of a parameter that it has stepped."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def save_checkpoint(
     if step < 0 or keep < 1:
         raise ValueError(f"cannot save step {step} keeping {keep}: need step >= 0 and keep >= 1")
     for group in tensors:
-        if not _NAME.fullmatch(group):
+        if not NAME.fullmatch(group):
             raise ValueError(f"checkpoint group {group!r} is no file name")
     try:
         encoded = json.dumps(dict(state), allow_nan=False, indent=1)
@@ -73,16 +83,16 @@ def save_checkpoint(
     folder = Path(run_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
-    temporary = folder / f".tmp-{os.getpid()}-step-{step:06d}"
+    temporary = folder / f".tmp-{os.getpid()}-{step_name(step)}"
     try:
         manifest = _write(temporary, step, tensors, encoded)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # what a full disk needs most
         raise _not_written(temporary, step, error) from error
-    target = folder / f"step-{step:06d}"
+    target = folder / step_name(step)
     _put(temporary, target, manifest)
     fsync(folder)
-    _point_latest(folder, target.name)
+    point_at(folder, target.name)
     _retain(folder, keep, good)
     return target
 
@@ -122,16 +132,16 @@ def point_latest(run_dir: str | Path, good: int) -> int:
         ValueError: if there is none, or it is torn.
     """
     folder = Path(run_dir) / "checkpoints"
-    steps = [step for step in _steps(folder) if step <= good] if folder.is_dir() else []
-    if not steps:
+    step = next((step for step in steps_in(folder) if step <= good), None)
+    if step is None:
         raise ValueError(f"{folder} has no checkpoint of step {good} or before")
-    name = f"step-{max(steps):06d}"
+    path = folder / step_name(step)
     try:
-        _verified(folder / name)
+        verified(path)
     except ValueError as error:
-        raise ValueError(f"checkpoint {folder / name} {error}") from error
-    _point_latest(folder, name)
-    return max(steps)
+        raise ValueError(f"checkpoint {path} {error}") from error
+    point_at(folder, path.name)
+    return step
 
 
 def load_checkpoint(run_dir: str | Path, which: str = "latest", tidy: bool = True) -> Checkpoint:
@@ -145,18 +155,18 @@ def load_checkpoint(run_dir: str | Path, which: str = "latest", tidy: bool = Tru
     folder = Path(run_dir) / "checkpoints"
     if tidy and os.access(folder, os.W_OK):
         _sweep(folder)
-    path = folder / which
+    name = latest_name(folder) or which if which == "latest" else which
+    path = folder / name
     try:
-        if which != "latest" and not _STEP.fullmatch(which):
+        if which != "latest" and not STEP.fullmatch(which):
             raise ValueError("is not called latest or step-XXXXXX")
-        path = path.resolve()
-        manifest = _verified(path)
+        manifest = verified(path)
     except ValueError as error:
         raise ValueError(f"checkpoint {path} {error}; {_alternative(folder, path)}") from error
     names = [name for name in manifest["files"] if name.endswith(".safetensors")]
     try:
         tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((path / "state.json").read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:  # the checksums are right: it was made so
         raise ValueError(f"checkpoint {path} is not tiltflow's: {error}") from error
     if not isinstance(state, dict):
@@ -165,12 +175,9 @@ def load_checkpoint(run_dir: str | Path, which: str = "latest", tidy: bool = Tru
 
 
 def latest_step(run_dir: str | Path) -> int | None:
-    """The step that `latest` points at, or None where nothing was saved."""
-    link = Path(run_dir) / "checkpoints" / "latest"
-    if not link.is_symlink():
-        return None
-    match = _STEP.fullmatch(os.readlink(link))
-    return int(match[1]) if match else None
+    """The step of the latest checkpoint (`tiltflow.latest`), or None where nothing was saved."""
+    name = latest_name(Path(run_dir) / "checkpoints")
+    return None if name is None else int(name.removeprefix("step-"))
 
 
 def _storable(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -191,7 +198,7 @@ def _put(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     """Gives `temporary` its final name, replacing what has that name."""
     if target.exists():
         try:
-            same = _verified(target)["files"] == manifest["files"]
+            same = verified(target)["files"] == manifest["files"]
         except ValueError:
             same = False
         if same:
@@ -203,32 +210,20 @@ def _put(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     os.replace(temporary, target)
 
 
-def _point_latest(folder: Path, name: str) -> None:
-    link = folder / f".tmp-{os.getpid()}-latest"
-    os.symlink(name, link)
-    os.replace(link, folder / "latest")
-    fsync(folder)
-
-
 def _retain(folder: Path, keep: int, good: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints, the one `latest` points at and the newest
-    of at most step `good`."""
-    latest = os.readlink(folder / "latest")
-    steps = sorted(_steps(folder), reverse=True)
+    """Removes all but the newest `keep` checkpoints, the latest and the newest of at most step
+    `good`."""
+    latest = latest_name(folder)
+    steps = steps_in(folder)
     kept = next((step for step in steps if good is not None and step <= good), None)
     for step in steps[keep:]:
-        path = folder / f"step-{step:06d}"
+        path = folder / step_name(step)
         if path.name != latest and step != kept:
             # Renamed first: a kill half-way through must not leave a torn checkpoint.
             doomed = folder / f".tmp-{os.getpid()}-drop-{path.name}"
             os.replace(path, doomed)
             shutil.rmtree(doomed)
     _sweep(folder)
-
-
-def _steps(folder: Path) -> list[int]:
-    matches = (_STEP.fullmatch(path.name) for path in folder.iterdir())
-    return [int(match[1]) for match in matches if match]
 
 
 def _sweep(folder: Path) -> None:
@@ -238,7 +233,7 @@ def _sweep(folder: Path) -> None:
         kind, owner, name = path.name.split("-", 2)
         if int(owner) != os.getpid() and _alive(int(owner)):
             continue
-        if path.is_symlink():
+        if path.is_symlink() or not path.is_dir():
             path.unlink()
         elif kind == ".old" and not (folder / name).exists():
             os.replace(path, folder / name)
@@ -256,45 +251,15 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint; a ValueError that says what is wrong otherwise."""
-    if not path.is_dir():
-        raise ValueError("does not exist")
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError("has no manifest.json, so it is torn or not tiltflow's") from error
-    except ValueError as error:
-        raise ValueError("is torn: its manifest.json is not valid JSON") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"is not tiltflow's: its manifest does not say {FORMAT!r}")
-    step, files = manifest.get("step"), manifest.get("files")
-    if not isinstance(files, dict) or "state.json" not in files or not isinstance(step, int):
-        raise ValueError("is not tiltflow's: its manifest lacks a step or its files")
-    if path.name != f"step-{step:06d}":
-        raise ValueError(f"was renamed: its manifest says step {step}")
-    for name, digest in files.items():
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"is not tiltflow's: its manifest names the file {name!r}")
-        if not (path / name).is_file():
-            raise ValueError(f"is torn: {name} is missing")
-        if sha256(path / name) != digest:
-            raise ValueError(f"is torn: {name} does not match its checksum")
-    return manifest
-
-
 def _alternative(folder: Path, broken: Path) -> str:
     """Which whole checkpoint there is instead: the newest before `broken`, else the newest."""
-    match = _STEP.fullmatch(broken.name)
+    match = STEP.fullmatch(broken.name)
     limit = int(match[1]) if match else None
-    steps = sorted(_steps(folder), reverse=True) if folder.is_dir() else []
+    steps = steps_in(folder)
     earlier = [step for step in steps if limit is not None and step < limit]
     for step in dict.fromkeys(earlier + steps):
-        try:
-            _verified(folder / f"step-{step:06d}")
-        except ValueError:
-            continue
-        return f"step-{step:06d} is whole"
+        if is_whole(folder / step_name(step)):
+            return f"{step_name(step)} is whole"
     return f"there is no whole checkpoint in {folder}"
 
 
@@ -321,7 +286,8 @@ def load_optimizer_tensors(
     """Puts back what `optimizer_tensors` gave; learning rates and the like stay as they are.
 
     Raises:
-        ValueError: if a saved parameter is unknown, or its shape is another.
+        ValueError: if a saved parameter is unknown, its shape is another, or a part of what AdamW
+            keeps of it is missing.
     """
     parameters = dict(zip(names, _parameters(optimizer, names), strict=True))
     index = {name: i for i, name in enumerate(names)}
@@ -337,6 +303,11 @@ def load_optimizer_tensors(
             )
         # A copy: the optimizer updates its state in place.
         state.setdefault(index[name], {})[kind] = tensor.clone()
+    for i, kept in state.items():
+        if kept.keys() != MOMENTS:
+            lacks, odd = MOMENTS - kept.keys(), kept.keys() - MOMENTS
+            wrong = f"lacks {min(lacks)}" if lacks else f"has {min(odd)}, which AdamW does not know"
+            raise ValueError(f"the saved optimizer state of {names[i]!r} {wrong}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

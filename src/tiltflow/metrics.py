@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.disk import write_whole
+from tiltflow.disk import parse_json, write_whole
 
 Values = Mapping[str, Tensor | float]
 
@@ -98,7 +98,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("not an object with a step")
         except ValueError as error:
