@@ -3,9 +3,11 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from tiltflow import recipe_source
 from tiltflow.config import (
@@ -172,7 +174,6 @@ def test_bad_overrides_are_refused(recipes: Path, override: str, message: str) -
 @pytest.mark.parametrize(
     ("recipe", "overrides", "words"),
     [
-        ("demo_cold_start", ["train.micro_batch_size=5"], "train.micro_batch_size 5 does not div"),
         ("demo_cold_start", ["model.resolution=60"], "model.resolution is 60"),
         ("demo_cold_start", ["model.family=mixture"], "needs model.path mixture"),
         (
@@ -217,6 +218,7 @@ def test_values_that_do_not_go_together(
         "train.micro_batch_size=12",
         "train.micro_batch_size=24",
         "train.micro_batch_size=96",
+        "train.micro_batch_size=4",
         "train.batch_size=24",
         "rewards.clip=-1",
     ],
@@ -225,14 +227,76 @@ def test_values_at_the_edge_are_taken(recipes: Path, override: str) -> None:
     load_config("demo_tilt", [override])
 
 
-@pytest.mark.parametrize("key", ["stage", "model.path", "data.prompts", "train.generator_lr"])
-def test_required_keys(tmp_path: Path, key: str) -> None:
+REQUIRED = {
+    "stage": "VALUE", "model.path": "DIR", "data.prompts": "FILE", "train.generator_lr": "VALUE",
+}  # fmt: skip
+
+
+def without(tmp_path: Path, *parts: str) -> str:
+    """The refusal of `COLD` without a key or a section."""
     raw = yaml.load(COLD, yaml.BaseLoader)
-    inside, _, last = key.rpartition(".")
-    del (raw[inside] if inside else raw)[last]
+    *inside, last = parts
+    del (raw[inside[0]] if inside else raw)[last]
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(raw).replace("'", ""))
-    assert f"{key} is not set: add it to the recipe, or give {key}=VALUE" in refusal(str(path))
+    return refusal(str(path))
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_required_keys(tmp_path: Path, key: str) -> None:
+    said = without(tmp_path, *key.split("."))
+    assert said == f"{key} is not set: add it to the recipe, or give {key}={REQUIRED[key]}"
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("model", "model.path=DIR"), ("data", "data.prompts=FILE"), ("train", "train.steps=VALUE")],
+)
+def test_a_missing_section_names_the_full_key(tmp_path: Path, section: str, key: str) -> None:
+    said = without(tmp_path, section)
+    assert said.startswith(f"{key.partition('=')[0]} is not set") and said.endswith(f"give {key}")
+
+
+def counts(model: type[BaseModel], prefix: str = "") -> dict[str, int | None]:
+    """Every whole number of a config, with its upper bound; of lists, the most members."""
+    found: dict[str, int | None] = {}
+    for name, info in model.model_fields.items():
+        inside, *more = [info.annotation, *get_args(info.annotation)]
+        if isinstance(inside, type) and issubclass(inside, BaseModel):
+            found |= counts(inside, f"{prefix}{name}.")
+            continue
+        annotated = [part for part in more if get_args(part) and get_args(part)[0] is int]
+        if inside is int or annotated:
+            limits = [*info.metadata, *(m for part in annotated for m in get_args(part)[1:])]
+            limits = [inner for m in limits for inner in getattr(m, "metadata", [m])]
+            found[prefix + name] = next((m.le for m in limits if hasattr(m, "le")), None)
+    return found
+
+
+COUNTS = counts(RunConfig)
+
+
+def test_every_count_is_found() -> None:
+    assert {"train.batch_size", "model.resolution", "run.seed", "tilt.decode_chunk"} <= set(COUNTS)
+    assert len(COUNTS) >= 25
+
+
+@pytest.mark.parametrize("key", COUNTS)
+def test_every_count_has_an_upper_bound_that_its_message_names(recipes: Path, key: str) -> None:
+    """One beyond the bound, and 2^64, which torch takes for no seed and no size."""
+    bound = COUNTS[key]
+    assert bound is not None
+    recipe = "demo_cold_start" if key.startswith("cold_start.") else "demo_tilt"
+    for value in (bound + 1, 2**64):
+        said = refusal(recipe, f"{key}={value}")
+        assert said.startswith(f"{key} is {value}, but it should ")
+        assert said.endswith(f"less than or equal to {bound}")
+
+
+def test_numbers_of_any_length_are_refused_in_a_short_sentence(recipes: Path) -> None:
+    for digits in (3_000, 5_000):
+        said = refusal("demo_tilt", "train.steps=" + "9" * digits)
+        assert "train.steps" in said and len(said) < 300
 
 
 @pytest.mark.parametrize(

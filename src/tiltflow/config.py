@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -45,6 +45,9 @@ __all__ = [
     "recipe_text",
     "validate_files",
 ]
+
+_KINDS = {"model.path": "DIR", "data.prompts": "FILE"}
+"""What must be given, where that is no plain value."""
 
 _REWARDS = (["rewards"], ["watch", "rewards"])
 
@@ -95,7 +98,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
         if info.annotation == Rewards:
             keys += [f"{prefix}{name}.NAME"]
             keys += [f"{prefix}{name}.NAME.{key}" for key in RewardConfig.model_fields]
-        elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+        elif _is_section(info.annotation):
             keys += _keys(info.annotation, f"{prefix}{name}.")
         else:
             keys.append(prefix + name)
@@ -159,7 +162,7 @@ def _refuse_unknown(raw: Mapping[str, Any]) -> None:
             if info.annotation == Rewards and isinstance(value, dict):
                 for name, reward in value.items():
                     walk(reward, RewardConfig, f"{dotted}.{name}.")
-            elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            elif _is_section(info.annotation):
                 walk(value, info.annotation, f"{dotted}.")
 
     walk(raw, RunConfig, "")
@@ -179,7 +182,8 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):
-        return f"{key} is not set: add it to the recipe, or give {key}=VALUE"
+        key = _leaf(first["loc"])
+        return f"{key} is not set: add it to the recipe, or give {key}={_KINDS.get(key, 'VALUE')}"
     if first["type"] == "value_error" and not key:
         return str(first["ctx"]["error"])
     message = re.sub(r"^(Value error, )?((Input|String|List|Tuple) should )?", "", first["msg"])
@@ -188,7 +192,27 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] in ("model_type", "model_attributes_type"):
         number = "a number or " if "rewards." in key else ""
         message = f"be {number}a mapping of keys to values"
-    return f"{key} is {first['input']!r}, but it should {message}"
+    shown = repr(first["input"])
+    if len(shown) > 120:
+        shown = f"{shown[:100]}…"
+    return f"{key} is {shown}, but it should {message}"
+
+
+def _leaf(place: Sequence[int | str]) -> str:
+    """The key that a place of the config names; of a section, the first that is needed."""
+    at: type[BaseModel] = RunConfig
+    parts = [str(part) for part in place if not _is_tag(part)]
+    for part in parts:
+        field = at.model_fields.get(part)
+        if field is None or not _is_section(field.annotation):
+            return ".".join(parts)
+        at = field.annotation
+    needed = next(name for name, field in at.model_fields.items() if field.is_required())
+    return ".".join([*parts, needed])
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _is_tag(part: int | str) -> bool:

@@ -1,4 +1,4 @@
-"""What a run configuration holds, and which values go together (METHOD §4–§6).
+"""What a run configuration holds (METHOD §4–§6); `config_rules.py` says which values go together.
 
 Frozen and strict; defaults are the published values. No file is touched here.
 """
@@ -9,8 +9,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+from tiltflow.config_rules import check_together
+
+MOST_STEPS = 1_000
+MOST_IMAGES = 10_000
+MOST_SAMPLES = 65_536
+MOST_TOKENS = 4_096
+LONGEST_SIDE = 4_096
+LARGEST_RANK = 4_096
+LARGEST_SEED = 2**63 - 1
+"""What counts end at: far above any use, and below what would take a machine's memory."""
+
+FAR = 1_000_000_000
+Positive = Annotated[int, Field(ge=1, le=FAR)]
+Count = Annotated[int, Field(ge=0, le=FAR)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
+Tokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -52,12 +69,12 @@ class ModelConfig(Section):
     path: Text
     generator_path: Text | None = None
     family: Literal["sd3", "flux", "flux2", "mixture"] | None = None
-    resolution: Positive | None = None
+    resolution: Side | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
     autocast: Autocast | None = None
     vae_dtype: Literal["fp32", "bf16"] | None = None
     base_storage: Literal["fp8"] | None = None
-    max_sequence_length: Count | None = None
+    max_sequence_length: Tokens | None = None
     few_step: Text | None = None
     guidance: float | None = None
     gradient_checkpointing: Checkpointed = False
@@ -74,7 +91,7 @@ class ModelConfig(Section):
 
 class AdaptersConfig(Section):
     kind: Literal["lora", "copies"] = "lora"
-    rank: Positive = 32
+    rank: Annotated[int, Field(ge=1, le=LARGEST_RANK)] = 32
     alpha: Rate = 64.0
     targets: Text | tuple[Text, ...] | None = None
 
@@ -88,7 +105,7 @@ class DataConfig(Section):
 
 
 class SamplerConfig(Section):
-    steps: Positive = 4
+    steps: Steps = 4
     eta: Annotated[float, Field(ge=0, le=1)] = 0.9
 
 
@@ -101,8 +118,8 @@ class TrainConfig(Section):
     """
 
     steps: Positive
-    batch_size: Positive
-    micro_batch_size: Positive | None = None
+    batch_size: Samples
+    micro_batch_size: Samples | None = None
     generator_lr: Rate
     fake_score_lr: Rate
     fake_scores: Literal["shared", "per_boundary"] = "shared"
@@ -130,7 +147,7 @@ class ColdStartConfig(Section):
     """
 
     generator_every: Positive = 10
-    reuse: Positive = 1
+    reuse: Steps = 1
     keep_graph: bool = False
     consistency: Weight = 0.01
     consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
@@ -143,8 +160,8 @@ class TiltConfig(Section):
     `reward_normalise`: every sample's reward gradient counts alike; as published, as it comes.
     """
 
-    group_size: Annotated[int, Field(ge=2)] = 24
-    subset: Positive = 2
+    group_size: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] = 24
+    subset: Steps = 2
     clip_range: Rate = 1e-5
     advantage_clip: Rate = 5.0
     kl: Weight = 0.0
@@ -153,11 +170,11 @@ class TiltConfig(Section):
     matching_weight: Weight = 1e-3
     reward_weight: Weight = 1e-4
     reward_target: float = 3.0
-    reward_steps: Positive = 1
+    reward_steps: Steps = 1
     reward_normalise: bool = False
-    decode_chunk: Positive | None = None
+    decode_chunk: Samples | None = None
     match_steps: Literal["last", "random", "all"] = "last"
-    fake_score_updates: Positive = 1
+    fake_score_updates: Steps = 1
     consistency: Weight = 0.01
 
 
@@ -198,15 +215,15 @@ class WatchConfig(Section):
 
     rewards: Rewards = Field(default_factory=dict)
     every: Positive = 50
-    prompts: Positive = 64
+    prompts: Images = 64
     stop: bool = False
     clip: Text | None = None
-    diversity_prompts: Positive = 24
-    diversity_images: Annotated[int, Field(ge=2)] = 4
-    teacher_images: Positive = 32
-    teacher_steps: Positive = 25
+    diversity_prompts: Images = 24
+    diversity_images: Annotated[int, Field(ge=2, le=MOST_IMAGES)] = 4
+    teacher_images: Images = 32
+    teacher_steps: Steps = 25
     frequency: Annotated[float, Field(gt=0, lt=0.5)] = 0.125
-    levels: tuple[Level, ...] = Field(default=(0.2, 0.4, 0.6, 0.8), min_length=1)
+    levels: tuple[Level, ...] = Field(default=(0.2, 0.4, 0.6, 0.8), min_length=1, max_length=100)
     rules: WatchRules = WatchRules()
 
 
@@ -214,7 +231,7 @@ class RunSection(Section):
     """`resume_from` is `latest` or one checkpoint's name; `sharding` is of the frozen base."""
 
     out: Text
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "auto"
     resume: bool = False
     resume_from: Annotated[str, Field(pattern=r"^(latest|step-\d{6,})$")] = "latest"
@@ -231,7 +248,7 @@ class LogConfig(Section):
 
     every: Positive = 10
     samples_every: Count = 0
-    samples: Positive = 16
+    samples: Images = 16
     tensorboard: bool = False
     wandb: bool = False
 
@@ -255,126 +272,5 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _cross_check(self) -> RunConfig:
-        other = "tilt" if self.stage == "cold_start" else "cold_start"
-        if other in self.model_fields_set:
-            raise ValueError(f"the section {other} is given, but stage is {self.stage}")
-        _check_model(self.model)
-        _check_batch(self.train)
-        _check_run(self.run, self.adapters)
-        if self.model.base_storage is not None:
-            _check_base_storage(self)
-        if self.stage == "cold_start":
-            if self.rewards:
-                raise ValueError(
-                    f"rewards ({', '.join(self.rewards)}) are given, but stage cold_start trains "
-                    "on none; put them under watch.rewards to log them"
-                )
-            if self.cold_start.reuse > self.sampler.steps:
-                raise ValueError(
-                    f"cold_start.reuse {self.cold_start.reuse} is more than the "
-                    f"{self.sampler.steps} boundaries of sampler.steps {self.sampler.steps}"
-                )
-        else:
-            _check_tilt(self)
-        _check_watch(self)
+        check_together(self)
         return self
-
-
-def _check_model(model: ModelConfig) -> None:
-    if model.resolution is not None and model.resolution % 8:
-        raise ValueError(f"model.resolution is {model.resolution}, which is no multiple of 8")
-    if model.family == "mixture" and model.path != "mixture":
-        raise ValueError(
-            f"model.family mixture needs model.path mixture (no files), not {model.path}"
-        )
-    if model.path == "mixture" and model.compile:
-        raise ValueError("model.compile is for pipelines, not for the mixture")
-    if model.path == "mixture" and model.family not in (None, "mixture"):
-        raise ValueError(f"model.path mixture needs model.family mixture, not {model.family}")
-
-
-def _check_base_storage(config: RunConfig) -> None:
-    key = f"model.base_storage {config.model.base_storage}"
-    if config.model.path == "mixture":
-        raise ValueError(f"{key} is for pipelines, not for the mixture")
-    if config.adapters.kind != "lora":
-        raise ValueError(f"{key} is for the frozen base of LoRAs, so adapters.kind is lora")
-    if config.run.sharding != "replicated":
-        raise ValueError(f"{key} cannot be sharded, so run.sharding is replicated")
-    if not {"generator", "fake_score"} <= config.model.checkpointed:
-        raise ValueError(
-            f"{key} saves no memory unless model.gradient_checkpointing is true or has generator "
-            "and fake_score: the backward pass would keep every matrix in model.dtype"
-        )
-
-
-def _check_batch(train: TrainConfig) -> None:
-    if train.batch_size % train.micro:
-        raise ValueError(
-            f"train.micro_batch_size {train.micro} does not divide "
-            f"train.batch_size {train.batch_size}"
-        )
-
-
-def _check_run(run: RunSection, adapters: AdaptersConfig) -> None:
-    if run.resume_from != "latest" and not run.resume:
-        raise ValueError(f"run.resume_from {run.resume_from} is given, but run.resume is false")
-    if run.sharding == "fsdp2" and adapters.kind != "lora":
-        raise ValueError("run.sharding fsdp2 shards the base of LoRAs, so adapters.kind is lora")
-
-
-def _check_watch(config: RunConfig) -> None:
-    watch = config.watch
-    if watch.stop and (config.stage == "cold_start" or not watch.rewards):
-        raise ValueError("watch.stop needs stage tilt and at least one reward under watch.rewards")
-    if config.stage == "tilt" and watch.rewards and watch.prompts < 8:
-        raise ValueError(
-            f"watch.prompts is {watch.prompts}, but no test can tell a change from chance with "
-            "fewer than 8"
-        )
-
-
-def _check_tilt(config: RunConfig) -> None:
-    tilt, train, sampler = config.tilt, config.train, config.sampler
-    if config.model.few_step is None:
-        raise ValueError(
-            "stage tilt needs model.few_step, the stage-1 run directory or LoRA to start from"
-        )
-    if not config.rewards:
-        raise ValueError("stage tilt needs at least one reward under rewards")
-    for name, reward in config.rewards.items():
-        if reward.weight == 0:
-            raise ValueError(
-                f"rewards.{name} has weight 0, which trains nothing; put it under watch.rewards"
-            )
-    if train.batch_size % tilt.group_size:
-        raise ValueError(
-            f"tilt.group_size {tilt.group_size} does not divide train.batch_size {train.batch_size}"
-        )
-    if tilt.group_size % train.micro and train.micro % tilt.group_size:
-        raise ValueError(
-            f"train.micro_batch_size {train.micro} must divide tilt.group_size {tilt.group_size} "
-            "or be a multiple of it"
-        )
-    if tilt.reward_steps > sampler.steps:
-        raise ValueError(
-            f"tilt.reward_steps {tilt.reward_steps} is more than sampler.steps {sampler.steps}"
-        )
-    left = sampler.steps - tilt.reward_steps
-    if tilt.policy_weight > 0 and tilt.subset > left:
-        taken = (
-            f" that tilt.reward_steps {tilt.reward_steps} leaves" if tilt.reward_steps > 1 else ""
-        )
-        raise ValueError(
-            f"tilt.subset {tilt.subset} is more than the {left} stochastic "
-            f"step{'' if left == 1 else 's'} of sampler.steps {sampler.steps}{taken}"
-        )
-    if sampler.eta == 0 and tilt.policy_weight > 0:
-        raise ValueError(
-            f"sampler.eta 0 makes every step deterministic, but tilt.policy_weight "
-            f"{tilt.policy_weight} trains stochastic ones"
-        )
-    if tilt.policy_weight == tilt.matching_weight == tilt.reward_weight == 0:
-        raise ValueError(
-            "tilt.policy_weight, tilt.matching_weight and tilt.reward_weight are all 0"
-        )

@@ -290,7 +290,7 @@ def _kept(roles: Roles, backbone: PipelineBackbone, job: Job) -> list[Tensor]:
     """The generator's step of every micro-batch with its graph, where it is kept."""
     x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
     start = Rollout(_grid(job), {0: x}, cond, 0.5)
-    parts = job.batch // job.micro if job.keep_graph else 0
+    parts = -(-job.batch // job.micro) if job.keep_graph else 0
     return [advance(roles.generator, start, 0, x) for _ in range(parts)]
 
 

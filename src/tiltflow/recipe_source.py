@@ -74,6 +74,8 @@ def parse_yaml(text: str, place: str) -> Any:
         raise ValueError(f"{place}{line}: {problem or 'is not valid YAML'}") from error
     except RecursionError as error:
         raise ValueError(f"{place} is nested too deeply") from error
+    except ValueError as error:  # Python's own limit for text as an integer
+        raise ValueError(f"{place}: a number has too many digits") from error
 
 
 def _recipes() -> dict[str, Path]:
