@@ -12,6 +12,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def _rank(rank: int, size: int, port: int, log: Path, body: Callable, args: Sequ
     )
     torch.set_num_threads(1)
     distributed.LINGER = 0.1
-    with (log / f"{rank}.txt").open("w") as file:
+    with (log / f"{rank}.txt").open("w") as file, redirect_stderr(file):
         try:
             body(*args, console=Console(file=file, width=400))
         except Exception:

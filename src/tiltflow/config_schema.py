@@ -228,7 +228,10 @@ class WatchConfig(Section):
 
 
 class RunSection(Section):
-    """`resume_from` is `latest` or one checkpoint's name; `sharding` is of the frozen base."""
+    """`resume_from` is `latest` or one checkpoint's name; `sharding` is of the frozen base.
+
+    `rank_timeout`: seconds of silence after which a rank is given up and the job ends.
+    """
 
     out: Text
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
@@ -236,6 +239,7 @@ class RunSection(Section):
     resume: bool = False
     resume_from: Annotated[str, Field(pattern=r"^(latest|step-\d{6,})$")] = "latest"
     sharding: Literal["replicated", "fsdp2"] = "replicated"
+    rank_timeout: Annotated[float, Field(ge=5, le=86400)] = 100.0
 
 
 class CheckpointConfig(Section):

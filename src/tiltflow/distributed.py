@@ -13,15 +13,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits: rank 0 may be saving, or one rank's rewards may be slow."""
+from tiltflow.heartbeat import JOIN, Heartbeat
+
+RANK_TIMEOUT = 100.0
+"""Seconds of silence after which a rank is given up: named within two minutes, all told."""
+TIMEOUT = timedelta(hours=24)
+"""How long a collective waits. It is no watchdog: one rank may wait for a reward server, encode a
+large set of prompts or save, and the heartbeat tells that from a rank that is gone."""
 LINGER = 10.0
 """Seconds that a rank waits after it lost another, so that torchrun sees the real failure first."""
 
@@ -40,6 +46,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @property
     def main(self) -> bool:
@@ -124,6 +131,8 @@ class Ranks:
 
     @contextmanager
     def _peers(self, what: str) -> Iterator[None]:
+        if self.heartbeat is not None:
+            self.heartbeat.collectives += 1
         try:
             yield
         except torch.OutOfMemoryError:
@@ -146,10 +155,11 @@ def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def ranks_of_job(device: torch.device) -> Iterator[Ranks]:
+def ranks_of_job(device: torch.device, rank_timeout: float = RANK_TIMEOUT) -> Iterator[Ranks]:
     """The ranks that torchrun's environment describes, joined into one group; one without it.
 
-    With an accelerator, the process's default device becomes its own one of them.
+    With an accelerator, the process's default device becomes its own one of them. When a rank has
+    been silent for `rank_timeout` seconds, one of the others names it, and all of them end.
 
     Raises:
         ValueError: if `device` names one device for several ranks, or there are too few.
@@ -165,16 +175,68 @@ def ranks_of_job(device: torch.device) -> Iterator[Ranks]:
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+    heartbeat = _heartbeat(store, rank, size, rank_timeout)
+    reason = ""
     try:
-        yield ranks
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        yield Ranks(rank, size, heartbeat)
     except PeerLost as error:
-        print(f"tiltflow: {error}", file=sys.stderr, flush=True)
-        time.sleep(LINGER)
+        _mourn(error, heartbeat)
+        raise
+    except BaseException as error:
+        reason = f"ended with {type(error).__name__}"
         raise
     finally:
-        dist.destroy_process_group()
+        heartbeat.close(reason)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _heartbeat(store: dist.Store, rank: int, size: int, limit: float) -> Heartbeat:
+    """The heartbeat of this rank, over a connection of its own to the job's store."""
+    host = os.environ["MASTER_ADDR"]
+    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    holder = f"{'torchrun' if torchruns else 'rank 0'} on host {host}"
+    own = dist.PrefixStore("tiltflow", store.clone())  # type: ignore[attr-defined]
+
+    def lost(sentence: str, speaks: bool) -> None:
+        """Ends this process at once, from the heartbeat's thread.
+
+        The main thread is in a collective that no longer has an end. Gloo's cannot be interrupted;
+        NCCL's communicators could be aborted, but that returns only when every kernel has, and a
+        main thread that waits for the device in another call is not woken. Leaving by `os._exit`
+        needs neither, and loses nothing: a checkpoint appears by a rename, whole or not at all.
+        """
+        if speaks:
+            print(f"tiltflow: {sentence}; the job ends", file=sys.stderr, flush=True)
+        _tell_torchrun(PeerLost(sentence))
+        time.sleep(3 * heartbeat.interval)  # until the others have noticed by themselves
+        os._exit(1)
+
+    heartbeat = Heartbeat(own, rank, size, limit, lost, holder, None if torchruns else 0)
+    return heartbeat
+
+
+def _tell_torchrun(error: PeerLost) -> None:
+    """Puts the sentence into torchrun's summary, which otherwise names who ended first: this rank,
+    not the silent one. (Where there is no torchrun, there is no file to write to.)"""
+    try:
+        raise error
+    except PeerLost as raised:
+        get_error_handler().record_exception(raised)
+
+
+def _mourn(error: PeerLost, heartbeat: Heartbeat) -> None:
+    """Says at once that a rank is lost (torchrun may end this process within a second), then which,
+    and gives torchrun time to see the real failure first."""
+    if heartbeat.given_up:  # the heartbeat's thread has named it and is about to end this process
+        time.sleep(LINGER)
+    print(f"tiltflow: {error}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    if found := heartbeat.explain(LINGER):
+        print(f"tiltflow: {found}", file=sys.stderr, flush=True)
+    time.sleep(max(0.0, LINGER - (time.monotonic() - began)))
 
 
 def _claim(device: torch.device, size: int) -> None:

@@ -56,7 +56,8 @@ def run_training(cfg: RunConfig, console: Console) -> Path:
     start = _resume(cfg, out)
     sets = check_run(cfg)
     attention = attention_for(cfg, device)
-    with ranks_of_job(device) as ranks, attention, explained(cfg, ranks.size):
+    job = ranks_of_job(device, cfg.run.rank_timeout)
+    with job as ranks, attention, explained(cfg, ranks.size):
         return _run(cfg, sets, out, start, console if ranks.main else Console(quiet=True), ranks)
 
 
