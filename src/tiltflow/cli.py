@@ -19,6 +19,7 @@ from tiltflow.commands.options import (
     named_rewards,
     sampling_options,
 )
+from tiltflow.sentences import printable
 
 EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
 """What bad input, or too small a machine, raises. Anything else is a mistake in the program, and
@@ -268,7 +269,7 @@ def _sentence(error: Exception) -> str:
         text = error.format_message()
     elif isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    return " ".join(text.split())
+    return printable(text, 4000)
 
 
 if __name__ == "__main__":

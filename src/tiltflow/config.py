@@ -28,6 +28,7 @@ from tiltflow.recipe_source import (
     recipe_name,
     recipe_text,
 )
+from tiltflow.remote_address import refuse_secrets
 
 __all__ = [
     "Later",
@@ -59,16 +60,20 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ValueError: in one sentence: an unknown recipe or key (the nearest is named), bad YAML,
-            a value of the wrong kind, or values that do not go together.
+            a value of the wrong kind, values that do not go together, or a password or token,
+            which is not repeated.
     """
     raw = read_recipe(recipe)
+    refuse_secrets(raw)
     for override in overrides:
+        refuse_secrets(override)
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
             raise ValueError(f"the override {override!r} should read key=value")
         _refuse_unknown_section(key.strip())
         _set(raw, key.strip(), parse_yaml(text, f"the value of {key.strip()}"))
     raw = _without_empty_sections(raw)
+    refuse_secrets(raw)
     _refuse_unknown(raw)
     run = raw.setdefault("run", {})
     if isinstance(run, dict):

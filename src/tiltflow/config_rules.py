@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tiltflow.remote_address import REMOTE, remote_settings
+
 if TYPE_CHECKING:
     from tiltflow.config_schema import AdaptersConfig, ModelConfig, RunConfig, RunSection
 
@@ -26,6 +28,10 @@ def check_together(config: RunConfig) -> None:
     else:
         _check_tilt(config)
     _check_watch(config)
+    for rewards in (config.rewards, config.watch.rewards):
+        for name, reward in rewards.items():
+            if name.startswith(REMOTE):
+                remote_settings(name, reward.options)
 
 
 def _check_cold_start(config: RunConfig) -> None:

@@ -12,3 +12,11 @@ def first_sentence(error: Exception) -> str:
         return type(error).__name__
     begin = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return re.split(r"\.\s+(?=[A-Z])", begin, maxsplit=1)[0].rstrip(".")
+
+
+def printable(text: str, length: int = 300) -> str:
+    """Text of others for a terminal or a log: on one line, no longer than `length`, and control
+    characters, which a terminal would act on, as their escapes."""
+    line = " ".join(text[: 4 * length].split())
+    short = line[:length] + ("…" if len(line) > length or len(text) > 4 * length else "")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

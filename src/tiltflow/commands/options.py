@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from tiltflow.remote_address import refuse_secrets
+
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto")]
 
 Rewards = Annotated[
@@ -114,10 +116,11 @@ def named_rewards(given: Sequence[str]) -> Mapping[str, str | None]:
     """NAME or NAME@PATH as names, each with the path of its weights or None.
 
     Raises:
-        ValueError: if a name is given twice.
+        ValueError: if a name is given twice, or holds a password or token.
     """
     rewards: dict[str, str | None] = {}
     for text in given:
+        refuse_secrets(text)
         name, _, path = text.partition("@")
         if name in rewards:
             raise ValueError(f"the reward {name!r} is given twice")

@@ -6,7 +6,6 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tiltflow.paths import nearest
+from tiltflow.remote_address import REMOTE, remote_settings
 
 ENTRY_POINTS = "tiltflow.rewards"
-REMOTE = "remote:"
 RANGE_TOLERANCE = 1e-3  # decoders clamp to [0, 1]; a bf16 round trip may leave it by this much
 
 Metadata = Mapping[str, object]
@@ -276,11 +275,11 @@ def load_reward(
 
 
 def _remote(name: str, path: str | None, options: Mapping[str, Any]) -> Reward:
-    from tiltflow.rewards.remote import RemoteReward, Settings
+    from tiltflow.rewards.remote import RemoteReward
 
+    settings = remote_settings(name, options)
     _no_path(name, path)
-    _only(name, options, [field.name for field in fields(Settings)])
-    return RemoteReward(name, Settings(**options))
+    return RemoteReward(name, settings)
 
 
 def _dotted(name: str) -> object:

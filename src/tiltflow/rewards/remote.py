@@ -7,42 +7,45 @@ that answers wrongly is an error. Neither is ever a score.
 from __future__ import annotations
 
 import functools
-import json
+import io
 import logging
-import os
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
 
 from tiltflow.interruption import pause
 from tiltflow.paths import nearest
-from tiltflow.rewards.base import REMOTE, Metadata
+from tiltflow.remote_address import TOKEN_VARIABLE, Address, Settings
+from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.wire import (
     ANSWER_LIMIT,
-    REQUEST_IMAGES,
+    BODY_LIMIT,
     REQUEST_PIXELS,
-    TOKEN_VARIABLE,
     decode_scores,
     encode_batch,
     excerpt,
+    given_token,
+    parse,
 )
+from tiltflow.sentences import printable
 
 log = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the second attempt, doubled before each further one up to the longest."""
-AWAY_STATUS = (502, 503, 504)
+AWAY_STATUS = (429, 502, 503, 504)
 """What proxies, and servers that are starting or full, answer in place of a reward."""
+READ_LIMIT = 2 * ANSWER_LIMIT
+"""Bytes that are read of an answer in all, headers and the marks of chunks among them."""
 
 
 class Away(Exception):
@@ -51,40 +54,6 @@ class Away(Exception):
 
 class Fault(Exception):
     """Somebody answers, but not as a reward server does; another attempt may help."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How patient a client is.
-
-    An attempt may take `timeout` seconds in all. `retries` more follow one that failed in spite
-    of a server at the address. While there is none, the client waits, for at most `patience`
-    seconds (None: without end). A request holds at most `batch` images.
-
-    Raises:
-        ValueError: if a value makes no sense.
-    """
-
-    timeout: float = 120.0
-    retries: int = 3
-    patience: float | None = None
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
-                raise ValueError(f"option {option.name} is {value!r}, but it must be a number")
-        if not self.timeout > 0:
-            raise ValueError(f"option timeout is {self.timeout}, but it must be above 0 seconds")
-        if not isinstance(self.retries, int) or self.retries < 0:
-            raise ValueError(f"option retries is {self.retries!r}, but it must be 0, 1, 2, …")
-        if self.patience is not None and not self.patience >= 0:
-            raise ValueError(f"option patience is {self.patience}, but it must be 0 s or more")
-        if not isinstance(self.batch, int) or not 1 <= self.batch <= REQUEST_IMAGES:
-            raise ValueError(f"option batch is {self.batch!r}; it is 1 to {REQUEST_IMAGES} images")
 
 
 class RemoteReward:
@@ -107,23 +76,12 @@ class RemoteReward:
 
     def __init__(self, address: str, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self.url = address.removeprefix(REMOTE)
-        parts = urlsplit(self.url)
-        base, _, last = parts.path.rpartition("/")
-        self.name = unquote(last)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not self.name:
-            raise ValueError(
-                f"{address!r} is no address of a remote reward: write {REMOTE}http://HOST:PORT/NAME"
-            )
-        if parts.username or parts.query or parts.fragment:
-            raise ValueError(
-                f"the address of remote reward {self.name!r} is to be host, port and name alone; "
-                f"a token belongs into the environment variable {TOKEN_VARIABLE}"
-            )
-        self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self._host: tuple[str, int | None] = (parts.hostname, parts.port)
-        self._base = base
-        self._find()
+        self._address = Address.of(address)
+        self.name, self.url = self._address.name, self._address.url
+        try:
+            self._find()
+        except ValueError as error:
+            raise ValueError(f"reward {self.name!r}: {error}") from error
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -141,21 +99,28 @@ class RemoteReward:
 
         def read(body: bytes) -> object:
             try:
-                found = json.loads(body)["rewards"]
-                return sorted(found)
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"answered as no reward server does: {excerpt(body)}") from None
+                found = parse(body)
+            except ValueError:
+                found = None
+            rewards = found.get("rewards") if isinstance(found, dict) else None
+            if not isinstance(rewards, dict):
+                raise ValueError(f"answered as no reward server does: {excerpt(body)}")
+            return list(rewards)
 
         ask = functools.partial(self._exchange, "GET", "health", None, read)
         names = self._insist(ask, self.settings.timeout)
         if self.name not in names:
-            hint = nearest(self.name, names)
+            hint = printable(nearest(self.name, names))
             raise ValueError(f"the server at {self.url} has no reward {self.name!r}{hint}")
 
     def _score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:
         body = encode_batch(images, prompts, metadata)
+        if len(body) > BODY_LIMIT and len(images) > 1:
+            half = len(images) // 2
+            parts = [slice(None, half), slice(half, None)]
+            return torch.cat([self._score(images[p], prompts[p], metadata[p]) for p in parts])
         read = functools.partial(decode_scores, count=len(images))
         path = quote(self.name, safe="")
         ask = functools.partial(self._exchange, "POST", path, body, read)
@@ -201,14 +166,17 @@ class RemoteReward:
             Away, Fault: see there.
             ValueError: if the server refuses, or `read` does: a further attempt is of no use.
         """
+        headers = _headers()
         connection = self._connect()
         try:
             with _deadline(connection, self.settings.timeout) as expired:
                 try:
-                    connection.request(method, f"{self._base}/{path}", body, self._headers())
+                    # One that has heard enough answers and hangs up before it has the body.
+                    with suppress(BrokenPipeError, ConnectionResetError):
+                        connection.request(method, f"{self._address.base}/{path}", body, headers)
                     response = connection.getresponse()
                     answer = _body(response)
-                except (OSError, HTTPException) as error:
+                except (OSError, HTTPException, ValueError) as error:  # ValueError: odd numbers
                     raise Fault(self._complaint(error, expired.is_set())) from error
                 if expired.is_set():
                     raise Fault(self._complaint(TimeoutError(), True))
@@ -221,21 +189,19 @@ class RemoteReward:
             raise ValueError(f"{self.url} {error}") from error
 
     def _connect(self) -> HTTPConnection:
-        host, port = self._host
-        connection = self._kind(host, port, timeout=self.settings.timeout)
+        kind = HTTPSConnection if self._address.secure else HTTPConnection
+        connection = kind(self._address.host, self._address.port, timeout=self.settings.timeout)
+        connection.response_class = _Answer
         try:
             connection.connect()
+        except ssl.SSLEOFError as error:
+            raise Fault("broke off before there was a secure connection") from error
         except ssl.SSLError as error:
             raise ValueError(f"{self.url}: no secure connection ({error.reason})") from error
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             raise Away(f"no server answers ({reason.lower()})") from error
         return connection
-
-    def _headers(self) -> dict[str, str]:
-        token = os.environ.get(TOKEN_VARIABLE)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        return headers | ({"Authorization": f"Bearer {token}"} if token else {})
 
     def _complaint(self, error: Exception, expired: bool) -> str:
         if expired or isinstance(error, TimeoutError):
@@ -244,6 +210,42 @@ class RemoteReward:
             announced = len(error.partial) + (error.expected or 0)
             return f"announced {announced} bytes and sent {len(error.partial)}"
         return f"broke off without an answer ({type(error).__name__})"
+
+
+def _headers() -> dict[str, str]:
+    token = given_token()
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    return headers | ({"Authorization": f"Bearer {token}"} if token else {})
+
+
+class _Bounded(io.RawIOBase):
+    """A socket's bytes, `READ_LIMIT` of them: headers, sizes of chunks and trailers included, on
+    which the standard library's reader sets no bound together."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw, self._left = raw, READ_LIMIT
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._left <= 0:
+            raise Fault(f"sent more than {READ_LIMIT} bytes, more than scores can take")
+        count = self._raw.readinto(memoryview(buffer)[: self._left])
+        self._left -= count or 0
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(HTTPResponse):
+    """A response of which no more than `READ_LIMIT` bytes are ever read."""
+
+    def __init__(self, sock: socket.socket, *more: Any, **named: Any) -> None:
+        super().__init__(sock, *more, **named)
+        self.fp: Any = io.BufferedReader(_Bounded(self.fp.detach()))
 
 
 @contextmanager
@@ -287,19 +289,30 @@ def _check_status(response: HTTPResponse, body: bytes) -> None:
     Raises:
         Away, Fault, ValueError: as the status says that waiting, another attempt or neither helps.
     """
-    status = response.status
+    status, packed = response.status, response.headers.get("content-encoding", "identity")
+    if packed.strip().lower() != "identity":  # never asked for, so never unpacked
+        raise ValueError(f"answered in the encoding {printable(packed, 40)!r}, unasked")
     if status == 200:
         return
-    try:
-        said = json.loads(body)["error"]
-    except (ValueError, KeyError, TypeError):
-        said = excerpt(body)
     if status in AWAY_STATUS:
         raise Away(f"the server is not ready (status {status})")
-    if status >= 500:
+    said = _error(body)
+    if status >= 500 or status == 408:
         raise Fault(f"failed: {said}")
+    if 300 <= status < 400:
+        raise ValueError(f"answered with status {status}, a redirect, which is not followed")
     if status in (401, 403):
         raise ValueError(f"refused the token: {said}; set {TOKEN_VARIABLE} to the server's")
     if status in (413, 422):
         raise ValueError(f"refused the batch: {said}")
     raise ValueError(f"answered with status {status}: {said}")
+
+
+def _error(body: bytes) -> str:
+    """What the server says went wrong, in one line that a terminal can be given."""
+    try:
+        answer = parse(body)
+    except ValueError:
+        answer = None
+    said = answer.get("error") if isinstance(answer, dict) else None
+    return printable(said) if isinstance(said, str) else excerpt(body)

@@ -13,32 +13,51 @@ import base64
 import binascii
 import io
 import json
-import math
+import os
+import re
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 from torch import Tensor
 
+from tiltflow.remote_address import REQUEST_IMAGES, TOKEN_VARIABLE
 from tiltflow.rewards.base import Metadata
+from tiltflow.sentences import printable
 
-BODY_LIMIT = 128 * 2**20
+BODY_LIMIT = 64 * 2**20
 """Bytes of a request."""
+TEXT_LIMIT = 4 * 2**20
+"""Bytes of a request that are not pictures: prompts and metadata."""
+VALUES_LIMIT = 2**18
+"""Values in a request's JSON. Each takes some hundred bytes once it is read, so that a body full
+of them would take thirty times its own size."""
 IMAGE_PIXELS = 4096 * 4096
 """Pixels of one image."""
 REQUEST_PIXELS = 64 * 1024 * 1024
-"""Pixels of all images of a request: 64 of a megapixel, 0.8 GB once decoded to fp32."""
-REQUEST_IMAGES = 256
+"""Pixels of all images of a request: 64 of a megapixel."""
 ANSWER_LIMIT = 2**20
 """Bytes of an answer: many times what `REQUEST_IMAGES` scores take."""
-TOKEN_VARIABLE = "TILTFLOW_REWARD_TOKEN"
-"""The environment variable of the token, for server and client: so that it is in no recipe, no
-run directory and no list of processes."""
+LARGEST_SCORE = float(torch.finfo(torch.float32).max)
+
+
+def given_token() -> str | None:
+    """The token that the environment gives, or None.
+
+    Raises:
+        ValueError: if it could not stand in a header; it is not repeated.
+    """
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ValueError(f"{TOKEN_VARIABLE} must be ASCII characters without blanks")
+    return token
 
 
 class _Batch(BaseModel):
@@ -77,19 +96,52 @@ def _png(pixels: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def decode_batch(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """The images (B, 3, H, W) fp32 in [0, 1], prompts and metadata of a request's body.
+@dataclass(frozen=True)
+class Batch:
+    """A request that was read: images as PNG in base64, their one size, prompts and metadata.
+
+    Of the images only the headers have been looked at, so it is no larger than the body was.
+    """
+
+    pictures: list[str]
+    width: int
+    height: int
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+
+    def images(self, rows: slice) -> Tensor:
+        """Some of the images, (b, 3, H, W) fp32 in [0, 1], decoded one after another.
+
+        Raises:
+            ValueError: if one is damaged.
+        """
+        numbers = range(len(self.pictures))[rows]
+        images = torch.empty(len(numbers), 3, self.height, self.width)
+        for into, number in zip(images, numbers, strict=True):
+            pixels = _pixels(number, self.pictures[number], (self.width, self.height))
+            into.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+        return images.div_(255)
+
+
+def read_batch(
+    body: bytes | bytearray,
+    image_pixels: int = IMAGE_PIXELS,
+    request_pixels: int = REQUEST_PIXELS,
+) -> Batch:
+    """What a request's body holds; no image is decoded.
 
     Raises:
-        ValueError: if it is no request, or goes beyond a limit; nothing is decoded before the
-            sizes in the PNG headers are known to be within the limits.
+        ValueError: if it is no request, or goes beyond a limit.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > VALUES_LIMIT:
+        raise ValueError(f"no request for scores: more than {VALUES_LIMIT} values in its JSON")
     try:
         batch = _Batch.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"no request for scores: {place} {first['msg']}".strip()) from None
+        said = printable(f"{place} {first['msg']}".strip())
+        raise ValueError(f"no request for scores: {said}") from None
     count = len(batch.images)
     if not 1 <= count <= REQUEST_IMAGES:
         raise ValueError(f"a request has 1 to {REQUEST_IMAGES} images, got {count}")
@@ -97,40 +149,79 @@ def decode_batch(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
         raise ValueError(
             f"got {count} images, {len(batch.prompts)} prompts and {len(batch.metadata)} metadata"
         )
-    opened = [_open(number, text) for number, text in enumerate(batch.images)]
-    sizes = {image.size for image in opened}
+    if len(body) - sum(map(len, batch.images)) > TEXT_LIMIT:
+        raise ValueError(f"a request has at most {TEXT_LIMIT} bytes of prompts and metadata")
+    sizes = sorted({_size(i, text, image_pixels) for i, text in enumerate(batch.images)})
     if len(sizes) > 1:
-        raise ValueError(f"the images of a request have one size, got {sorted(sizes)}")
-    width, height = opened[0].size
-    if count * width * height > REQUEST_PIXELS:
+        raise ValueError(f"the images of a request have one size, got {sizes[:2]}")
+    width, height = sizes[0]
+    if count * width * height > request_pixels:
         raise ValueError(
-            f"{count} images of {width}×{height} are more than {REQUEST_PIXELS} pixels a request"
+            f"{count} images of {width}×{height} are more than {request_pixels} pixels a request"
         )
-    arrays = [_pixels(number, image) for number, image in enumerate(opened)]
-    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-    return images, batch.prompts, batch.metadata
+    return Batch(batch.images, width, height, batch.prompts, batch.metadata)
 
 
-def _open(number: int, text: str) -> Image.Image:
-    """The header of an image; its pixels are not decoded yet."""
+def decode_batch(body: bytes) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+    """The images (B, 3, H, W) fp32 in [0, 1], prompts and metadata of a request's body.
+
+    Raises:
+        ValueError: as `read_batch`, or if an image is damaged.
+    """
+    batch = read_batch(body)
+    return batch.images(slice(None)), batch.prompts, batch.metadata
+
+
+HEADER = 44
+"""Characters of base64 that hold the 33 bytes of a PNG's signature and header."""
+MODES = {(0, 1): "1", (0, 8): "L", (0, 16): "I;16", (2, 8): "RGB", (3, 8): "P", (6, 8): "RGBA"}
+
+
+def _size(number: int, text: str, most: int) -> tuple[int, int]:
+    """Width and height that the header of an image gives, which is all that is decoded of it."""
+    wrong = ValueError(f"image {number} is no PNG in base64")
     try:
-        data = base64.b64decode(text, validate=True)
-        image = Image.open(io.BytesIO(data), formats=("PNG",))
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise ValueError(f"image {number} is no PNG in base64") from None
-    width, height = image.size
-    if width * height > IMAGE_PIXELS:
-        raise ValueError(f"image {number} is {width}×{height}, more than {IMAGE_PIXELS} pixels")
-    if image.mode != "RGB":
-        raise ValueError(f"image {number} is {image.mode}, not RGB with eight bits")
-    return image
+        head = base64.b64decode(text[:HEADER], validate=True)
+        length, width, height, depth, colour = struct.unpack(">8xI4xIIBB7x", head)
+    except (binascii.Error, ValueError, struct.error):
+        raise wrong from None
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR" or length != 13:
+        raise wrong
+    if not 0 < width * height <= most:
+        raise ValueError(f"image {number} is {width}×{height}, more than {most} pixels or none")
+    if (colour, depth) != (2, 8):
+        mode = MODES.get((colour, depth), f"colour type {colour} of {depth} bits")
+        raise ValueError(f"image {number} is {mode}, not RGB with eight bits")
+    return width, height
 
 
-def _pixels(number: int, image: Image.Image) -> np.ndarray:
+def _pixels(number: int, text: str, size: tuple[int, int]) -> np.ndarray:
+    """An image (H, W, 3) uint8. A later header must not say otherwise than the first one did."""
     try:
-        return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error):
+        data = io.BytesIO(base64.b64decode(text, validate=True))
+        with Image.open(data, formats=("PNG",)) as image:
+            if image.size != size or image.mode != "RGB":
+                raise ValueError("another size")
+            return np.array(image)
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ):
         raise ValueError(f"image {number} is a damaged PNG") from None
+
+
+def parse(body: bytes) -> Any:
+    """JSON of others.
+
+    Raises:
+        ValueError: if it is none, is no UTF-8, or is nested too deeply.
+    """
+    return from_json(body)
 
 
 def decode_scores(body: bytes, count: int) -> Tensor:
@@ -140,7 +231,7 @@ def decode_scores(body: bytes, count: int) -> Tensor:
         ValueError: if the answer is not JSON, or does not hold that many finite numbers.
     """
     try:
-        answer = json.loads(body)
+        answer = parse(body)
     except ValueError:
         raise ValueError(f"answered with what is not JSON: {excerpt(body)}") from None
     scores = answer.get("scores") if isinstance(answer, dict) else None
@@ -150,8 +241,9 @@ def decode_scores(body: bytes, count: int) -> Tensor:
         raise ValueError(f"answered with {len(scores)} scores for {count} images")
     for number, score in enumerate(scores):
         if not isinstance(score, int | float) or isinstance(score, bool):
-            raise ValueError(f"answered with {score!r} for a score (image {number})")
-        if not math.isfinite(score):
+            said = printable(repr(score), 60)
+            raise ValueError(f"answered with {said} for a score (image {number})")
+        if not -LARGEST_SCORE <= score <= LARGEST_SCORE:  # a NaN is neither
             raise ValueError(f"answered with a score that is not finite (image {number})")
     return torch.tensor(scores, dtype=torch.float32)
 
