@@ -23,7 +23,8 @@ PLAIN: list[tuple[str, int, dict[str, Any], float]] = [
     ("sd3m", 2, {"guidance_scale": 1.0}, 1.0),
     ("sd3m_without_t5", 2, {"guidance_scale": 1.0}, 1.0),
     ("sd35m", 2, {"guidance_scale": 1.0}, 1.0),
-    ("flux_dev", 2, {"guidance_scale": 3.5}, 1.0),
+    ("flux_dev", 2, {"guidance_scale": 3.5}, None),
+    ("flux_dev", 2, {"guidance_scale": 1.0}, 1.0),
     ("flux_dev", 2, {"guidance_scale": 3.5}, 3.5),
     ("flux_dev", 2, {"guidance_scale": 2.0}, 2.0),
     ("flux_schnell", 2, {}, 1.0),
@@ -48,7 +49,7 @@ def pipeline(path: Path) -> Any:
 
 
 @torch.no_grad()
-def our_images(backbone: Any, prompts: list[str], steps: int, guidance: float) -> Tensor:
+def our_images(backbone: Any, prompts: list[str], steps: int, guidance: float | None) -> Tensor:
     x, cond = noise(backbone, len(prompts)), backbone.encode(prompts)
     for now, then in pairwise(backbone.teacher_sigmas(steps)):
         level = now.expand(len(x))
@@ -81,7 +82,7 @@ def test_loop_equals_the_pipelines_call(
     name: str,
     batch: int,
     call: dict[str, Any],
-    guidance: float,
+    guidance: float | None,
 ) -> None:
     path, prompts = tiny_pipeline(name), PROMPTS[:batch]
     backbone = shared(path)
@@ -97,7 +98,7 @@ def test_loop_equals_the_pipelines_call(
 
 @pytest.mark.parametrize(("name", "batch", "call", "guidance"), GUIDED)
 def test_batched_guidance_is_two_passes_up_to_rounding(
-    tiny_pipeline: Tiny, name: str, batch: int, call: dict[str, Any], guidance: float
+    tiny_pipeline: Tiny, name: str, batch: int, call: dict[str, Any], guidance: float | None
 ) -> None:
     backbone = load(tiny_pipeline(name))
     assert backbone.batched_guidance

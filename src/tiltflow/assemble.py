@@ -17,9 +17,11 @@ from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.roles import Roles
+from tiltflow.train.averaging import Averaging
 from tiltflow.train.cold_start import ColdStart
 from tiltflow.train.optim import Guard, Updater, constant, cosine
-from tiltflow.train.tilt import Tilt, TiltSettings
+from tiltflow.train.tilt import Tilt
+from tiltflow.train.tilt_settings import TiltSettings
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
 from tiltflow.transfer import to_device
 
@@ -48,6 +50,8 @@ def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks, guard: Guar
     shape = cosine if train.schedule == "cosine" else constant
     schedule = partial(shape, steps=train.steps, warmup=train.warmup)
     role, decay = getattr(roles, which), train.weight_decay
+    if which == "fake_score" and train.fake_score_weight_decay is not None:
+        decay = train.fake_score_weight_decay
     return Updater(role, lr, train.betas, decay, train.clip, schedule, ranks, guard)
 
 
@@ -69,8 +73,8 @@ def _common(
         share=share,
         eta=eta,
         consistency=chosen.consistency,
-        form=cfg.cold_start.consistency_form,
-        max_delta=cfg.cold_start.consistency_max_delta,
+        form=chosen.consistency_form,
+        max_delta=chosen.consistency_max_delta,
     )
     guidance = cfg.model.guidance if cfg.model.guidance is not None else backbone.guidance
     return {
@@ -93,7 +97,13 @@ def _common(
         "latent_shape": backbone.latent_shape,
         "eta": eta,
         "share": share,
-        "ema": cfg.train.ema,
+        "ema": Averaging(
+            cfg.train.ema,
+            cfg.train.ema_every,
+            cfg.train.ema_warmup,
+            cfg.train.ema_interval,
+            cfg.train.ema_repeats,
+        ),
     }
 
 
@@ -104,6 +114,7 @@ def _cold_start(cfg: RunConfig, *parts: Any) -> ColdStart:
         generator_every=chosen.generator_every,
         reuse=chosen.reuse,
         keep_graph=chosen.keep_graph,
+        fresh_boundary=chosen.fresh_boundary,
     )
 
 
@@ -126,6 +137,11 @@ def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
         match_steps=tilt.match_steps,
         fake_score_updates=tilt.fake_score_updates,
         decode_chunk=tilt.decode_chunk or cfg.train.micro,
+        policy_reduction=tilt.policy_reduction,
+        kl_form=tilt.kl_form,
+        merge_same_prompts=tilt.merge_same_prompts,
+        drop_zero_advantages=tilt.drop_zero_advantages,
+        round_images=tilt.round_images,
     )
     rewards = build_rewards(cfg.rewards, backbone.device)
     return Tilt(**_common(cfg, *parts), rewards=rewards, settings=settings)

@@ -191,6 +191,21 @@ def attention_for(cfg: RunConfig, device: torch.device) -> AbstractContextManage
     return attention_of(device, dtype)
 
 
+def student_guidance(cfg: RunConfig, backbone: Backbone) -> float | None:
+    """What generator and fake score are called with; None is what their network expects.
+
+    Raises:
+        ValueError: if that would take a second pass, which a few-step student is to do without.
+    """
+    asked = cfg.model.student_guidance
+    if asked is not None and backbone.passes(asked) > 1:
+        raise ValueError(
+            f"model.student_guidance {asked:g} is for models that take the scale as an input; this "
+            "one's student goes without guidance, so give 1.0 or null"
+        )
+    return asked
+
+
 def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Roles:
     """Adapters over one base, or separate copies, as `adapters.kind` says."""
     common: dict[str, Any] = {
@@ -199,6 +214,7 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
         "boundaries": fake_scores(cfg),
         "checkpointing": cfg.model.checkpointed,
         "autocast": autocast_dtype(cfg.model.autocast, backbone.device),
+        "guidance": student_guidance(cfg, backbone),
     }
     if cfg.adapters.kind == "copies":
         return copy_roles(backbone, few_step=start.few_step if start else None, **common)
@@ -210,6 +226,8 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
             )
         below = (start.settings, start.few_step)
     settings = adapter_settings(cfg, backbone)
+    fresh = cfg.stage == "tilt" and cfg.tilt.fake_score_start == "fresh"
+    common |= {"fresh_fake_score": fresh, "init_std": cfg.adapters.init_std}
     try:
         return adapter_roles(backbone, settings, few_step=below, **common)
     except ValueError as error:
@@ -255,6 +273,7 @@ def build_stage(
         "few_step_adapters": vars(start.settings) if start and start.settings else None,
         "steps": cfg.sampler.steps,
         "eta": cfg.sampler.eta,
+        "student_guidance": cfg.model.student_guidance,
     }
     stage = make_stage(cfg, backbone, encoded, roles, share)
     return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts)

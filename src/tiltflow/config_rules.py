@@ -28,6 +28,7 @@ def check_together(config: RunConfig) -> None:
     else:
         _check_tilt(config)
     _check_watch(config)
+    _check_choices(config)
     for rewards in (config.rewards, config.watch.rewards):
         for name, reward in rewards.items():
             if name.startswith(REMOTE):
@@ -136,4 +137,23 @@ def _check_tilt(config: RunConfig) -> None:
     if tilt.policy_weight == tilt.matching_weight == tilt.reward_weight == 0:
         raise ValueError(
             "tilt.policy_weight, tilt.matching_weight and tilt.reward_weight are all 0"
+        )
+
+
+def _check_choices(config: RunConfig) -> None:
+    """Raises ValueError for choices of which one makes the other mean nothing."""
+    cold, lora = config.cold_start, config.adapters.kind == "lora"
+    if cold.fresh_boundary and cold.keep_graph:
+        raise ValueError(
+            "cold_start.keep_graph is of the boundary samples that both updates share, and "
+            "cold_start.fresh_boundary gives the generator's its own: choose one"
+        )
+    if config.tilt.fake_score_start == "fresh" and not lora:
+        raise ValueError("tilt.fake_score_start fresh is of LoRAs, so adapters.kind is lora")
+    if config.adapters.init_std is not None and not lora:
+        raise ValueError("adapters.init_std is of LoRAs, so adapters.kind is lora")
+    if config.train.ema_every == "iteration" and config.stage == "tilt":
+        raise ValueError(
+            "train.ema_every iteration is of stage cold_start: in stage tilt every iteration is an "
+            "update"
         )

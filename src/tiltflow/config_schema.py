@@ -1,6 +1,6 @@
 """What a run configuration holds (METHOD §4–§6); `config_rules.py` says which values go together.
 
-Frozen and strict; defaults are the published values. No file is touched here.
+Frozen and strict; what the published runs choose is in the recipes. No file is touched here.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class ModelConfig(Section):
     """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks.
 
     `gradient_checkpointing`: of nothing, of all that has a backward pass, or of these.
+    `guidance` is the teacher's, `student_guidance` generator's and fake score's; null is the
+    model's own (for the student: what its network expects, without classifier-free guidance).
     """
 
     path: Text
@@ -77,6 +79,7 @@ class ModelConfig(Section):
     max_sequence_length: Tokens | None = None
     few_step: Text | None = None
     guidance: float | None = None
+    student_guidance: float | None = None
     gradient_checkpointing: Checkpointed = False
     compile: bool = False
 
@@ -90,10 +93,13 @@ class ModelConfig(Section):
 
 
 class AdaptersConfig(Section):
+    """`init_std` is that of A at the start (B is 0); null is PEFT's "gaussian", 1/rank."""
+
     kind: Literal["lora", "copies"] = "lora"
     rank: Annotated[int, Field(ge=1, le=LARGEST_RANK)] = 32
     alpha: Rate = 64.0
     targets: Text | tuple[Text, ...] | None = None
+    init_std: Rate | None = None
 
 
 class DataConfig(Section):
@@ -115,6 +121,7 @@ class TrainConfig(Section):
     `fake_scores`: one for the samples of all boundaries, as published, or one for each boundary.
     `boundary_power` p: the matching gradient at level s counts (1 − s)^−p times; 0 as published.
     `skip_nonfinite` is how many steps a run may skip for a non-finite number before it stops.
+    `fake_score_weight_decay`: null is `weight_decay`. `ema_…`: `train/averaging.py`.
     """
 
     steps: Positive
@@ -126,8 +133,13 @@ class TrainConfig(Section):
     boundary_power: Weight = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: Weight = 0.0
+    fake_score_weight_decay: Weight | None = None
     clip: Rate = 1.0
     ema: Beta = 0.99
+    ema_every: Literal["update", "iteration"] = "update"
+    ema_warmup: bool = False
+    ema_interval: Positive = 1
+    ema_repeats: Positive = 1
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Count = 0
     skip_nonfinite: Count = 0
@@ -144,9 +156,11 @@ class ColdStartConfig(Section):
     `reuse` is how many iterations one rollout serves: 1 as published, at most K.
     `keep_graph`: the step that the generator's update differentiates is run once, and its graph
     kept while the fake score is updated.
+    `fresh_boundary`: the generator's update has boundary samples of its own.
     """
 
     generator_every: Positive = 10
+    fresh_boundary: bool = False
     reuse: Steps = 1
     keep_graph: bool = False
     consistency: Weight = 0.01
@@ -158,6 +172,8 @@ class TiltConfig(Section):
     """METHOD §5; `subset` is M. `reward_steps`: the last steps that rewards go back through.
 
     `reward_normalise`: every sample's reward gradient counts alike; as published, as it comes.
+    The settings from `kl_form` to `round_images` are explained at `train/tilt_settings.py`'s.
+    `fake_score_start`: stage 1's fake score trained on, or frozen under a fresh adapter.
     """
 
     group_size: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] = 24
@@ -166,6 +182,11 @@ class TiltConfig(Section):
     advantage_clip: Rate = 5.0
     kl: Weight = 0.0
     log_prob: Literal["unit", "gaussian"] = "unit"
+    kl_form: Literal["unit", "gaussian"] | None = None
+    policy_reduction: Literal["mean", "sum"] = "mean"
+    merge_same_prompts: bool = False
+    drop_zero_advantages: bool = False
+    round_images: bool = False
     policy_weight: Weight = 1.0
     matching_weight: Weight = 1e-3
     reward_weight: Weight = 1e-4
@@ -174,8 +195,11 @@ class TiltConfig(Section):
     reward_normalise: bool = False
     decode_chunk: Samples | None = None
     match_steps: Literal["last", "random", "all"] = "last"
+    fake_score_start: Literal["continued", "fresh"] = "continued"
     fake_score_updates: Steps = 1
     consistency: Weight = 0.01
+    consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
+    consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200
 
 
 class RewardConfig(Section):

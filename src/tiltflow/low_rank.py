@@ -60,6 +60,15 @@ class FusedLinear(Linear):
         self.parts = None
         super().enable_adapters(enabled)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """To the base's device alone: PEFT would round the fp32 draw of A to the base's type, of
+        which 8 bits leave a few dozen values."""
+        place: Any = self.get_base_layer().weight.device if device is None else device
+        for table in (self.lora_A, self.lora_B):
+            weight = table[adapter_name].weight if adapter_name in table else None
+            if weight is not None and not weight.is_meta:
+                table[adapter_name].to(place)
+
     def _part(self, name: str) -> Part:
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         assert isinstance(down, Tensor) and isinstance(up, Tensor)

@@ -7,7 +7,7 @@ second generator adapter (`tilt`) on the frozen stage-1 one (`few_step`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.adapters import AdapterSettings, add_adapter, call
+from tiltflow.adapters import AdapterSettings, add_adapter, call, frozen_below, load_weights
 from tiltflow.backbones.base import Backbone, Conditioning
 from tiltflow.low_rank import FusedLinear
 
@@ -57,7 +57,10 @@ class AdapterSwitch:
 
 @dataclass(frozen=True)
 class Role:
-    """A velocity field: `role(x, sigma, cond, guidance=1.0)`, fp32 of `x`'s shape.
+    """A velocity field: `role(x, sigma, cond, guidance=None)`, fp32 of `x`'s shape.
+
+    `guidance` is the role's own where a call gives none; None in both is what the network expects,
+    without classifier-free guidance.
 
     `parameters` are the role's own weights by canonical name (the adapter's name left out, so
     that generator and EMA share names); empty for the teacher.
@@ -74,6 +77,7 @@ class Role:
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
     autocast: torch.dtype | None = None
     boundaries: tuple[Role, ...] = ()
+    guidance: float | None = None
 
     @property
     def singles(self) -> tuple[Role, ...]:
@@ -91,17 +95,18 @@ class Role:
         return self.boundaries[boundary - 1]
 
     def __call__(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float = 1.0
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | None = None
     ) -> Tensor:
         kind = self.backbone.device.type
         assert not self.boundaries, f"role {self.name!r} has a network for each boundary"
         mixed = torch.autocast(kind, self.autocast) if self.autocast else nullcontext()
         weights = self.switch.use(self.adapters) if self.switch else nullcontext()
+        asked = self.guidance if guidance is None else guidance
         with mixed, weights:
-            return self.backbone.velocity(self.network, x, sigma, cond, guidance)
+            return self.backbone.velocity(self.network, x, sigma, cond, asked)
 
     def field(
-        self, cond: Conditioning, guidance: float = 1.0
+        self, cond: Conditioning, guidance: float | None = None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """(x, σ) → v with the conditioning closed over; x may hold several copies of the batch."""
 
@@ -114,26 +119,13 @@ class Role:
     def state(self) -> State:
         return {name: p.detach() for name, p in self.parameters.items()}
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Copies weights in.
 
         Raises:
             ValueError: if names or shapes are not this role's.
         """
-        missing = sorted(set(self.parameters) ^ set(state))
-        if missing:
-            raise ValueError(
-                f"weights of role {self.name!r} do not match, e.g. {missing[0]!r}: they are of "
-                "another model or other adapters"
-            )
-        for name, parameter in self.parameters.items():
-            if parameter.shape != state[name].shape:
-                raise ValueError(
-                    f"{name!r} of role {self.name!r} is {tuple(parameter.shape)} here but "
-                    f"{tuple(state[name].shape)} in the weights to load"
-                )
-            parameter.copy_(state[name])
+        load_weights(self.name, self.parameters, state)
 
 
 def _fake_names(boundaries: int | None) -> list[str]:
@@ -149,8 +141,19 @@ def _fake_score(make: Callable[[str], Role], boundaries: int | None) -> Role:
     if boundaries is None:
         return each[0]
     joint = {f"boundary{k}.{n}": p for k, r in enumerate(each, 1) for n, p in r.parameters.items()}
-    first = each[0]
-    return Role("fake_score", first.backbone, first.network, parameters=joint, boundaries=each)
+    first, name = each[0], each[0].name.removesuffix("_1")
+    return Role(name, first.backbone, first.network, parameters=joint, boundaries=each)
+
+
+def _by_name(state: State, names: Sequence[str]) -> dict[str, State]:
+    """The weights of each fake score of `names`, out of those of one or of the composite."""
+    if len(names) == 1 and names[0] == "fake_score":
+        return {names[0]: state}
+    prefixes = {name: f"boundary{k}." for k, name in enumerate(names, 1)}
+    return {
+        name: {n.removeprefix(start): v for n, v in state.items() if n.startswith(start)}
+        for name, start in prefixes.items()
+    }
 
 
 def fit_to_boundaries(state: Mapping[str, Tensor], count: int | None) -> State:
@@ -172,31 +175,43 @@ def fit_to_boundaries(state: Mapping[str, Tensor], count: int | None) -> State:
 
 @dataclass(frozen=True)
 class Roles:
-    """Everyone that takes part in a run. `reference` is the stage-1 policy (stage 2 only)."""
+    """Everyone that takes part in a run. `reference` is the stage-1 policy (stage 2 only), and
+    `fake_score_below` stage 1's fake score where stage 2's lies on it as an adapter of its own."""
 
     teacher: Role
     generator: Role
     fake_score: Role
     ema: Role
     reference: Role | None = None
+    fake_score_below: Role | None = None
+
+    @property
+    def frozen(self) -> dict[str, Role]:
+        """The adapters that stage 2's lie on, by their names in a checkpoint."""
+        found = {"few_step": self.reference, "few_step_fake_score": self.fake_score_below}
+        return {k: r for k, r in found.items() if r is not None and r.singles[0].switch is not None}
 
     @torch.no_grad()
-    def update_ema(self, decay: float, refused: Tensor | None = None) -> None:
-        """ema ← decay · ema + (1 − decay) · generator, in fp32; unchanged where `refused` is 1."""
+    def update_ema(self, decay: float | None, refused: Tensor | None = None) -> None:
+        """ema ← decay · ema + (1 − decay) · generator, in fp32; unchanged where `refused` is 1, or
+        without a `decay`."""
+        if decay is None:
+            return
         weight = 1 - decay if refused is None else (1 - decay) * (1 - refused)
         for name, slow in self.ema.parameters.items():
             slow.lerp_(self.generator.parameters[name], weight)
 
     def state(self) -> dict[str, State]:
-        """What a checkpoint holds; in stage 2 with the frozen adapter underneath, for export."""
+        """What a checkpoint holds; in stage 2 with the frozen adapters underneath, so that export
+        and resume need nothing of stage 1."""
         kept = {r.name: r.state() for r in (self.generator, self.fake_score, self.ema)}
-        if self.reference is not None and self.reference.switch is not None:
-            kept["few_step"] = self.reference.state()
-        return kept
+        return kept | {name: role.state() for name, role in self.frozen.items()}
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         for role in (self.generator, self.fake_score, self.ema):
             role.load(state[role.name])
+        for name, role in self.frozen.items():
+            role.load(state[name])
 
 
 def adapter_roles(
@@ -206,31 +221,41 @@ def adapter_roles(
     seed: int,
     few_step: tuple[AdapterSettings, State] | None = None,
     fake_score: State | None = None,
+    fresh_fake_score: bool = False,
     boundaries: int | None = None,
     checkpointing: Collection[str] = (),
     autocast: torch.dtype | None = None,
+    guidance: float | None = None,
+    init_std: float | None = None,
 ) -> Roles:
     """Roles as adapters over the backbone's frozen base(s).
 
     `few_step` is stage 1's adapter, for stage 2: it stays frozen under the generator's and the
-    EMA's own. `fake_score` are the weights that the fake score starts from (default: the teacher's
-    own, that is, an adapter that does nothing); `boundaries` gives it as many adapters, one for
-    each boundary. `checkpointing` may have `generator` and `fake_score`.
+    EMA's own. `fake_score` are stage 1's weights of the fake score, which are trained on, or, with
+    `fresh_fake_score`, stay frozen under an adapter of `settings` (without them: the teacher's own,
+    that is, an adapter that does nothing). `boundaries` gives it as many adapters, one for
+    each boundary. `checkpointing` may have `generator` and `fake_score`. `guidance` is what all but
+    the teacher are called with, `init_std` that of A in every trained adapter (`add_adapter`).
     """
     student, teacher = backbone.student_base, backbone.teacher_base
     stack: tuple[str, ...] = ()
     frozen: dict[str, nn.Parameter] = {}
     if few_step is not None:
         stack = ("few_step",)
-        frozen = add_adapter(student, "few_step", few_step[0], seed, trainable=False)
-        Role("few_step", backbone, student, parameters=frozen).load(few_step[1])
-    generator = add_adapter(student, "generator", settings, seed, trainable=True)
-    ema = add_adapter(student, "ema", settings, seed, trainable=False)
-    # The fake score follows the few-step generator, so it has the settings of its adapter.
-    fake_settings = few_step[0] if few_step is not None else settings
+        frozen = frozen_below(student, "few_step", *few_step)
+    generator = add_adapter(student, "generator", settings, seed, True, init_std)
+    ema = add_adapter(student, "ema", settings, seed, False, init_std)
+    names = _fake_names(boundaries)
+    below: dict[str, dict[str, nn.Parameter]] = {}
+    if fresh_fake_score and fake_score is not None:
+        first = few_step[0] if few_step is not None else settings
+        parts = _by_name(fit_to_boundaries(fake_score, boundaries), names)
+        below = {n: frozen_below(teacher, f"few_step_{n}", first, parts[n]) for n in names}
+    # One that is trained on has the shape of stage 1's adapter; a fresh one has this stage's.
+    fake_settings = few_step[0] if few_step is not None and not fresh_fake_score else settings
     fakes = {
-        name: add_adapter(teacher, name, fake_settings, seed + k, trainable=True)
-        for k, name in enumerate(_fake_names(boundaries), 1)
+        name: add_adapter(teacher, name, fake_settings, seed + k, True, init_std)
+        for k, name in enumerate(names, 1)
     }
     switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
     if any(_covered(name, checkpointing) for name in ("generator", *fakes)):
@@ -241,17 +266,27 @@ def adapter_roles(
     def role(
         name: str, base: nn.Module, adapters: tuple[str, ...], own: dict | None = None
     ) -> Role:
-        return Role(name, backbone, base, adapters, switches[id(base)], own or {}, autocast)
+        asked = None if name == "teacher" else guidance
+        switch = switches[id(base)]
+        return Role(name, backbone, base, adapters, switch, own or {}, autocast, guidance=asked)
+
+    def fake(name: str) -> Role:
+        stack = (f"few_step_{name}", name) if below else (name,)
+        return role(name, teacher, stack, fakes[name])
+
+    def fake_below(name: str) -> Role:
+        return role(f"few_step_{name}", teacher, (f"few_step_{name}",), below[name])
 
     roles = Roles(
         teacher=role("teacher", teacher, ()),
         generator=role("generator", student, (*stack, "generator"), generator),
-        fake_score=_fake_score(lambda name: role(name, teacher, (name,), fakes[name]), boundaries),
+        fake_score=_fake_score(fake, boundaries),
         ema=role("ema", student, (*stack, "ema"), ema),
         reference=role("reference", student, stack, frozen) if stack else None,
+        fake_score_below=_fake_score(fake_below, boundaries) if below else None,
     )
     roles.ema.load(roles.generator.state())
-    if fake_score is not None:
+    if fake_score is not None and not fresh_fake_score:
         roles.fake_score.load(fit_to_boundaries(fake_score, boundaries))
     return roles
 
@@ -265,6 +300,7 @@ def copy_roles(
     boundaries: int | None = None,
     checkpointing: Collection[str] = (),
     autocast: torch.dtype | None = None,
+    guidance: float | None = None,
 ) -> Roles:
     """Roles as separate fp32 networks (full fine-tuning); stage 2 starts from `few_step`."""
 
@@ -273,7 +309,7 @@ def copy_roles(
         if _covered(name, checkpointing):
             call(network, "enable_gradient_checkpointing")
         own = dict(network.requires_grad_(trainable).named_parameters())
-        made = Role(name, backbone, network, parameters=own, autocast=autocast)
+        made = Role(name, backbone, network, parameters=own, autocast=autocast, guidance=guidance)
         if start is not None:
             made.load(start)
         return made

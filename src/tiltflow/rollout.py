@@ -150,14 +150,15 @@ def advance(velocity: Velocity, trajectory: Rollout, k: int, noise: Tensor | Non
 
 
 def attach_from(
-    velocity: Velocity, trajectory: Rollout, first: int, most: float | None = None
+    velocity: Velocity, trajectory: Rollout, first: int, most: float | Tensor | None = None
 ) -> Tensor:
     """Steps `first` to the last again, as one graph: x_K with its recorded value (METHOD §5).
 
     Its gradient is the pathwise one of all these steps, every noise held fixed: the CPS step is
     reparametrised, so that it goes through stochastic steps as through the deterministic last.
-    `most` is the greatest norm that a sample's gradient may have at the states between them; a
-    greater one, as a sample has where a small change of the state makes another image, is scaled.
+    `most` (0-d if a tensor) is the greatest norm that a sample's gradient may have at the states
+    between them; a greater one, as a sample has where a small change of the state makes another
+    image, is scaled.
     """
     x = trajectory.states[first]
     for k in range(first, trajectory.steps):
@@ -167,7 +168,7 @@ def attach_from(
     return x
 
 
-def _at_most(most: float, gradient: Tensor) -> Tensor:
+def _at_most(most: float | Tensor, gradient: Tensor) -> Tensor:
     """Each sample's gradient (B, ...) at a norm of at most `most`."""
     norm = broadcast(gradient.flatten(1).norm(dim=1), gradient)
     return gradient * (most / norm.clamp(min=most))

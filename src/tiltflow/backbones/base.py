@@ -99,9 +99,17 @@ class Backbone(Protocol):
         """The network of the teacher and of the fake score; frozen. Often the same object."""
 
     def velocity(
-        self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        guidance: float | None,
     ) -> Tensor:
-        """v(x, σ) in fp32, shape of `x`; `sigma` (B,) in [0, 1]; guidance 1.0 is one pass."""
+        """v(x, σ) in fp32, shape of `x`; `sigma` (B,) in [0, 1]; guidance 1.0 is one pass.
+
+        None is the network's own: one pass, and where the scale is an input, the pipeline's.
+        """
 
     def passes(self, guidance: float) -> int:
         """How many passes of the network one `velocity` with this guidance takes (for NFE)."""

@@ -22,10 +22,9 @@ class FluxBackbone(PipelineBackbone):
 
     **Guidance.** FLUX.1-dev is guidance-distilled: its transformer takes the guidance scale as an
     input and cannot do without. So every network is given one, in a single pass and never with
-    classifier-free guidance: `guidance` 1.0 (what generator and fake score ask for) gives
-    `embedded_guidance`, the value that the student will be used with; any other value, the
-    teacher's, is given in its place. A transformer without that input (FLUX.1-schnell) has
-    classifier-free guidance with the empty prompt, like other families, and 1.0 by default.
+    classifier-free guidance: the number that is asked for, 1.0 as well, or where none is,
+    `embedded_guidance`. A transformer without that input (FLUX.1-schnell) has classifier-free
+    guidance with the empty prompt, like other families, and 1.0 by default.
     """
 
     family = "flux"
@@ -52,12 +51,12 @@ class FluxBackbone(PipelineBackbone):
         x: Tensor,
         sigma: Tensor,
         cond: Conditioning,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> Tensor:
         """v(x, σ), fp32 (B, C, H, W); what `guidance` means is in the class's docstring."""
         if not self.guidance_distilled:
             return super().velocity(network, x, sigma, cond, guidance)
-        scale = self.embedded_guidance if guidance == 1.0 else guidance
+        scale = self.embedded_guidance if guidance is None else guidance
         return self._forward(network, x, sigma, cond.positive, scale)
 
     def passes(self, guidance: float) -> int:

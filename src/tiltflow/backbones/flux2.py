@@ -139,14 +139,15 @@ class Flux2Backbone(PipelineBackbone):
         x: Tensor,
         sigma: Tensor,
         cond: Conditioning,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> Tensor:
-        """v(x, σ), fp32 (B, C, H, W), with classifier-free guidance unless `guidance` is 1.
+        """v(x, σ), fp32 (B, C, H, W), with classifier-free guidance unless `guidance` is 1 or
+        None.
 
         Raises:
             ValueError: if guidance is asked of a pipeline that is step-distilled.
         """
-        if self.step_distilled and guidance != 1.0:
+        if self.step_distilled and guidance not in (None, 1.0):
             raise ValueError(
                 f"the model in {self.path} is step-distilled and takes guidance 1, not {guidance}: "
                 "give klein-base as model.path and this one as model.generator_path"

@@ -355,14 +355,14 @@ class MixtureBackbone:
         x: Tensor,
         sigma: Tensor,
         cond: Conditioning,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> Tensor:
         """v(x, σ) in fp32 (fp64 for an fp64 teacher's `x`): (B, D), σ (B,) in [0, 1].
 
         Raises:
             ValueError: if `guidance` is not 1, or `x` is not a whole number of `cond`'s batches.
         """
-        if guidance != 1.0:
+        if guidance not in (None, 1.0):
             raise ValueError(
                 f"the mixture has no prompts to guide by, so guidance must be 1, not {guidance}"
             )

@@ -218,10 +218,11 @@ class PipelineBackbone(ABC):
         x: Tensor,
         sigma: Tensor,
         cond: Conditioning,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> Tensor:
-        """v(x, σ), fp32 (B, C, H, W), with classifier-free guidance unless `guidance` is 1."""
-        if guidance == 1.0:
+        """v(x, σ), fp32 (B, C, H, W), with classifier-free guidance unless `guidance` is 1 or
+        None."""
+        if guidance is None or guidance == 1.0:
             return self._forward(network, x, sigma, cond.positive)
         if self.batched_guidance:
             both = {

@@ -98,6 +98,8 @@ def _call(cfg: RunConfig, model: Path, family: str) -> dict[str, Any]:
         from tiltflow.backbones.flux import FluxBackbone
 
         guidance = float(side.get("guidance", FluxBackbone.default_guidance))
+    if cfg.model.student_guidance is not None:
+        guidance = cfg.model.student_guidance
     call: dict[str, Any] = {
         "num_inference_steps": cfg.sampler.steps,
         "guidance_scale": guidance,

@@ -83,6 +83,15 @@ class RewardMixture:
                 for item in self.rewards
             }
 
+    def gradient_total(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        """R = Σ w r (B,) over the back-propagated rewards alone; the others are not asked."""
+        total, _ = RewardMixture(self.backpropagated).differentiable_total(
+            images, prompts, metadata
+        )
+        return total
+
     def differentiable_total(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[Tensor, dict[str, Tensor]]:

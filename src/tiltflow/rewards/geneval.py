@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from tiltflow.rewards.clip_family import CLIPScore
 from tiltflow.rewards.geneval_rules import (
     COLOURS,
     GENEVAL_NAMES,
+    Colours,
     Detection,
     Scene,
+    grade,
     judge,
     scene_of,
 )
@@ -31,6 +33,9 @@ VIT_L_14 = "openai/clip-vit-large-patch14"
 AT_ONCE = 16  # images that go through the detector together
 GREY = 0x99 / 255  # evaluate_images.py paints what is not the object in #999
 COLOUR_PROMPTS = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")
+
+
+Verdict = TypeVar("Verdict")
 
 
 class Detector:
@@ -135,6 +140,8 @@ class GenEval:
     """1 where the image shows what its metadata in GenEval's format ask for, else 0.
 
     Needs metadata with `tag`, `include` and `exclude` (`prompts.py` reads the benchmark's file).
+    With `graded`, for training: partial credit instead (`geneval_rules.grade`), 1 where all is
+    exactly as asked and below 0 where there is too much of something.
     `path` is the detector, `clip` names colours. The benchmark's own detector is mmdet's
     Mask2Former of the same architecture, so absolute figures may differ from published ones.
 
@@ -153,13 +160,19 @@ class GenEval:
         device: str | torch.device = "cpu",
         *,
         clip: str = VIT_L_14,
+        graded: bool = False,
     ) -> None:
+        if not isinstance(graded, bool):
+            raise ValueError(f"graded is {graded!r}; it is true or false")
+        self.graded = graded
         self.detector = Detector(path, device)
         self.colours = ColourClassifier(clip, device)
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:
+        if self.graded:
+            return torch.tensor(self._judged(grade, images, prompts, metadata))
         reasons = self.explain(images, prompts, metadata)
         return torch.tensor([float(not why) for why in reasons])
 
@@ -167,6 +180,16 @@ class GenEval:
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> list[list[str]]:
         """Why each image fails its prompt; empty where it does not."""
+        return self._judged(judge, images, prompts, metadata)
+
+    def _judged(
+        self,
+        by: Callable[[Scene, Sequence[Detection], Colours], Verdict],
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+    ) -> list[Verdict]:
+        """What `by` says of each image's detections."""
         scenes = [scene_of(about, text) for about, text in zip(metadata, prompts, strict=True)]
         for scene, text in zip(scenes, prompts, strict=True):
             self._check(scene, text)
@@ -174,7 +197,7 @@ class GenEval:
         arrays = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         found = self.detector(arrays, min(scene.threshold for scene in scenes))
         return [
-            judge(scene, objects, partial(self.colours, image))
+            by(scene, objects, partial(self.colours, image))
             for scene, objects, image in zip(scenes, found, pixels.float() / 255, strict=True)
         ]
 

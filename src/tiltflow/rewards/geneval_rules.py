@@ -140,6 +140,62 @@ def judge(scene: Scene, detections: Sequence[Detection], colours: Colours) -> li
     return reasons
 
 
+def grade(scene: Scene, detections: Sequence[Detection], colours: Colours) -> float:
+    """How nearly the image shows the scene: 1 if it does, the mean of parts of credit if not.
+
+    A training reward: a number that is wrong by one is better than one that is wrong by two, and
+    exactly the number asked for is right, so that more objects than that cost credit without end
+    (what `exclude` is for in the verdict). The parts of a clause that asks for n objects:
+
+    - 1 − |n − found| / n for the number, and where it is wrong, 0 for colour and position together;
+    - where it is right, 1 − |n − of the colour| / n for the colour;
+    - and with the colour right, for the position, a 1, and a 0 beside it if some pair is placed
+      otherwise; or only a 0 if the objects to compare with are not as they should be.
+
+    These are the parts of the authors' reward. A wrong side has the 1 beside its 0 there too.
+    """
+    objects = kept(detections, scene.threshold)
+    parts: list[float] = []
+    matched: list[Sequence[Detection] | None] = []
+    for clause in scene.include:
+        found = objects.get(clause.label, [])
+        credit, right = _credit(clause, found, matched, colours)
+        parts += credit
+        matched.append(found if right else None)
+    return sum(parts) / len(parts)
+
+
+def _credit(
+    clause: Clause,
+    found: Sequence[Detection],
+    matched: Sequence[Sequence[Detection] | None],
+    colours: Colours,
+) -> tuple[list[float], bool]:
+    """A clause's parts of credit, and whether all of it holds."""
+    parts = [_share(clause.count, len(found))]
+    if len(found) != clause.count:
+        more = clause.colour is not None or clause.position is not None
+        return parts + [0.0] * more, False
+    if clause.colour is not None:
+        right = list(colours(found, clause.label)).count(clause.colour)
+        parts.append(_share(clause.count, right))
+        if right != clause.count:
+            return parts, False
+    if clause.position is None:
+        return parts, True
+    relation, target = clause.position
+    others = matched[target]
+    if others is None:
+        return [*parts, 0.0], False
+    if all(relation in relative_position(one, other) for one in found for other in others):
+        return [*parts, 1.0], True
+    return [*parts, 0.0, 1.0], False
+
+
+def _share(wanted: int, found: int) -> float:
+    return 1 - abs(wanted - found) / wanted
+
+
 def _mismatch(
     clause: Clause,
     found: Sequence[Detection],

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tiltflow.backbones.base import Conditioning, Grouped
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.roles import Roles
 from tiltflow.rollout import Rollout, advance, attach, stochastic
+from tiltflow.train.averaging import Averaging
 from tiltflow.train.optim import Guard, Updater
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, rollout_in_parts
 
@@ -51,6 +53,8 @@ class ColdStart:
 
     The generator's update differentiates the step that made its boundary samples. That step is run
     once more for it, or, with `keep_graph`, has its graph kept while the fake score is updated.
+    With `fresh_boundary`, as published, that update makes boundary samples of its own from the same
+    prompts, with noise and a number of steps drawn anew.
     """
 
     roles: Roles
@@ -65,9 +69,10 @@ class ColdStart:
     eta: float
     share: Share
     generator_every: int
-    ema: float
+    ema: Averaging
     reuse: int = 1
     keep_graph: bool = False
+    fresh_boundary: bool = False
     _held: dict[int, tuple[Rollout, list[Prompt]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -92,7 +97,14 @@ class ColdStart:
         s = trajectory.level(stop)
         metrics = self.fake.update(step, step, x_s, s, trajectory.cond, prompts, stop)
         if both:
+            if self.fresh_boundary:
+                trajectory, stop = self._fresh(step, trajectory.cond)
+                x_s = trajectory.states[stop]
             metrics |= self._generator_update(step, trajectory, stop, x_s, prompts, kept)
+        each = self.ema.every == "iteration"
+        if both or each:
+            count = step + 1 if each else (step + 1) // self.generator_every
+            self.roles.update_ema(self.ema.at(count), self.guard.refused(step))
         if step + 1 == cycle.first + cycle.length:
             self._held.clear()
         return metrics
@@ -132,10 +144,32 @@ class ColdStart:
         )
         return trajectory, prompts
 
+    def _fresh(self, step: int, cond: Conditioning | Grouped) -> tuple[Rollout, int]:
+        """Boundary samples of iteration `step` for the generator's update alone, and after how
+        many steps they are."""
+        drawn = self.randomness.integers("fresh/stop", step, 1, len(self.sigmas), (1,))
+        stop, random = int(drawn), range(len(self.sigmas) - 2)
+        noise = [self._draw(f"fresh/step{k}", step) for k in random[:stop]]
+        trajectory = rollout_in_parts(
+            self.share,
+            self.roles.generator,
+            self._draw("fresh/init", step),
+            self.sigmas,
+            cond,
+            self.eta,
+            noise,
+            stop=stop,
+            keep={stop - 1, stop},
+        )
+        return trajectory, stop
+
     def _noise(self, cycle: Cycle, stream: str) -> Tensor:
         """This rank's rows of a draw that the iterations of a cycle share."""
+        return self._draw(stream, cycle.number)
+
+    def _draw(self, stream: str, number: int) -> Tensor:
         device = self.roles.generator.backbone.device
-        return self.share.noise(self.randomness, stream, cycle.number, self.latent_shape, device)
+        return self.share.noise(self.randomness, stream, number, self.latent_shape, device)
 
     def _advance(self, cycle: Cycle, trajectory: Rollout, stop: int) -> list[Tensor]:
         """The boundary samples after step `stop`, with their graphs, by micro-batches."""
@@ -170,5 +204,4 @@ class ColdStart:
             (losses.sum() / self.share.batch).backward()
             self.share.add(metrics, {"generator/matching": losses.detach()})
         norm = self.share.whole(self.updater.apply(step))
-        self.roles.update_ema(self.ema, self.guard.refused(step))
         return metrics | {"generator/grad_norm": norm}

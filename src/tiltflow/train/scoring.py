@@ -43,6 +43,12 @@ class Scorer:
     share: Share
     target: float
     chunk: int
+    rounded: bool = False
+    """Whether scores are of images in 8 bits, as files hold them; gradients never are."""
+
+    def shown(self, images: Tensor) -> Tensor:
+        """The images that are scored."""
+        return (images.detach() * 255).round().clamp(0, 255) / 255 if self.rounded else images
 
     def begin(self, x0: Tensor, prompts: Sequence[Prompt], backprop: bool) -> Scoring:
         """Scores this rank's samples x0 (b, ...) by the rewards that compute here, and has those
@@ -115,8 +121,11 @@ class Scoring:
         return Scored(scores, self._losses, self._gradient)
 
     def _total(self, images: Tensor, rows: slice) -> Tensor:
-        self._send(images, rows)
         assert self._here is not None  # what is back-propagated is here
+        if self._scorer.rounded:  # the gradient is at the image itself, so it has a pass of its own
+            self._plain(images, rows)
+            return self._here.gradient_total(images, *_of(self._prompts[rows]))
+        self._send(images, rows)
         total, scores = self._here.differentiable_total(images, *_of(self._prompts[rows]))
         self._keep(rows, scores)
         return total
@@ -124,12 +133,13 @@ class Scoring:
     def _plain(self, images: Tensor, rows: slice) -> None:
         self._send(images, rows)
         if self._here is not None:
-            self._keep(rows, self._here.score(images, *_of(self._prompts[rows])))
+            shown = self._scorer.shown(images)
+            self._keep(rows, self._here.score(shown, *_of(self._prompts[rows])))
 
     def _send(self, images: Tensor, rows: slice) -> None:
         """To the rewards elsewhere, from host memory: their threads leave the device alone."""
         if self._threads:
-            there = (images.detach().cpu(), *_of(self._prompts[rows]))
+            there = (self._scorer.shown(images).detach().cpu(), *_of(self._prompts[rows]))
             for reward, thread in self._threads:
                 self._later.append((reward.name, rows, thread.call(checked, reward, *there)))
 

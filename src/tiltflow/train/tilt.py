@@ -17,6 +17,7 @@ from tiltflow.objectives.policy import (
     clipped_surrogate,
     group_advantages,
     policy_kl,
+    standing_out,
 )
 from tiltflow.objectives.reward_backprop import equal_norm, in_equal_parts
 from tiltflow.prompts import Prompt, PromptSampler
@@ -25,8 +26,10 @@ from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Roles
 from tiltflow.rollout import Rollout, attach, attach_from, log_prob
 from tiltflow.rollout import step as sampler_step
+from tiltflow.train.averaging import Averaging
 from tiltflow.train.optim import Guard, Updater
 from tiltflow.train.scoring import Scored, Scorer
+from tiltflow.train.tilt_settings import TiltSettings
 from tiltflow.train.updates import (
     FakeScoreTrainer,
     Matching,
@@ -34,30 +37,17 @@ from tiltflow.train.updates import (
     rollout_in_parts,
 )
 
-MATCH_STEPS = ("last", "random", "all")
-
 
 @dataclass(frozen=True)
-class TiltSettings:
-    """The weights and choices of METHOD §5; `subset` is M, `group_size` G, `kl` β_KL."""
+class Counts:
+    """How many times each sample counts (b,), and a sample that does (0-d)."""
 
-    group_size: int
-    subset: int
-    clip_range: float = 1e-5
-    advantage_clip: float = 5.0
-    kl: float = 0.0
-    log_prob: str = "unit"
-    policy_weight: float = 1.0
-    matching_weight: float = 1e-3
-    reward_weight: float = 1e-4
-    reward_target: float = 3.0
-    match_steps: str = "last"
-    fake_score_updates: int = 1
-    decode_chunk: int = 16
-    reward_steps: int = 1
-    """How many of the last steps the reward is back-propagated through; SubGRPO has the others."""
-    reward_normalise: bool = False
-    """Whether every sample's reward gradient counts alike, at x̂₀ and on its way back."""
+    each: Tensor
+    most: Tensor
+
+
+def _counted(losses: Tensor, counts: Counts | None, rows: slice) -> Tensor:
+    return losses if counts is None else losses * counts.each[rows]
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ class Tilt:
     latent_shape: tuple[int, ...]
     eta: float
     share: Share
-    ema: float
+    ema: Averaging
     settings: TiltSettings
 
     @property
@@ -98,14 +88,35 @@ class Tilt:
         trained = self._trained_steps(step)
         trajectory = self._rollout(step, trained, cond)
         scored, metrics = self._scored_and_fake_scores(step, trajectory, prompts)
+        labels = self._labels(step)
         advantages, parts = group_advantages(
-            scored.scores, self.rewards.weights, chosen.group_size, chosen.advantage_clip
+            scored.scores, self.rewards.weights, chosen.group_size, chosen.advantage_clip, labels
         )
+        counts = self._counts(scored, labels)
         means = {f"reward/{name}": values.mean() for name, values in scored.scores.items()}
         metrics |= {name: self.share.whole(value) for name, value in (means | parts).items()}
         return metrics | self._generator_update(
-            step, trajectory, trained, advantages[self.share.rows], prompts, scored
+            step, trajectory, trained, advantages[self.share.rows], prompts, scored, counts
         )
+
+    def _labels(self, step: int) -> list[int] | None:
+        """A number for each of the global batch's groups, the same for groups of the same text."""
+        if not self.settings.merge_same_prompts:
+            return None
+        groups = self.share.batch // self.settings.group_size
+        each = self.sampler.indices(step * groups, groups)
+        texts = [self.prompts.prompts[index].text for index in each]
+        return [texts.index(text) for text in texts]
+
+    def _counts(self, scored: Scored, labels: list[int] | None) -> Counts | None:
+        """How many times each of this rank's samples counts where some are left out: the others
+        make up the mean."""
+        chosen = self.settings
+        if not chosen.drop_zero_advantages:
+            return None
+        kept = standing_out(scored.scores, self.rewards.weights, chosen.group_size, labels)
+        most = self.share.batch / kept.sum()
+        return Counts(kept[self.share.rows] * most, most)
 
     @property
     def _scorer(self) -> Scorer:
@@ -115,6 +126,7 @@ class Tilt:
             self.share,
             self.settings.reward_target,
             self.settings.decode_chunk,
+            self.settings.round_images,
         )
 
     def _prompts(self, step: int) -> tuple[Grouped, list[Prompt]]:
@@ -252,12 +264,16 @@ class Tilt:
         advantages: Tensor,
         prompts: Sequence[Prompt],
         scored: Scored,
+        counts: Counts | None,
     ) -> dict[str, Tensor]:
         """One optimizer step on SubGRPO + AC-DMD + reward back-propagation.
 
         Each sampler step that some term needs is run once with gradient, and its graph freed
         before the next.
         """
+        summed = self.settings.policy_reduction == "sum"
+        whole = self.share.batch * (len(trained) + 1 if summed else 1)
+        over = 1 if summed else len(trained)
         matched = {
             k: self.matching.gradient(
                 f"matching{k}",
@@ -281,7 +297,7 @@ class Tilt:
                 if k in trained:
                     policy, seen = self._policy_loss(part, k, mean, std, advantages[rows])
                     self.updater.watch("the policy loss", policy, prompts[rows])
-                    losses = losses + self.settings.policy_weight * policy / len(trained)
+                    losses = losses + self.settings.policy_weight * policy / over
                     self.share.add(metrics, seen)
                 if k in matched:
                     matching = matching_loss(x_next, matched[k][rows])
@@ -291,13 +307,17 @@ class Tilt:
                 if len(path) == 1 and k in path:
                     assert gradient is not None
                     losses = losses + self._reward_pull(x_next, gradient[rows])
-                (losses.sum() / self.share.batch).backward()
+                (_counted(losses, counts, rows).sum() / whole).backward()
             if len(path) > 1:
-                x0 = attach_from(self.roles.generator, part, path.start, self._most(part.end))
+                most = self._most(part.end, whole, counts)
+                x0 = attach_from(self.roles.generator, part, path.start, most)
                 assert gradient is not None
-                (self._reward_pull(x0, gradient[rows]).sum() / self.share.batch).backward()
+                pull = self._reward_pull(x0, gradient[rows])
+                (_counted(pull, counts, rows).sum() / whole).backward()
         metrics["generator/grad_norm"] = self.share.whole(self.updater.apply(step))
-        self.roles.update_ema(self.ema, self.guard.refused(step))
+        if counts is not None:
+            metrics["policy/kept"] = self.share.whole(1 / counts.most)
+        self.roles.update_ema(self.ema.at(step + 1), self.guard.refused(step))
         return metrics
 
     def _policy_loss(
@@ -319,16 +339,17 @@ class Tilt:
                     part.conditioning,
                     part.eta,
                 )
-            kl = policy_kl(mean, reference, std, self.settings.log_prob)
+            kl = policy_kl(mean, reference, std, self.settings.kl_form or self.settings.log_prob)
             losses = losses + self.settings.kl * kl
             seen["policy/kl"] = kl.detach()
         return losses, seen
 
-    def _most(self, x0: Tensor) -> float | None:
+    def _most(self, x0: Tensor, whole: int, counts: Counts | None) -> float | Tensor | None:
         """The norm that a normalised reward gradient has in the loss, and may have on its way."""
         if not self.settings.reward_normalise:
             return None
-        return self.settings.reward_weight / self.share.batch * equal_norm(x0)
+        one = self.settings.reward_weight / whole * equal_norm(x0)
+        return one if counts is None else one * counts.most
 
     def _reward_gradient(
         self, scored: Scored, prompts: Sequence[Prompt]
