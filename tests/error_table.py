@@ -8,12 +8,17 @@ from pathlib import Path
 
 import malformed_files
 import malformed_inputs
+import malformed_models
 import tiny_pipelines
 from malformed import Case, Outcome, outcome
 
 DOC = Path(__file__).parents[1] / "docs" / "errors.md"
 
-TABLE: dict[str, list[Case]] = {**malformed_inputs.CASES, **malformed_files.CASES}
+TABLE: dict[str, list[Case]] = {
+    **malformed_inputs.CASES,
+    **malformed_files.CASES,
+    **malformed_models.CASES,
+}
 
 CASES = {f"{section}: {case.what}": case for section, inside in TABLE.items() for case in inside}
 """By title."""
@@ -46,11 +51,11 @@ def document(outcomes: Mapping[str, Outcome]) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        model = tiny_pipelines.build("sd35m", place / "sd35m")
+        models = {n: tiny_pipelines.build(n, place / n) for n in ("sd35m", "klein")}
         outcomes = {}
         for i, (title, case) in enumerate(CASES.items()):
             (place / str(i)).mkdir()
-            outcomes[title] = outcome(case, place / str(i), lambda _: model)
+            outcomes[title] = outcome(case, place / str(i), models.__getitem__)
             print(outcomes[title].status, title, "->", outcomes[title].error.strip(), flush=True)
     DOC.write_text(document(outcomes))
 

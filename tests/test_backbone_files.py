@@ -92,7 +92,7 @@ def test_missing_parts_and_shards_are_listed(sd3: Path) -> None:
     first, second = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
     weights.rename(sd3 / "transformer" / first)
     index = sd3 / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": first, "b": second}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": first, "b": second}}))
     with pytest.raises(ValueError, match=f": transformer/{second} missing"):
         check_pipeline(sd3)
     # a pickle in its place is no help: nothing unpickles
@@ -138,12 +138,25 @@ def test_generator_paths(tiny_pipeline: Tiny, tmp_path: Path, no_weights: None) 
         load_backbone(None, device="cpu")
 
 
-def test_side_file_gives_defaults(sd3: Path) -> None:
+def test_side_file_gives_defaults(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    sd3 = shutil.copytree(tiny_pipeline("sd3m_without_t5"), tmp_path / "sd3m")
     (sd3 / "tiltflow.json").write_text(json.dumps({"guidance": 3.0, "max_sequence_length": 0}))
     backbone: Any = load_backbone(sd3, device="cpu", resolution=RESOLUTION)
     assert (backbone.guidance, backbone.sequence) == (3.0, 0)
     chosen: Any = load_backbone(sd3, device="cpu", max_sequence_length=24)
     assert chosen.sequence == 24
+
+
+@pytest.mark.parametrize("name", ["sd3m", "flux_schnell", "klein_base"])
+@pytest.mark.parametrize("length", [0, 513, 10**9])
+def test_lengths_that_the_pipeline_would_refuse(
+    tiny_pipeline: Tiny, no_weights: None, name: str, length: int
+) -> None:
+    """0 is refused where there are tokens to cut: tokenizers take it for no limit at all."""
+    with pytest.raises(
+        ValueError, match=f"model.max_sequence_length={length} must be from 1 to 512"
+    ):
+        load_backbone(tiny_pipeline(name), device="cpu", max_sequence_length=length)
 
 
 def test_missing_tokenizer_files(sd3: Path, tiny_pipeline: Tiny, tmp_path: Path) -> None:

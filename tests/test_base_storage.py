@@ -11,7 +11,7 @@ from backbone_helpers import PROMPTS, Tiny, load, noise
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import nn
 
-from tiltflow.backbones.pipeline import FP8
+from tiltflow.backbones.storage import FP8
 from tiltflow.config import load_config
 from tiltflow.roles import AdapterSettings, Roles, adapter_roles
 

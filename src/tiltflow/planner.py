@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.meta import META
-from tiltflow.backbones.pipeline import FP8, PipelineBackbone, input_dtype
+from tiltflow.backbones.pipeline import PipelineBackbone
+from tiltflow.backbones.storage import FP8, input_dtype
 from tiltflow.objectives.distribution_matching import matching_gradient, matching_loss
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.objectives.reward_backprop import reward_gradient

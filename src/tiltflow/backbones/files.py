@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tiltflow.backbones.headers import check_sizes
+from tiltflow.backbones.headers import Entry, check_sizes, part_header
+from tiltflow.backbones.limits import check_numbers, is_number, shown
 
 FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
@@ -43,8 +44,33 @@ LIBRARIES = ("diffusers", "transformers", "tiltflow.scheduler")
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "CPSFlowMatchScheduler")
 """A flow-matching model's own, and a student's."""
 
+CLASSES = {
+    "sd3": {
+        "transformer": "SD3Transformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    },
+    "flux": {
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+    },
+    "flux2": {
+        "transformer": "Flux2Transformer2DModel",
+        "vae": "AutoencoderKLFlux2",
+        "text_encoder": "Qwen3ForCausalLM",
+    },
+}
+"""The networks that a family's pipeline is made of."""
+
 INDEX = "model_index.json"
-JSON_FILES = ("scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
+LARGEST_JSON = 32 * 2**20
+"""Bytes: a tokenizer's vocabulary is 11 MB at most, and what is read takes 20 times as much."""
+NUMBERED = ("config.json", "scheduler_config.json")
+JSON_FILES = (*NUMBERED, "tokenizer_config.json", "tokenizer.json", "vocab.json")
 TOKENIZER_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
 """The files that a tokenizer may consist of, besides its tokenizer_config.json."""
 
@@ -78,13 +104,57 @@ def check_pipeline(path: str | Path, family: str | None = None) -> str:
     if missing:
         raise ValueError(f"{root} is not a complete {name}: {', '.join(missing)} missing")
     for part in parts_of(root, index, found):
-        weights = [file for file in _wanted(root / part, part) if file.endswith(".safetensors")]
-        if weights:
-            check_sizes(root / part, read_json(root / part / "config.json"), weights)
-        for name in JSON_FILES:
-            if (root / part / name).is_file():
-                read_json(root / part / name)
+        _check_class(root, index, part, found)
+        for file in (root / part / name for name in JSON_FILES):
+            content = read_json(file) if file.is_file() else {}
+            if file.name in NUMBERED:
+                check_numbers(file, content)
+        if part.startswith(("transformer", "vae", "text_encoder")):
+            check_sizes(root / part, read_json(root / part / "config.json"), read_part(root, part))
+    check_numbers(root / INDEX, index)
+    check_numbers(root / SIDE_FILE, side_file(root))
+    _check_tokenizers(root, index, found)
     return found
+
+
+def _check_class(root: Path, index: Mapping[str, Any], part: str, family: str) -> None:
+    """Whether a part is what its family takes, by the index and by its own configuration."""
+    wanted = CLASSES[family].get(part)
+    if wanted is None:
+        return
+    config = read_json(root / part / "config.json")
+    for file, name in (
+        (INDEX, (index.get(part) or [None])[-1]),
+        ("config", config.get("_class_name")),
+    ):
+        if name != wanted and not (file == "config" and name is None):
+            where = root / INDEX if file == INDEX else root / part / "config.json"
+            raise ValueError(f"{where} calls the {part} {shown(name)}, but it must be a {wanted}")
+
+
+def _check_tokenizers(root: Path, index: Mapping[str, Any], family: str) -> None:
+    """Whether the tokenizers have lengths, and CLIP's no more tokens than CLIP has positions."""
+    for part in (name for name in index if name.startswith("tokenizer")):
+        file = root / part / "tokenizer_config.json"
+        if _is_null(index[part]) or not file.is_file():
+            continue
+        encoder = part.replace("tokenizer", "text_encoder")
+        length = read_json(file).get("model_max_length")
+        if not CLASSES[family].get(encoder, "").startswith("CLIP"):
+            if length is not None and not (is_number(length) and length > 0):
+                raise ValueError(f"{file} has model_max_length={shown(length)}, which is no length")
+            continue
+        positions = read_json(root / encoder / "config.json").get("max_position_embeddings", 77)
+        if length is None:
+            raise ValueError(
+                f"{file} has no model_max_length, and prompts are padded to it: add the "
+                f"{positions} of its text encoder"
+            )
+        if not is_number(length) or not 1 <= length <= positions:
+            raise ValueError(
+                f"{file} has model_max_length={shown(length)}, which is no length from 1 to the "
+                f"{positions} positions of its text encoder"
+            )
 
 
 def pipeline_index(root: Path) -> dict[str, Any]:
@@ -172,17 +242,35 @@ def weight_files(folder: Path, stem: str) -> list[str]:
     Raises:
         ValueError: if the index is none, or names a file that is not a safetensors file beside it.
     """
+    return sorted(set(_weight_map(folder, stem).values())) or [f"{stem}.safetensors"]
+
+
+def _weight_map(folder: Path, stem: str) -> dict[str, str]:
+    """The shards of a part's weights by name; empty where they are in one file."""
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file() or (folder / f"{stem}.safetensors").is_file():
-        return [f"{stem}.safetensors"]
-    table = read_json(index).get("weight_map")
+        return {}
+    content = read_json(index)
+    table = content.get("weight_map")
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{index} has no weight_map")
-    names = {str(name) for name in table.values()}
-    for name in sorted(names):
+    for name in sorted(map(str, table.values())):
         if not SHARD_NAME.fullmatch(name):
-            raise ValueError(f"{index} names {name!r}, which is no safetensors file beside it")
-    return sorted(names)
+            raise ValueError(f"{index} names {shown(name)}, which is no safetensors file beside it")
+    if "metadata" not in content:
+        raise ValueError(f"{index} has no metadata, which diffusers asks for")
+    return {tensor: str(name) for tensor, name in table.items()}
+
+
+def read_part(root: Path, part: str) -> dict[str, Entry]:
+    """What the headers of a network's weight files say.
+
+    Raises:
+        ValueError: as `part_header`.
+    """
+    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+    listed = _weight_map(root / part, stem)
+    return part_header(root / part, weight_files(root / part, stem), listed)
 
 
 def local_pipeline(path: str | Path) -> Path:
@@ -220,10 +308,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: if the file holds anything else.
+        ValueError: if the file holds anything else, or is larger than any of a pipeline's.
     """
+    if file.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{file} is larger than {LARGEST_JSON // 2**20} MiB")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

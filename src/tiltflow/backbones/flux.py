@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from tiltflow.backbones.base import Conditioning
-from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype
+from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone
+from tiltflow.backbones.storage import input_dtype
 from tiltflow.transfer import to_device
 
 
@@ -34,6 +35,7 @@ class FluxBackbone(PipelineBackbone):
     text_encoders = ("text_encoder", "text_encoder_2")
     default_guidance = 3.5
     default_sequence = 512
+    axes = 3
     packing = 4
 
     def __init__(self, path: str | Path, **options: Any) -> None:

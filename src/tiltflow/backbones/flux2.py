@@ -17,10 +17,10 @@ from tiltflow.backbones.loading import load_part
 from tiltflow.backbones.pipeline import (
     TIMESTEPS,
     PipelineBackbone,
-    input_dtype,
-    keep_in_fp8,
     part_config,
 )
+from tiltflow.backbones.storage import input_dtype, keep_in_fp8
+from tiltflow.backbones.weights import check_weights
 from tiltflow.transfer import to_device
 
 TWIN_KEYS = ("in_channels", "out_channels", "joint_attention_dim")
@@ -55,6 +55,7 @@ class Flux2Backbone(PipelineBackbone):
     text_encoders = ("text_encoder",)
     default_guidance = 4.0
     default_sequence = 512
+    axes = 4
     packing = 4
 
     def __init__(
@@ -76,17 +77,27 @@ class Flux2Backbone(PipelineBackbone):
         self.step_distilled = bool(self.pipe.config.is_distilled)
         if self.step_distilled:
             self.guidance = 1.0
+        if self.parts != "text" and not self.vae.bn.running_var.is_meta:
+            self._check_variance()
         self.generator_transformer = self.transformer
         if generator_path is not None and self.parts != "text":
             empty = options.get("base") == "empty"
             generator = load_part(Path(generator_path), "transformer", dtype, empty)
         if generator is not None:
             if options.get("fp8"):
-                keep_in_fp8(generator, dtype)
+                keep_in_fp8(generator, dtype, str(generator_path))
             self.generator_transformer = generator.requires_grad_(False).eval()
             if options.get("base", "device") == "device":
                 generator.to(self.device)
         self._positions: dict[tuple[int, ...], Tensor] = {}
+
+    def _check_variance(self) -> None:
+        lowest = float(self.vae.bn.running_var.min()) + self.vae.config.batch_norm_eps
+        if lowest <= 0:
+            raise ValueError(
+                f"the autoencoder in {self.path} has a variance of {lowest:g} in bn.running_var, "
+                "which it divides by the root of"
+            )
 
     @staticmethod
     def _check_encoder(path: str | Path) -> None:
@@ -121,6 +132,7 @@ class Flux2Backbone(PipelineBackbone):
                     f"the transformer in {generator_path} has {key}={generator[key]} but the one "
                     f"in {path} has {teacher[key]}: take two kleins of one size"
                 )
+        check_weights(Path(generator_path), ["transformer"])
 
     def _latent_shape(self, channels: int) -> tuple[int, ...]:
         side = self.geometry.latent // self.geometry.patch

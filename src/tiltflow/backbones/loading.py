@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from tiltflow.backbones.files import absent_parts, pipeline_index, read_json
+from tiltflow.backbones.weights import check_values, check_weights
 from tiltflow.sentences import first_sentence
 
 
@@ -32,11 +33,14 @@ def load_pipeline(
     `empty` reads no weights of the transformer, see `load_part`.
 
     Raises:
-        ValueError: if a part cannot be loaded, or lacks weights.
+        ValueError: if a part cannot be loaded, or its files do not hold its weights and no others,
+            all of them finite.
     """
     root = Path(path)
     given: dict[str, Any] = dict(absent_parts(root))
     present = [name for name in encoders if name not in given]
+    networks = {"text": present, "image": ["transformer", "vae"]}
+    check_weights(root, networks.get(parts, [*present, "transformer", "vae"]))
     if parts == "image":
         given |= {name: None for part in present for name in (part, _tokenizer(part))}
     else:
@@ -62,8 +66,8 @@ def load_part(root: Path, part: str, dtype: torch.dtype, empty: bool = False) ->
     and memory that nobody writes to is not taken.
 
     Raises:
-        ValueError: if it cannot be loaded, or a weight is missing or of another shape: the
-            libraries would put random numbers in its place.
+        ValueError: if it cannot be loaded, or a weight is missing or of another shape (the
+            libraries would put random numbers in its place), too many, or not finite.
     """
     library, name = pipeline_index(root)[part]
     if empty:
@@ -81,12 +85,11 @@ def load_part(root: Path, part: str, dtype: torch.dtype, empty: bool = False) ->
         raise
     except Exception as error:  # whatever a directory can make of two libraries
         raise ValueError(f"{root / part} cannot be loaded: {first_sentence(error)}") from error
-    for key in ("missing_keys", "mismatched_keys"):
+    for key in ("missing_keys", "mismatched_keys"):  # by names and shapes: `check_weights`
         wrong = sorted(map(str, info[key]))
         if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            what = "lacks the weight" if key == "missing_keys" else "has another shape for"
-            raise ValueError(f"{root / part} {what} {wrong[0]}{more}")
+            raise ValueError(f"{root / part} cannot be loaded: {wrong[0]} did not go in")
+    check_values(network, str(root / part))
     return network.requires_grad_(False).eval()
 
 

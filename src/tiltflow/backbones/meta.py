@@ -9,14 +9,12 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from torch import nn
 
 from tiltflow.backbones.files import FAMILIES, pipeline_index, read_json
 from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.backbones.published import PUBLISHED
-
-META = torch.device("meta")
+from tiltflow.backbones.weights import META, meta_model
 
 
 def pipeline_configs(path: str | Path) -> dict[str, Any]:
@@ -112,20 +110,6 @@ def meta_pipeline(configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: tor
     if isinstance(length, int) and hasattr(pipe, "tokenizer_max_length"):
         pipe.tokenizer_max_length = length
     return pipe
-
-
-def meta_model(config: Mapping[str, Any]) -> nn.Module:
-    """A model of diffusers or transformers by its `_class_name`, in fp32."""
-    values = {k: v for k, v in config.items() if not k.startswith("_")}
-    name = str(config["_class_name"])
-    kind = getattr(diffusers, name, None)
-    with META:
-        if kind is not None:
-            model: nn.Module = kind.from_config(values)
-        else:
-            kind = getattr(transformers, name)
-            model = kind(kind.config_class(**values))
-    return model.to(META).requires_grad_(False).eval()
 
 
 def text_encoders(path: str | Path) -> dict[str, nn.Module]:

@@ -23,13 +23,11 @@ from transformers.utils import logging as transformers_logging
 from tiltflow.backbones.base import Base, Conditioning, Parts
 from tiltflow.backbones.files import check_pipeline, read_json, side_file
 from tiltflow.backbones.loading import load_pipeline
+from tiltflow.backbones.storage import keep_in_fp8
 from tiltflow.flow import raw_levels
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
-
-FP8 = torch.float8_e4m3fn
-"""What `model.base_storage=fp8` keeps matrices in: 1 + 4 + 3 bits."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,10 @@ class PipelineBackbone(ABC):
     text_encoders: ClassVar[tuple[str, ...]]
     default_guidance: ClassVar[float]
     default_sequence: ClassVar[int]
+    longest_sequence: ClassVar[int] = 512
+    """What the pipelines' own calls refuse to go beyond; klein's tokenizer length in diffusers."""
+    axes: ClassVar[int] = 0
+    """How many coordinates a token's position has, where they are turned into rotations."""
     packing: ClassVar[int]
     """How many values of one latent channel a token holds side by side as channels."""
 
@@ -109,12 +111,18 @@ class PipelineBackbone(ABC):
         self.sequence = int(side.get("max_sequence_length", self.default_sequence))
         if max_sequence_length is not None:
             self.sequence = max_sequence_length
+        shortest = self._shortest_sequence()
+        if not shortest <= self.sequence <= self.longest_sequence:
+            raise ValueError(
+                f"model.max_sequence_length={self.sequence} must be from {shortest} "
+                f"to {self.longest_sequence}, the limit of {self.pipeline_class.__name__}"
+            )
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
         self.parts = parts
         self.pipe = pipe = pipe or self._load(dtype, vae_dtype or dtype, base)
         if fp8 and parts != "text":
-            keep_in_fp8(pipe.transformer, dtype)
+            keep_in_fp8(pipe.transformer, dtype, self.path)
         for name in self._networks():
             network = getattr(pipe, name).requires_grad_(False).eval()
             if name != "transformer" or base == "device":
@@ -176,6 +184,10 @@ class PipelineBackbone(ABC):
         """The pipeline's parts that have weights here."""
         text = [name for name in self.text_encoders if getattr(self.pipe, name) is not None]
         return text if self.parts == "text" else [*text, "transformer", "vae"]
+
+    def _shortest_sequence(self) -> int:
+        """The fewest text tokens: none at all is no length that a tokenizer cuts to."""
+        return 1
 
     def _patch(self, transformer: Mapping[str, Any]) -> int:
         return 2
@@ -322,6 +334,12 @@ class PipelineBackbone(ABC):
             )
         if "shift_factor" in vae and vae["shift_factor"] is None:
             raise ValueError(f"the autoencoder in {self.path} has no shift_factor, which it needs")
+        axes, each = transformer.get("axes_dims_rope"), transformer.get("attention_head_dim")
+        if axes is not None and (sum(axes) != each or len(axes) != self.axes or _odd(axes)):
+            raise ValueError(
+                f"the transformer in {self.path} has axes_dims_rope={axes}, which are not "
+                f"{self.axes} even numbers that add up to its attention_head_dim={each}"
+            )
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         patch = self._patch(transformer)
         side = self._default_latent(transformer) * factor if resolution is None else resolution
@@ -336,33 +354,12 @@ class PipelineBackbone(ABC):
         return Geometry(side, factor, patch)
 
 
+def _odd(numbers: Sequence[int]) -> bool:
+    return any(number % 2 for number in numbers)
+
+
 def part_config(path: str | Path, part: str, model: Any) -> dict[str, Any]:
     """A part's configuration without loading it: its config.json over its class's defaults."""
     parameters = inspect.signature(model.__init__).parameters.items()
     saved = read_json(Path(path) / part / "config.json")
     return {**{name: p.default for name, p in parameters}, **saved}
-
-
-def keep_in_fp8(network: nn.Module, dtype: torch.dtype) -> None:
-    """Rounds a transformer's matrices to 8-bit floats, each cast to `dtype` for its own product.
-
-    Norms and what belongs to them stay as they are. This is diffusers' layerwise casting: it swaps
-    the parameter for the product's duration, and a graph keeps the cast matrix, so without
-    gradient checkpointing it saves nothing in a backward pass. Adapters go on afterwards.
-    """
-    network.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=dtype)  # type: ignore[operator]
-
-
-def input_dtype(network: nn.Module) -> torch.dtype:
-    """The precision of a transformer's frozen weights, which its inputs are given in.
-
-    Not `network.dtype`: that is of whatever parameter comes first, be it an adapter's. It is right
-    where weights are kept in 8 bits: what they are cast to.
-    """
-    weight = network.get_submodule("context_embedder").weight
-    assert isinstance(weight, Tensor)
-    if weight.dtype == FP8:
-        computed = network.dtype
-        assert isinstance(computed, torch.dtype)
-        return computed
-    return weight.dtype

@@ -11,7 +11,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone, input_dtype
+from tiltflow.backbones.files import absent_parts
+from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone
+from tiltflow.backbones.storage import input_dtype
 
 
 class SD3Backbone(PipelineBackbone):
@@ -60,6 +62,11 @@ class SD3Backbone(PipelineBackbone):
             setattr(pipe, name, ZeroTower(width, dtype))
             setattr(pipe, clips[name], tokenizer)  # the pipeline counts tokens, and no more
             width = 0  # of two absent CLIPs, one stands for both
+
+    def _shortest_sequence(self) -> int:
+        """Where T5 is absent its tokens are zeros, and may be none."""
+        root = Path(self.path)
+        return 0 if root.is_dir() and "text_encoder_3" in absent_parts(root) else 1
 
     def _patch(self, transformer: Mapping[str, Any]) -> int:
         return int(transformer["patch_size"])
