@@ -188,7 +188,8 @@ def _facts(file: Path, raw: str | None) -> dict[str, Any] | None:
             known = plain = False
         if not known and not plain:
             raise ValueError(
-                f"{file} has {shown(key)}: {shown(value)} in its metadata, which a run cannot honour"
+                f"{file} has {shown(key)}: {shown(value)} in its metadata, which is not honoured "
+                "here"
             )
     wrong = [
         key
@@ -241,11 +242,12 @@ def _scale(
     if facts is None:
         assert given is not None
         return given / rank
-    ranks, alphas = facts.get("rank_pattern") or {}, facts.get("alpha_pattern") or {}
-    said = ranks.get(get_pattern_key(ranks, name), facts["r"])
+    ranks: dict[str, Any] = facts.get("rank_pattern") or {}
+    alphas: dict[str, Any] = facts.get("alpha_pattern") or {}
+    said = ranks.get(get_pattern_key(list(ranks), name), facts["r"])
     if said != rank:
         raise ValueError(f"{file} has rank {rank} for {name}, but {shown(said)} in its metadata")
-    alpha = alphas.get(get_pattern_key(alphas, name), facts["lora_alpha"])
+    alpha = float(alphas.get(get_pattern_key(list(alphas), name), facts["lora_alpha"]))
     if given is not None and given != alpha:
         raise ValueError(f"{file} has α {given:g} for {name}, but {alpha:g} in its metadata")
     return alpha / math.sqrt(rank) if facts.get("use_rslora") else alpha / rank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from tiltflow.backbones.headers import Entry, check_sizes, part_header
 from tiltflow.backbones.limits import check_numbers, is_number, shown
+from tiltflow.disk import parse_json
 
 FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
@@ -313,9 +313,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{file} is larger than {LARGEST_JSON // 2**20} MiB")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{file} is nested too deeply") from error
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
