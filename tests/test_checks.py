@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,3 +101,34 @@ def test_stage_2_is_planned_before_stage_1_is_there(
     assert run(monkeypatch, "train", *settings, "run.out=out") == 2
     assert "train stage cold_start first" in capsys.readouterr().err
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("run.out", "prompts.txt/run", "prompts.txt is no directory"),
+        ("run.out", "prompts.txt", "prompts.txt is no directory"),
+        ("run.out", "dangling/run", "dangling is no directory"),
+        ("run.out", "a" * 300, "File name too long"),
+        ("run.out", "shut/run", "shut may not be written to"),
+        ("data.cache", "prompts.txt", "prompts.txt is no directory"),
+    ],
+)
+def test_places_that_cannot_be_made_are_found_first(
+    here: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str, words: str
+) -> None:
+    (here / "dangling").symlink_to("nowhere")
+    (here / "shut").mkdir()
+    real = os.access
+    shut = str(here / "shut")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != shut and real(path, mode))
+    with pytest.raises(ValueError) as caught:
+        check_run(load_config("demo_cold_start", ["run.device=cpu", f"{key}={value}"]))
+    assert str(caught.value).startswith(f"{key} {value} cannot be made: ")
+    assert words in str(caught.value)
+    assert not (here / "shut" / "run").exists()
+
+
+def test_a_null_character_in_a_path_is_refused_with_its_key() -> None:
+    with pytest.raises(ValueError, match="run.out is 'a.x00b', but it should have no null"):
+        load_config("demo_cold_start", [r'run.out="a\0b"'])

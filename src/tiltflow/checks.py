@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from tiltflow.build import device_of
 from tiltflow.config import (
@@ -20,6 +21,7 @@ from tiltflow.config import (
     read_prompts,
 )
 from tiltflow.metrics import check_sinks
+from tiltflow.paths import check_folder, embedding_cache
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ class Check:
     needs: tuple[str, ...] = ()
 
 
+def _check_cache(cfg: RunConfig) -> None:
+    """That embeddings can be kept; a folder that is there may be one that is only read."""
+    folder = embedding_cache(cfg.data.cache)
+    if folder is None or folder.is_dir() or cfg.model.path == "mixture":
+        return
+    try:
+        check_folder("data.cache", folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; give another folder, or data.cache=off") from error
+
+
 CHECKS: tuple[Check, ...] = (
     Check("device", lambda on: device_of(on.cfg.run.device)),
     Check("packages", lambda on: check_sinks(on.cfg.log.tensorboard, on.cfg.log.wandb)),
@@ -57,6 +70,8 @@ CHECKS: tuple[Check, ...] = (
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("prompts", lambda on: on.prompts),
+    Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
+    Check("embedding cache", lambda on: _check_cache(on.cfg)),
 )
 
 

@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
 from tiltflow.commands.options import (
+    Debug,
     Device,
     Rewards,
     SamplingOptions,
     named_rewards,
+    option,
+    place,
     sampling_options,
+    with_debug,
 )
+from tiltflow.commands.terminal import terminal
+from tiltflow.errors import NonFiniteError, PeerLost
+from tiltflow.limits import MOST_SAMPLES
 from tiltflow.sentences import printable
 
 EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
@@ -33,7 +39,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several ranks, one speaks
+console = terminal(quiet=os.environ.get("RANK", "0") != "0")  # of several ranks, one speaks
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        console.print(f"tiltflow {version('tiltflow')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="the version", callback=_version, is_eager=True),
+    ] = False,
+    debug: Annotated[bool, Debug] = False,
+) -> None:
+    """Distil a flow-matching text-to-image model to 4 steps and tilt it towards rewards."""
+
 
 Overrides = Annotated[
     list[str] | None,
@@ -44,6 +70,7 @@ Overrides = Annotated[
 @app.command(
     epilog="Example: tiltflow train sd35m_cold_start model.path=DIR data.prompts=FILE run.out=DIR"
 )
+@with_debug
 def train(
     recipe: Annotated[str, typer.Argument(help="a packaged recipe's name, or a .yaml file")],
     overrides: Overrides = None,
@@ -57,8 +84,9 @@ def train(
 
 
 @app.command(epilog="Example: tiltflow demo --fast")
+@with_debug
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="run directory")] = Path("runs/demo"),
+    out: Annotated[Path, option("--out", "run directory")] = Path("runs/demo"),
     fast: Annotated[bool, typer.Option("--fast", help="a smoke run of a few minutes")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="delete an earlier demo first")] = False,
 ) -> None:
@@ -72,10 +100,11 @@ def demo(
     epilog="Example: tiltflow sample --model DIR --few-step runs/a/export/few_step "
     "--prompt 'a red circle' --out images"
 )
+@with_debug
 @sampling_options(batch=16)
 def sample(
     options: SamplingOptions,
-    out: Annotated[Path, typer.Option("--out", help="folder of the images")],
+    out: Annotated[Path, option("--out", "folder of the images")],
 ) -> None:
     """Images of a model with its LoRAs; without LoRAs, of the teacher."""
     from tiltflow.commands.evaluate import sample_images
@@ -88,6 +117,7 @@ def sample(
     epilog="Example: tiltflow evaluate --model DIR --few-step LORA --prompts FILE "
     "--reward clipscore --json evaluation.json"
 )
+@with_debug
 @sampling_options(batch=64)
 def evaluate(
     options: SamplingOptions,
@@ -95,9 +125,7 @@ def evaluate(
     suite: Annotated[
         str | None, typer.Option("--suite", help="a prompt format and its rewards")
     ] = None,
-    json_file: Annotated[Path, typer.Option("--json", help="where the figures go")] = Path(
-        "evaluation.json"
-    ),
+    json_file: Annotated[Path, option("--json", "where the figures go")] = Path("evaluation.json"),
     count: Annotated[int | None, typer.Option("--count", help="the first N prompts", min=2)] = None,
     diversity: Annotated[
         bool, typer.Option("--diversity", help="diversity, and the distance to the teacher, too")
@@ -132,17 +160,20 @@ def evaluate(
 
 
 @app.command(epilog="Example: tiltflow compare runs/a/evaluation.json runs/b/evaluation.json")
+@with_debug
 def compare(
     evaluations: Annotated[
         list[Path],
-        typer.Argument(metavar="EVALUATION...", help="one or two evaluation.json or their folders"),
+        typer.Argument(
+            metavar="EVALUATION...",
+            help="one or two evaluation.json or their folders",
+            parser=place,
+        ),
     ],
     systems: Annotated[
         str | None, typer.Option("--systems", help="A,B: these two alone (of two files: A then B)")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the comparisons here too")
-    ] = None,
+    json_file: Annotated[Path | None, option("--json", "write the comparisons here too")] = None,
 ) -> None:
     """Systems against each other, prompt by prompt: differences, intervals and p-values."""
     from tiltflow.commands.compare import run_compare
@@ -151,6 +182,7 @@ def compare(
 
 
 @app.command("reward-server", epilog="Example: tiltflow reward-server hpsv3 --port 8000")
+@with_debug
 def reward_server(
     rewards: Annotated[
         list[str], typer.Argument(metavar="NAME...", help="rewards, or NAME@PATH of the weights")
@@ -159,7 +191,9 @@ def reward_server(
         str, typer.Option("--host", help="address; any but the loopback needs a token")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="port", min=1, max=65535)] = 8000,
-    batch: Annotated[int, typer.Option("--batch", help="images at a time", min=1)] = 16,
+    batch: Annotated[
+        int, typer.Option("--batch", help="images at a time", min=1, max=MOST_SAMPLES)
+    ] = 16,
     device: Device = "auto",
 ) -> None:
     """Serve rewards to runs elsewhere, which name them remote:http://HOST:PORT/NAME."""
@@ -169,9 +203,12 @@ def reward_server(
 
 
 @app.command(epilog="Example: tiltflow report runs/demo")
+@with_debug
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories")],
-    out: Annotated[Path | None, typer.Option("--out", help="the HTML file")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run directories", parser=place)
+    ],
+    out: Annotated[Path | None, option("--out", "the HTML file")] = None,
 ) -> None:
     """One self-contained HTML page of one run, or of several side by side."""
     from tiltflow.commands.report import write_run_report
@@ -180,9 +217,10 @@ def report(
 
 
 @app.command(epilog="Example: tiltflow export runs/tilt --out lora --merged")
+@with_debug
 def export(
-    run: Annotated[Path, typer.Argument(help="a run directory")],
-    out: Annotated[Path, typer.Option("--out", help="where the folders go")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory", parser=place)],
+    out: Annotated[Path, option("--out", "where the folders go")],
     merged: Annotated[
         bool, typer.Option("--merged", help="also the whole pipeline with the adapters merged in")
     ] = False,
@@ -196,6 +234,7 @@ def export(
 
 
 @app.command(epilog="Example: tiltflow encode demo_cold_start")
+@with_debug
 def encode(
     recipe: Annotated[str, typer.Argument(help="a packaged recipe's name, or a .yaml file")],
     overrides: Overrides = None,
@@ -208,16 +247,18 @@ def encode(
 
 
 @app.command(epilog="Example: tiltflow recipes")
+@with_debug
 def recipes(
     name: Annotated[str | None, typer.Argument(help="print this one")] = None,
 ) -> None:
     """The packaged recipes, or one of them in full."""
-    from tiltflow.commands.doctor import show_recipes
+    from tiltflow.commands.recipes import show_recipes
 
     show_recipes(name, console)
 
 
 @app.command(epilog="Example: tiltflow doctor demo_tilt --memory 24")
+@with_debug
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="check this recipe too")] = None,
     overrides: Overrides = None,
@@ -240,10 +281,6 @@ def main() -> None:
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-    # after the environment, which the libraries read when they are imported
-    from tiltflow.distributed import PeerLost
-    from tiltflow.train.optim import NonFiniteError
-
     try:
         status = app(args=arguments or ["--help"], prog_name="tiltflow", standalone_mode=False)
     except Abort:
@@ -255,9 +292,7 @@ def main() -> None:
     except (*EXPECTED, NonFiniteError, TyperException) as error:
         if debug:
             raise
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
-            f"tiltflow: {_sentence(error)}"
-        )
+        terminal(stderr=True).print(f"tiltflow: {_sentence(error)}", highlight=False)
         status = 2 if isinstance(error, ValueError | OSError | TyperException) else 1
     sys.exit(status if isinstance(status, int) else 0)
 

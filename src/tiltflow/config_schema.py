@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tiltflow.config_rules import check_together
+from tiltflow.limits import (
+    FAR,
+    LARGEST_RANK,
+    LARGEST_SEED,
+    LONGEST_SIDE,
+    MOST_IMAGES,
+    MOST_SAMPLES,
+    MOST_STEPS,
+    MOST_TOKENS,
+)
+from tiltflow.paths import home_for_tilde
 
-MOST_STEPS = 1_000
-MOST_IMAGES = 10_000
-MOST_SAMPLES = 65_536
-MOST_TOKENS = 4_096
-LONGEST_SIDE = 4_096
-LARGEST_RANK = 4_096
-LARGEST_SEED = 2**63 - 1
-"""What counts end at: far above any use, and below what would take a machine's memory."""
-
-FAR = 1_000_000_000
 Positive = Annotated[int, Field(ge=1, le=FAR)]
 Count = Annotated[int, Field(ge=0, le=FAR)]
 Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -33,6 +34,20 @@ Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Level = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _place(path: str) -> str:
+    """A path with the home directory for a leading `~`."""
+    if "\0" in path:
+        raise ValueError("have no null character in it")
+    try:
+        return home_for_tilde(path)
+    except ValueError as error:
+        raise ValueError("not begin with the ~ of a user who has no home directory") from error
+
+
+Place = Annotated[Text, AfterValidator(_place)]
+"""A path, a hub id or something packaged; the home directory stands for a leading `~`."""
 
 
 class Section(BaseModel):
@@ -68,8 +83,8 @@ class ModelConfig(Section):
     model's own (for the student: what its network expects, without classifier-free guidance).
     """
 
-    path: Text
-    generator_path: Text | None = None
+    path: Place
+    generator_path: Place | None = None
     family: Literal["sd3", "flux", "flux2", "mixture"] | None = None
     resolution: Side | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -77,7 +92,7 @@ class ModelConfig(Section):
     vae_dtype: Literal["fp32", "bf16"] | None = None
     base_storage: Literal["fp8"] | None = None
     max_sequence_length: Tokens | None = None
-    few_step: Text | None = None
+    few_step: Place | None = None
     guidance: float | None = None
     student_guidance: float | None = None
     gradient_checkpointing: Checkpointed = False
@@ -105,9 +120,9 @@ class AdaptersConfig(Section):
 class DataConfig(Section):
     """`cache`: where embeddings are kept; unset is the user's own place, `off` nowhere."""
 
-    prompts: Text
-    eval_prompts: Text | None = None
-    cache: Text | None = None
+    prompts: Place
+    eval_prompts: Place | None = None
+    cache: Place | None = None
 
 
 class SamplerConfig(Section):
@@ -206,7 +221,7 @@ class RewardConfig(Section):
     """`backprop`: back-propagate it where it is differentiable. `options` go to the reward."""
 
     weight: float
-    path: Text | None = None
+    path: Place | None = None
     backprop: bool = True
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -241,7 +256,7 @@ class WatchConfig(Section):
     every: Positive = 50
     prompts: Images = 64
     stop: bool = False
-    clip: Text | None = None
+    clip: Place | None = None
     diversity_prompts: Images = 24
     diversity_images: Annotated[int, Field(ge=2, le=MOST_IMAGES)] = 4
     teacher_images: Images = 32
@@ -257,7 +272,7 @@ class RunSection(Section):
     `rank_timeout`: seconds of silence after which a rank is given up and the job ends.
     """
 
-    out: Text
+    out: Place
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "auto"
     resume: bool = False

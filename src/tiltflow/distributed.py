@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from tiltflow.errors import PeerLost
 from tiltflow.heartbeat import JOIN, Heartbeat
 
 RANK_TIMEOUT = 100.0
@@ -30,10 +31,6 @@ TIMEOUT = timedelta(hours=24)
 large set of prompts or save, and the heartbeat tells that from a rank that is gone."""
 LINGER = 10.0
 """Seconds that a rank waits after it lost another, so that torchrun sees the real failure first."""
-
-
-class PeerLost(RuntimeError):
-    """Another rank is gone, so this one cannot go on."""
 
 
 @dataclass(frozen=True)

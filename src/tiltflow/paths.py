@@ -10,15 +10,28 @@ from pathlib import Path
 PACKAGED = "packaged:"
 
 
+def home_for_tilde(path: str) -> str:
+    """`~` and `~user` at the start of a path as the home directory; any other path as it is.
+
+    Raises:
+        ValueError: if there is no such user: files would lie in a folder called `~…`.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{path}: there is no home directory of that user (./{path} is a folder)")
+    return expanded
+
+
 def resolve_path(path: str) -> str:
     """`packaged:NAME` as the path of `tiltflow/assets/NAME`; anything else (a local path, whose
     leading `~` is expanded, or a hub id) unchanged.
 
     Raises:
-        ValueError: if the package has no asset of that name; names the nearest.
+        ValueError: if the package has no asset of that name (names the nearest), or the user of a
+            `~` no home.
     """
     if not path.startswith(PACKAGED):
-        return os.path.expanduser(path)
+        return home_for_tilde(path)
     name = path.removeprefix(PACKAGED)
     assets = Path(str(resources.files("tiltflow"))) / "assets"
     if name and ".." not in Path(name).parts and (assets / name).exists():
@@ -36,10 +49,31 @@ def embedding_cache(setting: str | None) -> Path | None:
     if setting == "off":
         return None
     if setting is not None:
-        return Path(setting).expanduser()
+        return Path(home_for_tilde(setting))
     own = os.environ.get("TILTFLOW_CACHE")
     base = Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return (base if own else base / "tiltflow") / "embeddings"
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """That a folder is there, or can be made, and may be written to; `key` is what asked for it.
+
+    Raises:
+        ValueError: naming the key, and the place that is in the way.
+    """
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ValueError(f"{key} {folder} cannot be made: {error.strerror}") from error
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{key} {folder} cannot be made: {place} is no directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{key} {folder} cannot be made: {place} may not be written to")
 
 
 def nearest(name: str, known: list[str]) -> str:

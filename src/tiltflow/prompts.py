@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tiltflow.paths import home_for_tilde
 from tiltflow.randomness import Randomness
 from tiltflow.worlds import shapes
 
@@ -52,7 +53,7 @@ def load_prompts(source: str | Path) -> list[Prompt]:
     """
     if str(source) in PACKAGED:
         return PACKAGED[str(source)]()
-    path = Path(source).expanduser()
+    path = Path(home_for_tilde(str(source)))
     suffix = path.suffix.lower()
     if not path.exists():
         raise ValueError(_missing(str(source), suffix))

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from tiltflow.paths import home_for_tilde
+
 PACKAGE = Path(__file__).parent
 
 
@@ -103,7 +105,7 @@ def recipe_text(recipe: str) -> str:
     if path is None and not _is_file_name(recipe):
         hint = f"; the nearest is {nearest(recipe, list(packaged))}" if packaged else ""
         raise ValueError(f"unknown recipe {recipe!r}{hint}")
-    path = path or Path(recipe).expanduser()
+    path = path or Path(home_for_tilde(recipe))
     if not path.is_file():
         raise ValueError(f"there is no recipe file {recipe}")
     try:

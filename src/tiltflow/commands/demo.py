@@ -6,8 +6,10 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
+from rich.text import Text
 
 from tiltflow.checkpoint import latest_step
 from tiltflow.commands.evaluate import Request, evaluate_to, show
@@ -31,9 +33,9 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
     if fresh and out.exists():
         shutil.rmtree(out)
     for stage in ("cold_start", "tilt"):
-        console.rule(f"[bold]{stage}")
+        console.rule(Text(stage, "bold"))
         _train(stage, out, FAST[stage] if fast else (), console)
-    console.rule("[bold]evaluation on held-out prompts")
+    console.rule(Text("evaluation on held-out prompts", "bold"))
     suite = suite_of("shapes")
     request = Request(
         model=MODEL,
@@ -66,5 +68,5 @@ def _train(stage: str, out: Path, changes: Sequence[str], console: Console) -> N
         return
     run_training(cfg, console)
     if latest_step(out / stage) != cfg.train.steps:
-        console.print(f"the demo goes on where it stopped: tiltflow demo --out {out}")
+        console.print(f"the demo goes on where it stopped: tiltflow demo --out {quote(str(out))}")
         raise SystemExit(0)

@@ -1,4 +1,4 @@
-"""`tiltflow doctor` and `recipes`: looking before training."""
+"""`tiltflow doctor`: looking before training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiltflow.backbones.meta import meta_backbone, text_encoders
 from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.build import DTYPES, adapter_settings, device_of, fake_scores
 from tiltflow.checks import Finding, Subject, findings
-from tiltflow.config import RunConfig, list_recipes, load_config, recipe_text
+from tiltflow.config import RunConfig, load_config
 from tiltflow.paths import resolve_path
 from tiltflow.planner import GIB, OVERHEAD, Job, Plan, TiltJob, plan
 
@@ -49,14 +49,13 @@ def examine(
         cfg = load_config(recipe, overrides)
         found = list(findings(Subject(cfg)))
         for finding in found:
-            _say(f"{finding.name}: {_verdict(finding).removeprefix(f'{finding.name}: ')}", console)
+            console.print(f"{finding.name}: {_verdict(finding).removeprefix(f'{finding.name}: ')}")
         groups = "" if cfg.stage == "cold_start" else f" in groups of {cfg.tilt.group_size}"
         failed = {finding.name: finding for finding in found if finding.failed}
         order = ", in order" if not failed else ""
-        _say(
+        console.print(
             f"{recipe}: {cfg.stage}, {cfg.train.steps} steps of {cfg.train.batch_size} samples"
-            f"{groups}{order}",
-            console,
+            f"{groups}{order}"
         )
         if cfg.model.path != "mixture" and "model" not in failed:
             show_plan(plan_recipe(cfg), memory or device_memory(), console)
@@ -72,10 +71,6 @@ def _verdict(finding: Finding) -> str:
     if finding.error is None:
         return "ok"
     return f"not yet: {finding.error}" if finding.note else str(finding.error)
-
-
-def _say(line: str, console: Console) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def plan_recipe(cfg: RunConfig) -> Plan:
@@ -148,12 +143,3 @@ def show_plan(made: Plan, memory: float | None, console: Console) -> None:
     if memory is not None:
         verdict = "fits" if made.fits(memory * GIB) else "does not fit"
         console.print(f"{verdict} into {memory:.1f} GiB")
-
-
-def show_recipes(name: str | None, console: Console) -> None:
-    if name is None:
-        for recipe in list_recipes():
-            console.print(recipe)
-        return
-    text = recipe_text(name)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -95,4 +96,4 @@ def resume_command(out: Path, ranks: int) -> str:
     """The command that goes on with a run, on the number of ranks that it had on this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     start = "tiltflow" if ranks == 1 else f"torchrun --nproc-per-node {here} -m tiltflow"
-    return f"{start} train {out / 'config.yaml'} run.resume=true"
+    return f"{start} train {quote(str(out / 'config.yaml'))} run.resume=true"

@@ -1,4 +1,7 @@
-"""The options that `sample` and `evaluate` share, declared once."""
+"""The options of the commands: what several share is declared once.
+
+Nothing here waits for torch: `--help` is printed at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,26 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from tiltflow.limits import LARGEST_SEED, LONGEST_SIDE, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
+from tiltflow.paths import home_for_tilde
 from tiltflow.remote_address import refuse_secrets
+
+
+def place(text: str) -> Path:
+    """A path of the command line, with the home directory for a leading `~`.
+
+    Raises:
+        ValueError: if the user after a `~` has none.
+    """
+    return Path(home_for_tilde(text))
+
+
+def option(name: str, help: str) -> Any:
+    """An option that is a path."""
+    return typer.Option(name, help=help, parser=place, metavar="PATH")
+
+
+Debug = typer.Option("--debug", help="on an error, show where it was raised")
 
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto")]
 
@@ -25,40 +47,62 @@ Rewards = Annotated[
 class SamplingOptions:
     """What to sample from, and how, as the command line says it."""
 
-    model: Annotated[str, typer.Option("--model", help="pipeline directory or hub id")]
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="pipeline directory or hub id", parser=home_for_tilde, metavar="DIR"
+        ),
+    ]
     prompt: Annotated[str | None, typer.Option("--prompt", help="one prompt")] = None
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="prompt file or packaged set")
+        str | None,
+        typer.Option(
+            "--prompts", help="prompt file or packaged set", parser=home_for_tilde, metavar="FILE"
+        ),
     ] = None
-    few_step: Annotated[Path | None, typer.Option("--few-step", help="stage-1 LoRA folder")] = None
-    tilt_lora: Annotated[Path | None, typer.Option("--tilt-lora", help="stage-2 LoRA folder")] = (
-        None
-    )
+    few_step: Annotated[Path | None, option("--few-step", "stage-1 LoRA folder")] = None
+    tilt_lora: Annotated[Path | None, option("--tilt-lora", "stage-2 LoRA folder")] = None
     tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1")] = 1.0
-    steps: Annotated[int, typer.Option("--steps", help="sampling steps of the students", min=1)] = 4
+    steps: Annotated[
+        int,
+        typer.Option("--steps", help="sampling steps of the students", min=1, max=MOST_STEPS),
+    ] = 4
     eta: Annotated[float, typer.Option("--eta", help="stochasticity, 0 to 1", min=0, max=1)] = 0.9
-    seed: Annotated[int, typer.Option("--seed", help="seed of the noise", min=0)] = 0
+    seed: Annotated[
+        int, typer.Option("--seed", help="seed of the noise", min=0, max=LARGEST_SEED)
+    ] = 0
     guidance: Annotated[float | None, typer.Option("--guidance", help="the teacher's guidance")] = (
         None
     )
     teacher_steps: Annotated[
-        int, typer.Option("--teacher-steps", help="the teacher's steps", min=1)
+        int, typer.Option("--teacher-steps", help="the teacher's steps", min=1, max=MOST_STEPS)
     ] = 50
-    batch: Annotated[int, typer.Option("--batch", help="images at a time", min=1)] = 16
+    batch: Annotated[
+        int, typer.Option("--batch", help="images at a time", min=1, max=MOST_SAMPLES)
+    ] = 16
     device: Device = "auto"
     dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16")] = "fp32"
     autocast: Annotated[
         str | None, typer.Option("--autocast", help="bf16 or auto: networks in mixed precision")
     ] = None
-    resolution: Annotated[int | None, typer.Option("--resolution", help="image side in pixels")] = (
-        None
-    )
+    resolution: Annotated[
+        int | None,
+        typer.Option("--resolution", help="image side in pixels", min=8, max=LONGEST_SIDE),
+    ] = None
     max_sequence_length: Annotated[
-        int | None, typer.Option("--max-sequence-length", help="text tokens, as in training", min=1)
+        int | None,
+        typer.Option(
+            "--max-sequence-length", help="text tokens, as in training", min=1, max=MOST_TOKENS
+        ),
     ] = None
     generator: Annotated[
         str | None,
-        typer.Option("--generator", help="the distilled pipeline that LoRAs sit on (klein)"),
+        typer.Option(
+            "--generator",
+            help="the distilled pipeline that LoRAs sit on (klein)",
+            parser=home_for_tilde,
+            metavar="DIR",
+        ),
     ] = None
 
     def request(
@@ -88,6 +132,23 @@ class SamplingOptions:
         del given["prompt"]
         given |= {"prompts": chosen[:count], "generator_path": given.pop("generator")}
         return Request(**given, **more)
+
+
+def with_debug(command: Callable[..., None]) -> Callable[..., None]:
+    """Lists `--debug` among a command's options; `main` is what reads it."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    debug = inspect.Parameter(
+        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, Debug]
+    )
+
+    @functools.wraps(command)
+    def run(debug: bool = False, **given: Any) -> None:
+        command(**given)
+
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), debug]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def sampling_options(batch: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -124,5 +185,5 @@ def named_rewards(given: Sequence[str]) -> Mapping[str, str | None]:
         name, _, path = text.partition("@")
         if name in rewards:
             raise ValueError(f"the reward {name!r} is given twice")
-        rewards[name] = path or None
+        rewards[name] = home_for_tilde(path) or None
     return rewards

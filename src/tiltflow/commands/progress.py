@@ -21,13 +21,13 @@ LINE_EVERY = 10.0
 def progress_bar(console: Console) -> Progress:
     """Description, bar, count, time so far, time left, and the field `note` of a task."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
 

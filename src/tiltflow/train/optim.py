@@ -11,14 +11,10 @@ from torch import Tensor, nn
 
 from tiltflow.checkpoint import load_optimizer_tensors, optimizer_tensors
 from tiltflow.distributed import ALONE, Ranks
+from tiltflow.errors import NonFiniteError
 from tiltflow.prompts import Prompt
 from tiltflow.rewards.base import NonFiniteScore
 from tiltflow.roles import Role
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, gradient or reward became NaN or infinite."""
-
 
 NON_FINITE = (NonFiniteError, NonFiniteScore)
 """What a non-finite number ends a run with, on every rank alike."""
