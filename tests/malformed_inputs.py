@@ -121,6 +121,12 @@ FILES = [
     prompts("an object", "p.json", '{"prompt": "a"}'),
     prompts("half a letter", "p.json", '["\\ud800"]'),
     prompts("deep JSON", "p.json", "[" * 200_000),
+    Case(
+        "a folder of three splits",
+        PROMPTS + "p",
+        all_of(*(text(f"p/{s}-00000-of-00001.parquet", "") for s in ("train", "test", "dev"))),
+    ),
+    Case("a split of a file", PROMPTS + "prompts.txt data.split=train"),
     prompts("parquet without pyarrow", "p.parquet", "PAR1"),
     Case("held-out prompts", TRAIN + "data.eval_prompts=p.json", text("p.json", "[1]")),
 ]

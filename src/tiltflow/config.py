@@ -239,10 +239,11 @@ def read_prompts(config: RunConfig) -> PromptSets:
     Raises:
         ValueError: as `load_prompts`.
     """
-    train = load_prompts(config.data.prompts)
-    chosen = config.data.eval_prompts
-    same = chosen in (None, config.data.prompts)
-    return PromptSets(train, train if same else load_prompts(str(chosen)))
+    data = config.data
+    train = load_prompts(data.prompts, data.split)
+    if data.eval_prompts in (None, data.prompts) and data.eval_split in (None, data.split):
+        return PromptSets(train, train)
+    return PromptSets(train, load_prompts(data.eval_prompts or data.prompts, data.eval_split))
 
 
 def validate_files(config: RunConfig) -> PromptSets:

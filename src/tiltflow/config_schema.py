@@ -118,10 +118,15 @@ class AdaptersConfig(Section):
 
 
 class DataConfig(Section):
-    """`cache`: where embeddings are kept; unset is the user's own place, `off` nowhere."""
+    """`cache`: where embeddings are kept; unset is the user's own place, `off` nowhere.
+
+    `split`: which of a directory's splits; `eval_split` that of the other prompts.
+    """
 
     prompts: Place
+    split: Text | None = None
     eval_prompts: Place | None = None
+    eval_split: Text | None = None
     cache: Place | None = None
 
 

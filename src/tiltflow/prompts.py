@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,14 @@ from tiltflow.worlds import shapes
 
 TEXT_KEYS = ("prompt", "text", "caption")
 FORMATS = (".txt", ".json", ".jsonl", ".parquet")
+
+SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}")
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""What a split is called in the name of a file."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,14 @@ PACKAGED: dict[str, Callable[[], list[Prompt]]] = {
 }
 
 
-def load_prompts(source: str | Path) -> list[Prompt]:
+def load_prompts(source: str | Path, split: str | None = None) -> list[Prompt]:
     """The prompts of a packaged set or a file, in order, duplicates kept.
 
     A `.txt` has one prompt a line; `.json` a list of strings or objects; `.jsonl` one string or
     object a line (GenEval, GenEval2 and general); `.parquet` one row a prompt; a directory either
     parquet files, which are read in the order of their names, or what `datasets` saved to disk.
+    Of a directory with several splits (`train-00000-of-00001.parquet` beside `test-…`, or a saved
+    `DatasetDict`), `split` names the one that is meant: they are never read together.
     An object's prompt is its `prompt`, `text` or `caption`, and its metadata the whole object.
     Blank lines are skipped, surrounding white space is dropped.
 
@@ -52,6 +63,7 @@ def load_prompts(source: str | Path) -> list[Prompt]:
         ValueError: on anything that cannot be read as at least one prompt, saying where.
     """
     if str(source) in PACKAGED:
+        _no_split(str(source), split)
         return PACKAGED[str(source)]()
     path = Path(home_for_tilde(str(source)))
     suffix = path.suffix.lower()
@@ -59,14 +71,20 @@ def load_prompts(source: str | Path) -> list[Prompt]:
         raise ValueError(_missing(str(source), suffix))
     readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl}
     if path.is_dir():
-        prompts = [prompt for part in _parts(path) for prompt in _read_table(part)]
+        prompts = [prompt for part in _parts(path, split) for prompt in _read_table(part)]
     elif suffix in FORMATS:
+        _no_split(str(source), split)
         prompts = list(readers.get(suffix, _read_table)(path))
     else:
         raise ValueError(f"prompts: {source} should end in one of {', '.join(FORMATS)}")
     if not prompts:
         raise ValueError(f"prompts: {source} has no prompts in it")
     return prompts
+
+
+def _no_split(source: str, split: str | None) -> None:
+    if split is not None:
+        raise ValueError(f"prompts: {source} has no splits, so there is no {split!r} of it")
 
 
 def _missing(source: str, suffix: str) -> str:
@@ -141,27 +159,66 @@ def _read_json(path: Path) -> Iterator[Prompt]:
         yield _prompt(value, f"{path}, item {number}")
 
 
-def _parts(folder: Path) -> list[Path]:
+def _parts(folder: Path, split: str | None) -> list[Path]:
     """The tables of a directory: the parquet files, or those that `datasets` saved to disk."""
-    state = folder / "state.json"
-    if state.is_file():
-        saved = _parse(_read_text(state), str(state))
-        try:
-            return [folder / Path(part["filename"]).name for part in saved["_data_files"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"prompts: {state} is none of datasets.save_to_disk") from error
-    index = folder / "dataset_dict.json"
-    if index.is_file():
-        splits = ", ".join(sorted(p.parent.name for p in folder.glob("*/state.json")))
-        raise ValueError(
-            f"prompts: {folder} holds several splits; give the folder of one ({splits})"
-        )
+    if (folder / "dataset_dict.json").is_file():
+        saved = {p.parent.name: [p.parent] for p in sorted(folder.glob("*/state.json"))}
+        return _saved(_chosen(folder, saved, split)[0], None)
+    if (folder / "state.json").is_file():
+        return _saved(folder, split)
     found = sorted(folder.glob("*.parquet"))
     if not found:
         raise ValueError(
             f"prompts: {folder} is a directory without parquet files or a saved dataset in it"
         )
-    return found
+    named: dict[str, list[Path]] = {}
+    for file in found:
+        named.setdefault(split_name(file.name), []).append(file)
+    named.pop("", None)
+    if split is None and len(named) < 2:
+        return found
+    return _chosen(folder, named, split)
+
+
+def split_name(file: str) -> str:
+    """The split of a parquet file by the names that the hub gives them ("train-00000-of-00003"),
+    or by a word in it ("my_test.parquet"); "" if there is none."""
+    stem = file.removesuffix(".parquet")
+    if shard := SHARD.fullmatch(stem):
+        return shard[1]
+    words = (SPLITS.get(word) for word in re.split(r"[^a-z]+", stem.lower()))
+    return next((split for split in words if split), "")
+
+
+def _chosen(folder: Path, splits: Mapping[str, list[Path]], split: str | None) -> list[Path]:
+    """The one of several splits that is asked for.
+
+    Raises:
+        ValueError: naming them, if none of them is, or another.
+    """
+    listed = ", ".join(splits)
+    if split is not None and split in splits:
+        return splits[split]
+    if split is None:
+        raise ValueError(
+            f"prompts: {folder} holds several splits; give the folder of one ({listed}), or its "
+            "name as data.split"
+        )
+    raise ValueError(f"prompts: {folder} has no split {split!r}; it has {listed or 'none'}")
+
+
+def _saved(folder: Path, split: str | None) -> list[Path]:
+    """The tables of one saved dataset, which may say of which split it is."""
+    state = folder / "state.json"
+    saved = _parse(_read_text(state), str(state))
+    try:
+        tables = [folder / Path(part["filename"]).name for part in saved["_data_files"]]
+        own = saved.get("_split")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"prompts: {state} is none of datasets.save_to_disk") from error
+    if split not in (None, own):
+        raise ValueError(f"prompts: {folder} is of the split {own!r}, not {split!r}")
+    return tables
 
 
 def _read_table(path: Path) -> Iterator[Prompt]:

@@ -1,0 +1,124 @@
+"""Splits of one prompt set: never read together, and taken by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tiltflow.config import RunConfig, load_config, read_prompts
+from tiltflow.prompts import load_prompts, split_name
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+HUB = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test")
+
+
+def parquet(folder: Path, *names: str) -> Path:
+    """Files of one prompt each, which is the file's name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pq.write_table(pa.table({"prompt": [name]}), folder / f"{name}.parquet")
+    return folder
+
+
+def saved(folder: Path, split: str) -> Path:
+    """A dataset as `datasets` saves it, of one prompt: the split's name."""
+    folder.mkdir(parents=True)
+    table = pa.table({"prompt": [split]})
+    with (
+        pa.OSFile(str(folder / "data.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as stream,
+    ):
+        stream.write_table(table)
+    state = {"_data_files": [{"filename": "data.arrow"}], "_split": split}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+def texts(source: Path, split: str | None = None) -> list[str]:
+    return [prompt.text for prompt in load_prompts(source, split)]
+
+
+@pytest.mark.parametrize(
+    ("file", "split"),
+    [
+        ("train-00000-of-00001.parquet", "train"),
+        ("my_split-00003-of-00010.parquet", "my_split"),
+        ("test.parquet", "test"),
+        ("captions_val.parquet", "validation"),
+        ("Dev.parquet", "validation"),
+        ("train-00001.parquet", "train"),
+        ("part-00001.parquet", ""),
+        ("devices.parquet", ""),
+        ("latest.parquet", ""),
+    ],
+)
+def test_split_of_a_file(file: str, split: str) -> None:
+    assert split_name(file) == split
+
+
+def test_splits_in_one_folder_are_refused_and_taken_when_asked_for(tmp_path: Path) -> None:
+    folder = parquet(tmp_path, *HUB)
+    with pytest.raises(ValueError) as caught:
+        texts(folder)
+    assert "holds several splits" in str(caught.value)
+    assert "(test, train, validation)" in str(caught.value)
+    assert "data.split" in str(caught.value)
+    assert texts(folder, "train") == list(HUB[:2])
+    assert texts(folder, "validation") == [HUB[2]]
+    with pytest.raises(ValueError, match="no split 'tarin'; it has test, train, validation"):
+        texts(folder, "tarin")
+
+
+def test_one_split_is_one_set(tmp_path: Path) -> None:
+    folder = parquet(tmp_path, "train-00000-of-00002", "train-00001-of-00002", "a", "b")
+    assert texts(folder) == ["a", "b", "train-00000-of-00002", "train-00001-of-00002"]
+    assert texts(folder, "train") == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert texts(parquet(tmp_path / "plain", "part-0", "part-1")) == ["part-0", "part-1"]
+    with pytest.raises(ValueError, match="no split 'train'; it has none"):
+        texts(tmp_path / "plain", "train")
+
+
+def test_what_datasets_saved_is_taken_by_split(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        saved(tmp_path / split, split)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ValueError, match=r"give the folder of one \(test, train\), or its name"):
+        texts(tmp_path)
+    assert texts(tmp_path, "train") == ["train"]
+    assert texts(tmp_path / "test") == texts(tmp_path / "test", "test") == ["test"]
+    with pytest.raises(ValueError, match="is of the split 'test', not 'train'"):
+        texts(tmp_path / "test", "train")
+    with pytest.raises(ValueError, match=r"no split '\.\.'"):
+        texts(tmp_path, "..")
+
+
+def test_what_has_no_splits_says_so(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\n")
+    for source in (str(tmp_path / "p.txt"), "shapes-train"):
+        with pytest.raises(ValueError, match="has no splits, so there is no 'train' of it"):
+            load_prompts(source, "train")
+
+
+def config(folder: Path, *more: str) -> RunConfig:
+    return load_config("demo_cold_start", [f"data.prompts={folder}", "data.split=train", *more])
+
+
+@pytest.mark.parametrize(
+    ("more", "fixed"),
+    [
+        (["data.eval_prompts="], HUB[:2]),
+        (["data.eval_prompts=", "data.eval_split=validation"], HUB[2:3]),
+        (["data.eval_prompts={folder}", "data.eval_split=test"], HUB[3:]),
+    ],
+)
+def test_a_run_takes_the_splits_that_it_names(
+    tmp_path: Path, more: list[str], fixed: tuple[str, ...]
+) -> None:
+    folder = parquet(tmp_path, *HUB)
+    sets = read_prompts(config(folder, *(each.format(folder=folder) for each in more)))
+    assert [p.text for p in sets.train] == list(HUB[:2])
+    assert [p.text for p in sets.fixed] == list(fixed)
