@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import nn
 
-from tiltflow.low_rank import FusedLinear, fused
+from tiltflow.low_rank import Copies, FusedLinear, fused
+from tiltflow.train.optim import Updater
 
 ADAPTERS = ("first", "second")
 
@@ -101,18 +103,63 @@ def test_dropout_is_left_to_peft() -> None:
     assert all(torch.equal(found[1][key], value) for key, value in found[0].items())
 
 
-def test_a_base_of_another_type_is_left_to_peft() -> None:
-    """Without autocast a bf16 base under fp32 adapters adds their part in fp32."""
-    theirs, ours = pair()
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("active", [["second"], ["first", "second"]])
+def test_a_bf16_base_has_bf16_adapters_and_fp32_gradients(
+    active: list[str], bias: bool, mixed: bool
+) -> None:
+    """PEFT adds fp32 adapters to a bf16 base in fp32; ours differ from that by bf16's rounding."""
+    theirs, ours = pair(bias=bias)
     x = torch.randn(2, 5, 12).bfloat16()
     found = []
     for network in (theirs, ours):
-        network[0].base_layer.bfloat16()  # type: ignore[index]
-        use(network, ["second"])
+        layer = network[0]  # type: ignore[index]
+        layer.base_layer.bfloat16()
+        layer.lora_A["first"].weight.requires_grad_(False)
+        layer.lora_B["first"].weight.requires_grad_(False)
+        use(network, active)
+        copies: dict[str, Copies] = {}
+        if isinstance(layer, FusedLinear):
+            layer.parts = layer.active_parts(copies)
+        for each in copies.values():
+            each.refresh()
+        found.append(run(network, x, mixed))
+    assert set(found[0]) == set(found[1]) and len(found[0]) == 4  # y, x, and the second's own
+    for key, value in found[0].items():
+        assert found[1][key].dtype == value.dtype
+        error = (found[1][key] - value).float().norm() / value.float().norm()
+        assert error < 1e-2, (key, error)
+
+
+def test_copies_follow_every_change_and_are_made_once() -> None:
+    """A step of the updater, loading and averaging; nothing is cast without a change."""
+    master = nn.Parameter(torch.randn(3, 4))
+    role = SimpleNamespace(name="any", parameters={"a": master})
+    updater = Updater(role, lr=0.1)  # type: ignore[arg-type]
+    copies = Copies()
+    copy = copies.of(master, torch.bfloat16)
+    assert copies.of(master, torch.float32) is master
+
+    def step() -> None:
+        master.grad = torch.ones_like(master)
+        updater.apply(0)
+
+    def load() -> None:
         with torch.no_grad():
-            found.append(network(x))
-    assert torch.equal(found[0], found[1])
-    assert found[0].dtype == torch.bfloat16
+            master.copy_(torch.randn(3, 4))
+
+    def average() -> None:
+        with torch.no_grad():
+            master.lerp_(torch.zeros(3, 4), torch.tensor(0.5))
+
+    for change in (lambda: None, step, load, average):
+        change()
+        copies.refresh()
+        assert torch.equal(copy, master.bfloat16())
+        with torch.profiler.profile() as seen:
+            copies.refresh()
+        assert not any(event.key.startswith("aten::") for event in seen.key_averages())
 
 
 def test_a_merged_adapter_is_counted_once() -> None:

@@ -20,9 +20,10 @@ from tiltflow import build as building
 from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.flux2 import Flux2Backbone
 from tiltflow.backbones.meta import META, meta_backbone, meta_pipeline, pipeline_configs
-from tiltflow.backbones.pipeline import PipelineBackbone, input_dtype
+from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.backbones.published import PUBLISHED
 from tiltflow.backbones.sd3 import SD3Backbone
+from tiltflow.backbones.storage import input_dtype
 from tiltflow.build import DTYPES, Build, adapter_settings, build_stage
 from tiltflow.config import RunConfig, load_config
 from tiltflow.embeddings import EncodedPrompts
@@ -108,6 +109,7 @@ class RandomModel:
         """A stage ready to run, through `build_stage`."""
         cfg = self.config(stage, *more)
         backbone = self.backbone(cfg)
+        backbone.fuse()
         if "decoder" in cfg.model.checkpointed:
             backbone.checkpoint_decoder()
         if stage == "tilt":

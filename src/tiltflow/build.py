@@ -98,12 +98,10 @@ def build_backbone(cfg: RunConfig, parts: Parts = "all", ranks: Ranks = ALONE) -
         fp8=model.base_storage == "fp8",
         base=base,
     )
-    if (
-        "decoder" in model.checkpointed
-        and isinstance(backbone, PipelineBackbone)
-        and parts != "text"
-    ):
-        backbone.checkpoint_decoder()
+    if isinstance(backbone, PipelineBackbone) and parts != "text":
+        backbone.fuse()
+        if "decoder" in model.checkpointed:
+            backbone.checkpoint_decoder()
     return backbone
 
 

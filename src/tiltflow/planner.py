@@ -171,8 +171,10 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
     roles = _roles(make, job)
     backbone = roles.generator.backbone
     assert isinstance(backbone, PipelineBackbone)
+    backbone.fuse()
     if "decoder" in job.checkpointing:
         backbone.checkpoint_decoder()
+    copied = _copied(roles)
     trained = [roles.generator, roles.fake_score]
     updated = [roles.generator, roles.fake_score.at(1)]  # one fake score at a time has gradients
     for role in updated:  # of a micro-batch before, which the next one adds to
@@ -187,7 +189,7 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
             _bytes(t for t in _tensors(b) if id(t) not in own) for b in bases.values()
         ),
         "autoencoder": _bytes(_tensors(backbone.vae)),
-        "adapters and EMA": sum(sizes.values()),
+        "adapters and EMA": sum(sizes.values()) + copied,
         "optimizer states": 2 * sum(sizes[role.name] for role in trained),
         "gradients": max(_bytes(role.parameters.values()) for role in updated),
         "conditioning": _conditioning_bytes(backbone, job),
@@ -228,6 +230,22 @@ def _roles(make: Callable[[], PipelineBackbone], job: Job) -> Roles:
             boundaries=job.boundaries,
             checkpointing=job.checkpointing,
         )
+
+
+def _copied(roles: Roles) -> int:
+    """Bytes of the adapters' copies in the type that the base computes in, which are made here."""
+    copies: dict[int, Tensor] = {}
+    for role in (
+        roles.teacher,
+        roles.generator,
+        roles.ema,
+        roles.reference,
+        *roles.fake_score.singles,
+    ):
+        if role is not None and role.switch is not None:
+            with role.switch.use(role.adapters):
+                copies |= {id(t): t for made in role.switch.copies.values() for t in made.tensors}
+    return _bytes(copies.values())
 
 
 Phase = tuple[str, int, Callable[[], object]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiltflow.adapters import AdapterSettings, add_adapter, call, frozen_below, load_weights
 from tiltflow.backbones.base import Backbone, Conditioning
-from tiltflow.low_rank import FusedLinear
+from tiltflow.low_rank import Copies, FusedLinear
 
 State = dict[str, Tensor]
 
@@ -27,28 +28,41 @@ class AdapterSwitch:
     """Flips the active adapters of a network, and nothing else.
 
     PEFT's own `set_adapter` and `enable_adapters` also change `requires_grad`, which loses the
-    gradient of a graph built under another adapter and unfreezes frozen ones.
+    gradient of a graph built under another adapter and unfreezes frozen ones. What a set of
+    adapters makes of a layer is prepared at its first use, which must come after all adapters.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
         self.active: tuple[str, ...] | None = None
+        self.copies: dict[str, Copies] = {}
+        self._states: dict[tuple[str, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
         self.set(())
 
     def set(self, names: tuple[str, ...]) -> None:
         if names == self.active:
             return
-        for layer in self.layers:
-            layer._disable_adapters = not names
-            layer._active_adapter = list(names)
-            if isinstance(layer, FusedLinear):
-                layer.parts = layer.active_parts()
+        if names not in self._states:
+            self._states[names] = [(vars(layer), self._of(layer, names)) for layer in self.layers]
+        for attributes, state in self._states[names]:
+            attributes.update(state)
         self.active = names
+
+    def _of(self, layer: BaseTunerLayer, names: tuple[str, ...]) -> dict[str, Any]:
+        """A layer's attributes under these adapters."""
+        state = {"_disable_adapters": not names, "_active_adapter": list(names)}
+        vars(layer).update(state)
+        if isinstance(layer, FusedLinear):
+            state["parts"] = layer.active_parts(self.copies)
+        return state
 
     @contextmanager
     def use(self, names: tuple[str, ...]) -> Iterator[None]:
         before = self.active or ()
         self.set(names)
+        for name in names:
+            if name in self.copies:
+                self.copies[name].refresh()
         try:
             yield
         finally:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 # Diffusers' own list of these classes is empty.
-REPEATED = {"SD3Transformer2DModel": ("JointTransformerBlock",)}
+REPEATED = {"SD3Transformer2DModel": ("JointTransformerBlock", "FusedBlock")}
 VARIANTS = 32
 """Of one block's code: with or without gradient, sizes of a batch, the block's place, and what
 adapters are stacked, not which (`low_rank.FusedLinear`). Measured 8 in stage 1 with a fake score

@@ -278,6 +278,11 @@ class PipelineBackbone(ABC):
         again in the backward pass; the gradient is the same."""
         self.vae.enable_gradient_checkpointing()
 
+    def fuse(self) -> int:
+        """For training in 16 bits, before adapters go on: makes the transformer's blocks into ones
+        that take fewer passes, where the family has them; how many there were."""
+        return 0
+
     def few_step_sigmas(self, steps: int) -> Tensor:
         """Equal raw levels 1, ..., 1/K through the pipeline's own scheduler, then 0 (METHOD §1)."""
         return self._schedule(steps, raw=True)

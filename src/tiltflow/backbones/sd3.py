@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from tiltflow.backbones.files import absent_parts
+from tiltflow.backbones.fused import fuse_blocks
 from tiltflow.backbones.pipeline import TIMESTEPS, PipelineBackbone
 from tiltflow.backbones.storage import input_dtype
 
@@ -115,6 +116,9 @@ class SD3Backbone(PipelineBackbone):
     def teacher_sigmas(self, steps: int) -> Tensor:
         """The grid of the pipeline's own call: the scheduler's, which is not the few-step one."""
         return self._schedule(steps, raw=False)
+
+    def fuse(self) -> int:
+        return fuse_blocks(self.transformer)
 
     def lora_targets(self) -> str | list[str]:
         """Attention projections of the image and the text stream."""

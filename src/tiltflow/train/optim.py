@@ -152,6 +152,8 @@ class Updater:
             group["lr"] = self.lr * self.schedule(step)
         self.optimizer.found_inf = refused  # type: ignore[attr-defined]  # as a GradScaler does
         self.optimizer.step()
+        # the fused form changes weights without a word to torch's counters of such changes
+        torch.autograd.graph.increment_version(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
