@@ -41,7 +41,7 @@ COMMON = (
     "checkpoint.every=1",
     "log.every=1",
     "run.device=cpu",
-    "run.resume=true",
+    "run.resume=auto",
 )
 OF_STAGE = {
     "cold_start": ("cold_start.generator_every=2",),

@@ -42,7 +42,7 @@ brightness.differentiable = True  # type: ignore[attr-defined]
 
 def run(out: Path, few_step: Path, overrides: Sequence[str]) -> list[Measurement]:
     """One stage-2 run, gone on with where it was stopped; what its watch saw."""
-    given = [f"run.out={out}", f"model.few_step={few_step}", "run.resume=true", *overrides]
+    given = [f"run.out={out}", f"model.few_step={few_step}", "run.resume=auto", *overrides]
     cfg = load_config("demo_tilt", given)
     if latest_step(out) != cfg.train.steps:
         run_training(cfg, Console())

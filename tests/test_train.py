@@ -273,7 +273,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     whole = weights(run(stage, pipeline, prompts, tmp_path / "whole", *more))
     out = tmp_path / "killed"
     arguments = [sys.executable, "-m", "tiltflow", "train", f"demo_{stage}"]
-    arguments += recipe(stage, pipeline, prompts, out, *more, "run.resume=true")
+    arguments += recipe(stage, pipeline, prompts, out, *more)
     where = os.pathsep.join([str(SRC), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": where}
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)

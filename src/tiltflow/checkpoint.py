@@ -36,6 +36,7 @@ from tiltflow.latest import (
     steps_in,
     verified,
 )
+from tiltflow.run_lock import held_by_another
 
 _LEFTOVER = re.compile(r"\.(old|tmp)-\d+-")
 MOMENTS = frozenset(("step", "exp_avg", "exp_avg_sq"))
@@ -147,13 +148,14 @@ def point_latest(run_dir: str | Path, good: int) -> int:
 def load_checkpoint(run_dir: str | Path, which: str = "latest", tidy: bool = True) -> Checkpoint:
     """Reads `latest` or `step-XXXXXX` after verifying every checksum; tensors on the CPU.
 
-    `tidy` removes what a killed save left behind; of several readers one may do so, first.
+    `tidy` removes what a killed save left behind, unless another process trains in the directory;
+    of several readers one may do so, first.
 
     Raises:
         ValueError: if it is missing, torn or not ours, naming a whole one that exists.
     """
     folder = Path(run_dir) / "checkpoints"
-    if tidy and os.access(folder, os.W_OK):
+    if tidy and os.access(folder, os.W_OK) and not held_by_another(Path(run_dir)):
         _sweep(folder)
     name = latest_name(folder) or which if which == "latest" else which
     path = folder / name

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from tiltflow.backbones.files import HUB_ID, check_pipeline
 from tiltflow.config_schema import RewardConfig, Rewards, RunConfig, plain_weight
+from tiltflow.latest import steps_in
 from tiltflow.paths import resolve_path
 from tiltflow.prompts import Prompt, load_prompts
 from tiltflow.recipe_source import (
@@ -27,6 +28,7 @@ from tiltflow.recipe_source import (
     read_recipe,
     recipe_name,
     recipe_text,
+    run_directory_of,
 )
 from tiltflow.remote_address import refuse_secrets
 
@@ -56,7 +58,8 @@ _REWARDS = (["rewards"], ["watch", "rewards"])
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A packaged recipe or a `.yaml` file, with overrides `a.b=value` (value in YAML).
 
-    `run.out` is `runs/NAME` unless it is given.
+    `run.out` is `runs/NAME` unless it is given. The `config.yaml` of a run directory means that
+    directory, wherever it was moved or copied to, unless an override names another.
 
     Raises:
         ValueError: in one sentence: an unknown recipe or key (the nearest is named), bad YAML,
@@ -77,6 +80,10 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     _refuse_unknown(raw)
     run = raw.setdefault("run", {})
     if isinstance(run, dict):
+        own = run_directory_of(recipe)
+        given = {override.partition("=")[0].strip() for override in overrides}
+        if own is not None and not given & {"run", "run.out"}:
+            run["out"] = str(own)
         run.setdefault("out", f"runs/{recipe_name(recipe)}")
     try:
         # By way of JSON, where strict validation takes a list for a tuple.
@@ -322,8 +329,14 @@ def check_few_step(config: RunConfig) -> None:
     if not folder.is_dir():
         kind = ValueError if folder.exists() else Later
         raise kind(f"model.few_step {path} is no directory: train stage cold_start first")
-    if not (folder / "checkpoints" / "latest").exists() and not any(
-        any(folder.glob(pattern)) for pattern in ("*.safetensors", "export/few_step/*.safetensors")
+    kept = folder / "checkpoints"
+    if (
+        not (kept / "latest").exists()
+        and not steps_in(kept)
+        and not any(
+            any(folder.glob(pattern))
+            for pattern in ("*.safetensors", "export/few_step/*.safetensors")
+        )
     ):
         raise ValueError(
             f"model.few_step {path} has neither checkpoints/latest nor LoRA weights (*.safetensors)"

@@ -271,8 +271,20 @@ class WatchConfig(Section):
     rules: WatchRules = WatchRules()
 
 
+def resume_choice(value: Any) -> Any:
+    """Yes, no, or `auto`: go on where there is a run, begin where there is none."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError("be true, false or auto")
+    return value
+
+
+Resume = Annotated[bool | str, BeforeValidator(resume_choice)]
+
+
 class RunSection(Section):
-    """`resume_from` is `latest` or one checkpoint's name; `sharding` is of the frozen base.
+    """`resume`: true goes on with a run that is there, auto also begins one where none is.
+
+    `resume_from` is `latest` or one checkpoint's name; `sharding` is of the frozen base.
 
     `rank_timeout`: seconds of silence after which a rank is given up and the job ends.
     """
@@ -280,7 +292,7 @@ class RunSection(Section):
     out: Place
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "auto"
-    resume: bool = False
+    resume: Resume = False
     resume_from: Annotated[str, Field(pattern=r"^(latest|step-\d{6,})$")] = "latest"
     sharding: Literal["replicated", "fsdp2"] = "replicated"
     rank_timeout: Annotated[float, Field(ge=5, le=86400)] = 100.0

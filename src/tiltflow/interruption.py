@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 REPEAT = 1.0
 """Seconds within which a second signal is the first one's echo: a launcher passes it on as well."""
+
+STOPPING = "tiltflow: the step is finished and saved before the run stops (again: stop at once)"
+"""What whoever sends a signal learns at once: a step may take minutes."""
 
 _asked: list[threading.Event] = []
 """The event of the `interruptible` block that is open in this process, if one is."""
@@ -20,8 +25,11 @@ class Stopped(Exception):
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a later second one interrupts at once."""
+def interruptible(said: str = "") -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets; a later second one interrupts at once.
+
+    `said` is a line for the standard error stream at the first one.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -36,6 +44,8 @@ def interruptible() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         if not stopped.is_set():
             first = time.monotonic()
+            if said:
+                _say(said)
         stopped.set()
 
     for s in before:
@@ -47,6 +57,12 @@ def interruptible() -> Iterator[threading.Event]:
         _asked.remove(stopped)
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def _say(line: str) -> None:
+    """Straight to the stream: a buffered write may be under way where the signal came."""
+    with suppress(OSError, ValueError):  # closed, or nobody's
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
 def pause(seconds: float) -> None:

@@ -116,6 +116,15 @@ def recipe_text(recipe: str) -> str:
         raise ValueError(f"{recipe} cannot be read ({error.strerror})") from error
 
 
+def run_directory_of(recipe: str) -> Path | None:
+    """The run directory whose own `config.yaml` a recipe is; None for any other recipe."""
+    path = Path(recipe).expanduser()
+    if recipe in _recipes() or path.name != "config.yaml":
+        return None
+    begun = (path.parent / "checkpoints").is_dir() or (path.parent / "metrics.jsonl").is_file()
+    return path.parent if begun else None
+
+
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The recipe's top-level mapping.
 

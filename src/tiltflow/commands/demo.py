@@ -59,7 +59,7 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
 
 def _train(stage: str, out: Path, changes: Sequence[str], console: Console) -> None:
     """One stage, resumed if it was begun and passed over if it is done."""
-    overrides = [f"run.out={out / stage}", "run.resume=true", *changes]
+    overrides = [f"run.out={out / stage}", "run.resume=auto", *changes]
     if stage == "tilt":
         overrides.append(f"model.few_step={out / 'cold_start'}")
     cfg = load_config(f"demo_{stage}", overrides)
@@ -68,5 +68,6 @@ def _train(stage: str, out: Path, changes: Sequence[str], console: Console) -> N
         return
     run_training(cfg, console)
     if latest_step(out / stage) != cfg.train.steps:
-        console.print(f"the demo goes on where it stopped: tiltflow demo --out {quote(str(out))}")
+        command = f"tiltflow demo --out {quote(str(out))}" + (" --fast" if changes else "")
+        console.print(f"the demo goes on where it stopped: {command}", soft_wrap=True)
         raise SystemExit(0)

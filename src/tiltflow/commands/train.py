@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.progress import Progress
 
 from tiltflow.assemble import build_rewards
 from tiltflow.build import Build, attention_for, build_stage, device_of
-from tiltflow.checkpoint import latest_step, load_checkpoint
+from tiltflow.checkpoint import load_checkpoint
 from tiltflow.checks import check_run
 from tiltflow.commands.export import export_checkpoint
 from tiltflow.commands.failures import explained, resume_command
@@ -23,6 +24,9 @@ from tiltflow.commands.watching import build_watch, held_out, look
 from tiltflow.config import PromptSets, RunConfig, dump_config
 from tiltflow.disk import write_whole
 from tiltflow.distributed import Ranks, ranks_of_job
+from tiltflow.manifest import manifest_of
+from tiltflow.run_directory import start_of, with_absolute_paths
+from tiltflow.run_lock import RunLock, refuse_if_held
 from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
 from tiltflow.watch.probes import FixedPrompts
 from tiltflow.watch.watch import Watch
@@ -53,22 +57,44 @@ def run_training(cfg: RunConfig, console: Console) -> Path:
         PeerLost: if another rank is gone.
     """
     out, device = Path(cfg.run.out), device_of(cfg.run.device)
-    start = _resume(cfg, out)
+    refuse_if_held(out)
+    start_of(cfg, out)  # an early word; what counts is what the lock's holder finds
     sets = check_run(cfg)
     attention = attention_for(cfg, device)
     job = ranks_of_job(device, cfg.run.rank_timeout)
-    with job as ranks, attention, explained(cfg, ranks.size):
-        return _run(cfg, sets, out, start, console if ranks.main else Console(quiet=True), ranks)
+    with job as ranks, attention, explained(cfg, ranks.size), _locked(out, ranks) as hold:
+        return _run(cfg, sets, out, hold, console if ranks.main else Console(quiet=True), ranks)
+
+
+@contextmanager
+def _locked(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Rank 0's lock of the run directory, which the others wait for; checks that it still holds.
+
+    Raises:
+        ValueError: on every rank, if another process has the directory.
+    """
+    with ExitStack() as stack:
+        refused: ValueError | None = None
+        check: Callable[[], None] = lambda: None  # noqa: E731
+        if ranks.main:
+            try:
+                check = stack.enter_context(RunLock(out)).check
+            except ValueError as error:
+                refused = error
+        if ranks.any(refused is not None):
+            raise refused or ValueError(f"rank 0 has not been given the run directory {out}")
+        yield check
 
 
 def _run(
     cfg: RunConfig,
     sets: PromptSets,
     out: Path,
-    start: int | None,
+    hold: Callable[[], None],
     console: Console,
     ranks: Ranks,
 ) -> Path:
+    start = start_of(cfg, out)
     if ranks.from_main(start or 0) != (start or 0):
         raise ValueError(f"the ranks see different files in {out}: it must be on a shared disk")
 
@@ -76,8 +102,7 @@ def _run(
         console.print(line, style="dim", markup=False)
 
     build = build_stage(cfg, say, sets=sets, ranks=ranks)
-    if ranks.main:
-        _write_config(cfg, out)
+    few_step = build.stage.roles.state().get("few_step")
     settings = LoopSettings(
         steps=cfg.train.steps,
         log_every=cfg.log.every,
@@ -86,7 +111,7 @@ def _run(
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
         stop_on_alarm=cfg.watch.stop,
-        facts=build.facts,
+        facts=build.facts | {"manifest": manifest_of(cfg, sets, few_step)},
         skip=cfg.train.skip_nonfinite,
         resume_from=cfg.run.resume_from,
     )
@@ -96,7 +121,12 @@ def _run(
         def progress(step: int, metrics: dict[str, float]) -> None:
             _show(bar, task, step, metrics, console)
 
-        hooks, watch = _hooks(cfg, build, out, start or 0, progress, console, ranks)
+        def begin() -> None:
+            if ranks.main:
+                _write_config(cfg, out)
+
+        plain = Hooks(progress=progress, notice=say, begin=begin, before_save=hold)
+        hooks, watch = _hooks(cfg, build, out, start or 0, plain, console, ranks)
         done = train(build.stage, out, settings, hooks, start is not None, ranks)
     if watch is not None and watch.alarmed and cfg.watch.stop:
         console.print(
@@ -105,7 +135,8 @@ def _run(
         )
     elif done < cfg.train.steps:
         command = resume_command(out, ranks.size)
-        console.print(f"stopped at step {done} and saved; go on with: {command}", soft_wrap=True)
+        said = f"stopped at step {done} and saved; go on with: {command}"
+        console.print(said, soft_wrap=True)
         return out
     if ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
         export_checkpoint(cfg, load_checkpoint(out), out / "export")
@@ -115,23 +146,12 @@ def _run(
 def _write_config(cfg: RunConfig, out: Path) -> None:
     """`config.yaml` in one step: a full disk or a kill leaves the old one whole.
 
-    A checkpoint that was asked for once is not asked for again by who resumes from this file.
+    Going on, and the checkpoint to go on from, are not asked for again by who starts from this
+    file; and its paths mean the same from every directory.
     """
-    run = cfg.run.model_copy(update={"resume_from": "latest"})
-    write_whole(out / "config.yaml", dump_config(cfg.model_copy(update={"run": run})))
-
-
-def _resume(cfg: RunConfig, out: Path) -> int | None:
-    """The step that the run goes on from, None for a new run."""
-    found = latest_step(out)
-    if found is not None and not cfg.run.resume:
-        raise ValueError(
-            f"{out} already holds a run at step {found}: give run.resume=true to go on with it, "
-            "or another run.out"
-        )
-    if found is not None and cfg.run.resume_from != "latest":
-        return int(cfg.run.resume_from.removeprefix("step-"))
-    return found
+    run = cfg.run.model_copy(update={"resume": False, "resume_from": "latest"})
+    resolved = with_absolute_paths(cfg).model_copy(update={"run": run})
+    write_whole(out / "config.yaml", dump_config(resolved))
 
 
 def _hooks(
@@ -139,15 +159,16 @@ def _hooks(
     build: Build,
     out: Path,
     start: int,
-    progress: Callable[[int, dict[str, float]], None],
+    plain: Hooks,
     console: Console,
     ranks: Ranks,
 ) -> tuple[Hooks, Watch | None]:
-    """Sample grids, held-out rewards and the watch, all on the same fixed prompts and noise."""
+    """`plain` hooks, and sample grids, held-out rewards and the watch, all on the same fixed
+    prompts and noise."""
     watched = cfg.watch.rewards
     pictures = cfg.log.samples_every > 0 and len(build.backbone.latent_shape) == 3
     if build.fixed is None or not (pictures or watched):
-        return Hooks(progress=progress), None
+        return plain, None
     prompts = build.fixed.prompts
     fixed = FixedPrompts(
         build.fixed,
@@ -164,8 +185,8 @@ def _hooks(
             if ranks.main:
                 save_grid(images, out / "samples" / f"step-{done:06d}.png")
 
-    hooks = Hooks(
-        progress=progress,
+    hooks = replace(
+        plain,
         sample=sample,
         sample_every=cfg.log.samples_every if pictures else 0,
         watch_every=cfg.watch.every if watched else 0,
@@ -181,12 +202,12 @@ def _hooks(
     rewards = build_rewards(watched, build.backbone.device)
     n = min(cfg.watch.prompts, len(prompts))
     # stage 1 has nothing to hack: figures, no rules, and hence no reference to measure first
-    plain = replace(
+    looking = replace(
         hooks,
         watch=lambda done: Watched(held_out(fixed, ema, rewards, n)),
         good=lambda: 0,
     )
-    return plain, None
+    return looking, None
 
 
 SHOWN: Sequence[str] = ("generator/matching", "fake_score/ambient")

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from tiltflow.checkpoint import Checkpoint, load_checkpoint, point_latest, save_checkpoint
 from tiltflow.distributed import ALONE, Ranks
-from tiltflow.interruption import Stopped, interruptible
+from tiltflow.interruption import STOPPING, Stopped, interruptible
+from tiltflow.latest import step_name
+from tiltflow.manifest import bearing, changes, in_words
 from tiltflow.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.roles import Roles
 from tiltflow.train.optim import NON_FINITE, Guard, Updater
@@ -47,12 +49,17 @@ class Hooks:
     """What happens around the iterations. `sample` and `watch` get the number of done steps.
 
     `good` is the last step at which the watch saw nothing wrong, None before its first look.
+    `notice` gets a sentence for the user. `begin` comes when what there is to go on with has been
+    accepted, before anything is written; `before_save` may raise, and nothing is saved then.
     """
 
     progress: Callable[[int, dict[str, float]], None] = lambda done, metrics: None
     sample: Callable[[int], None] = lambda done: None
     watch: Callable[[int], Watched] = lambda done: Watched({})
     good: Callable[[], int | None] = lambda: None
+    notice: Callable[[str], None] = lambda line: None
+    begin: Callable[[], None] = lambda: None
+    before_save: Callable[[], None] = lambda: None
     sample_every: int = 0
     watch_every: int = 0
 
@@ -95,16 +102,26 @@ def train(
     the last good checkpoint, and its step is returned. Counted randomness makes a resumed run
     equal to an uninterrupted one.
     """
-    skips = Skips(settings.skip)
-    done = restore(stage, _found(run, settings, ranks), settings, skips) if resume else 0
+    skips, told = Skips(settings.skip), ""
+    done = 0
+    if resume:
+        done, told = resumed(stage, _found(run, settings, ranks), settings, skips, hooks)
+    hooks.begin()
     accumulator, stop = Accumulator(), False
     if done == 0:
         hooks.sample(0)
-    with _log(run, settings, done, ranks) as log, interruptible() as stopped, suppress(Stopped):
+    stopping = STOPPING if ranks.main else ""
+    with (
+        _log(run, settings, done, ranks) as log,
+        interruptible(stopping) as stopped,
+        suppress(Stopped),
+    ):
+        if told:
+            log.say(done, {"changed": told})
         if hooks.watch_every and hooks.good() is None:  # the reference of all later looks
             look(log, hooks, done, ranks)
             if ranks.main and settings.stop_on_alarm:
-                save(stage, run, done, settings, skips, hooks.good())
+                save(stage, run, done, settings, skips, hooks)
         while done < settings.steps and not stop:
             accumulator.add(skips.iteration(stage, done), stage.guard.refused(done))
             done += 1
@@ -125,11 +142,11 @@ def train(
             if alarmed and settings.stop_on_alarm:
                 return end(log, run, done, hooks, ranks)
             if ranks.main and (due or (looked and settings.stop_on_alarm)):
-                save(stage, run, done, settings, skips, hooks.good())
+                save(stage, run, done, settings, skips, hooks)
     if stopped.is_set() and not stop:  # in a wait, which no save above follows
         skips.settle(stage)
         if ranks.main:
-            save(stage, run, done, settings, skips, hooks.good())
+            save(stage, run, done, settings, skips, hooks)
     return done
 
 
@@ -213,17 +230,18 @@ def save(
     done: int,
     settings: LoopSettings,
     skips: Skips,
-    good: int | None = None,
+    hooks: Hooks,
 ) -> None:
     """Weights, EMA and optimizer states as one atomic checkpoint, the same on every rank.
 
-    That of step `good` is kept.
+    The last good one is kept.
     """
+    hooks.before_save()
     tensors = dict(stage.roles.state())
     for name, updater in stage.updaters.items():
         tensors[f"optimizer_{name}"] = updater.state()
     state = {"step": done, "skipped": skips.count, **settings.facts}
-    save_checkpoint(run, done, tensors, state, settings.keep, good)
+    save_checkpoint(run, done, tensors, state, settings.keep, hooks.good())
 
 
 def _found(run: Path, settings: LoopSettings, ranks: Ranks) -> Checkpoint:
@@ -237,6 +255,34 @@ def _found(run: Path, settings: LoopSettings, ranks: Ranks) -> Checkpoint:
             return load_checkpoint(run, settings.resume_from, tidy=ranks.main)
     except ValueError as error:
         raise ValueError(f"{error} (run.resume_from=step-XXXXXX goes on from that one)") from error
+
+
+def resumed(
+    stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips: Skips, hooks: Hooks
+) -> tuple[int, str]:
+    """Restores a checkpoint of this run; its step, and what has changed since, for the log.
+
+    Raises:
+        ValueError: as `restore`, and if the run's manifest is another's.
+    """
+    name = step_name(checkpoint.step)
+    try:
+        found = changes(checkpoint.state, settings.facts)
+    except ValueError as error:
+        raise _foreign(checkpoint, str(error)) from error
+    done = restore(stage, checkpoint, settings, skips)
+    if found is None and "manifest" in settings.facts:
+        hooks.notice(
+            f"{name} is of a version that kept no manifest: its base, its prompts and its settings "
+            "could not be compared with this run's"
+        )
+    elif found:
+        hooks.notice(f"changed since step {done}: {in_words(found)}")
+    return done, in_words(bearing(found, settings.facts, done)) if found else ""
+
+
+def _foreign(checkpoint: Checkpoint, reason: str) -> ValueError:
+    return ValueError(f"checkpoint {step_name(checkpoint.step)} is not of this run: {reason}")
 
 
 def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips: Skips) -> int:
@@ -255,8 +301,9 @@ def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips:
             updater.load(dict(checkpoint.tensors[f"optimizer_{name}"]))
     except (KeyError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(
-            f"checkpoint step-{checkpoint.step:06d} is not of this run: {reason}"
-        ) from error
-    skips.count = int(checkpoint.state.get("skipped", 0))
+        raise _foreign(checkpoint, reason) from error
+    skipped = checkpoint.state.get("skipped", 0)
+    if not isinstance(skipped, int) or skipped < 0:
+        raise _foreign(checkpoint, f"its skipped is {skipped!r}, which is no count")
+    skips.count = skipped
     return checkpoint.step

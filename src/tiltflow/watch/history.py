@@ -68,7 +68,8 @@ def first_with(history: Sequence[Measurement], name: str) -> Measurement | None:
 
 
 class History:
-    """The measurements of a run, in memory and on disk; those after `resume_step` are dropped.
+    """The measurements of a run, in memory and on disk; those after `resume_step` are dropped,
+    on disk with the next one that is added: a run that is refused leaves the file as it was.
 
     Of several processes with the same history, one has `write`.
 
@@ -78,7 +79,6 @@ class History:
     def __init__(self, path: Path, resume_step: int, write: bool = True) -> None:
         self.path, self.write = path, write
         self.rows = [m for m in read_history(path) if m.step <= resume_step]
-        self._rewrite()
 
     def add(self, measurement: Measurement) -> None:
         """Appends a measurement (and replaces one of the same step).

@@ -1,0 +1,106 @@
+"""Of a pipeline's run: absolute paths, and what may not change when it goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from test_run_directory import start
+
+from tiltflow.checkpoint import latest_step
+from tiltflow.config import load_config
+from tiltflow.metrics import read_metrics
+from tiltflow.run_directory import with_absolute_paths
+
+TINY = (
+    "model.path=model", "data.prompts=p.txt", "model.dtype=fp32", "model.resolution=32",
+    "adapters.rank=2", "adapters.alpha=4.0", "train.batch_size=2", "train.micro_batch_size=2",
+    "model.gradient_checkpointing=false", "log.every=1", "log.samples_every=0",
+    "checkpoint.every=2", "watch.rewards={}", "run.device=cpu",
+)  # fmt: skip
+TILT = (
+    "model.few_step=cold", "tilt.group_size=2", "rewards={'test_run_manifest:bright': 1.0}",
+)  # fmt: skip
+
+
+def bright(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+bright.differentiable = True  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_pipeline: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline, prompts and runs of 2 steps, named by relative paths."""
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_pipeline("sd3m"), folder / "model")
+    (folder / "p.txt").write_text("a cat\na dog\na red bird\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        start("sd3m_cold_start", *TINY, "run.out=cold", "train.steps=2")
+        start("sd3m_tilt", *TINY, *TILT, "run.out=tilt", "train.steps=2")
+    return folder
+
+
+def test_paths_in_the_resolved_config_are_absolute(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = load_config(str(place / "tilt" / "config.yaml"))
+    assert cfg.model.path == str(place / "model") and cfg.data.prompts == str(place / "p.txt")
+    assert cfg.model.few_step == str(place / "cold")
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(place / "tilt", tmp_path / "tilt")
+    said = start("tilt/config.yaml", "run.resume=true", "train.steps=4")
+    assert latest_step(run) == 4 and "changed since step 2: train.steps 2 → 4" in said
+    demo = load_config("demo_tilt", ["model.few_step=nowhere"])
+    assert with_absolute_paths(demo) == demo  # packaged names, and what is not there
+
+
+def scaled(file: Path) -> None:
+    save_file({name: 1.5 * w for name, w in load_file(file).items()}, file)
+
+
+def test_another_base_of_the_same_shapes_is_refused(place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "cold", tmp_path / "cold")
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    config = str(run / "config.yaml")
+    start(config, "run.resume=true", f"model.path={model}", "train.steps=2")  # the same elsewhere
+    scaled(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    match = r"its model.path \(by its weights\) is [0-9a-f]{59}…, but here it is"
+    with pytest.raises(ValueError, match=match):
+        start(config, "run.resume=true", f"model.path={model}", "train.steps=4")
+
+
+def test_another_few_step_is_refused_and_other_prompts_are_told(
+    place: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(place / "tilt", tmp_path / "tilt")
+    config = str(run / "config.yaml")
+    other = shutil.copytree(place / "cold", tmp_path / "cold")
+    start(str(other / "config.yaml"), "run.resume=true", "train.steps=12")
+    match = r"its model.few_step \(by its weights\) is \S+, but here it is"
+    with pytest.raises(ValueError, match=match):
+        start(config, "run.resume=true", f"model.few_step={other}", "train.steps=4")
+    (tmp_path / "q.txt").write_text("a cat\na dog\n")
+    changed = f"data.prompts={tmp_path / 'q.txt'}"
+    said = start(config, "run.resume=true", changed, "train.steps=4")
+    assert "data.prompts 3 prompts" in said and "→ 2 prompts" in said
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "changed" in row]
+    assert len(rows) == 1 and "data.prompts 3 prompts" in rows[0]["changed"]
+
+
+def test_a_stage_one_without_its_pointer_still_starts_stage_two(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    cold = shutil.copytree(place / "cold", tmp_path / "cold")
+    (cold / "checkpoints" / "latest").unlink()
+    start(
+        "sd3m_tilt", *TINY, *TILT, f"model.few_step={cold}", f"run.out={tmp_path / 'tilt'}",
+        "train.steps=1",
+    )  # fmt: skip
+    assert latest_step(tmp_path / "tilt") == 1
