@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tiltflow.config import load_config
 from tiltflow.interruption import Stopped, interruptible
+from tiltflow.reward_limits import Limits
 from tiltflow.rewards import FunctionReward, checked, load_reward, wire
 from tiltflow.rewards import remote as client
 from tiltflow.rewards.remote import RemoteReward, Settings
@@ -275,13 +276,12 @@ class Mean:
 def serve() -> Iterator:
     """`serve(rewards, batch, token)` starts a real server and gives its address."""
     uvicorn = pytest.importorskip("uvicorn")
-    pytest.importorskip("fastapi")
     from tiltflow.rewards.server import Scorer, make_app
 
     running = []
 
-    def start(rewards: list, batch: int = 2, token: str | None = None) -> str:
-        app = make_app(Scorer(rewards, "cpu", batch), token)
+    def start(rewards: list, batch: int = 2, token: str | None = None, limits=None) -> str:
+        app = make_app(Scorer(rewards, "cpu", batch), token, limits)
         config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off")
         made = uvicorn.Server(config)
         thread = threading.Thread(target=made.run, daemon=True)
@@ -353,8 +353,7 @@ def test_the_server_guards_its_door(serve, monkeypatch: pytest.MonkeyPatch) -> N
     assert post(address, b"{}", kind)[0] == 422
     status, said = post(address, good, kind | {"Host": "evil.example"})
     assert status == 403 and "loopback" in said["error"]
-    monkeypatch.setattr("tiltflow.rewards.server.BODY_LIMIT", 50)
-    status, said = post(address, good, kind)
+    status, said = post(serve([Mean()], limits=Limits(body=50)), good, kind)
     assert status == 413 and "50 bytes" in said["error"]
 
 
@@ -370,7 +369,6 @@ def test_a_token_is_asked_for_and_given(serve, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_open_host_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("fastapi")
     from tiltflow.rewards.server import token_for
 
     assert token_for("127.0.0.1") is None
@@ -384,7 +382,6 @@ def test_an_open_host_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_serves_images_by_name_only() -> None:
-    pytest.importorskip("fastapi")
     from tiltflow.rewards.server import Scorer, is_loopback
 
     points = FunctionReward(lambda x, p, m: x[:, 0], "points", domain="points")

@@ -195,11 +195,42 @@ def reward_server(
         int, typer.Option("--batch", help="images at a time", min=1, max=MOST_SAMPLES)
     ] = 16,
     device: Device = "auto",
+    header_timeout: Annotated[
+        float,
+        typer.Option(
+            "--header-timeout",
+            help="seconds for a request's headers, and for a pause in its body",
+            min=0.1,
+            max=3600,
+        ),
+    ] = 10.0,
+    body_timeout: Annotated[
+        float,
+        typer.Option("--body-timeout", help="seconds for a request's body", min=0.1, max=86400),
+    ] = 60.0,
+    connections: Annotated[
+        int, typer.Option("--connections", help="connections at a time", min=1, max=10000)
+    ] = 64,
+    per_address: Annotated[
+        int, typer.Option("--per-address", help="of them from one address", min=1, max=10000)
+    ] = 16,
+    body: Annotated[int, typer.Option("--max-body", help="MiB a request", min=1, max=1024)] = 64,
+    image: Annotated[
+        int, typer.Option("--max-image", help="megapixels (2^20) an image", min=1, max=64)
+    ] = 16,
+    images: Annotated[
+        int, typer.Option("--max-images", help="megapixels a request", min=1, max=16384)
+    ] = 64,
 ) -> None:
     """Serve rewards to runs elsewhere, which name them remote:http://HOST:PORT/NAME."""
     from tiltflow.commands.reward_server import serve
+    from tiltflow.reward_limits import Limits
 
-    serve(named_rewards(rewards), host, port, device, batch, console)
+    limits = Limits(
+        header_timeout, body_timeout, connections, per_address, body * 2**20, image * 2**20,
+        images * 2**20,
+    )  # fmt: skip
+    serve(named_rewards(rewards), host, port, device, batch, limits, console)
 
 
 @app.command(epilog="Example: tiltflow report runs/demo")

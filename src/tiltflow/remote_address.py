@@ -15,12 +15,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tiltflow.paths import nearest
+from tiltflow.reward_limits import REQUEST_IMAGES
 
 REMOTE = "remote:"
 TOKEN_VARIABLE = "TILTFLOW_REWARD_TOKEN"
 """The environment variable of the token, for server and client: so that it is in no recipe, no
 run directory and no list of processes."""
-REQUEST_IMAGES = 256
 DAY = 86400.0
 
 _USER = re.compile(r"[a-z][a-z0-9+.-]*:/+[^/\s]*@", re.IGNORECASE)

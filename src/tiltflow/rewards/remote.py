@@ -25,11 +25,10 @@ from torch import Tensor
 from tiltflow.interruption import pause
 from tiltflow.paths import nearest
 from tiltflow.remote_address import TOKEN_VARIABLE, Address, Settings
+from tiltflow.reward_limits import BODY_LIMIT, REQUEST_PIXELS
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.wire import (
     ANSWER_LIMIT,
-    BODY_LIMIT,
-    REQUEST_PIXELS,
     decode_scores,
     encode_batch,
     excerpt,

@@ -28,21 +28,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 from torch import Tensor
 
-from tiltflow.remote_address import REQUEST_IMAGES, TOKEN_VARIABLE
+from tiltflow.remote_address import TOKEN_VARIABLE
+from tiltflow.reward_limits import IMAGE_PIXELS, REQUEST_IMAGES, REQUEST_PIXELS
 from tiltflow.rewards.base import Metadata
 from tiltflow.sentences import printable
 
-BODY_LIMIT = 64 * 2**20
-"""Bytes of a request."""
 TEXT_LIMIT = 4 * 2**20
 """Bytes of a request that are not pictures: prompts and metadata."""
 VALUES_LIMIT = 2**18
 """Values in a request's JSON. Each takes some hundred bytes once it is read, so that a body full
 of them would take thirty times its own size."""
-IMAGE_PIXELS = 4096 * 4096
-"""Pixels of one image."""
-REQUEST_PIXELS = 64 * 1024 * 1024
-"""Pixels of all images of a request: 64 of a megapixel."""
 ANSWER_LIMIT = 2**20
 """Bytes of an answer: many times what `REQUEST_IMAGES` scores take."""
 LARGEST_SCORE = float(torch.finfo(torch.float32).max)
@@ -119,7 +114,7 @@ class Batch:
         images = torch.empty(len(numbers), 3, self.height, self.width)
         for into, number in zip(images, numbers, strict=True):
             pixels = _pixels(number, self.pictures[number], (self.width, self.height))
-            into.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+            into.numpy()[:] = pixels.transpose(2, 0, 1)
         return images.div_(255)
 
 
@@ -202,7 +197,7 @@ def _pixels(number: int, text: str, size: tuple[int, int]) -> np.ndarray:
         with Image.open(data, formats=("PNG",)) as image:
             if image.size != size or image.mode != "RGB":
                 raise ValueError("another size")
-            return np.array(image)
+            return np.asarray(image)
     except (
         OSError,
         SyntaxError,
