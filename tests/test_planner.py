@@ -115,6 +115,10 @@ def test_plan_is_within_15_percent_of_what_is_measured(
         kind, more = "lora", [*more, "model.base_storage=fp8", "model.dtype=bf16"]
     if kind == "keep_graph":
         kind, more = "lora", [*more, "cold_start.keep_graph=true"]
+        more.append("cold_start.fresh_boundary=false")
+    if kind == "copies":
+        more.append("adapters.init_std=null")
+        more += ["tilt.fake_score_start=continued"] if stage == "tilt" else []
     cfg = config(tiny_pipeline, name, stage, kind, tmp_path, *more)
     made = plan_recipe(cfg)
     build = build_stage(cfg)
