@@ -50,7 +50,10 @@ def run_compare(
     if not rows:
         console.print("there is nothing to compare: the systems have equal scores, or are one")
     elif len(rows) > 1:
-        console.print(f"p-values are corrected (Holm) for these {len(rows)} comparisons")
+        console.print(
+            f"p-values are corrected (Holm) for these {len(rows)} comparisons, and by them alone "
+            "one is called higher or lower; the intervals are not corrected"
+        )
     if json_file is not None:
         write_evaluation(json_file, {"comparisons": rows})
 

@@ -26,6 +26,11 @@ FAST = {
     "tilt": ("train.steps=4", "log.samples_every=4", "watch.every=4", "watch.prompts=12"),
 }
 
+SMOKE = (
+    "This was a smoke run of a few iterations: it shows that everything works, and its figures "
+    "mean nothing. The demo itself is the same command without --fast (make demo)."
+)
+
 
 def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
     """Stage 1, stage 2, evaluation on held-out prompts, report; goes on where it was stopped."""
@@ -50,11 +55,18 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
     result = evaluate_to(out / "evaluation.json", request, console)
     shutil.copytree(out / "tilt" / "export", out / "export", dirs_exist_ok=True)
     page = write_evaluation_report(
-        out, result, request.prompts, {s: out / s for s in ("cold_start", "tilt")}
+        out,
+        result,
+        request.prompts,
+        {s: out / s for s in ("cold_start", "tilt")},
+        notice=SMOKE if fast else "",
     )
-    show(result.summary, console)
+    if not fast:
+        show(result.summary, console)
     console.print(f"report: {page}")
     console.print(f"{(time.time() - began) / 60:.1f} minutes")
+    if fast:
+        console.print(SMOKE)
 
 
 def _train(stage: str, out: Path, changes: Sequence[str], console: Console) -> None:

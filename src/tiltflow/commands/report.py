@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from tiltflow.commands.doctor import versions
@@ -19,6 +20,7 @@ from tiltflow.evaluation.statistics import holm
 from tiltflow.evaluation.watch_figures import Watched
 from tiltflow.metrics import read_metrics
 from tiltflow.prompts import Prompt
+from tiltflow.recipe_source import read_recipe, recipe_text
 from tiltflow.watch.history import FILE, read_history
 
 IMAGES = "evaluation.images"
@@ -26,9 +28,14 @@ IMAGES = "evaluation.images"
 
 
 def write_evaluation_report(
-    out: Path, evaluation: Evaluation, prompts: Sequence[Prompt], stages: Mapping[str, Path]
+    out: Path,
+    evaluation: Evaluation,
+    prompts: Sequence[Prompt],
+    stages: Mapping[str, Path],
+    notice: str = "",
 ) -> Path:
-    """Keeps the first images beside the evaluation and writes `report.html` from what is there."""
+    """Keeps the first images beside the evaluation and writes `report.html` from what is there,
+    with `notice` above everything else."""
     folder = out / IMAGES
     count = 0
     for system, images in evaluation.images.items():
@@ -36,16 +43,17 @@ def write_evaluation_report(
         save_pngs(folder, system, range(len(images)), images)
     if count:
         save_prompts(folder, prompts[:count])
-    return _write([out, *stages.values()], out)
+    return _write([out, *stages.values()], out, notice)
 
 
 def write_run_report(runs: Sequence[Path], out: Path | None) -> Path:
     """One page of run directories, side by side: what was evaluated, the watch, curves, samples.
 
-    A directory whose sub-directories are runs (the demo's) counts as these.
+    A directory whose sub-directories are runs (the demo's) counts as these. Without `out`, the page
+    of one run lies in it, and that of several beside the first, under their names.
 
     Raises:
-        ValueError: if a directory holds no run.
+        ValueError: if a directory holds no run, or something in it cannot be read.
     """
     found: list[Path] = []
     for run in runs:
@@ -53,17 +61,26 @@ def write_run_report(runs: Sequence[Path], out: Path | None) -> Path:
         if not inner and not (run / "config.yaml").is_file():
             raise ValueError(f"{run} is no run directory (it has no config.yaml)")
         found += [run, *inner]
-    return _write(found, out or runs[0])
+    return _write(found, out or _place(runs))
 
 
-def _write(folders: Sequence[Path], out: Path) -> Path:
+def _place(runs: Sequence[Path]) -> Path:
+    """Where a page goes that was given no place: no run's own is overwritten by that of several."""
+    if len(runs) == 1:
+        return runs[0]
+    names = re.sub(r"[^\w.-]+", "_", "_".join(_names(list(dict.fromkeys(runs))).values()))
+    called = names if len(names) <= 100 else f"of_{len(runs)}_runs"
+    return runs[0].absolute().parent / f"report_{called}.html"
+
+
+def _write(folders: Sequence[Path], out: Path, notice: str = "") -> Path:
     folders = list({f.absolute(): f for f in folders}.values())
     evaluation, grids, prompts = _evaluations([f for f in folders if _evaluated(f)])
     runs = [f for f in folders if (f / "metrics.jsonl").is_file()]
     names = _names(runs)
     rows = {names[r]: read_metrics(r / "metrics.jsonl") for r in runs}
-    texts = {names[r]: (r / "config.yaml").read_text() for r in runs}
-    settings = {name: yaml.safe_load(text) for name, text in texts.items()}
+    texts = {names[r]: recipe_text(str(r / "config.yaml")) for r in runs}
+    settings = {names[r]: read_recipe(str(r / "config.yaml")) for r in runs}
     return write_report(
         out,
         title="tiltflow: " + " and ".join(dict.fromkeys(f.name for f in _tops(folders))),
@@ -74,12 +91,15 @@ def _write(folders: Sequence[Path], out: Path) -> Path:
         config=texts,
         versions=versions(),
         watch={
-            names[r]: _watched(r, rows[names[r]], settings[names[r]])
+            names[r]: Watched(
+                read_history(r / FILE), _rules(r, settings[names[r]]), _ended(rows[names[r]])
+            )
             for r in runs
             if (r / FILE).is_file()
         },
         sheets=[sheet for r in runs for sheet in _sheets(r, names[r])],
         together=_together(settings),
+        notice=notice,
     )
 
 
@@ -88,11 +108,28 @@ def _tops(folders: Sequence[Path]) -> list[Path]:
     return [f for f in folders if not any(other in f.parents for other in folders)]
 
 
-def _watched(run: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Watched:
-    """The watch's measurements, its thresholds, and whether it ended the run."""
-    ended = [str(row["watch/ended"]) for row in rows if "watch/ended" in row]
-    rules = settings.get("watch", {}).get("rules", {})
-    return Watched(read_history(run / FILE), rules, ended[-1] if ended else "")
+def _ended(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The sentence with which the watch ended the run, or nothing."""
+    said = [str(row["watch/ended"]) for row in rows if "watch/ended" in row]
+    return said[-1] if said else ""
+
+
+def _rules(run: Path, settings: Mapping[str, Any]) -> dict[str, float | None]:
+    """The thresholds of the watch's rules, as the run's config has them.
+
+    Raises:
+        ValueError: if they are no numbers, in a config that was edited.
+    """
+    watch = settings.get("watch")
+    rules = watch.get("rules") if isinstance(watch, dict) else None
+    rules = {} if rules is None else rules
+    numbers = isinstance(rules, dict) and all(
+        rule is None or (isinstance(rule, int | float) and math.isfinite(rule))
+        for rule in rules.values()
+    )
+    if not numbers:
+        raise ValueError(f"{run / 'config.yaml'}: watch.rules should hold numbers by name")
+    return rules
 
 
 def _sheets(run: Path, name: str) -> list[Sheet]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 360.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 12.0, 12.0, 44.0
+LEFT, RIGHT, TOP, BOTTOM = 84.0, 12.0, 12.0, 44.0  # left of the frame: nine figures and a title
 FOREST_LEFT, FOREST_RIGHT, ROW = 16.0, 20.0, 42.0
 SMOOTHED_FROM = 40  # points; shorter curves are drawn as they are
 MOST_POINTS = 600  # a curve; longer ones are averaged down, or the page grows with the run
@@ -179,8 +179,12 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _numeric(value: object) -> bool:
-    number_like = isinstance(value, int | float) and not isinstance(value, bool)
-    return number_like and math.isfinite(value)  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
 
 
 def _curve(name: str, points: NDArray[np.float64]) -> Curve:

@@ -81,6 +81,7 @@ def write_report(
     watch: Mapping[str, Watched] | None = None,
     sheets: Sequence[Sheet] = (),
     together: Sequence[Sequence[str]] = (),
+    notice: str = "",
 ) -> Path:
     """Write `report.html` into a directory (or to a path that ends in .html); gives its path.
 
@@ -94,6 +95,7 @@ def write_report(
         watch: by stage, what its watch saw.
         sheets: samples during training; those of one run in order.
         together: groups of stages whose curves are also drawn in common frames.
+        notice: a sentence above everything else.
 
     Raises:
         ValueError: if an image is not (H, W, 3) uint8, or there are more images than prompts.
@@ -102,6 +104,7 @@ def write_report(
     path = out if out.suffix == ".html" else out / "report.html"
     page = _template().render(
         title=title,
+        notice=notice,
         **_results(evaluation),
         measures=MEASURES,
         stages={stage: figures.curves(rows) for stage, rows in curves.items()},

@@ -136,7 +136,7 @@ def train(
                 accumulator.reset()
                 log.write(done, means)
                 hooks.progress(done, means)
-            if hooks.sample_every and done % hooks.sample_every == 0:
+            if hooks.sample_every and (done % hooks.sample_every == 0 or done == settings.steps):
                 hooks.sample(done)
             alarmed = looked and look(log, hooks, done, ranks)
             if alarmed and settings.stop_on_alarm:

@@ -56,6 +56,8 @@ def read_history(path: Path) -> list[Measurement]:
     for row in read_metrics(path):
         try:
             values = {k: np.asarray(v, dtype=np.float64) for k, v in row["values"].items()}
+            if not all(v.ndim == 1 and len(v) and np.isfinite(v).all() for v in values.values()):
+                raise ValueError("a series is a list of numbers")
             found.append(Measurement(row["step"], values, dict(row["alarms"])))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: step {row['step']} is no measurement") from error

@@ -1,0 +1,167 @@
+"""The report of one's own run: pictures or how to get them, files that were edited, labels."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_report import EVALUATION, Page, write
+from test_report_runs import make_run
+from test_train import recipe
+
+from tiltflow.commands import demo
+from tiltflow.commands.report import write_run_report
+from tiltflow.commands.train import run_training
+from tiltflow.config import load_config
+from tiltflow.evaluation import figures
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run", 1, False)
+
+
+def test_a_report_of_two_runs_leaves_their_own_alone(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, seed, False) for seed, name in enumerate(("a", "b"))]
+    own = {write_run_report([run], None): run for run in runs}
+    before = {page: page.read_text() for page in own}
+    both = write_run_report(runs, None)
+    assert both == tmp_path / "report_a_b.html"
+    assert {page: page.read_text() for page in own} == before
+    many = write_run_report(
+        [runs[0], *(make_run(tmp_path / (20 * c), 3, False) for c in "cdefg")], None
+    )
+    assert many == tmp_path / "report_of_6_runs.html"
+
+
+EDITED = {
+    "a list": ("config.yaml", b"- a\n"),
+    "YAML that is none": ("config.yaml", b"watch: ["),
+    "Latin-1": ("config.yaml", b"stage: \xff\n"),
+    "words for thresholds": ("config.yaml", b"watch: {rules: {drift: high}}\n"),
+    "no finite threshold": ("config.yaml", b"watch: {rules: {drift: .inf}}\n"),
+    "a list for rules": ("config.yaml", b"watch: {rules: [1]}\n"),
+    "deep metrics": ("metrics.jsonl", b'{"step": 1, "a": ' + b"[" * 100_000 + b"\n{}\n"),
+    "a deep look": ("watch.jsonl", b'{"step": 0, "alarms": {}, "values": {"drift": [[1]]}}\n'),
+    "an empty look": ("watch.jsonl", b'{"step": 0, "alarms": {}, "values": {"drift": []}}\n'),
+    "a NaN in a look": ("watch.jsonl", b'{"step": 0, "alarms": {}, "values": {"a": [NaN]}}\n'),
+    "a look of words": ("watch.jsonl", b'{"step": 0, "alarms": 3, "values": {"drift": ["x"]}}\n'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", EDITED)
+def test_an_edited_run_is_refused_in_a_sentence_that_names_the_file(run: Path, what: str) -> None:
+    name, content = EDITED[what]
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        write_run_report([run], None)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("config", ["stage: tilt\nwatch:\n", "watch: 3\n", "watch: {rules: }\n"])
+def test_a_config_without_rules_has_no_limits(run: Path, config: str) -> None:
+    (run / "config.yaml").write_text(config)
+    labels = [s["aria-label"] for s in Page(write_run_report([run], None).read_text()).all("svg")]
+    assert labels and not any("limit 0." in str(label) for label in labels)
+
+
+def test_numbers_beyond_a_float_are_no_curve(run: Path) -> None:
+    lines = [json.dumps({"step": i, "loss": 1 / i, "huge": 10**400 + i}) for i in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = Page(write_run_report([run], None).read_text())
+    assert [c for c in page.text("code") if c in ("loss", "huge")] == ["loss"]
+
+
+def test_pictures_or_how_to_get_them(run: Path) -> None:
+    assert "There are no pictures" not in write_run_report([run], None).read_text()
+    (run / "evaluation.images" / "prompts.txt").unlink()
+    with_sheets = Page(write_run_report([run], None).read_text())
+    assert [str(i["alt"])[:5] for i in with_sheets.all("img")] == ["Sheet", "Sheet"]
+    for sheet in (run / "samples").iterdir():
+        sheet.unlink()
+    page = Page(write_run_report([run], None).read_text())
+    assert page.all("img") == []
+    assert {"log.samples_every=N", "tiltflow evaluate --keep-images"} <= set(page.text("code"))
+
+
+def test_the_last_sheet_is_drawn_whether_or_not_the_steps_divide(
+    tiny_pipeline: Callable[[str], Path], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    settings = recipe("cold_start", tiny_pipeline("sd35m"), prompts, tmp_path / "run")
+    more = ["train.steps=3", "log.samples_every=2", "train.batch_size=2"]
+    out = run_training(load_config("demo_cold_start", [*settings, *more]), Console(quiet=True))
+    assert sorted(p.stem for p in (out / "samples").iterdir()) == [
+        "step-000000", "step-000002", "step-000003"
+    ]  # fmt: skip
+
+
+DIGIT = 0.6 * 11.5
+"""The width of a figure in the page's 11.5 pixels, and the title's right edge below."""
+TITLE = 15.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(-2e-4, 1e-4), (-0.012, 0.001), (-999_000.0, 0.0), (-3e-6, 1e-6), (-2e7, 1e7), (0.97, 0.9702),
+     (-150.02, -150.0), (0.0, 1.0)],
+)  # fmt: skip
+def test_labels_stay_clear_of_the_title(low: float, high: float) -> None:
+    rows = [{"step": i, "x": low + (high - low) * i / 9} for i in range(10)]
+    (curve,) = figures.curves(rows)
+    widest = max(len(tick.label) for tick in curve.y_ticks)
+    assert widest and figures.LEFT - 6 - widest * DIGIT > TITLE
+
+
+def test_one_notion_of_significance(tmp_path: Path) -> None:
+    """The corrected p-value decides, the page says so, and the interval is called uncorrected."""
+    source, page = write(tmp_path)
+    assert any("p_holm" in row for row in EVALUATION["comparisons"])
+    assert {"95% interval, not corrected", "corrected p-value"} <= set(page.text("th"))
+    assert any("by them alone a difference is called significant" in t for t in page.text("p"))
+    assert source.count("significant difference") == page.text("td").count(
+        "no significant difference"
+    )
+
+
+def test_a_fast_demo_ends_with_a_line_that_its_figures_mean_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notices = []
+
+    class Result:
+        summary = EVALUATION
+
+    def report(out: Path, result: object, prompts: object, stages: object, notice: str) -> Path:
+        notices.append(notice)
+        return out / "report.html"
+
+    for name, fake in (
+        ("_train", lambda *given: None),
+        ("evaluate_to", lambda *given: Result),
+        ("write_evaluation_report", report),
+    ):
+        monkeypatch.setattr(demo, name, fake)
+    for fast in (True, False):
+        (tmp_path / "tilt" / "export").mkdir(parents=True, exist_ok=True)
+        said = io.StringIO()
+        demo.run_demo(tmp_path, fast, False, Console(file=said, soft_wrap=True))
+        last = said.getvalue().strip().splitlines()[-1]
+        assert ("figures mean nothing" in last) == fast
+        assert ("p = " in said.getvalue()) == (not fast)
+    assert "figures mean nothing" in notices[0] and notices[1] == ""
+
+
+def test_a_notice_stands_at_the_top(tmp_path: Path, run: Path) -> None:
+    from tiltflow.commands.report import _write
+
+    _, plain = write(tmp_path)
+    assert not [p for p in plain.all("p") if p.get("id") == "notice"]
+    page = Page(_write([run], run, "Nothing <b>here</b>").read_text())
+    assert page.text("p")[0] == "Nothing <b>here</b>"
