@@ -191,13 +191,58 @@ WEIGHTS = [
         lambda table: table.update({"bn.running_var": -table["bn.running_var"]}))),
 ]  # fmt: skip
 
-LENGTHS = [
-    sd3("more text tokens than the pipeline takes",
-        line="train demo_cold_start run.device=cpu data.prompts=prompts.txt data.eval_prompts=null "
-        "watch.rewards={} model.path=model model.max_sequence_length=513"),
-    sd3("a billion text tokens",
-        line="train demo_cold_start run.device=cpu data.prompts=prompts.txt data.eval_prompts=null "
-        "watch.rewards={} model.path=model model.max_sequence_length=1000000000"),
+TRAIN = (
+    "train demo_cold_start run.device=cpu data.prompts=prompts.txt data.eval_prompts=null "
+    "watch.rewards={} model.path=model "
+)
+TILT = TRAIN.replace("demo_cold_start", "demo_tilt") + "model.few_step=lora "
+NAME = "transformer.transformer_blocks.0.attn.to_q"
+
+
+def lora(*names: str, value: float = 1.0, **facts: Any) -> Make:
+    """A LoRA folder with such weights and, if given, metadata."""
+
+    def make() -> None:
+        Path("lora").mkdir()
+        table = {name: torch.full((2, 2), value) for name in names}
+        saved = {f"transformer.{key}": value for key, value in facts.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(saved)} if facts else {}
+        save_file(table, "lora/pytorch_lora_weights.safetensors", metadata)
+
+    return make
+
+
+BOTH = (f"{NAME}.lora_A.weight", f"{NAME}.lora_B.weight")
+PLAIN: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q"]}
+
+FITS = [
+    sd3("more text tokens than the pipeline takes", line=TRAIN + "model.max_sequence_length=513"),
+    sd3("a billion text tokens", line=TRAIN + "model.max_sequence_length=1000000000"),
+    sd3("a resolution beyond the positions", line=TRAIN + "model.resolution=1024"),
+    sd3("targets that are no expression", line=TRAIN + """'adapters.targets="*("'"""),
+    sd3("targets that no module has", line=TRAIN + "adapters.targets=[nothing]"),
+    sd3("a last level and one step", edit(SCHEDULER, shift_terminal=0.1),
+        line=TRAIN + "sampler.steps=1"),
+    sd3("levels that rise", edit(SCHEDULER, invert_sigmas=True), line=TRAIN),
+    sd3("an unknown weight, by train", added("vae", "extra", torch.ones(2)), line=TRAIN),
+    sd3("sampling with a text encoder\'s LoRA",
+        lora(*BOTH, "text_encoder.layers.0.lora_A.weight"), line=SAMPLE + " --few-step lora"),
+    sd3("sampling with a LoRA that is NaN", lora(*BOTH, value=float("nan"), **PLAIN),
+        line=SAMPLE + " --few-step lora"),
+    sd3("stage 2 on a text encoder\'s LoRA",
+        lora(*BOTH, "text_encoder.layers.0.lora_A.weight", **PLAIN), line=TILT),
+    sd3("stage 2 on a smaller model\'s LoRA", lora(*BOTH, **PLAIN), line=TILT),
+    sd3("stage 2 on a LoRA without α", lora(*BOTH), line=TILT),
+    sd3("stage 2 on a LoRA that is infinite", lora(*BOTH, value=float("inf"), **PLAIN), line=TILT),
+    sd3("stage 2 on a DoRA", lora(*BOTH, **PLAIN, use_dora=True), line=TILT),
+    sd3("stage 2 on a LoRA of other ranks than it says",
+        lora(*BOTH, **PLAIN | {"rank_pattern": {"to_q": 8}}), line=TILT),
+    sd3("stage 2 on kohya\'s format", lora("lora_unet_x.lora_up.weight"), line=TILT),
+    sd3("stage 2 on half a LoRA", lora(BOTH[0], **PLAIN), line=TILT),
 ]  # fmt: skip
 
-CASES = {"A pipeline's numbers": NUMBERS, "A pipeline's weights": WEIGHTS + LENGTHS}
+CASES = {
+    "A pipeline's numbers": NUMBERS,
+    "A pipeline's weights": WEIGHTS,
+    "What goes on a pipeline": FITS,
+}

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from tiltflow.low_rank import fused
+from tiltflow.sentences import first_sentence
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,19 @@ def add_adapter(
     A has standard deviation 1/rank, or `std`: the first updates move B alone, and the weights by
     B A, so that a rate of the optimizer means a step that is proportional to it. It is drawn in
     fp32 on the CPU whatever the base is kept in.
+
+    Raises:
+        ValueError: if the network has no such modules.
     """
     before = {n for n, p in network.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT warns of several adapters on one model, which is the point here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
-        call(network, "add_adapter", fused(settings.config()), adapter_name=name)
+        try:
+            call(network, "add_adapter", fused(settings.config()), adapter_name=name)
+        except ValueError as error:
+            raise ValueError(f"adapters.targets: {first_sentence(error)}") from error
     mine = {}
     for full, parameter in network.named_parameters():
         if f".{name}." in full:

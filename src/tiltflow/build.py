@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -151,6 +152,12 @@ def encoder_key(cfg: RunConfig) -> EncoderKey:
 def adapter_settings(cfg: RunConfig, backbone: Backbone) -> AdapterSettings:
     chosen = cfg.adapters
     targets = chosen.targets if chosen.targets is not None else backbone.lora_targets()
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as error:
+        raise ValueError(
+            f"adapters.targets {targets!r} is no regular expression: {error}"
+        ) from error
     return AdapterSettings(
         chosen.rank, chosen.alpha, targets if isinstance(targets, str) else list(targets)
     )

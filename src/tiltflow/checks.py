@@ -21,6 +21,7 @@ from tiltflow.config import (
     read_prompts,
 )
 from tiltflow.metrics import check_sinks
+from tiltflow.model_checks import check_adapters, check_model
 from tiltflow.paths import check_folder, embedding_cache
 
 
@@ -67,11 +68,13 @@ CHECKS: tuple[Check, ...] = (
     Check("device", lambda on: device_of(on.cfg.run.device)),
     Check("packages", lambda on: check_sinks(on.cfg.log.tensorboard, on.cfg.log.wandb)),
     Check("model", lambda on: check_model_files(on.cfg)),
+    Check("weights", lambda on: check_model(on.cfg), needs=("model",)),
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("prompts", lambda on: on.prompts),
     Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
     Check("embedding cache", lambda on: _check_cache(on.cfg)),
+    Check("adapters", lambda on: check_adapters(on.cfg), needs=("model", "weights", "stage 1")),
 )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiltflow.backbones.files import SIDE_FILE, TOKEN_PATCH, absent_parts
 from tiltflow.checkpoint import Checkpoint
-from tiltflow.lora_files import lora_file
+from tiltflow.lora_files import check_lora_file, lora_file
 from tiltflow.roles import AdapterSettings
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.sentences import first_sentence
@@ -133,6 +133,7 @@ def load_lora(pipe: Any, folder: Path, name: str) -> None:
         ValueError: if the folder holds no single LoRA file, or one of another model.
     """
     file = lora_file(folder)
+    check_lora_file(file)
     try:
         # Named, and safetensors only: by itself the loader would turn to a pickle in the folder.
         pipe.load_lora_weights(

@@ -188,8 +188,7 @@ def _facts(file: Path, raw: str | None) -> dict[str, Any] | None:
             known = plain = False
         if not known and not plain:
             raise ValueError(
-                f"{file} has {shown(key)}: {shown(value)} in its metadata, which is not honoured "
-                "here"
+                f"{file} has {key[:40]}: {shown(value)} in its metadata, which is not honoured here"
             )
     wrong = [
         key

@@ -85,7 +85,7 @@ def meta_backbone(
 
     if generator_path is not None:
         second = pipeline_configs(generator_path)["transformer"]
-        options["generator"] = meta_model(second).to(dtype)
+        options["generator"] = _cast(meta_model(second), dtype)
     return Flux2Backbone(path, **options)
 
 
@@ -101,8 +101,8 @@ def meta_pipeline(configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: tor
     if configs["_class_name"] == "Flux2KleinPipeline":
         given["is_distilled"] = bool(configs.get("is_distilled", False))
     pipe = kind(
-        transformer=meta_model(configs["transformer"]).to(dtype),
-        vae=meta_model(configs["vae"]).to(vae_dtype),
+        transformer=_cast(meta_model(configs["transformer"]), dtype),
+        vae=_cast(meta_model(configs["vae"]), vae_dtype),
         scheduler=scheduler,
         **given,
     )
@@ -110,6 +110,11 @@ def meta_pipeline(configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: tor
     if isinstance(length, int) and hasattr(pipe, "tokenizer_max_length"):
         pipe.tokenizer_max_length = length
     return pipe
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Not by diffusers' own `to`, which warns of what it does not do."""
+    return nn.Module.to(network, dtype)
 
 
 def text_encoders(path: str | Path) -> dict[str, nn.Module]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
@@ -28,6 +29,13 @@ from tiltflow.flow import raw_levels
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
+
+
+LEVEL_KEYS = (
+    "shift", "shift_terminal", "invert_sigmas", "use_dynamic_shifting", "base_shift", "max_shift",
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+)  # fmt: skip
+"""Of a scheduler's configuration: what the levels depend on."""
 
 
 @dataclass(frozen=True)
@@ -297,8 +305,11 @@ class PipelineBackbone(ABC):
         shift: dict[str, Any] = {"mu": self._mu(steps)} if dynamic else {}
         if raw:
             shift["sigmas"] = levels
-        self.scheduler.set_timesteps(steps, device="cpu", **shift)
-        return self.scheduler.sigmas.clone()
+        with np.errstate(all="ignore"):  # what comes of it is looked at
+            self.scheduler.set_timesteps(steps, device="cpu", **shift)
+        levels = self.scheduler.sigmas.clone()
+        self._check_grid(levels)
+        return levels
 
     def new_copy(self, of: str, seed: int) -> nn.Module:
         """A separate trainable fp32 copy of a base; `seed` is for families that draw weights.
@@ -327,6 +338,18 @@ class PipelineBackbone(ABC):
         self.student_base.requires_grad_(True)
 
     # ---- checks
+
+    def _check_grid(self, levels: Tensor) -> None:
+        """Whether noise levels fall from at most 1 to 0: a NaN does neither."""
+        if bool((levels[:-1] > levels[1:]).all()) and levels[0] <= 1 and levels[-1] == 0:
+            return
+        given = {k: v for k, v in self.scheduler.config.items() if k in LEVEL_KEYS and v}
+        raise ValueError(
+            f"the scheduler in {self.path} makes of {len(levels) - 1} steps the levels "
+            f"{', '.join(f'{level:.3g}' for level in levels[:4].tolist())}, …, which do not fall "
+            f"from 1 to 0: see {', '.join(f'{k}={v}' for k, v in given.items())} in its "
+            "scheduler_config.json"
+        )
 
     def _geometry(
         self, transformer: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None

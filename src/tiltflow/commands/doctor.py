@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from tiltflow.backbones.meta import meta_backbone, text_encoders
-from tiltflow.backbones.pipeline import PipelineBackbone
+from tiltflow.backbones.meta import text_encoders
 from tiltflow.build import DTYPES, adapter_settings, device_of, fake_scores
 from tiltflow.checks import Finding, Subject, findings
 from tiltflow.config import RunConfig, load_config
+from tiltflow.model_checks import meta_of
 from tiltflow.paths import resolve_path
 from tiltflow.planner import GIB, OVERHEAD, Job, Plan, TiltJob, plan
 
@@ -57,7 +58,7 @@ def examine(
             f"{recipe}: {cfg.stage}, {cfg.train.steps} steps of {cfg.train.batch_size} samples"
             f"{groups}{order}"
         )
-        if cfg.model.path != "mixture" and "model" not in failed:
+        if cfg.model.path != "mixture" and not {"model", "weights", "adapters"} & set(failed):
             show_plan(plan_recipe(cfg), memory or device_memory(), console)
         if len(failed) == 1:
             raise ValueError(next(str(finding.error) for finding in failed.values()))
@@ -80,19 +81,7 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         ValueError: if there is no directory of the pipeline and it is no published one.
     """
     model = cfg.model
-    paths = [resolve_path(p) for p in (model.path, model.generator_path) if p is not None]
-
-    def make() -> PipelineBackbone:
-        return meta_backbone(
-            paths[0],
-            generator_path=paths[1] if len(paths) > 1 else None,
-            dtype=DTYPES[model.dtype],
-            vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
-            resolution=model.resolution,
-            max_sequence_length=model.max_sequence_length,
-            fp8=model.base_storage == "fp8",
-        )
-
+    make = partial(meta_of, cfg)
     backbone = make()
     lora = cfg.adapters.kind == "lora"
     settings = adapter_settings(cfg, backbone) if lora else None
@@ -116,7 +105,9 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         boundaries=fake_scores(cfg),
         keep_graph=cfg.stage == "cold_start" and cfg.cold_start.keep_graph,
     )
-    encoders = sum(p.numel() for e in text_encoders(paths[0]).values() for p in e.parameters())
+    encoders = sum(
+        p.numel() for e in text_encoders(resolve_path(model.path)).values() for p in e.parameters()
+    )
     return plan(make, job, encoders * DTYPES[model.dtype].itemsize)
 
 
