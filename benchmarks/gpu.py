@@ -125,13 +125,12 @@ def stage1(bench: Bench) -> None:
 
 def options(bench: Bench) -> None:
     """The recipe with each option on its own, and together."""
+    plain, graphed = "model.gradient_checkpointing=false", "model.graphs=true"
     for name, more in {
-        "no checkpointing": ["model.gradient_checkpointing=false"],
-        "autocast": ["model.autocast=bf16"],
-        "autocast, no checkpointing": [
-            "model.autocast=bf16",
-            "model.gradient_checkpointing=false",
-        ],
+        "graphs, no checkpointing": [plain, graphed],
+        "no checkpointing": [plain],
+        "graphs": [graphed],
+        "autocast, no checkpointing": [plain, "model.autocast=bf16"],
     }.items():
         if bench.late():
             bench.say("options", name=name, skipped="no time left")
@@ -147,6 +146,11 @@ def profile(bench: Bench) -> None:
 def profile_plain(bench: Bench) -> None:
     """The same without gradient checkpointing."""
     profiled(bench, "profile_plain", "model.gradient_checkpointing=false")
+
+
+def profile_graphs(bench: Bench) -> None:
+    """The same with recorded passes."""
+    profiled(bench, "profile_graphs", "model.gradient_checkpointing=false", "model.graphs=true")
 
 
 def host(bench: Bench) -> None:
@@ -200,9 +204,14 @@ def graphs(bench: Bench) -> None:
             clear(bench)
 
 
-def resume(bench: Bench) -> None:
+def resume_graphs(bench: Bench) -> None:
+    """The same with recorded passes."""
+    resume(bench, "model.graphs=true")
+
+
+def resume(bench: Bench, *also: str) -> None:
     """Whether a run that was saved, built anew and gone on with has the same bits."""
-    more = ["cold_start.generator_every=2"]
+    more = ["cold_start.generator_every=2", *also]
     settings = LoopSettings(steps=4)
     ends = {}
     for name in ("uninterrupted", "again"):
@@ -223,7 +232,9 @@ def resume(bench: Bench) -> None:
     for name in ("again", "resumed"):
         apart = {k: float((first[k] - v).abs().max()) for k, v in ends[name].items()}
         equal = all(torch.equal(first[k], v) for k, v in ends[name].items())
-        bench.say("resume", name=name, bit_equal=equal, largest_gap=max(apart.values()))
+        bench.say(
+            "resume", name=name, more=list(also), bit_equal=equal, largest_gap=max(apart.values())
+        )
 
 
 def stage2(bench: Bench) -> None:
@@ -296,10 +307,12 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "stage1": stage1,
     "profile": profile,
     "profile_plain": profile_plain,
+    "profile_graphs": profile_graphs,
     "graphs": graphs,
     "options": options,
     "host": host,
     "resume": resume,
+    "resume_graphs": resume_graphs,
     "stage2": stage2,
     "compiled": compiled,
 }

@@ -23,6 +23,7 @@ from tiltflow.config import PromptSets, RunConfig, read_prompts
 from tiltflow.distributed import ALONE, Ranks, shard
 from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
 from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
+from tiltflow.graphs import graphs_for
 from tiltflow.lora_files import read_adapter
 from tiltflow.paths import embedding_cache, resolve_path
 from tiltflow.precision import attention_of, autocast_dtype
@@ -233,8 +234,11 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
     settings = adapter_settings(cfg, backbone)
     fresh = cfg.stage == "tilt" and cfg.tilt.fake_score_start == "fresh"
     common |= {"fresh_fake_score": fresh, "init_std": cfg.adapters.init_std}
+    if cfg.model.graphs and backbone.family != "sd3":
+        raise ValueError(f"model.graphs true is for pipelines of family sd3, not {backbone.family}")
     try:
-        return adapter_roles(backbone, settings, few_step=below, **common)
+        graphs = graphs_for(backbone.device, cfg.model.graphs)
+        return adapter_roles(backbone, settings, few_step=below, graphs=graphs, **common)
     except ValueError as error:
         if below is None:
             raise

@@ -21,6 +21,8 @@ def check_together(config: RunConfig) -> None:
         raise ValueError(f"the section {other} is given, but stage is {config.stage}")
     _check_model(config.model)
     _check_run(config.run, config.adapters)
+    if config.model.graphs:
+        _check_graphs(config)
     if config.model.base_storage is not None:
         _check_base_storage(config)
     if config.stage == "cold_start":
@@ -59,6 +61,17 @@ def _check_model(model: ModelConfig) -> None:
         raise ValueError("model.compile is for pipelines, not for the mixture")
     if model.path == "mixture" and model.family not in (None, "mixture"):
         raise ValueError(f"model.path mixture needs model.family mixture, not {model.family}")
+
+
+def _check_graphs(config: RunConfig) -> None:
+    """What is recorded must lie where it is, be launched by hand otherwise, and read no host."""
+    key, model = "model.graphs true", config.model
+    if model.path == "mixture" or model.family in ("flux", "flux2"):
+        raise ValueError(f"{key} is for pipelines of family sd3")
+    if model.compile:
+        raise ValueError(f"{key} and model.compile true exclude each other: set one of them")
+    if config.adapters.kind != "lora" or config.run.sharding != "replicated":
+        raise ValueError(f"{key} needs adapters.kind lora and run.sharding replicated")
 
 
 def _check_base_storage(config: RunConfig) -> None:

@@ -77,6 +77,7 @@ Checkpointed = Annotated[bool | tuple[str, ...], BeforeValidator(checkpointed_pa
 
 class ModelConfig(Section):
     """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks.
+    `graphs`: passes of training are recorded once and replayed as CUDA graphs.
 
     `gradient_checkpointing`: of nothing, of all that has a backward pass, or of these.
     `guidance` is the teacher's, `student_guidance` generator's and fake score's; null is the
@@ -97,6 +98,7 @@ class ModelConfig(Section):
     student_guidance: float | None = None
     gradient_checkpointing: Checkpointed = False
     compile: bool = False
+    graphs: bool = False
 
     @property
     def checkpointed(self) -> frozenset[str]:

@@ -7,9 +7,9 @@ second generator adapter (`tilt`) on the frozen stage-1 one (`few_step`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiltflow.adapters import AdapterSettings, add_adapter, call, frozen_below, load_weights
 from tiltflow.backbones.base import Backbone, Conditioning
+from tiltflow.graphs import Graphs, Work
 from tiltflow.low_rank import Copies, FusedLinear
 
 State = dict[str, Tensor]
@@ -56,13 +57,17 @@ class AdapterSwitch:
             state["parts"] = layer.active_parts(self.copies)
         return state
 
+    def refresh(self, names: tuple[str, ...]) -> None:
+        """Brings what the layers compute with up to the adapters' present weights."""
+        for name in names:
+            if name in self.copies:
+                self.copies[name].refresh()
+
     @contextmanager
     def use(self, names: tuple[str, ...]) -> Iterator[None]:
         before = self.active or ()
         self.set(names)
-        for name in names:
-            if name in self.copies:
-                self.copies[name].refresh()
+        self.refresh(names)
         try:
             yield
         finally:
@@ -92,6 +97,7 @@ class Role:
     autocast: torch.dtype | None = None
     boundaries: tuple[Role, ...] = ()
     guidance: float | None = None
+    graphs: Graphs | None = None
 
     @property
     def singles(self) -> tuple[Role, ...]:
@@ -111,13 +117,36 @@ class Role:
     def __call__(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float | None = None
     ) -> Tensor:
-        kind = self.backbone.device.type
         assert not self.boundaries, f"role {self.name!r} has a network for each boundary"
+        asked = self.guidance if guidance is None else guidance
+        if self.graphs is None or not self.graphs.on or torch.is_grad_enabled():
+            return self._velocity(asked, x, sigma, cond)
+        made: Tensor = self.replayed(
+            ("velocity", asked),
+            lambda given: self._velocity(asked, given[0], given[1], Conditioning(*given[2:])),
+            (x, sigma, dict(cond.positive), dict(cond.negative)),
+        )
+        return made
+
+    def _velocity(
+        self, guidance: float | None, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        kind = self.backbone.device.type
         mixed = torch.autocast(kind, self.autocast) if self.autocast else nullcontext()
         weights = self.switch.use(self.adapters) if self.switch else nullcontext()
-        asked = self.guidance if guidance is None else guidance
         with mixed, weights:
-            return self.backbone.velocity(self.network, x, sigma, cond, asked)
+            return self.backbone.velocity(self.network, x, sigma, cond, guidance)
+
+    def replayed(self, what: Hashable, work: Work, given: Any) -> Any:
+        """`work(given)`, tensors to tensors, which may leave gradients in this role's parameters:
+        launched by hand, or recorded as `what` and replayed where passes are (`graphs`)."""
+        if self.graphs is None or not self.graphs.on:
+            return work(given)
+        if self.switch is not None:
+            self.switch.refresh(self.adapters)
+        key = (what, id(self.network), self.adapters)
+        trained = list(self.parameters.values()) if torch.is_grad_enabled() else []
+        return self.graphs.run(key, work, given, trained)
 
     def field(
         self, cond: Conditioning, guidance: float | None = None
@@ -241,6 +270,7 @@ def adapter_roles(
     autocast: torch.dtype | None = None,
     guidance: float | None = None,
     init_std: float | None = None,
+    graphs: Graphs | None = None,
 ) -> Roles:
     """Roles as adapters over the backbone's frozen base(s).
 
@@ -250,6 +280,7 @@ def adapter_roles(
     that is, an adapter that does nothing). `boundaries` gives it as many adapters, one for
     each boundary. `checkpointing` may have `generator` and `fake_score`. `guidance` is what all but
     the teacher are called with, `init_std` that of A in every trained adapter (`add_adapter`).
+    With `graphs` their passes are recorded.
     """
     student, teacher = backbone.student_base, backbone.teacher_base
     stack: tuple[str, ...] = ()
@@ -282,7 +313,8 @@ def adapter_roles(
     ) -> Role:
         asked = None if name == "teacher" else guidance
         switch = switches[id(base)]
-        return Role(name, backbone, base, adapters, switch, own or {}, autocast, guidance=asked)
+        made = Role(name, backbone, base, adapters, switch, own or {}, autocast, guidance=asked)
+        return replace(made, graphs=graphs)
 
     def fake(name: str) -> Role:
         stack = (f"few_step_{name}", name) if below else (name,)
@@ -358,6 +390,7 @@ def _checkpointing(switch: AdapterSwitch, parts: Collection[str]) -> Callable[..
             with switch.use(names):
                 return module(*inputs)
 
-        return checkpoint(forward, *args, use_reentrant=False)
+        # no pass draws random numbers, whose state would be kept and put back
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
     return run

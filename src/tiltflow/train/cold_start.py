@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiltflow.backbones.base import Conditioning, Grouped
 from tiltflow.embeddings import EncodedPrompts
+from tiltflow.graphs import recorded
 from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
@@ -83,6 +85,7 @@ class ColdStart:
     def guard(self) -> Guard:
         return self.updater.guard
 
+    @recorded
     def iteration(self, step: int) -> dict[str, Tensor]:
         """Runs iteration `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
         cycle = Cycle.of(step, self.reuse, self.generator_every)
@@ -196,12 +199,31 @@ class ColdStart:
         gradient = self.matching.gradient("matching", step, x_s, s, trajectory.cond, stop)
         for rows in self.share.micro_batches():
             if kept:
-                attached = kept.pop(0)
+                losses = self._pulled(kept.pop(0), gradient[rows])
             else:
-                attached, _, _ = attach(self.roles.generator, trajectory.rows(rows), stop - 1)
-            losses = matching_loss(attached, gradient[rows])
+                losses = self._attached(trajectory.rows(rows), stop - 1, gradient[rows])
             self.updater.watch("the matching loss", losses, prompts[rows])
-            (losses.sum() / self.share.batch).backward()
-            self.share.add(metrics, {"generator/matching": losses.detach()})
+            self.share.add(metrics, {"generator/matching": losses})
         norm = self.share.whole(self.updater.apply(step))
         return metrics | {"generator/grad_norm": norm}
+
+    def _pulled(self, x_s: Tensor, gradient: Tensor) -> Tensor:
+        """The matching losses (b,) of samples with a graph, which is gone back through."""
+        losses = matching_loss(x_s, gradient)
+        (losses.sum() / self.share.batch).backward()
+        return losses.detach()
+
+    def _attached(self, part: Rollout, k: int, gradient: Tensor) -> Tensor:
+        """The same of step k's samples, which is run again for it."""
+        generator, states = self.roles.generator, part.states
+
+        def work(given: Any) -> Tensor:
+            x, x_next, sigmas, positive, pull = given
+            cond = Conditioning(positive, positive)
+            one = Rollout(sigmas, {0: x, 1: x_next}, cond, self.eta)
+            return self._pulled(attach(generator, one, 0)[0], pull)
+
+        positive = dict(part.conditioning.positive)
+        given = (states[k], states[k + 1], part.sigmas[k : k + 2], positive, gradient)
+        made: Tensor = generator.replayed("matching", work, given)
+        return made

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiltflow.backbones.base import Grouped
 from tiltflow.embeddings import EncodedPrompts
+from tiltflow.graphs import recorded
 from tiltflow.objectives.distribution_matching import matching_loss
 from tiltflow.objectives.policy import (
     choose_steps,
@@ -81,6 +82,7 @@ class Tilt:
     def guard(self) -> Guard:
         return self.updater.guard
 
+    @recorded
     def iteration(self, step: int) -> dict[str, Tensor]:
         """Runs epoch `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
         chosen = self.settings

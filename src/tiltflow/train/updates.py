@@ -163,18 +163,26 @@ class FakeScoreTrainer:
         """
         draws = self.draws(draw, x_s, s)
         metrics: dict[str, Tensor] = {}
-        for rows in self.share.micro_batches():
+        role = self.role.at(boundary)
+
+        def work(given: Any) -> Any:
+            x, level, positive, drawn = given
             losses, parts = fake_score_objective(
-                self.role.at(boundary).field(cond[rows]),
-                x_s[rows],
-                s[rows],
-                draws.rows(rows),
+                role.field(Conditioning(positive, positive)),
+                x,
+                level,
+                FakeScoreDraws(**drawn),
                 self.consistency,
                 self.eta,
                 self.form,
             )
-            self.updater.watch("the fake-score loss", losses, prompts[rows])
             (losses.sum() / self.share.batch).backward()
+            return losses.detach(), parts
+
+        for rows in self.share.micro_batches():
+            given = (x_s[rows], s[rows], dict(cond[rows].positive), vars(draws.rows(rows)))
+            losses, parts = role.replayed("fake score", work, given)
+            self.updater.watch("the fake-score loss", losses, prompts[rows])
             self.share.add(metrics, parts)
         return metrics
 
