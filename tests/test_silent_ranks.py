@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +15,14 @@ from pathlib import Path
 
 import pytest
 import ranks_worker
+import torch
 from ranks_worker import finish, fork_server, start
+from rich.console import Console
 
+from tiltflow import distributed
 from tiltflow.checkpoint import latest_step, load_checkpoint
 from tiltflow.config import load_config
+from tiltflow.distributed import ranks_of_job
 from tiltflow.heartbeat import Heartbeat
 from tiltflow.metrics import read_metrics
 
@@ -214,3 +220,66 @@ def test_ten_ranks_hung_or_killed(number: int, server: ForkServerContext, tmp_pa
         server, size, ranks_worker.train, str(out / "config.yaml"), more, log=tmp_path / "again"
     )
     assert finish(ranks, 60) == [0] * size
+
+
+def test_a_rank_that_is_long_about_something_is_left_alone(
+    server: ForkServerContext, tmp_path: Path
+) -> None:
+    """One waits for three times the limit before it comes to the collective."""
+    ranks = start(server, 2, slow_to_come, 1.0, 3.0, log=tmp_path / "logs")
+    assert finish(ranks, 60) == [0, 0]
+    assert (tmp_path / "logs" / "0.txt").read_text() == "2\n"
+
+
+def slow_to_come(limit: float, seconds: float, console: Console) -> None:
+    with ranks_of_job(torch.device("cpu"), limit) as ranks:
+        if not ranks.main:
+            time.sleep(seconds)
+        total = ranks.total([1.0])[0]
+        if ranks.main:
+            console.print(f"{total:.0f}")
+
+
+def test_a_rank_that_fails_is_named_with_its_error(
+    server: ForkServerContext, tmp_path: Path
+) -> None:
+    ranks = start(server, 2, fails, 4.0, log=tmp_path / "logs")
+    assert finish(ranks, 60) == [1, 1]
+    said = (tmp_path / "logs" / "0.txt").read_text()
+    assert f"tiltflow: rank 1 on host {os.uname().nodename} ended with KeyError" in said
+
+
+def fails(limit: float, console: Console) -> None:
+    distributed.LINGER = 2.0
+    with ranks_of_job(torch.device("cpu"), limit) as ranks:
+        ranks.total([1.0])
+        if not ranks.main:
+            raise KeyError("x")
+        ranks.total([1.0])
+
+
+@pytest.mark.long
+def test_torchrun_says_which_rank_was_silent(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "-m", "tiltflow", "train", "mixture_cold_start", f"run.out={out}", "run.device=cpu",
+        "train.steps=1000000", "log.every=5", "run.rank_timeout=5", "train.schedule=constant",
+    ]  # fmt: skip
+    source = Path(__file__).parents[1] / "src"
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said.txt").open("w") as file:
+        job = subprocess.Popen(arguments, env=environment, stdout=file, stderr=file)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert job.poll() is None, (tmp_path / "said.txt").read_text()
+        time.sleep(0.1)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    environments = {pid: Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in workers}
+    victim = next(int(pid) for pid, known in environments.items() if "RANK=1" in known)
+    os.kill(victim, signal.SIGSTOP)
+    assert job.wait(timeout=90) != 0
+    sentence = f"rank 1 on host {os.uname().nodename} has been silent for 5 s (since "
+    said = (tmp_path / "said.txt").read_text()
+    summary = said[said.index("FAILED") :]
+    assert said.count(f"tiltflow: {sentence}") == 1 and f"PeerLost: {sentence}" in summary
