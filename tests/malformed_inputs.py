@@ -90,6 +90,19 @@ SETTINGS = [
     Case("stage 2 without rewards", TILT + "rewards={}"),
     Case("a reward of weight 0", TILT + "rewards.shapes=0"),
     Case("a reward without a weight", TILT + "'rewards={shapes: {}}'"),
+    Case(
+        "a password in a reward's address",
+        TILT + "'rewards={\"remote:http://me:secret@host/x\": 1}'",
+    ),
+    Case(
+        "a token among a reward's options",
+        TILT + "'rewards={\"my_rewards:mine\": {weight: 1, options: {token: secret}}}'",
+    ),
+    Case(
+        "a reward server to be waited for without end",
+        TILT + "'rewards={\"remote:http://host/x\": {weight: 1, options: {timeout: .inf}}}'",
+    ),
+    Case("ranks given up at once", TRAIN + "run.rank_timeout=1"),
     Case("micro-batches across groups", TILT + "train.micro_batch_size=7"),
     Case("more sampler steps than there may be", TRAIN + "sampler.steps=1000000000"),
     Case("a seed beyond 63 bits", TRAIN + "run.seed=18446744073709551616"),

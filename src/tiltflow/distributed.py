@@ -19,7 +19,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from tiltflow.errors import PeerLost
 from tiltflow.heartbeat import JOIN, Heartbeat
@@ -205,11 +204,13 @@ def _heartbeat(store: dist.Store, rank: int, size: int, limit: float) -> Heartbe
         main thread that waits for the device in another call is not woken. Leaving by `os._exit`
         needs neither, and loses nothing: a checkpoint appears by a rename, whole or not at all.
         """
-        if speaks:
-            print(f"tiltflow: {sentence}; the job ends", file=sys.stderr, flush=True)
-        _tell_torchrun(PeerLost(sentence))
-        time.sleep(3 * heartbeat.interval)  # until the others have noticed by themselves
-        os._exit(1)
+        try:
+            if speaks:
+                print(f"tiltflow: {sentence}; the job ends", file=sys.stderr, flush=True)
+            _tell_torchrun(PeerLost(sentence))
+            time.sleep(3 * heartbeat.interval)  # until the others have noticed by themselves
+        finally:
+            os._exit(1)
 
     heartbeat = Heartbeat(own, rank, size, limit, lost, holder, None if torchruns else 0)
     return heartbeat
@@ -218,6 +219,8 @@ def _heartbeat(store: dist.Store, rank: int, size: int, limit: float) -> Heartbe
 def _tell_torchrun(error: PeerLost) -> None:
     """Puts the sentence into torchrun's summary, which otherwise names who ended first: this rank,
     not the silent one. (Where there is no torchrun, there is no file to write to.)"""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
     try:
         raise error
     except PeerLost as raised:

@@ -135,7 +135,8 @@ class Heartbeat:
             passed, last = min(now - last, 2 * self.interval), now
             if self._rounds == rounds:
                 store_silence += passed
-                if store_silence > self._limit:
+                done = self._holds is not None and self._ends.get(self._holds) == ""
+                if store_silence > self._limit and not done:
                     self._silence |= {r: store_silence for r in self._others if r == self._holds}
                     self._give_up(self._silent(self._holder, store_silence))
                     return

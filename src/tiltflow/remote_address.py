@@ -153,7 +153,9 @@ class Settings:
                 or not isinstance(value, int | float)
                 or not math.isfinite(value)
             ):
-                raise ValueError(f"option {option.name} is {value!r}, but it must be a number")
+                raise ValueError(
+                    f"option {option.name} is {value!r}, but it must be a finite number"
+                )
         if self.timeout is None or not 0 < self.timeout <= DAY:
             raise ValueError(
                 f"option timeout is {self.timeout}, but it must be above 0 and at most {DAY:.0f} "
