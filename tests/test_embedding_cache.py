@@ -187,7 +187,7 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tiltflow import embedding_cache as module
 
-    written = module.save_file
+    written = module.save_tensors
 
     def full(tensors: Any, file: Path, metadata: Any) -> None:
         if len(shards(tmp_path)) == 3:
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(28, "No space left on device")
         written(tensors, file, metadata)
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_tensors", full)
     with pytest.raises(ValueError, match="cannot be written .No space left on device."):
         fill(tmp_path)
     assert not list(tmp_path.glob("*/.tmp*"))

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tiltflow.disk import fsync, parse_json, sha256
+from tiltflow.disk import fsync, parse_json, save_tensors, sha256
 from tiltflow.latest import (
     FORMAT,
     NAME,
@@ -104,7 +104,7 @@ def _write(
     """Every file of a checkpoint into the new directory `folder`, on disk; its manifest."""
     folder.mkdir()
     for group, values in tensors.items():
-        save_file(_storable(values), folder / f"{group}.safetensors")
+        save_tensors(_storable(values), folder / f"{group}.safetensors")
     (folder / "state.json").write_text(state, encoding="utf-8")
     files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "step": step, "files": files}

@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -23,6 +28,19 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file that others may read as they may read its neighbours.
+
+    safetensors itself makes every file one that its owner alone may read.
+    """
+    with path.open("wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    save_file(dict(tensors), path, dict(metadata) if metadata else None)
+    path.chmod(mode)
 
 
 def sha256(path: Path) -> str:

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tiltflow.backbones.base import Backbone, Conditioning
-from tiltflow.disk import fsync, sha256
+from tiltflow.disk import fsync, save_tensors, sha256
 from tiltflow.embeddings import BATCH, encoded_batches
 
 FORMAT = "tiltflow-embeddings-1"
@@ -123,7 +123,7 @@ class EmbeddingCache:
         temporary = self.folder / f".tmp-{os.getpid()}"
         try:
             # one entry, because safetensors writes several in any order
-            save_file(tensors, temporary, {FORMAT: json.dumps(list(texts))})
+            save_tensors(tensors, temporary, {FORMAT: json.dumps(list(texts))})
             fsync(temporary)
             target = self.folder / f"{sha256(temporary)}.safetensors"
             os.replace(temporary, target)

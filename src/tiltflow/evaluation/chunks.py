@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import quote
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tiltflow.disk import write_whole
+from tiltflow.disk import save_tensors, write_whole
 
 Made = dict[str, Tensor]
 Take = Callable[[str, Callable[[], Made]], Made]
@@ -58,7 +58,7 @@ class Chunks:
         if not self.folder.is_dir():
             write_whole(self.folder / "asked.json", self._text)
         part = path.with_suffix(".part")
-        save_file(made, part)
+        save_tensors(made, part)
         os.replace(part, path)
         return made
 
