@@ -1,11 +1,12 @@
 """Kills runs at random moments and checks that each, resumed, ends as if nothing had happened.
 
-Both stages on the mixture, a checkpoint after every step. Every other kill waits for a save to
-begin and comes at a random moment of it; the others come at any moment of the run. A kill is
-SIGKILL to the whole process. The resumed run must end with the weights, the optimizer states and
-the metrics of the uninterrupted one, bit for bit.
+Both stages on the mixture, or on the embedded pipeline with its CLIP as the reward; a checkpoint
+after every step. Every other kill waits for a save to begin and comes at a random moment of it;
+the others come at any moment of the run. A kill is SIGKILL to the whole process. The resumed run
+must end with the weights, the optimizer states and the metrics of the uninterrupted one, bit for
+bit.
 
-    python benchmarks/kill_resume.py [--kills 50] [--json docs/data/kill_resume.json]
+    python benchmarks/kill_resume.py [--model mixture] [--kills 50] [--stage tilt] [--json FILE]
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import random
 import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,19 +35,53 @@ from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
 from tiltflow.metrics import read_metrics
 
-STEPS = 16
 STAGES = ("cold_start", "tilt")
-COMMON = (
-    "train.batch_size=32",
-    f"train.steps={STEPS}",
-    "checkpoint.every=1",
-    "log.every=1",
-    "run.device=cpu",
-    "run.resume=auto",
-)
-OF_STAGE = {
-    "cold_start": ("cold_start.generator_every=2",),
-    "tilt": ("tilt.group_size=8", "tilt.fake_score_updates=2"),
+COMMON = ("checkpoint.every=1", "log.every=1", "run.device=cpu", "run.resume=auto")
+TEXTS = (
+    "a red circle", "two blue squares", "a green triangle above a red square", "a blue circle",
+    "three yellow circles", "a red square left of a blue triangle", "a green square",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run: the recipes' prefix, how many steps, and what both stages and each are given."""
+
+    recipes: str
+    steps: int
+    common: tuple[str, ...]
+    of_stage: dict[str, tuple[str, ...]]
+
+
+SETTINGS = {
+    "mixture": Setting(
+        "mixture",
+        16,
+        ("train.batch_size=32",),
+        {
+            "cold_start": ("cold_start.generator_every=2",),
+            "tilt": ("tilt.group_size=8", "tilt.fake_score_updates=2"),
+        },
+    ),
+    "embedded": Setting(
+        "demo",
+        8,
+        (
+            "train.batch_size=8",
+            "train.micro_batch_size=4",  # of two prompts: scored together
+            "model.autocast=null",
+            "adapters.rank=2",
+            "adapters.alpha=4.0",
+            "data.prompts=prompts.txt",
+            "data.eval_prompts=null",
+            "watch.rewards={}",
+            "log.samples_every=0",
+        ),
+        {
+            "cold_start": ("cold_start.generator_every=2",),
+            "tilt": ("tilt.group_size=2", "rewards={clipscore: 1.0}"),
+        },
+    ),
 }
 
 
@@ -61,27 +97,46 @@ class Kill:
     bit_equal: bool
 
 
-def spawn(stage: str, out: Path, cold: Path) -> int:
+@dataclass(frozen=True)
+class Job:
+    """One stage of a setting, in a directory; stage 2 starts from the run `cold`."""
+
+    setting: Setting
+    stage: str
+    out: Path
+    cold: Path
+
+
+def spawn(job: Job) -> int:
     """Starts (or resumes) a run in a forked process; its id."""
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        more = () if stage == "cold_start" else (f"model.few_step={cold}",)
-        overrides = [*COMMON, *OF_STAGE[stage], *more, f"run.out={out}"]
-        run_training(load_config(f"mixture_{stage}", overrides), Console(quiet=True))
+        chosen = job.setting
+        more = () if job.stage == "cold_start" else (f"model.few_step={job.cold}",)
+        given = [
+            *COMMON,
+            *chosen.common,
+            *chosen.of_stage[job.stage],
+            f"train.steps={chosen.steps}",
+        ]
+        config = load_config(f"{chosen.recipes}_{job.stage}", [*given, *more, f"run.out={job.out}"])
+        run_training(config, Console(quiet=True))
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
 
-def complete(stage: str, out: Path, cold: Path) -> float:
+def complete(job: Job) -> float:
     """Runs to the end; the seconds that it took."""
     began = time.monotonic()
-    _, status = os.waitpid(spawn(stage, out, cold), 0)
+    _, status = os.waitpid(spawn(job), 0)
     if status != 0:
-        raise SystemExit(f"the run in {out} failed (status {status})")
+        raise SystemExit(f"the run in {job.out} failed (status {status})")
     return time.monotonic() - began
 
 
@@ -119,13 +174,14 @@ def equal(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) and rows == others
 
 
-def strike(stage: str, out: Path, whole: Path, cold: Path, seconds: float, save: bool) -> Kill:
+def strike(job: Job, whole: Path, seconds: float, save: bool) -> Kill:
     """One kill and one resume; a run that was quicker than the kill, or a save that was, is tried
     again."""
     began = time.monotonic()
-    pid = spawn(stage, out, cold)
+    out, steps = job.out, job.setting.steps
+    pid = spawn(job)
     if save:
-        target = random.randrange(1, STEPS - 1)
+        target = random.randrange(1, steps - 1)
         alive = wait(pid, lambda: (latest_step(out) or 0) >= target and bool(writing(out)))
         pause = random.uniform(0, 0.004)
     else:
@@ -137,10 +193,10 @@ def strike(stage: str, out: Path, whole: Path, cold: Path, seconds: float, save:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     took, step, leftovers = time.monotonic() - began, latest_step(out), writing(out)
-    if not alive or step == STEPS or (save and not leftovers):
-        return strike(stage, out.with_name(f"{out.name}_again"), whole, cold, seconds, save)
-    complete(stage, out, cold)
-    return Kill(stage, took, bool(leftovers), step, leftovers, equal(out, whole))
+    if not alive or step == steps or (save and not leftovers):
+        return strike(replace(job, out=out.with_name(f"{out.name}_again")), whole, seconds, save)
+    complete(job)
+    return Kill(job.stage, took, bool(leftovers), step, leftovers, equal(out, whole))
 
 
 def table(kills: list[Kill]) -> str:
@@ -149,7 +205,7 @@ def table(kills: list[Kill]) -> str:
         "| stage | kills | during a save | before the first save | ended bit-equal |",
         "|---|---|---|---|---|",
     ]
-    for stage in STAGES:
+    for stage in dict.fromkeys(kill.stage for kill in kills):
         mine = [kill for kill in kills if kill.stage == stage]
         counts = (
             len(mine),
@@ -161,26 +217,42 @@ def table(kills: list[Kill]) -> str:
     return "\n".join(lines)
 
 
+def prepare(model: str, home: Path) -> None:
+    """What the forks share: the mixture's fitted student, or prompts and a cache of embeddings."""
+    if model == "mixture":
+        MixtureBackbone().new_student(0)
+        return
+    os.chdir(home)
+    (home / "prompts.txt").write_text("\n".join(TEXTS) + "\n")
+    os.environ["TILTFLOW_CACHE"] = str(home / "cache")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("docs/data/kill_resume.json"))
+    parser.add_argument("--model", choices=SETTINGS, default="mixture")
+    parser.add_argument("--stage", choices=STAGES, help="this one alone is killed")
+    parser.add_argument("--json", type=Path, help="docs/data/kill_resume[_embedded].json")
     args = parser.parse_args()
     random.seed(args.seed)
     torch.set_num_threads(1)
-    MixtureBackbone().new_student(0)  # fitted once, for all the forks
+    setting = SETTINGS[args.model]
+    stages = (args.stage,) if args.stage else STAGES
+    suffix = "" if args.model == "mixture" else f"_{args.model}"
+    result_file = (args.json or Path(f"docs/data/kill_resume{suffix}.json")).absolute()
     kills = []
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
+        prepare(args.model, home)
         whole = {stage: home / stage for stage in STAGES}
-        seconds = {s: complete(s, whole[s], whole["cold_start"]) for s in STAGES}
+        jobs = {s: Job(setting, s, whole[s], whole["cold_start"]) for s in STAGES}
+        seconds = {stage: complete(job) for stage, job in jobs.items()}
         for number in range(args.kills):
-            stage = STAGES[number % 2]
-            save = number % 4 < 2
-            kill = strike(
-                stage, home / f"{number}", whole[stage], whole["cold_start"], seconds[stage], save
-            )
+            stage = stages[number % len(stages)]
+            save = number // len(stages) % 2 == 0
+            job = replace(jobs[stage], out=home / f"{number}")
+            kill = strike(job, whole[stage], seconds[stage], save)
             kills.append(kill)
             print(
                 f"{number + 1:3d} {stage:10s} at {kill.seconds:5.2f} s, last saved step "
@@ -190,15 +262,16 @@ def main() -> None:
             )
     equals = sum(kill.bit_equal for kill in kills)
     result = {
+        "model": args.model,
         "kills": len(kills),
         "bit_equal": equals,
         "during_save": sum(kill.during_save for kill in kills),
-        "steps": STEPS,
+        "steps": setting.steps,
         "seconds_of_a_run": {stage: round(s, 2) for stage, s in seconds.items()},
         "runs": [vars(kill) | {"seconds": round(kill.seconds, 3)} for kill in kills],
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    result_file.parent.mkdir(parents=True, exist_ok=True)
+    result_file.write_text(json.dumps(result, indent=1) + "\n")
     print(table(kills))
     if equals < len(kills):
         raise SystemExit(f"{len(kills) - equals} of {len(kills)} runs differ")

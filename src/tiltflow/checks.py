@@ -20,6 +20,7 @@ from tiltflow.config import (
     check_reward_files,
     read_prompts,
 )
+from tiltflow.disk_room import check_disk_room
 from tiltflow.metrics import check_sinks
 from tiltflow.model_checks import check_adapters, check_model
 from tiltflow.paths import check_folder, embedding_cache
@@ -73,6 +74,7 @@ CHECKS: tuple[Check, ...] = (
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("prompts", lambda on: on.prompts),
     Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
+    Check("room on the disk", lambda on: check_disk_room(on.cfg), ("model", "run directory")),
     Check("embedding cache", lambda on: _check_cache(on.cfg)),
     Check("adapters", lambda on: check_adapters(on.cfg), needs=("model", "weights", "stage 1")),
 )
