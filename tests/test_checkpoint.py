@@ -103,7 +103,7 @@ class Bomb:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None = None) -> None:
         self.count, self.at = 0, at
         for owner, name in (
-            (checkpoint, "save_file"),
+            (checkpoint, "save_tensors"),
             (checkpoint, "fsync"),
             (latest, "fsync"),
             (Path, "mkdir"),
