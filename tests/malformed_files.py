@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from malformed import (
     Case,
     Make,
@@ -21,6 +22,7 @@ from malformed import (
     tensors,
     text,
 )
+from safetensors.torch import save_file
 
 from tiltflow.disk import sha256
 from tiltflow.paths import resolve_path
@@ -36,6 +38,7 @@ TRANSFORMER = "model/transformer/diffusion_pytorch_model.safetensors"
 SHARDS = TRANSFORMER + ".index.json"
 LORA = "lora/pytorch_lora_weights"
 PART = "transformer__transformer_blocks__0__attn__to_q__lora_"
+TEXT = "text_encoder__layers__0__q_proj__lora_"
 OTHER = "transformer__blocks__9__to_q__lora_"
 MIXTURE = """
 stage: cold_start
@@ -63,6 +66,23 @@ def shard_index(content: object) -> Make:
 
 def with_lora(what: str, *makes: Make) -> Case:
     return broken(what, *makes, line=SAMPLE + "model --few-step lora")
+
+
+def nan_lora() -> None:
+    """A LoRA folder whose one weight is no number."""
+    Path("lora").mkdir()
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    save_file({name: torch.full((2, 64), float("nan"))}, LORA + ".safetensors")
+
+
+def contract(content: str) -> Make:
+    """A LoRA folder with a contract as one likes it."""
+
+    def make() -> None:
+        Path("lora").mkdir()
+        save_file({"x": torch.zeros(2, 3)}, LORA + ".safetensors", {"tiltflow": content})
+
+    return make
 
 
 def checkpoint(what: str, change: Callable[[Path], object]) -> Case:
@@ -149,11 +169,24 @@ LORAS = [
         lora(**{PART + "A__weight": (2, 8), PART + "B__weight": (8, 2)}),
     ),
     with_lora("no LoRA at all", lora(x=(2, 3))),
+    with_lora(
+        "a text encoder's too",
+        lora(**{TEXT + "A__weight": (2, 8), PART + "A__weight": (2, 64)}),
+    ),
+    with_lora("a number that is not finite", nan_lora),
+    with_lora("a contract that is no JSON", contract("{")),
+    with_lora("a contract of no steps", contract('{"steps": 0}')),
+    with_lora("a contract nested 100,000 deep", contract("[" * 100_000)),
     Case("stage 2 on a LoRA without metadata", TILT + "model.few_step=lora", lora(x=(2, 3))),
     broken("stage 2's without stage 1's", line=SAMPLE + "model --tilt-lora lora"),
 ]
 
 RUNS = [
+    Case(
+        "an export over somebody's files",
+        EXPORT,
+        both(run(), text("lora/notes.txt", "mine")),
+    ),
     Case("no run directory", "export nowhere --out lora"),
     Case("a run without a checkpoint", EXPORT, both(run(), remove("run/checkpoints"))),
     Case("a run of copies", EXPORT, run()),

@@ -163,6 +163,16 @@ LINES = [
         "sample --device cpu --prompt x --out prompts.txt --teacher-steps 1 --model model",
         model="sd35m",
     ),
+    Case(
+        "figures where a folder stands",
+        EVALUATE + "--reward shapes --json folder",
+        text("folder/x", ""),
+        model="sd35m",
+    ),
+    Case(
+        "a prompt that is not UTF-8",
+        "sample --device cpu --model model --out images --prompt caf\udce9",
+    ),
     Case("no reward", EVALUATE),
     Case("an unknown suite", EVALUATE + "--suite shaeps"),
     Case(

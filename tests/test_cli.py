@@ -120,12 +120,12 @@ assert "tiltflow" not in sys.modules
 
 @pytest.mark.slow
 def test_an_exported_lora_loads_in_plain_diffusers(model: Path, tmp_path: Path) -> None:
-    """In a process without tiltflow, α and strength kept: difference 0 in fp32."""
+    """In a process without tiltflow, strength kept (α / r is in B): difference 0 in fp32."""
     from diffusers import StableDiffusion3Pipeline
 
     from tiltflow.backbones import load_backbone
     from tiltflow.commands.systems import load_students
-    from tiltflow.export import save_adapter
+    from tiltflow.export import baked, save_adapter
     from tiltflow.lora_files import read_adapter
     from tiltflow.roles import AdapterSettings, adapter_roles
 
@@ -139,9 +139,10 @@ def test_an_exported_lora_loads_in_plain_diffusers(model: Path, tmp_path: Path) 
         }
         save_adapter(StableDiffusion3Pipeline, weights, settings, tmp_path / name)
         again, read = read_adapter(tmp_path / name)
-        assert (again.rank, again.alpha, set(again.targets)) == (4, 8.0, set(settings.targets))
-        assert read.keys() == weights.keys()
-        assert all(torch.equal(read[k], weights[k]) for k in weights)
+        assert (again.rank, again.alpha, set(again.targets)) == (4, 4, set(settings.targets))
+        expected, _ = baked(weights, settings)
+        assert read.keys() == expected.keys() == weights.keys()
+        assert all(torch.equal(read[k], expected[k]) for k in weights)
     x = torch.randn(
         1, *roles.teacher.backbone.latent_shape, generator=torch.Generator().manual_seed(3)
     )

@@ -132,7 +132,7 @@ def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
     }  # fmt: skip
     made = student(tiny_pipeline, "flux1_dev", tmp_path, evaluation=evaluation)
     text = (made.export / "README.md").read_text()
-    assert text.startswith("---\nlibrary_name: diffusers\n") and "base_model" not in text
+    assert text.startswith("---\nlibrary_name: diffusers\n") and "base_model: flux_dev  #" in text
     for part in (
         "pipe = FluxPipeline.from_pretrained(",
         'pipe.load_lora_weights("tilt", adapter_name="tilt")',
@@ -146,7 +146,7 @@ def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
     text = (plain.export / "README.md").read_text()
     assert "Not evaluated" in text and "guidance_scale=1.0" in text
     assert {p.name for p in plain.export.iterdir()} == {
-        "few_step", "tilt", "scheduler", "README.md"
+        "few_step", "tilt", "scheduler", "README.md", "contract.json"
     }  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.config import PromptSets, RunConfig, read_prompts
 from tiltflow.distributed import ALONE, Ranks, shard
-from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
-from tiltflow.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
+from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
+from tiltflow.embeddings import BATCH, EncodedPrompts
 from tiltflow.graphs import graphs_for
 from tiltflow.lora_files import read_adapter
 from tiltflow.paths import embedding_cache, resolve_path
@@ -119,21 +119,9 @@ def encode_sets(
     Raises:
         ValueError: if a set is empty, the model does not load, or the cache cannot be written.
     """
-    texts = distinct([prompt for chosen in sets for prompt in chosen])
-    load = partial(build_backbone, cfg, "text")
-    root = embedding_cache(cfg.data.cache)
-    if cfg.model.path == "mixture" or root is None:
-        progress(f"encoding {len(texts)} prompts")
-        whole = encode_prompts(load(), [Prompt(text) for text in texts])
-        tables, places = whole.tables, dict(zip(texts, whole.places, strict=True))
-    else:
-        cache = EmbeddingCache(root, encoder_key(cfg))
-        found = encode_cached(cache, texts, load, notice=progress)
-        tables, places = found.tables, dict(found.places)
-    return [
-        EncodedPrompts(tuple(chosen), tables, tuple(places[p.text] for p in chosen))
-        for chosen in sets
-    ]
+    root = None if cfg.model.path == "mixture" else embedding_cache(cfg.data.cache)
+    cache = EmbeddingCache(root, encoder_key(cfg)) if root is not None else None
+    return encoded_sets(cache, sets, partial(build_backbone, cfg, "text"), notice=progress)
 
 
 def encoder_key(cfg: RunConfig) -> EncoderKey:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tiltflow.build import device_of
+from tiltflow.commands.export import check_export
 from tiltflow.config import (
     Later,
     PromptSets,
@@ -77,6 +78,7 @@ CHECKS: tuple[Check, ...] = (
     Check("room on the disk", lambda on: check_disk_room(on.cfg), ("model", "run directory")),
     Check("embedding cache", lambda on: _check_cache(on.cfg)),
     Check("adapters", lambda on: check_adapters(on.cfg), needs=("model", "weights", "stage 1")),
+    Check("export", lambda on: check_export(on.cfg), needs=("model", "run directory")),
 )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -68,3 +72,24 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+@contextmanager
+def writing(place: Path, what: str = "") -> Iterator[None]:
+    """Names `place` in the error of whoever fails to write it; `what` says more about it.
+
+    Raises:
+        OSError: with the system's number and sentence and `place` as its file, also in place of
+            safetensors' own error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own, with the system's number in its text
+        found = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        reason = os.strerror(number) if number else str(error)
+        named = getattr(error, "filename", None)
+        if named is not None and str(named) != str(place):
+            reason += f" ({named})"
+        raise OSError(number or errno.EIO, f"{reason}{what}", str(place)) from error

@@ -28,7 +28,14 @@ from safetensors.torch import load_file
 
 from tiltflow.backbones.base import Backbone, Conditioning
 from tiltflow.disk import fsync, save_tensors, sha256
-from tiltflow.embeddings import BATCH, encoded_batches
+from tiltflow.embeddings import (
+    BATCH,
+    EncodedPrompts,
+    distinct,
+    encode_prompts,
+    encoded_batches,
+)
+from tiltflow.prompts import Prompt
 
 FORMAT = "tiltflow-embeddings-1"
 SHARD_BYTES = 256 * 2**20
@@ -177,8 +184,12 @@ class EmbeddingCache:
             )
         temporary = self.folder / f".tmp-{os.getpid()}-encoder"
         content = {"source": self.key.source, "facts": dict(self.key.facts)}
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(temporary, file)
+        try:
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            os.replace(temporary, file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._refusal(error) from error
 
     def _earlier(self) -> dict[str, Any] | None:
         """The facts of the newest other key with this source."""
@@ -235,6 +246,37 @@ def encode_cached(
     if found.without(texts):
         raise ValueError(f"{cache.folder} does not give back what was just written into it")
     return found
+
+
+def encoded_sets(
+    cache: EmbeddingCache | None,
+    sets: Sequence[Sequence[Prompt]],
+    load: Callable[[], Backbone],
+    *,
+    batch_size: int = BATCH,
+    notice: Notice = lambda message: None,
+) -> list[EncodedPrompts]:
+    """Prompt sets with their embeddings, each text encoded once: out of the cache if there is one.
+
+    `load` is as of `encode_cached`.
+
+    Raises:
+        ValueError: if a set is empty, or as `encode_cached`.
+    """
+    texts = distinct([prompt for chosen in sets for prompt in chosen])
+    if cache is None:
+        notice(f"encoding {len(texts)} prompts")
+        backbone = load()
+        whole = encode_prompts(backbone, [Prompt(text) for text in texts], batch_size)
+        backbone.free_text_encoders()
+        tables, places = whole.tables, dict(zip(texts, whole.places, strict=True))
+    else:
+        found = encode_cached(cache, texts, load, batch_size=batch_size, notice=notice)
+        tables, places = found.tables, dict(found.places)
+    return [
+        EncodedPrompts(tuple(chosen), tables, tuple(places[p.text] for p in chosen))
+        for chosen in sets
+    ]
 
 
 def _fill(

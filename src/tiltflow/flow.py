@@ -16,6 +16,9 @@ from torch import Tensor
 # METHOD §4: where the re-noised level t of a sub-interval [s, 1] is drawn and clamped.
 T_MARGIN, T_MIN, T_MAX = 0.01, 0.02, 0.98
 
+MOST_STEPS = 1000
+"""Of a sampler: networks know a thousand levels."""
+
 
 def _full(x: Tensor) -> Tensor:
     """`x` in fp32, or untouched when it already is fp32 or fp64."""
@@ -54,10 +57,10 @@ def raw_levels(steps: int) -> list[float]:
     """The K equal raw levels 1, …, 1/K before any shift (METHOD §1).
 
     Raises:
-        ValueError: if `steps` is below 1.
+        ValueError: if `steps` is below 1 or above `MOST_STEPS`.
     """
-    if steps < 1:
-        raise ValueError(f"a sampler takes at least 1 step, not {steps}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"a sampler takes at least 1 step and at most {MOST_STEPS}, not {steps}")
     return np.linspace(1.0, 1 / steps, steps).tolist()
 
 

@@ -296,8 +296,10 @@ def adapter_roles(
         first = few_step[0] if few_step is not None else settings
         parts = _by_name(fit_to_boundaries(fake_score, boundaries), names)
         below = {n: frozen_below(teacher, f"few_step_{n}", first, parts[n]) for n in names}
-    # One that is trained on has the shape of stage 1's adapter; a fresh one has this stage's.
-    fake_settings = few_step[0] if few_step is not None and not fresh_fake_score else settings
+    # One that is trained on has the shape of stage 1's adapter; a fresh one has this stage's, also
+    # where stage 1 is an exported LoRA, which has no fake score and α = rank.
+    continued = few_step is not None and fake_score is not None and not fresh_fake_score
+    fake_settings = few_step[0] if few_step is not None and continued else settings
     fakes = {
         name: add_adapter(teacher, name, fake_settings, seed + k, True, init_std)
         for k, name in enumerate(names, 1)

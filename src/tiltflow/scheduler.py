@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -26,11 +27,14 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from tiltflow.flow import cps_step, raw_levels
+from tiltflow.flow import MOST_STEPS, cps_step, raw_levels
 from tiltflow.randomness import SAMPLE_INIT, Randomness, sample_step
 
 # diffusers loads a part of a pipeline by a base class that it finds by name in the part's module
 __all__ = ["CPSFlowMatchScheduler", "SchedulerMixin", "latent_shape", "pack"]
+
+MOST_IMAGES = 10_000
+"""Of one call."""
 
 Draw = tuple[Randomness, int]
 """Where an image's noise comes from: a seed, and the image's number."""
@@ -50,6 +54,8 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
 
     Args:
         eta: stochasticity in [0, 1]; 0 is the ODE's Euler step, up to rounding.
+        steps: how many steps the student was trained for, None if that is not known. A call with
+            another number of them is warned of, and goes on.
         patch: for pipelines whose latents are token sequences (B, L, C): how many latent cells a
             token is wide, 2 for FLUX.1 and 1 for FLUX.2. Plain latents (B, C, H, W) ignore it.
         num_train_timesteps: this and all that follow are the parent's.
@@ -64,6 +70,7 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         self,
         eta: float = 0.9,
         patch: int = 1,
+        steps: int | None = None,
         num_train_timesteps: int = 1000,
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
@@ -83,6 +90,8 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"eta is {eta}; it goes from 0 to 1")
         if patch < 1:
             raise ValueError(f"patch is {patch}; it is 1 or more")
+        if steps is not None and not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"steps is {steps}; it goes from 1 to {MOST_STEPS}")
         if invert_sigmas or stochastic_sampling:
             raise ValueError("CPS has no inverted levels, and eta in place of stochastic_sampling")
         super().__init__(
@@ -113,8 +122,10 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 places in `tiltflow sample --prompts`.
 
         Raises:
-            ValueError: on a negative seed or number, or no image.
+            ValueError: on a negative seed or number, no image, or more than `MOST_IMAGES`.
         """
+        if isinstance(images, int) and images > MOST_IMAGES:
+            raise ValueError(f"seed was asked for {images} images; {MOST_IMAGES} is the most")
         numbers = list(range(images)) if isinstance(images, int) else list(images)
         if not numbers:
             raise ValueError("seed was asked for no image")
@@ -141,6 +152,12 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             if num_inference_steps is None:
                 raise ValueError("give num_inference_steps, or sigmas")
             sigmas = raw_levels(num_inference_steps)
+        if self.config.steps not in (None, len(sigmas)):
+            warnings.warn(
+                f"the student was trained for {self.config.steps} steps, not for {len(sigmas)}: "
+                f"give num_inference_steps={self.config.steps}",
+                stacklevel=2,
+            )
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu)
         self._draws, self._next = self._next, None
 

@@ -10,6 +10,7 @@ from typing import Any
 from tiltflow.backbones.headers import Entry, check_sizes, part_header
 from tiltflow.backbones.limits import check_numbers, is_number, shown
 from tiltflow.disk import parse_json
+from tiltflow.sentences import printable
 
 FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
@@ -34,6 +35,7 @@ SIDE_FILE = "tiltflow.json"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
+HUB_FILES += ["README.md", "LICENSE*"]  # for the licence, which an export names
 
 PART_NAME = re.compile(r"\w+")
 SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
@@ -286,7 +288,9 @@ def local_pipeline(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
     except OSError as error:  # the hub's own errors, and having no connection
-        raise ValueError(f"{path} is no directory, and could not be had from the hub") from error
+        raise ValueError(
+            f"{path} is no directory, and could not be had from the hub: {printable(str(error))}"
+        ) from error
 
 
 def absent_parts(root: Path) -> dict[str, None]:

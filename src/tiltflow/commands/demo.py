@@ -17,6 +17,7 @@ from tiltflow.commands.report import write_evaluation_report
 from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
 from tiltflow.evaluation.suites import suite_of
+from tiltflow.export_folder import replacing
 from tiltflow.prompts import load_prompts
 
 MODEL = "packaged:pipeline"
@@ -53,7 +54,8 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
         batch=128,
     )
     result = evaluate_to(out / "evaluation.json", request, console)
-    shutil.copytree(out / "tilt" / "export", out / "export", dirs_exist_ok=True)
+    with replacing(out / "export") as part:
+        shutil.copytree(out / "tilt" / "export", part, dirs_exist_ok=True)
     page = write_evaluation_report(
         out,
         result,

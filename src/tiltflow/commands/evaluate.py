@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +19,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from tiltflow.backbones import load_backbone
-from tiltflow.build import DTYPES, device_of
+from tiltflow.build import device_of
 from tiltflow.commands.progress import SystemsProgress, progress_bar
-from tiltflow.commands.systems import TEACHER, Loaded, Sampler, load_students
+from tiltflow.commands.request import Request, prepare, say_settled
+from tiltflow.commands.systems import TEACHER
+from tiltflow.disk import writing
 from tiltflow.distributed import ALONE, Ranks, ranks_of_job
-from tiltflow.embeddings import BATCH, distinct, encode_prompts
 from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
 from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
 from tiltflow.evaluation.report import SIGNIFICANT, beside
@@ -32,88 +32,29 @@ from tiltflow.evaluation.scores import Diversity, Evaluation, SaveImages, evalua
 from tiltflow.paths import resolve_path
 from tiltflow.precision import attention_of, autocast_dtype
 from tiltflow.prompts import Prompt
-from tiltflow.randomness import Randomness
 from tiltflow.rewards.base import Reward, load_reward
 from tiltflow.rewards.clip_family import CLIPScore
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to sample from, and how."""
-
-    model: str
-    prompts: Sequence[Prompt]
-    few_step: Path | None = None
-    tilt_lora: Path | None = None
-    tilt: float = 1.0
-    steps: int = 4
-    eta: float = 0.9
-    teacher_steps: int = 50
-    guidance: float | None = None
-    seed: int = 0
-    batch: int = 64
-    device: str = "auto"
-    dtype: str = "fp32"
-    autocast: str | None = None
-    """As `model.autocast` of a run: bf16, auto or None."""
-    resolution: int | None = None
-    max_sequence_length: int | None = None
-    generator_path: str | None = None
-    rewards: Mapping[str, str | None] = field(default_factory=dict)
-    """Names of rewards, each with the path of its weights or None."""
-    diversity: bool = False
-
-
-def prepare(request: Request) -> tuple[Loaded, Sampler]:
-    """Loads the model and its LoRAs, and encodes the prompts.
-
-    Raises:
-        ValueError: if `tilt` is outside [0, 1], a number is not finite, or anything does not load.
-    """
-    if not 0 <= request.tilt <= 1:
-        raise ValueError(f"--tilt is {request.tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
-    if request.guidance is not None and not math.isfinite(request.guidance):
-        raise ValueError(f"--guidance is {request.guidance}, which is no finite number")
-    backbone = load_backbone(
-        resolve_path(request.model),
-        generator_path=resolve_path(request.generator_path) if request.generator_path else None,
-        device=device_of(request.device),
-        dtype=DTYPES[request.dtype],
-        resolution=request.resolution,
-        max_sequence_length=request.max_sequence_length,
-    )
-    if not hasattr(backbone, "pipe"):
-        raise ValueError("the mixture backbone has no images to sample; use tiltflow train")
-    backbone.thaw()  # type: ignore[attr-defined]
-    batch = max(1, min(BATCH, len(distinct(request.prompts))))
-    encoded = encode_prompts(backbone, request.prompts, batch)
-    backbone.free_text_encoders()
-    mixed = autocast_dtype(request.autocast, backbone.device)
-    loaded = load_students(backbone, request.few_step, request.tilt_lora, request.tilt, mixed)
-    guidance = backbone.guidance if request.guidance is None else request.guidance
-    sampler = Sampler(
-        encoded,
-        Randomness(request.seed),
-        request.steps,
-        request.eta,
-        request.teacher_steps,
-        guidance,
-    )
-    return loaded, sampler
 
 
 def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
     """One PNG a prompt in `out`, from the furthest-trained system that was given.
 
     Under torchrun the prompts are split over the ranks.
+
+    Raises:
+        ValueError: if `out` is a file, an image is not finite, or as `prepare`.
+        OSError: naming the image that could not be written.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, but the images go into a folder")
     with ranks_of_job(device_of(request.device)) as ranks:
         _sample_images(request, out, console, ranks)
     return [out / f"{row:05d}.png" for row in range(len(request.prompts))]
 
 
 def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) -> None:
-    loaded, sampler = prepare(request)
+    say_settled(request, console)
+    loaded, sampler = prepare(request, ranks)
     system = sampler.systems(loaded, teacher=not loaded.students)[-1 if loaded.students else 0]
     out.mkdir(parents=True, exist_ok=True)
     mine = range(len(request.prompts))[ranks.share(len(request.prompts))]
@@ -123,9 +64,14 @@ def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) 
             rows = mine[start : start + request.batch]
             images = (system.sample(list(rows)) * 255).round().byte().permute(0, 2, 3, 1)
             for row, pixels in zip(rows, images.cpu().numpy(), strict=True):
-                Image.fromarray(pixels).save(out / f"{row:05d}.png")
+                _save_png(pixels, out / f"{row:05d}.png")
             report(system.name, start + len(rows), len(mine))
     ranks.total([0.0])  # all images are there when rank 0 says so
+
+
+def _save_png(pixels: NDArray[np.uint8], file: Path) -> None:
+    with writing(file):
+        Image.fromarray(pixels).save(file)
 
 
 def _attention(request: Request) -> AbstractContextManager[None]:
@@ -150,7 +96,7 @@ def evaluate(
     save_images: SaveImages | None = None,
 ) -> Evaluation:
     """Scores the teacher and the students; every student is compared with the systems before it."""
-    loaded, sampler = prepare(request)
+    loaded, sampler = prepare(request, ranks)
     systems = sampler.systems(loaded)
     rewards = load_rewards(request.rewards, request.device)
     names = [s.name for s in systems]
@@ -176,26 +122,54 @@ def evaluate_to(
     """`evaluate`, written to `path` (an evaluation.json) and beside it.
 
     While it runs, what is done lies in `NAME.parts/`; the same request for the same path goes on
-    from there. With `keep_images`, every image is `NAME.images/SYSTEM/NNNNN.png`.
+    from there. With `keep_images`, every image is `NAME.images/SYSTEM/NNNNN.png`; these take the
+    place of an earlier evaluation's when all of them are there.
 
     Under torchrun the prompts are split over the ranks, which go on if they are as many as before.
+
+    Raises:
+        ValueError: before anything loads, if `path` is a folder, or one cannot be made for it.
     """
+    check_target(path)
     what, folder = asked(request), path.with_suffix(".images") if keep_images else None
+    say_settled(request, console)
     with ranks_of_job(device_of(request.device)) as ranks:
         place = {"rank": ranks.rank, "ranks": ranks.size}
         chunks = Chunks(path.with_suffix(".parts"), what | place | {"keep_images": keep_images})
         if len(chunks):
             console.print(f"going on with {len(chunks)} batches of an earlier run")
-        save_images = partial(save_pngs, folder) if folder else None
+        made = path.with_suffix(".parts") / f"images-{digest(what)}"
+        save_images = partial(save_pngs, made) if folder else None
         result = evaluate(request, console, ranks, chunks.take, save_images)
         result.summary["asked"] = what
         if ranks.main:
-            if folder:
-                save_prompts(folder, request.prompts)
             save(result, request.prompts, path)
+            if folder:
+                save_prompts(made, request.prompts)
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
+            elif path.with_suffix(".images").is_dir():
+                console.print(f"{path.with_suffix('.images')} is of an earlier evaluation")
         ranks.total([0.0])  # what rank 0 has written makes the chunks superfluous
         chunks.clear()
     return result
+
+
+def digest(what: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits for what was asked."""
+    text = json.dumps(what, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def check_target(path: Path) -> None:
+    """Raises ValueError if figures cannot go into `path`: it, or what is above, is in the way."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, but --json names the file that the figures go into")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(
+            f"{path} cannot be written: {above} is no folder, or one without the right"
+        )
 
 
 def asked(request: Request) -> dict[str, Any]:
@@ -203,11 +177,14 @@ def asked(request: Request) -> dict[str, Any]:
 
     The code of rewards of one's own, and what a reward server runs, are not seen here.
     """
-    plain = ("tilt", "steps", "eta", "teacher_steps", "guidance", "seed", "batch", "dtype")
-    more = ("autocast", "resolution", "max_sequence_length", "diversity")
+    plain = ("tilt", "teacher_steps", "guidance", "seed", "batch", "autocast", "diversity")
+    chosen = request.settled
+    settled = ("steps", "eta", "dtype", "resolution", "max_sequence_length")
     prompts = json.dumps([[p.text, p.metadata] for p in request.prompts], default=str)
     return {
-        **{name: getattr(request, name) for name in (*plain, *more)},
+        **{name: getattr(request, name) for name in plain},
+        **{name: getattr(chosen, name) for name in settled},
+        "student_guidance": chosen.guidance,
         "device": device_of(request.device).type,
         "model": place_of(resolve_path(request.model)),
         "generator": place_of(request.generator_path and resolve_path(request.generator_path)),
@@ -225,11 +202,12 @@ def save_pngs(folder: Path, system: str, rows: Sequence[int], pixels: NDArray[np
     """Images (B, H, W, 3) as `folder`/SYSTEM/NNNNN.png."""
     (folder / system).mkdir(parents=True, exist_ok=True)
     for row, image in zip(rows, pixels, strict=True):
-        Image.fromarray(image).save(folder / system / f"{row:05d}.png")
+        _save_png(image, folder / system / f"{row:05d}.png")
 
 
 def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """The prompts of the images in `folder`, one a line, in `prompts.txt`."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [" ".join(prompt.text.split()) for prompt in prompts]
     (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -319,5 +297,7 @@ def _cell(score: Mapping[str, Any] | float | None) -> str:
 
 def save(evaluation: Evaluation, prompts: Sequence[Prompt], path: Path) -> None:
     """`evaluation.json`, and the scores by prompt beside it."""
-    write_scores(scores_path(path), evaluation, prompts)
-    write_evaluation(path, evaluation.summary)
+    with writing(scores_path(path)):
+        write_scores(scores_path(path), evaluation, prompts)
+    with writing(path):
+        write_evaluation(path, evaluation.summary)

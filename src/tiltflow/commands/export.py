@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 
 from tiltflow.backbones import check_pipeline, local_pipeline
-from tiltflow.backbones.files import HUB_ID, read_json, side_file
+from tiltflow.backbones.files import absent_parts
+from tiltflow.backbones.fingerprint import pipeline_fingerprint
+from tiltflow.backbones.meta import meta_backbone
+from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.build import DTYPES
 from tiltflow.card import Card, model_card
 from tiltflow.checkpoint import Checkpoint, load_checkpoint
 from tiltflow.config import RunConfig, load_config
+from tiltflow.contract import (
+    CONTRACT_FILE,
+    AdapterFacts,
+    Contract,
+    base_facts,
+    licence_file,
+    plain_rewards,
+    versions,
+)
 from tiltflow.evaluation.files import read_evaluation
 from tiltflow.export import (
     FullWeights,
     LoraWeights,
+    check_exportable,
     export_adapters,
+    exported_adapters,
     few_step_scheduler,
     save_merged,
 )
+from tiltflow.export_folder import check_export_folder, replacing
 from tiltflow.paths import resolve_path
 
 PIPELINES = {
@@ -43,6 +60,7 @@ def export_run(run: Path, out: Path, merged: bool = False, tilt: float = 1.0) ->
         raise ValueError(f"{run} is no run directory (it has no config.yaml)")
     if not 0 <= tilt <= 1:
         raise ValueError(f"--tilt is {tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
+    check_export_folder(out)
     cfg = load_config(str(run / "config.yaml"))
     if cfg.model.path == "mixture":
         raise ValueError("the mixture backbone has no pipeline to export for")
@@ -58,57 +76,135 @@ def export_checkpoint(
     tilt: float = 1.0,
     evaluation: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """What `export_run` writes, from a checkpoint at hand; the paths in `out`."""
-    model = local_pipeline(resolve_path(cfg.model.path))
-    family = check_pipeline(model, cfg.model.family)
-    pipeline = getattr(diffusers, PIPELINES[family])
-    base = cfg.model.generator_path or cfg.model.path
+    """What `export_run` writes, from a checkpoint at hand; the paths in `out`.
+
+    An earlier export in `out` is replaced as a whole, when the new one is.
+    """
+    source = Source.of(cfg)
     lora = bool(checkpoint.state.get("adapters"))
-    folders = export_adapters(checkpoint, pipeline, out) if lora or not merged else []
-    scheduler = few_step_scheduler(model, family, cfg.sampler.eta)
-    scheduler.save_pretrained(out / "scheduler")
-    paths = [*folders, out / "scheduler"]
-    if merged:
-        strengths = {f.name: (f, tilt if f.name == "tilt" else 1.0) for f in folders}
-        student = LoraWeights(strengths) if lora else FullWeights(checkpoint.tensors["ema"])
-        source = local_pipeline(resolve_path(base))
-        dtype = DTYPES[cfg.model.dtype]
-        save_merged(pipeline, source, student, scheduler, dtype, out / "merged")
-        paths.append(out / "merged")
-    card = Card(
-        stage=cfg.stage,
-        pipeline=PIPELINES[family],
-        model=base,
-        hub_id=base if HUB_ID.fullmatch(base) and not Path(base).exists() else None,
-        call=_call(cfg, model, family),
-        folders=[folder.name for folder in folders],
-        merged=merged,
-        recipe=_recipe(cfg, checkpoint.step),
-        evaluation=evaluation,
+    if not lora and not merged:
+        exported_adapters(checkpoint.state)  # says why there are none
+    contract = contract_of(cfg, checkpoint, source)
+    with replacing(out) as part:
+        folders = export_adapters(checkpoint, source.pipeline, part, contract) if lora else []
+        scheduler = few_step_scheduler(source.model, source.family, contract.eta, contract.steps)
+        scheduler.save_pretrained(part / "scheduler")
+        paths = [*folders, part / "scheduler"]
+        if merged:
+            strengths = {f.name: (f, tilt if f.name == "tilt" else 1.0) for f in folders}
+            student = LoraWeights(strengths) if lora else FullWeights(checkpoint.tensors["ema"])
+            dtype = DTYPES[cfg.model.dtype]
+            save_merged(source.pipeline, source.base, student, scheduler, dtype, part / "merged")
+            strength = tilt if cfg.stage == "tilt" and lora else None
+            _write(part / "merged", contract.model_copy(update={"tilt": strength}))
+            paths.append(part / "merged")
+        for folder in (*folders, part):
+            _write(folder, contract)
+        absent = sorted(set(absent_parts(source.base)) - set(source.pipeline._optional_components))
+        card = Card(
+            contract=contract,
+            call=_call(contract),
+            folders=[folder.name for folder in folders],
+            merged=merged,
+            absent=absent,
+            evaluation=evaluation,
+        )
+        (part / "README.md").write_text(model_card(card), encoding="utf-8")
+        licence = licence_file(source.base)
+        if licence is not None:
+            shutil.copyfile(licence, part / licence.name)
+        paths.append(part / "README.md")
+    return [out / path.relative_to(part) for path in paths]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pipelines of a config on this machine: `model` is the teacher's, `base` the one that the
+    student's weights belong to (klein's second, else the same)."""
+
+    model: Path
+    base: Path
+    family: str
+    pipeline: Any
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> Source:
+        model = local_pipeline(resolve_path(cfg.model.path))
+        family = check_pipeline(model, cfg.model.family)
+        second = cfg.model.generator_path
+        base = local_pipeline(resolve_path(second)) if second else model
+        return cls(model, base, family, getattr(diffusers, PIPELINES[family]))
+
+
+def check_export(cfg: RunConfig) -> None:
+    """Whether what a run of this config trains can be exported into its directory at its end.
+
+    Raises:
+        ValueError: as `check_exportable`.
+    """
+    if cfg.model.path == "mixture":
+        return
+    out, model = Path(cfg.run.out) / "export", Path(resolve_path(cfg.model.path))
+    check_export_folder(out)
+    if model.exists():  # else it is the hub's to give
+        family = check_pipeline(model, cfg.model.family)
+        check_exportable(model, family, cfg.sampler.steps, cfg.sampler.eta, out)
+
+
+def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contract:
+    """What the student of a run was trained for."""
+    backbone = meta_backbone(
+        source.model,
+        resolution=cfg.model.resolution,
+        max_sequence_length=cfg.model.max_sequence_length,
     )
-    (out / "README.md").write_text(model_card(card), encoding="utf-8")
-    return [*paths, out / "README.md"]
+    state = checkpoint.state
+    adapters = exported_adapters(state) if state.get("adapters") else {}
+    setting = cfg.model.generator_path or cfg.model.path
+    return Contract(
+        stage=cfg.stage,
+        family=source.family,
+        pipeline=PIPELINES[source.family],
+        base=base_facts(setting, source.base, pipeline_fingerprint(source.base)),
+        steps=cfg.sampler.steps,
+        sigmas=tuple(backbone.few_step_sigmas(cfg.sampler.steps).tolist()),
+        eta=cfg.sampler.eta,
+        guidance=student_guidance(cfg, backbone),
+        resolution=backbone.resolution,
+        max_sequence_length=backbone.sequence,
+        dtype=cfg.model.dtype,
+        adapters={
+            name: AdapterFacts(rank=settings.rank, trained_alpha=float(settings.alpha))
+            for name, (_, settings) in adapters.items()
+        },
+        recipe=_recipe(cfg, checkpoint.step),
+        versions=versions(),
+    )
 
 
-def _call(cfg: RunConfig, model: Path, family: str) -> dict[str, Any]:
-    """The arguments with which the pipeline's call is the student: no classifier-free guidance."""
-    side = side_file(model)
-    guidance = 1.0
-    if family == "flux" and read_json(model / "transformer" / "config.json").get("guidance_embeds"):
-        from tiltflow.backbones.flux import FluxBackbone
-
-        guidance = float(side.get("guidance", FluxBackbone.default_guidance))
+def student_guidance(cfg: RunConfig, backbone: PipelineBackbone) -> float:
+    """What the student was called with: `model.student_guidance`, else what its network expects
+    (FLUX.1-dev's own scale), else 1.0, a pass without."""
     if cfg.model.student_guidance is not None:
-        guidance = cfg.model.student_guidance
-    call: dict[str, Any] = {
-        "num_inference_steps": cfg.sampler.steps,
-        "guidance_scale": guidance,
+        return cfg.model.student_guidance
+    if getattr(backbone, "guidance_distilled", False):
+        return float(backbone.embedded_guidance)  # type: ignore[attr-defined]
+    return 1.0
+
+
+def _write(folder: Path, contract: Contract) -> None:
+    (folder / CONTRACT_FILE).write_text(contract.text() + "\n", encoding="utf-8")
+
+
+def _call(contract: Contract) -> dict[str, Any]:
+    """The arguments with which the pipeline's call is the student."""
+    return {
+        "num_inference_steps": contract.steps,
+        "guidance_scale": contract.guidance,
+        "height": contract.resolution,
+        "width": contract.resolution,
+        "max_sequence_length": contract.max_sequence_length,
     }
-    if cfg.model.resolution is not None:
-        call |= {"height": cfg.model.resolution, "width": cfg.model.resolution}
-    tokens = cfg.model.max_sequence_length
-    tokens = side.get("max_sequence_length") if tokens is None else tokens
-    return call if tokens is None else call | {"max_sequence_length": tokens}
 
 
 def _recipe(cfg: RunConfig, step: int) -> dict[str, Any]:
@@ -130,8 +226,8 @@ def _recipe(cfg: RunConfig, step: int) -> dict[str, Any]:
         "seed": cfg.run.seed,
     }
     if cfg.stage == "tilt":
-        rewards = (f"{name} × {reward.weight:g}" for name, reward in cfg.rewards.items())
-        settings |= {"group size": cfg.tilt.group_size, "rewards": ", ".join(rewards)}
+        rewards = plain_rewards({name: reward.weight for name, reward in cfg.rewards.items()})
+        settings |= {"group size": cfg.tilt.group_size, "rewards": rewards}
     else:
         settings["consistency γ"] = cfg.cold_start.consistency
     return settings

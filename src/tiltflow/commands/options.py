@@ -64,16 +64,28 @@ class SamplingOptions:
     tilt_lora: Annotated[Path | None, option("--tilt-lora", "stage-2 LoRA folder")] = None
     tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1")] = 1.0
     steps: Annotated[
-        int,
-        typer.Option("--steps", help="sampling steps of the students", min=1, max=MOST_STEPS),
-    ] = 4
-    eta: Annotated[float, typer.Option("--eta", help="stochasticity, 0 to 1", min=0, max=1)] = 0.9
+        int | None,
+        typer.Option(
+            "--steps",
+            help="sampling steps of the students [as trained, or 4]",
+            min=1,
+            max=MOST_STEPS,
+        ),
+    ] = None
+    eta: Annotated[
+        float | None,
+        typer.Option("--eta", help="stochasticity, 0 to 1 [as trained, or 0.9]", min=0, max=1),
+    ] = None
     seed: Annotated[
         int, typer.Option("--seed", help="seed of the noise", min=0, max=LARGEST_SEED)
     ] = 0
     guidance: Annotated[float | None, typer.Option("--guidance", help="the teacher's guidance")] = (
         None
     )
+    student_guidance: Annotated[
+        float | None,
+        typer.Option("--student-guidance", help="the students' guidance [as trained]"),
+    ] = None
     teacher_steps: Annotated[
         int, typer.Option("--teacher-steps", help="the teacher's steps", min=1, max=MOST_STEPS)
     ] = 50
@@ -81,18 +93,22 @@ class SamplingOptions:
         int, typer.Option("--batch", help="images at a time", min=1, max=MOST_SAMPLES)
     ] = 16
     device: Device = "auto"
-    dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16")] = "fp32"
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32 or bf16 [as trained, or the files']")
+    ] = None
     autocast: Annotated[
         str | None, typer.Option("--autocast", help="bf16 or auto: networks in mixed precision")
     ] = None
     resolution: Annotated[
         int | None,
-        typer.Option("--resolution", help="image side in pixels", min=8, max=LONGEST_SIDE),
+        typer.Option(
+            "--resolution", help="image side in pixels [as trained]", min=8, max=LONGEST_SIDE
+        ),
     ] = None
     max_sequence_length: Annotated[
         int | None,
         typer.Option(
-            "--max-sequence-length", help="text tokens, as in training", min=1, max=MOST_TOKENS
+            "--max-sequence-length", help="text tokens [as trained]", min=1, max=MOST_TOKENS
         ),
     ] = None
     generator: Annotated[
@@ -103,6 +119,9 @@ class SamplingOptions:
             parser=home_for_tilde,
             metavar="DIR",
         ),
+    ] = None
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="where embeddings are kept, or off")
     ] = None
 
     def request(
@@ -119,7 +138,7 @@ class SamplingOptions:
         from tiltflow.config_schema import Autocast
         from tiltflow.prompts import Prompt, load_prompts
 
-        if self.dtype not in DTYPES:
+        if self.dtype not in (None, *DTYPES):
             raise ValueError(f"--dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
         if self.autocast not in (None, *get_args(Autocast)):
             choices = ", ".join(get_args(Autocast))
@@ -127,11 +146,22 @@ class SamplingOptions:
         source = self.prompts if self.prompts or self.prompt is not None else default_prompts
         if (self.prompt is None) == (source is None):
             raise ValueError("give either --prompt TEXT or --prompts FILE")
+        if self.prompt is not None and not _is_text(self.prompt):
+            raise ValueError("--prompt holds a byte that is not UTF-8")
         chosen = load_prompts(source) if source is not None else [Prompt(str(self.prompt))]
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         del given["prompt"]
         given |= {"prompts": chosen[:count], "generator_path": given.pop("generator")}
         return Request(**given, **more)
+
+
+def _is_text(text: str) -> bool:
+    """Whether an argument came as UTF-8: Python puts half a surrogate for a byte that did not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def with_debug(command: Callable[..., None]) -> Callable[..., None]:

@@ -50,17 +50,19 @@ def load_students(
     tilt: Path | None,
     strength: float = 1.0,
     autocast: torch.dtype | None = None,
+    guidance: float | None = None,
 ) -> Loaded:
     """Loads LoRA folders through the pipeline's own loader.
 
     The students are `ac_dmd` (the few-step adapter) and `rtdmd` (the tilt adapter on top, at
     `strength` in [0, 1]); of a merged pipeline, whose scheduler is the students', itself: `merged`.
-    Every network runs under `autocast`, if given.
+    Every network runs under `autocast`, if given; the students with `guidance`, None being what
+    the model's own expect.
 
     Raises:
         ValueError: if a folder holds no LoRA, or one of another model.
     """
-    made = partial(Role, autocast=autocast)
+    made = partial(Role, autocast=autocast, guidance=guidance)
     if isinstance(backbone.pipe.scheduler, CPSFlowMatchScheduler):  # type: ignore[attr-defined]
         if few_step is not None:
             raise ValueError("this pipeline has its few-step weights merged in: give no --few-step")
@@ -82,7 +84,8 @@ def load_students(
         students["ac_dmd"] = made("ac_dmd", backbone, student, ("few_step",), switch)
     if tilt is not None:
         students["rtdmd"] = made("rtdmd", backbone, student, ("few_step", "tilt"), switch)
-    teacher = made("teacher", backbone, backbone.teacher_base, (), teacher_switch)
+    base = backbone.teacher_base
+    teacher = Role("teacher", backbone, base, (), teacher_switch, autocast=autocast)
     return Loaded(backbone, teacher, students)
 
 
@@ -121,20 +124,36 @@ class Sampler:
         """Images of a student, (B, 3, H, W) in [0, 1]."""
         sigmas = role.backbone.few_step_sigmas(self.steps)
         cond, numbers = self._batch(role, rows, draw)
-        return _decode(
-            role, sample_few_step(role, cond, numbers, self.randomness, sigmas, self.eta)
-        )
+        latents = sample_few_step(role, cond, numbers, self.randomness, sigmas, self.eta)
+        return self._images(role, latents, rows)
 
     def ode(self, role: Role, sigmas: Tensor, rows: Sequence[int], draw: int = 0) -> Tensor:
         """Images of the teacher's ODE, with guidance."""
         cond, numbers = self._batch(role, rows, draw)
-        return _decode(
-            role, sample_ode(role, cond, numbers, self.randomness, sigmas, self.guidance)
-        )
+        latents = sample_ode(role, cond, numbers, self.randomness, sigmas, self.guidance)
+        return self._images(role, latents, rows)
 
     def _batch(self, role: Role, rows: Sequence[int], draw: int) -> tuple[Conditioning, list[int]]:
         cond, _ = self.encoded.select(rows, role.backbone.device)
         return cond, [row + draw * DRAW_OFFSET for row in rows]
+
+    def _images(self, role: Role, latents: Tensor, rows: Sequence[int]) -> Tensor:
+        """Latents decoded.
+
+        Raises:
+            ValueError: naming the first prompt whose latent or image is not finite: it would be
+                black in a file.
+        """
+        self._check(role, "latent", latents, rows)
+        images = _decode(role, latents)
+        self._check(role, "image", images, rows)
+        return images
+
+    def _check(self, role: Role, what: str, made: Tensor, rows: Sequence[int]) -> None:
+        finite = made.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            text = self.encoded.prompts[rows[finite.index(False)]].text
+            raise ValueError(f"the {what} that {role.name} made of {text!r} is not finite")
 
     def systems(self, loaded: Loaded, teacher: bool = True) -> list[System]:
         """`teacher`, `teacher_4_step` (its own ODE in as many steps as the students), students."""
@@ -149,7 +168,9 @@ class Sampler:
                 nfe = passes * (len(sigmas) - 1)
                 made.append(_system(name, nfe, self._ode(loaded.teacher, sigmas)))
         for name, role in loaded.students.items():
-            made.append(_system(name, self.steps, self._student(role)))
+            own = 1.0 if role.guidance is None else role.guidance
+            nfe = self.steps * loaded.backbone.passes(own)
+            made.append(_system(name, nfe, self._student(role)))
         return made
 
     def _ode(self, role: Role, sigmas: Tensor) -> Callable[[Sequence[int], int], Tensor]:

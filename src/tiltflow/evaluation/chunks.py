@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tiltflow.disk import save_tensors, write_whole
+from tiltflow.disk import save_tensors, write_whole, writing
 
 Made = dict[str, Tensor]
 Take = Callable[[str, Callable[[], Made]], Made]
@@ -36,6 +36,7 @@ class Chunks:
 
     Raises:
         ValueError: if JSON cannot hold `asked`; `take`, if a kept chunk cannot be read.
+        OSError: naming the file that could not be written.
     """
 
     def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
@@ -55,11 +56,12 @@ class Chunks:
                     f"{path} cannot be read ({error}): delete it, and it is made again"
                 ) from error
         made = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
-        if not self.folder.is_dir():
-            write_whole(self.folder / "asked.json", self._text)
-        part = path.with_suffix(".part")
-        save_tensors(made, part)
-        os.replace(part, path)
+        with writing(path):
+            if not (self.folder / "asked.json").is_file():
+                write_whole(self.folder / "asked.json", self._text)
+            part = path.with_suffix(".part")
+            save_tensors(made, part)
+            os.replace(part, path)
         return made
 
     def clear(self) -> None:

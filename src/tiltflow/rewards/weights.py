@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tiltflow.paths import resolve_path
+from tiltflow.sentences import printable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHOWN_KEYS = 3
@@ -36,9 +37,10 @@ def weights_file(path: str, filename: str) -> Path:
     try:
         return Path(hf_hub_download(path, filename))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{path} is no file, and {filename} could not be had from the hub") from (
-            error
-        )
+        raise ValueError(
+            f"{path} is no file, and {filename} could not be had from the hub: "
+            f"{printable(str(error))}"
+        ) from error
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:

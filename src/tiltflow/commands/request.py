@@ -1,0 +1,157 @@
+"""What `tiltflow sample` and `evaluate` are asked for, settled and loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from rich.console import Console
+
+from tiltflow.backbones import check_pipeline, load_backbone, local_pipeline
+from tiltflow.backbones.base import Backbone, Parts
+from tiltflow.backbones.fingerprint import encoder_facts
+from tiltflow.build import DTYPES, device_of
+from tiltflow.commands.choices import Choices, Dtype, settle
+from tiltflow.commands.systems import Loaded, Sampler, load_students
+from tiltflow.distributed import ALONE, Ranks
+from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
+from tiltflow.embeddings import BATCH, EncodedPrompts, distinct
+from tiltflow.paths import embedding_cache, resolve_path
+from tiltflow.precision import autocast_dtype
+from tiltflow.prompts import Prompt
+from tiltflow.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample from, and how; None is settled by `Request.settled`."""
+
+    model: str
+    prompts: Sequence[Prompt]
+    few_step: Path | None = None
+    tilt_lora: Path | None = None
+    tilt: float = 1.0
+    steps: int | None = None
+    eta: float | None = None
+    teacher_steps: int = 50
+    guidance: float | None = None
+    """The teacher's; None is the model's own."""
+    student_guidance: float | None = None
+    seed: int = 0
+    batch: int = 64
+    device: str = "auto"
+    dtype: Dtype | None = None
+    autocast: str | None = None
+    """As `model.autocast` of a run: bf16, auto or None."""
+    resolution: int | None = None
+    max_sequence_length: int | None = None
+    generator_path: str | None = None
+    cache: str | None = None
+    """As `data.cache` of a run."""
+    rewards: Mapping[str, str | None] = field(default_factory=dict)
+    """Names of rewards, each with the path of its weights or None."""
+    diversity: bool = False
+
+    @cached_property
+    def settled(self) -> Choices:
+        """How the students are sampled, by the contract of their export.
+
+        Raises:
+            ValueError: if `tilt` is outside [0, 1], a number is not finite, or a LoRA folder or its
+                contract cannot be read.
+        """
+        self._check()
+        asked = {
+            "steps": self.steps,
+            "eta": self.eta,
+            "guidance": self.student_guidance,
+            "resolution": self.resolution,
+            "max_sequence_length": self.max_sequence_length,
+        }
+        second = self.generator_path
+        return settle(asked, self.dtype, self.model, second, self.few_step, self.tilt_lora)
+
+    def _check(self) -> None:
+        """Raises ValueError for what is wrong whatever the model is."""
+        if not 0 <= self.tilt <= 1:
+            raise ValueError(f"--tilt is {self.tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
+        for option, value in (
+            ("--guidance", self.guidance), ("--student-guidance", self.student_guidance)
+        ):  # fmt: skip
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{option} is {value}, which is no finite number")
+        if self.model == "mixture":
+            raise ValueError("the mixture backbone has no images to sample; use tiltflow train")
+
+
+def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
+    """Encodes the prompts, and then loads the rest of the model and its LoRAs.
+
+    Raises:
+        ValueError: as `Request.settled`, or if anything does not load.
+    """
+    with ranks.main_first():  # the others find the prompts in the cache
+        encoded = _encoded(request)
+    backbone = _backbone(request, "image")
+    backbone.thaw()  # type: ignore[attr-defined]
+    mixed = autocast_dtype(request.autocast, backbone.device)
+    chosen = request.settled
+    loaded = load_students(
+        backbone, request.few_step, request.tilt_lora, request.tilt, mixed, chosen.guidance
+    )
+    guidance = backbone.guidance if request.guidance is None else request.guidance
+    sampler = Sampler(
+        encoded,
+        Randomness(request.seed),
+        chosen.steps,
+        chosen.eta,
+        request.teacher_steps,
+        guidance,
+    )
+    return loaded, sampler
+
+
+def _backbone(request: Request, parts: Parts) -> Backbone:
+    chosen, second = request.settled, request.generator_path
+    return load_backbone(
+        resolve_path(request.model),
+        generator_path=resolve_path(second) if second else None,
+        device=device_of(request.device),
+        dtype=DTYPES[chosen.dtype],
+        resolution=chosen.resolution,
+        max_sequence_length=chosen.max_sequence_length,
+        parts=parts,
+    )
+
+
+def _encoded(request: Request) -> EncodedPrompts:
+    """The prompts through the text encoders, which are dropped, or out of the embedding cache.
+
+    As many at a time as there are, up to `BATCH`, as a pipeline's call would: a matrix product
+    rounds by its size, and that is part of the cache's key.
+    """
+    batch = max(1, min(BATCH, len(distinct(request.prompts))))
+    root = embedding_cache(request.cache)
+    cache = None
+    if root is not None:
+        path, chosen = local_pipeline(resolve_path(request.model)), request.settled
+        check_pipeline(path)
+        facts = encoder_facts(
+            path,
+            dtype=chosen.dtype,
+            device=device_of(request.device).type,
+            max_sequence_length=chosen.max_sequence_length,
+            batch_size=batch,
+        )
+        cache = EmbeddingCache(root, EncoderKey(request.model, facts))
+    sets = [list(request.prompts)]
+    return encoded_sets(cache, sets, lambda: _backbone(request, "text"), batch_size=batch)[0]
+
+
+def say_settled(request: Request, console: Console) -> None:
+    """The lines that say where the request is not as the student was trained."""
+    for note in request.settled.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,165 @@
+"""The code of an export's card, cut out of it and run in the export's folder by a fresh process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from students import RESOLUTION, TOKENS, random_like, request, sampled, student
+
+from tiltflow.backbones import load_backbone
+from tiltflow.checkpoint import Checkpoint
+from tiltflow.commands.export import export_checkpoint
+from tiltflow.config import load_config
+from tiltflow.contract import Licence, base_facts, licence_of
+from tiltflow.prompts import Prompt
+from tiltflow.roles import AdapterSettings, adapter_roles
+
+Tiny = Callable[[str], Path]
+SRC = Path(__file__).parents[1] / "src"
+SAVE = '\nimport numpy as np\nnp.save("out.npy", np.stack([np.asarray(i) for i in images]))\n'
+FOX = "a red fox in the snow"
+
+
+def code_of(folder: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+
+
+def run_code(code: str, folder: Path) -> torch.Tensor:
+    """The images (B, H, W, 3) in eight bits of code that is run in `folder`."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code + SAVE],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(SRC)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    import numpy as np
+
+    return torch.from_numpy(np.load(folder / "out.npy"))
+
+
+def set_base(code: str, base: Path) -> str:
+    """As a reader does who has the base model in a directory of his own."""
+    changed, count = re.subn(r"^BASE = .*# set this:.*$", f"BASE = {str(base)!r}", code, flags=re.M)
+    assert count == 1
+    return changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3m", "flux1_dev", "flux2_klein_4b"])
+def test_the_code_runs_in_the_folder(tiny_pipeline: Tiny, tmp_path: Path, name: str) -> None:
+    made = student(tiny_pipeline, name, tmp_path, merged=True)
+    folders, merged = code_of(made.export)
+    asked = request(made, prompts=[Prompt(FOX)])
+    ours = (sampled(asked) * 255).round().byte().permute(0, 2, 3, 1).int()
+    theirs = run_code(set_base(folders, made.base), made.export).int()
+    assert (ours - theirs).abs().max() <= 1  # diffusers rounds what we round, from fp32
+    assert (ours - run_code(merged, made.export).int()).abs().max() <= 2
+    assert ours.float().std() > 5
+
+
+@pytest.mark.slow
+def test_the_packaged_pipelines_code_runs_as_it_stands(tmp_path: Path) -> None:
+    """No directory to set, no private path, and the parts that this SD3 lacks are told."""
+    asked = ["data.prompts=p.txt", "adapters.targets=null", "model.dtype=bf16"]
+    config = load_config("demo_cold_start", asked)
+    backbone: Any = load_backbone(_packaged(), device="cpu")
+    settings = AdapterSettings(2, 4.0, backbone.lora_targets())
+    weights = random_like(adapter_roles(backbone, settings, seed=0).generator.state(), 1)
+    facts = {"stage": "cold_start", "adapters": vars(settings)}
+    export_checkpoint(config, Checkpoint(3, {"ema": weights}, facts), tmp_path / "e")
+    text = (tmp_path / "e" / "README.md").read_text()
+    assert "packaged:" not in text and str(_packaged()) not in text
+    (code,) = code_of(tmp_path / "e")
+    assert "dtype=torch.bfloat16, text_encoder_3=None, tokenizer_3=None)" in code
+    assert run_code(code, tmp_path / "e").shape == (1, 64, 64, 3)
+
+
+def _packaged() -> Path:
+    import tiltflow
+
+    return Path(tiltflow.__file__).parent / "assets" / "pipeline"
+
+
+def front(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_front_matter_and_licence(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    made = student(tiny_pipeline, "sd3m", tmp_path)
+    plain = (made.export / "README.md").read_text()
+    assert front(plain)["base_model"] == "sd3m" and "license" not in front(plain)
+    assert "files name no licence" in plain and str(tmp_path) not in plain
+    (made.model / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: some-community\nlicense_link: LICENSE.md\n---\n# X\n"
+    )
+    (made.model / "LICENSE.md").write_text("# Some Community Licence\n\nYou may.\n")
+    export_checkpoint(made.config, made.checkpoint, made.export)
+    text = (made.export / "README.md").read_text()
+    assert front(text) == {
+        "library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": "sd3m",
+        "license": "other", "license_name": "some-community", "license_link": "LICENSE.md",
+        "tags": ["tiltflow", "few-step", "flow-matching", "lora"],
+    }  # fmt: skip
+    assert (made.export / "LICENSE.md").read_text().endswith("You may.\n")
+    assert "licence, `other` (some-community), applies" in text
+
+
+def test_licences(tmp_path: Path) -> None:
+    assert licence_of(tmp_path) is None
+    (tmp_path / "LICENSE").write_text("\n   Apache License\n   Version 2.0, January 2004\n")
+    assert licence_of(tmp_path) == Licence(id="apache-2.0")
+    (tmp_path / "LICENSE").write_text("# FLUX Non-Commercial\ntext")
+    assert licence_of(tmp_path) == Licence(id="other", name="FLUX Non-Commercial", link="LICENSE")
+    (tmp_path / "README.md").write_text("# no front matter\nlicense: mit\n")
+    assert licence_of(tmp_path) == Licence(id="other", name="FLUX Non-Commercial", link="LICENSE")
+    (tmp_path / "README.md").write_bytes(b"---\r\nlicense: 'mit'\r\n---\r\n\xff")
+    assert licence_of(tmp_path) == Licence(id="mit")
+
+
+def test_names_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "hub" / "models--org--a-model" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    local = tmp_path / "secret" / "my model"
+    local.mkdir(parents=True)
+    for setting, root, expected in (
+        ("org/a-model", snapshot, ("org/a-model", "org/a-model", None)),
+        (str(snapshot), snapshot, ("org/a-model", "org/a-model", None)),
+        ("packaged:pipeline", _packaged(), ("tiltflow-pipeline", None, "pipeline")),
+        ("secret/my model", local, ("my model", None, None)),
+    ):
+        found = base_facts(setting, root, "0")
+        assert (found.name, found.hub_id, found.packaged) == expected
+
+
+def test_merged_says_what_it_lacks_without_the_import(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    """Why the card's code imports the class: diffusers names the module that it will not import."""
+    made = student(tiny_pipeline, "sd3m", tmp_path, merged=True)
+    index = (made.export / "merged" / "model_index.json").read_text()
+    assert '"tiltflow.scheduler"' in index and "_name_or_path" not in index
+    (_, code) = code_of(made.export)
+    assert "from tiltflow.scheduler import CPSFlowMatchScheduler" in code
+
+
+def test_settings_of_a_call_are_the_contracts(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    made = student(tiny_pipeline, "flux1_dev", tmp_path / "a")
+    (code,) = code_of(made.export)
+    size = f"height={RESOLUTION}, width={RESOLUTION}, max_sequence_length={TOKENS}"
+    assert f"num_inference_steps=4, guidance_scale=3.5, {size}" in code
+    bf16 = made.config.model_copy(
+        update={"model": made.config.model.model_copy(update={"dtype": "bf16"})}
+    )
+    export_checkpoint(bf16, made.checkpoint, tmp_path / "b")
+    (code,) = code_of(tmp_path / "b")
+    assert "FluxPipeline.from_pretrained(BASE, dtype=torch.bfloat16)" in code
+    assert code.startswith("import torch\n")
+    shutil.rmtree(tmp_path / "b")
