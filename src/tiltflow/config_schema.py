@@ -64,22 +64,28 @@ CHECKPOINTED = ("decoder", "fake_score", "generator")
 """What gradient checkpointing can cover: what has a backward pass."""
 
 
+AUTO = "auto"
+
+
 def checkpointed_parts(value: Any) -> Any:
-    """Yes, no, or names out of `CHECKPOINTED`."""
+    """Yes, no, names out of `CHECKPOINTED`, or what the memory asks for."""
     named = isinstance(value, list | tuple) and all(part in CHECKPOINTED for part in value)
-    if not named and not isinstance(value, bool):
-        raise ValueError(f"be true, false or a list out of {', '.join(CHECKPOINTED)}")
+    if not named and not isinstance(value, bool) and value != AUTO:
+        raise ValueError(f"be true, false, auto or a list out of {', '.join(CHECKPOINTED)}")
     return tuple(value) if named else value
 
 
-Checkpointed = Annotated[bool | tuple[str, ...], BeforeValidator(checkpointed_parts)]
+Checkpointed = Annotated[
+    bool | Literal["auto"] | tuple[str, ...], BeforeValidator(checkpointed_parts)
+]
 
 
 class ModelConfig(Section):
     """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks.
     `graphs`: passes of training are recorded once and replayed as CUDA graphs.
 
-    `gradient_checkpointing`: of nothing, of all that has a backward pass, or of these.
+    `gradient_checkpointing`: of nothing, of all that has a backward pass, of these, or `auto`, as
+    much as the device's memory asks for (`commands.planning`).
     `guidance` is the teacher's, `student_guidance` generator's and fake score's; null is the
     model's own (for the student: what its network expects, without classifier-free guidance).
     """
@@ -102,8 +108,10 @@ class ModelConfig(Section):
 
     @property
     def checkpointed(self) -> frozenset[str]:
-        """The parts of `gradient_checkpointing` by name."""
+        """The parts of `gradient_checkpointing` by name; all of them while `auto` is open."""
         chosen = self.gradient_checkpointing
+        if chosen == AUTO:
+            return frozenset(CHECKPOINTED)
         if isinstance(chosen, bool):
             return frozenset(CHECKPOINTED if chosen else ())
         return frozenset(chosen)
@@ -288,6 +296,7 @@ class RunSection(Section):
 
     `resume_from` is `latest` or one checkpoint's name; `sharding` is of the frozen base.
 
+    `replan`: a run whose `auto` no longer fits the device goes on with another plan.
     `rank_timeout`: seconds of silence after which a rank is given up and the job ends.
     """
 
@@ -297,6 +306,7 @@ class RunSection(Section):
     resume: Resume = False
     resume_from: Annotated[str, Field(pattern=r"^(latest|step-\d{6,})$")] = "latest"
     sharding: Literal["replicated", "fsdp2"] = "replicated"
+    replan: bool = False
     rank_timeout: Annotated[float, Field(ge=5, le=86400)] = 100.0
 
 

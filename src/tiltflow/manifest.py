@@ -31,6 +31,7 @@ PROMPTS = {"prompts": "data.prompts", "eval_prompts": "data.eval_prompts"}
 NOT_COMPARED = {
     "model.path", "model.generator_path", "model.few_step", "model.family", "data.prompts",
     "data.eval_prompts", "data.cache", "run.out", "run.resume", "run.resume_from", "run.seed",
+    "run.replan",
 }  # fmt: skip
 """Settings that are compared by content, or say where and not what."""
 LONGEST = 60

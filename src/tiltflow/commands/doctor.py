@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from tiltflow.backbones.meta import text_encoders
-from tiltflow.build import DTYPES, adapter_settings, device_of, fake_scores
+from tiltflow.build import device_of
 from tiltflow.checks import Finding, Subject, findings
-from tiltflow.config import RunConfig, load_config
-from tiltflow.model_checks import meta_of
-from tiltflow.paths import resolve_path
-from tiltflow.planner import GIB, OVERHEAD, Job, Plan, TiltJob, plan
+from tiltflow.commands.planning import (
+    fastest,
+    is_auto,
+    plan_recipe,
+    sentence,
+    with_checkpointing,
+)
+from tiltflow.config import load_config
+from tiltflow.planner import GIB, OVERHEAD, Plan
 
 PACKAGES = ("tiltflow", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -59,7 +62,12 @@ def examine(
             f"{groups}{order}"
         )
         if cfg.model.path != "mixture" and not {"model", "weights", "adapters"} & set(failed):
-            show_plan(plan_recipe(cfg), memory or device_memory(), console)
+            have = memory or device_memory()
+            if is_auto(cfg):
+                parts, made = fastest(cfg, None if have is None else have * GIB)
+                console.print(sentence(parts, made, None if have is None else have * GIB))
+                cfg = with_checkpointing(cfg, parts)
+            show_plan(plan_recipe(cfg), have, console)
         if len(failed) == 1:
             raise ValueError(next(str(finding.error) for finding in failed.values()))
         if failed:
@@ -72,43 +80,6 @@ def _verdict(finding: Finding) -> str:
     if finding.error is None:
         return "ok"
     return f"not yet: {finding.error}" if finding.note else str(finding.error)
-
-
-def plan_recipe(cfg: RunConfig) -> Plan:
-    """What a recipe will hold in memory, from configurations alone.
-
-    Raises:
-        ValueError: if there is no directory of the pipeline and it is no published one.
-    """
-    model = cfg.model
-    make = partial(meta_of, cfg)
-    backbone = make()
-    lora = cfg.adapters.kind == "lora"
-    settings = adapter_settings(cfg, backbone) if lora else None
-    tilt = None
-    if cfg.stage == "tilt":
-        backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
-        chunk = cfg.tilt.decode_chunk or cfg.train.micro
-        steps = cfg.tilt.reward_steps if backprop else 0
-        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings)
-    chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
-    job = Job(
-        batch=cfg.train.batch_size,
-        micro=cfg.train.micro,
-        steps=cfg.sampler.steps,
-        guidance=backbone.guidance if model.guidance is None else model.guidance,
-        consistency=chosen.consistency > 0,
-        adapters=settings,
-        checkpointing=model.checkpointed,
-        tilt=tilt,
-        fused=cfg.run.device != "cpu",
-        boundaries=fake_scores(cfg),
-        keep_graph=cfg.stage == "cold_start" and cfg.cold_start.keep_graph,
-    )
-    encoders = sum(
-        p.numel() for e in text_encoders(resolve_path(model.path)).values() for p in e.parameters()
-    )
-    return plan(make, job, encoders * DTYPES[model.dtype].itemsize)
 
 
 def device_memory() -> float | None:

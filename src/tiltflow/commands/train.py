@@ -19,6 +19,7 @@ from tiltflow.checkpoint import load_checkpoint
 from tiltflow.checks import check_run
 from tiltflow.commands.export import export_checkpoint
 from tiltflow.commands.failures import explained, resume_command
+from tiltflow.commands.planning import chosen, device_bytes, is_auto
 from tiltflow.commands.progress import progress_bar
 from tiltflow.commands.watching import build_watch, held_out, look
 from tiltflow.config import PromptSets, RunConfig, dump_config
@@ -101,7 +102,9 @@ def _run(
     def say(line: str) -> None:
         console.print(line, style="dim", markup=False)
 
-    build = build_stage(cfg, say, sets=sets, ranks=ranks)
+    memory = device_bytes(device_of(cfg.run.device)) if is_auto(cfg) else None
+    planned = chosen(cfg, out, start is not None, memory, ranks, say)
+    build = build_stage(planned, say, sets=sets, ranks=ranks)
     few_step = build.stage.roles.state().get("few_step")
     settings = LoopSettings(
         steps=cfg.train.steps,

@@ -1,0 +1,192 @@
+"""What a recipe holds in memory, and `model.gradient_checkpointing=auto`: the fastest plan that
+fits the device, kept in the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.backbones.meta import text_encoders
+from tiltflow.build import DTYPES, adapter_settings, fake_scores
+from tiltflow.config import RunConfig
+from tiltflow.config_schema import AUTO, CHECKPOINTED
+from tiltflow.disk import write_whole
+from tiltflow.distributed import Ranks
+from tiltflow.model_checks import meta_of
+from tiltflow.paths import resolve_path
+from tiltflow.planner import GIB, Job, Plan, TiltJob, plan
+
+
+def plan_recipe(cfg: RunConfig) -> Plan:
+    """What a recipe will hold in memory, from configurations alone.
+
+    Raises:
+        ValueError: if there is no directory of the pipeline and it is no published one.
+    """
+    model = cfg.model
+    make = partial(meta_of, cfg)
+    backbone = make()
+    lora = cfg.adapters.kind == "lora"
+    settings = adapter_settings(cfg, backbone) if lora else None
+    tilt = None
+    if cfg.stage == "tilt":
+        backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
+        chunk = cfg.tilt.decode_chunk or cfg.train.micro
+        steps = cfg.tilt.reward_steps if backprop else 0
+        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings)
+    chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
+    job = Job(
+        batch=cfg.train.batch_size,
+        micro=cfg.train.micro,
+        steps=cfg.sampler.steps,
+        guidance=backbone.guidance if model.guidance is None else model.guidance,
+        consistency=chosen.consistency > 0,
+        adapters=settings,
+        checkpointing=model.checkpointed,
+        tilt=tilt,
+        fused=cfg.run.device != "cpu",
+        boundaries=fake_scores(cfg),
+        keep_graph=cfg.stage == "cold_start" and cfg.cold_start.keep_graph,
+    )
+    encoders = sum(
+        p.numel() for e in text_encoders(resolve_path(model.path)).values() for p in e.parameters()
+    )
+    return plan(make, job, encoders * DTYPES[model.dtype].itemsize)
+
+
+FILE = "plan.json"
+USED = 0.95
+"""Of a device's memory, what a plan may take by its own count."""
+
+
+def device_bytes(device: torch.device) -> float | None:
+    """The memory of a run's device; None where it is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu":
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
+def is_auto(cfg: RunConfig) -> bool:
+    return cfg.model.gradient_checkpointing == AUTO
+
+
+def with_checkpointing(cfg: RunConfig, parts: tuple[str, ...]) -> RunConfig:
+    """The config with these parts recomputed, checked as a whole again."""
+    other = "tilt" if cfg.stage == "cold_start" else "cold_start"
+    values = cfg.model_dump(mode="json", exclude={other})
+    values["model"]["gradient_checkpointing"] = list(parts)
+    return RunConfig.model_validate_json(json.dumps(values))
+
+
+def choices(cfg: RunConfig) -> Iterator[tuple[str, ...]]:
+    """What may be recomputed, the least work first; what the rest of the config refuses left out.
+
+    The work is counted in passes of the network: of stage 1 the fake score's three an iteration and
+    the generator's one in `generator_every`; of stage 2 the fake score's three an update and one a
+    trained step of the generator. The decoder is less than a pass.
+    """
+    if cfg.stage == "cold_start":
+        work = {"fake_score": 3.0, "generator": 1 / cfg.cold_start.generator_every}
+    else:
+        steps = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
+        work = {"decoder": 0.5, "generator": steps, "fake_score": 3.0 * cfg.tilt.fake_score_updates}
+    found = [parts for n in range(len(work) + 1) for parts in combinations(sorted(work), n)]
+    for parts in sorted(found, key=lambda each: sum(work[part] for part in each)):
+        try:
+            with_checkpointing(cfg, parts)
+        except ValueError:
+            continue
+        yield parts
+
+
+def fastest(
+    cfg: RunConfig, memory: float | None, planned: Callable[[RunConfig], Plan] = plan_recipe
+) -> tuple[tuple[str, ...], Plan | None]:
+    """The parts to recompute in `memory` bytes, and the plan; all where memory is not known.
+
+    Where nothing fits, the choice is the one that needs least: the run may be lucky, and the
+    message of a run that is not says what else helps.
+    """
+    if cfg.model.path == "mixture":
+        return (), None
+    every = tuple(part for part in CHECKPOINTED if part != "decoder" or cfg.stage == "tilt")
+    if memory is None:
+        return every, None
+    made = None
+    for parts in choices(cfg):
+        made = planned(with_checkpointing(cfg, parts))
+        if made.fits(USED * memory):
+            return parts, made
+    return every, made
+
+
+def chosen(
+    cfg: RunConfig,
+    out: Path,
+    goes_on: bool,
+    memory: float | None,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> RunConfig:
+    """The config as it is built: `auto` replaced by the run's plan, or by a new one, in one line.
+
+    A run that goes on has the plan that it began with, so that its numbers are the same.
+
+    Raises:
+        ValueError: if that needs more memory than the device has, unless `run.replan`.
+    """
+    if not is_auto(cfg):
+        return cfg
+    kept = _kept(out) if goes_on else None
+    if kept is not None and not _too_large(kept, memory):
+        return with_checkpointing(cfg, tuple(kept["gradient_checkpointing"]))
+    if kept is not None and not cfg.run.replan:
+        assert memory is not None
+        raise ValueError(
+            f"the plan of {out} needs {kept['bytes'] / GIB:.1f} GiB and this device has "
+            f"{memory / GIB:.1f} GiB: go on where it began, or give run.replan=true, which makes "
+            "another plan"
+        )
+    order = list(choices(cfg))
+    parts, made = fastest(cfg, memory)
+    parts = order[ranks.from_main(order.index(parts))] if parts in order else parts
+    again = "planned anew: " if kept is not None else ""
+    say(f"{again}{sentence(parts, made, memory)}")
+    if ranks.main:
+        size = made.peak if made is not None else 0
+        values = {"gradient_checkpointing": list(parts), "bytes": size}
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
+    return with_checkpointing(cfg, parts)
+
+
+def sentence(parts: tuple[str, ...], made: Plan | None, memory: float | None) -> str:
+    """Which plan it is, in one line."""
+    what = f"recomputes {', '.join(parts)}" if parts else "recomputes nothing"
+    if made is None or memory is None:
+        return f"gradient_checkpointing=auto {what}"
+    size, whole = made.peak / GIB, memory / GIB
+    return f"gradient_checkpointing=auto {what}: {size:.1f} GiB of the device's {whole:.1f}"
+
+
+def _kept(out: Path) -> dict[str, Any] | None:
+    """The plan that the run in `out` began with."""
+    file = out / FILE
+    if not file.is_file():
+        return None
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
+
+
+def _too_large(kept: dict[str, Any], memory: float | None) -> bool:
+    return memory is not None and kept["bytes"] > memory

@@ -1,0 +1,116 @@
+"""`model.gradient_checkpointing=auto`: which plan, kept in the run, refused where it is too big."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from tiltflow.checkpoint import load_checkpoint
+from tiltflow.commands import planning
+from tiltflow.commands.planning import choices, chosen, fastest
+from tiltflow.commands.train import run_training
+from tiltflow.config import RunConfig, load_config
+from tiltflow.distributed import ALONE
+from tiltflow.planner import GIB, OVERHEAD, Plan
+
+Tiny = Callable[[str], Path]
+SIZES = {"decoder": 2 * GIB, "generator": 4 * GIB, "fake_score": 8 * GIB}
+
+
+def config(*more: str, stage: str = "cold_start") -> RunConfig:
+    values = ["model.gradient_checkpointing=auto", "data.prompts=x", "run.out=x", *more]
+    if stage == "tilt":
+        values += ["rewards={shapes: 1.0}", "model.few_step=y"]
+    return load_config(f"sd35m_{stage}", values)
+
+
+def planned(cfg: RunConfig) -> Plan:
+    """Each part takes its size unless it is recomputed."""
+    kept = [size for part, size in SIZES.items() if part not in cfg.model.checkpointed]
+    return Plan({"base weights": GIB}, {"iteration": sum(kept)}, 0)
+
+
+def memory(gib: float) -> float:
+    return (gib * GIB + OVERHEAD) / planning.USED
+
+
+@pytest.mark.parametrize(
+    ("stage", "gib", "parts"),
+    [
+        ("cold_start", 15, ()),
+        ("cold_start", 11.1, ("generator",)),
+        ("cold_start", 9, ("fake_score",)),
+        ("cold_start", 3.1, ("fake_score", "generator")),
+        ("cold_start", 1, ("fake_score", "generator")),
+        ("tilt", 13.1, ("decoder",)),
+        ("tilt", 1.1, ("decoder", "fake_score", "generator")),
+    ],
+)
+def test_the_least_work_that_fits_is_chosen(stage: str, gib: float, parts: tuple) -> None:
+    """Of stage 1, where the generator is differentiated once in ten iterations, it goes first."""
+    found = list(choices(config(stage=stage)))
+    assert found[0] == () and len(found) == len(set(found)) == (4 if stage == "cold_start" else 8)
+    assert set(fastest(config(stage=stage), memory(gib), planned)[0]) == set(parts)
+
+
+def test_a_base_in_8_bits_leaves_no_choice() -> None:
+    cfg = config("model.base_storage=fp8")
+    assert list(choices(cfg)) == [("fake_score", "generator")]
+
+
+def test_where_memory_is_not_known_everything_is_recomputed() -> None:
+    assert fastest(config(), None, planned) == (("fake_score", "generator"), None)
+
+
+def test_a_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a larger device it goes on as it began; on a smaller one it is refused, or planned anew
+    and said so."""
+    monkeypatch.setattr(planning, "fastest", lambda cfg, have: fastest(cfg, have, planned))
+    said: list[str] = []
+
+    def at(gib: float, goes_on: bool, *more: str) -> frozenset[str]:
+        cfg = chosen(config(*more), tmp_path, goes_on, memory(gib), ALONE, said.append)
+        return cfg.model.checkpointed
+
+    assert at(9, False) == {"fake_score"}
+    assert said == [f"gradient_checkpointing=auto recomputes fake_score: 7.0 GiB of the device's "
+                    f"{memory(9) / GIB:.1f}"]  # fmt: skip
+    assert at(100, True) == {"fake_score"} and len(said) == 1
+    with pytest.raises(ValueError, match=r"needs 7\.0 GiB and this device has .* run\.replan=true"):
+        at(1, True)
+    assert at(1, True, "run.replan=true") == {"fake_score", "generator"}
+    assert said[1].startswith("planned anew: ")
+    assert json.loads((tmp_path / "plan.json").read_text())["bytes"] == GIB + 2 * GIB
+    assert at(100, True) == {"fake_score", "generator"}
+    assert at(100, False) == frozenset()
+
+
+def test_a_run_of_auto_goes_on_bit_for_bit(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    quiet = Console(quiet=True)
+
+    def run(out: str, *more: str) -> dict[str, torch.Tensor]:
+        values = [
+            f"model.path={tiny_pipeline('sd35m')}", "model.resolution=64",
+            "model.max_sequence_length=24", "model.gradient_checkpointing=auto",
+            "train.batch_size=2", "train.micro_batch_size=2", "adapters.rank=4",
+            f"data.prompts={tmp_path / 'prompts.txt'}", "data.cache=off", "run.device=cpu",
+            f"run.out={tmp_path / out}", "cold_start.generator_every=2", "checkpoint.every=2",
+            "log.samples_every=0", *more,
+        ]  # fmt: skip
+        run_training(load_config("sd35m_cold_start", values), quiet)
+        tensors = load_checkpoint(tmp_path / out).tensors
+        return {f"{k}/{n}": v for k, table in tensors.items() for n, v in table.items()}
+
+    whole = run("whole", "train.steps=4")
+    run("parts", "train.steps=2")
+    plan = (tmp_path / "parts" / "plan.json").read_text()
+    resumed = run("parts", "train.steps=4", "run.resume=true")
+    assert (tmp_path / "parts" / "plan.json").read_text() == plan
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+    assert "gradient_checkpointing: auto" in (tmp_path / "parts" / "config.yaml").read_text()
