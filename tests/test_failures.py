@@ -37,7 +37,7 @@ class Full:
         rust = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
         plain = OSError(errno.ENOSPC, "No space left on device")
         for owner, name, error in (
-            (checkpoint, "save_file", rust),
+            (checkpoint, "save_tensors", rust),
             (checkpoint, "fsync", plain),
             (Path, "write_text", plain),
             (Path, "mkdir", plain),
