@@ -259,7 +259,7 @@ def test_a_recipe_names_a_remote_reward(tmp_path: Path) -> None:
 
 
 class Mean:
-    name, differentiable, domain = "mean", True, "images"
+    name, differentiable, domain, at_once = "mean", True, "images", None
 
     def __init__(self) -> None:
         self.batches: list[int] = []

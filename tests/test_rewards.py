@@ -64,7 +64,7 @@ def test_gate_takes_a_rounding_beyond_the_range_and_half_precision() -> None:
     ],
 )
 def test_gate_refuses_bad_scores(result: object, message: str) -> None:
-    reward = FunctionReward(lambda *_: result, "mine")  # type: ignore[arg-type, return-value]
+    reward = FunctionReward(lambda *_: result, "mine", at_once=2)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match=message):
         checked(reward, torch.zeros(2, 3, 4, 4), ["p", "q"], [{}, {}])
 
@@ -73,9 +73,8 @@ def test_a_failing_reward_is_an_error_that_names_it() -> None:
     def fails(*_: object) -> Tensor:
         raise KeyError("tag")
 
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(ValueError, match="^reward 'mine' failed on 'p': KeyError: 'tag'$"):
         checked(FunctionReward(fails, "mine"), torch.zeros(1, 3, 4, 4), ["p"], [{}])
-    assert "'mine'" in caught.value.__notes__[0]
 
 
 def test_gate_demands_the_promised_gradient() -> None:

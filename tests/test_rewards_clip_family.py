@@ -109,7 +109,7 @@ def test_hpsv2_is_the_cosine_of_the_checkpoint(
 def test_pickscore_is_the_scaled_logit(clip_path: str, images: Tensor) -> None:
     square = images[..., :16, :16]
     reward = load_reward("pickscore", path=clip_path)
-    scores = assert_rows_do_not_mix(reward, square, PROMPTS, atol=1e-4)
+    scores = assert_rows_do_not_mix(reward, square, PROMPTS)
     model = CLIPModel.from_pretrained(clip_path).eval()
     tokens = CLIPTokenizer.from_pretrained(clip_path)(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():

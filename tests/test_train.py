@@ -238,6 +238,9 @@ def broken(images, prompts, metadata):
     return scores
 
 
+broken.at_once = 2  # type: ignore[attr-defined]
+
+
 def test_a_reward_that_is_nan_stops_the_run(
     pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
 ) -> None:

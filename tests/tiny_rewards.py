@@ -88,15 +88,30 @@ def assert_rows_do_not_mix(
     images: Tensor,
     prompts: Sequence[str],
     metadata: Sequence[Metadata] | None = None,
-    atol: float = 1e-5,
+    sizes: Sequence[int] = (2, 3, 5, 9),
 ) -> Tensor:
-    """A batch of n scores what n batches of one do; the scores."""
+    """A batch of n scores what n batches of one do, to the last bit, whatever the row's place and
+    company; so does a batch with a gradient, and each gradient is that of its row alone; the scores.
+    """
     metadata = metadata or [{}] * len(prompts)
-    whole = checked(reward, images, prompts, metadata).detach()
-    rows = zip(images, prompts, metadata, strict=True)
-    single = [checked(reward, x[None], [p], [m]).detach() for x, p, m in rows]
-    torch.testing.assert_close(whole, torch.cat(single), atol=atol, rtol=1e-5)
-    return whole
+
+    def scored(rows: Sequence[int], gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+        x = images[list(rows)].requires_grad_(gradient)
+        scores = checked(reward, x, [prompts[i] for i in rows], [metadata[i] for i in rows])
+        (slope,) = torch.autograd.grad(scores.sum(), x) if gradient else (None,)
+        return scores.detach(), slope
+
+    single = torch.cat([scored([i])[0] for i in range(len(prompts))])
+    alone = [scored([i], True)[1] for i in range(len(prompts))] if reward.differentiable else []
+    for n in sizes:
+        for shift in (0, 1):
+            rows = [(i + shift) % len(prompts) for i in range(n)]
+            assert torch.equal(scored(rows)[0], single[rows]), f"{n} rows from {shift}"
+        if reward.differentiable:
+            scores, slope = scored(rows, True)
+            assert torch.equal(scores, single[rows]), f"{n} rows with a gradient"
+            assert torch.equal(slope, torch.cat([alone[i] for i in rows])), f"gradients of {n} rows"
+    return single
 
 
 def assert_gradient(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 
-def first_sentence(error: Exception) -> str:
+def first_sentence(error: BaseException) -> str:
     """The first sentence of an error's message, on one line and without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

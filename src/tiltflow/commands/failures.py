@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 
-import torch
-
+from tiltflow.allocation import out_of_memory
 from tiltflow.checkpoint import latest_step
 from tiltflow.config import RunConfig
 from tiltflow.config_schema import CHECKPOINTED
@@ -41,16 +40,6 @@ def explained(cfg: RunConfig, ranks: int) -> Iterator[None]:
         raise OSError(
             f"{error.strerror or reason} ({place}); {_left(Path(cfg.run.out))}"
         ) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is an allocator's: the accelerator's, Python's, or torch's for main memory.
-
-    The last is a plain RuntimeError, known by its text alone.
-    """
-    texts = ("can't allocate memory", "not enough memory")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(text in str(error) for text in texts)
 
 
 def memory_advice(cfg: RunConfig, ranks: int) -> str:

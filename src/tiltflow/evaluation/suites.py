@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tiltflow.evaluation.scores import PromptLike
 from tiltflow.paths import nearest
-from tiltflow.rewards.geneval_rules import scene_of
-from tiltflow.rewards.ocr import quoted_text
-from tiltflow.rewards.shapes import caption_of
+from tiltflow.rewards.fitting import check_prompts_fit
 
 PREFERENCE = ("clipscore", "pickscore", "hpsv2", "aesthetic", "image_reward")
 """What general prompts are scored by: agreement with the text, and models of human preference."""
@@ -19,14 +17,12 @@ PREFERENCE = ("clipscore", "pickscore", "hpsv2", "aesthetic", "image_reward")
 class Suite:
     """`prompts` is a packaged set, or None where the user brings the file; `rewards` are names.
 
-    `needs` are keys that the metadata of every prompt must have; `read` is how the suite's rewards
-    read a prompt, with a ValueError if they cannot.
+    `needs` are keys that the metadata of every prompt must have.
     """
 
     prompts: str | None
     rewards: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    read: Callable[[PromptLike], object] | None = None
 
     def check(self, prompts: Sequence[PromptLike]) -> None:
         """Passes prompts that the suite's rewards can score.
@@ -41,33 +37,17 @@ class Suite:
                     f"prompt {number} ({prompt.text!r}) has no {lacking[0]!r}, which this suite "
                     f"scores by: give its metadata file (.jsonl with {', '.join(self.needs)})"
                 )
-            try:
-                if self.read is not None:
-                    self.read(prompt)
-            except ValueError as error:
-                raise ValueError(f"prompt {number}: {error}") from error
-
-
-def _questions(prompt: PromptLike) -> object:
-    from tiltflow.rewards.geneval2 import questions_of  # seconds to import, for this suite alone
-
-    return questions_of(prompt.metadata, prompt.text)
+        check_prompts_fit(self.rewards, prompts)
 
 
 SUITES = {
     "drawbench": Suite(None, PREFERENCE),
     "pickapic": Suite(None, PREFERENCE),
     "hpsv3": Suite(None, ("hpsv3",)),
-    "geneval": Suite(
-        None, ("geneval",), needs=("tag", "include"), read=lambda p: scene_of(p.metadata, p.text)
-    ),
-    "geneval2": Suite(None, ("geneval2",), needs=("vqa_list",), read=_questions),
-    "ocr": Suite(None, ("ocr",), read=lambda p: quoted_text(p.text)),
-    "shapes": Suite(
-        "shapes-heldout",
-        ("shapes", "clipscore", "clipscore_heldout"),
-        read=lambda p: caption_of(p.text, p.metadata),
-    ),
+    "geneval": Suite(None, ("geneval",), needs=("tag", "include")),
+    "geneval2": Suite(None, ("geneval2",), needs=("vqa_list",)),
+    "ocr": Suite(None, ("ocr",)),
+    "shapes": Suite("shapes-heldout", ("shapes", "clipscore", "clipscore_heldout")),
 }
 
 

@@ -44,9 +44,11 @@ class Aesthetic:
         *,
         clip: str = VIT_L_14,
         file: str = PREDICTOR_FILE,
+        at_once: int | None = None,
     ) -> None:
         weights = read_state_dict(weights_file(path, file))
-        self.clip = CLIPScore(clip, device, self.name)
+        self.clip = CLIPScore(clip, device, self.name, at_once=at_once)
+        self.at_once = self.clip.at_once
         named = {key.removeprefix("layers."): value.float() for key, value in weights.items()}
         head = scoring_mlp(self.clip.model.config.projection_dim)
         load_exactly(head, named, "the aesthetic predictor")

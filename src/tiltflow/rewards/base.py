@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from tiltflow.allocation import out_of_memory
+from tiltflow.interruption import Stopped
 from tiltflow.paths import nearest
 from tiltflow.remote_address import REMOTE, remote_settings
+from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
+from tiltflow.rewards.own import dotted, failure, imported, made
 
 ENTRY_POINTS = "tiltflow.rewards"
 RANGE_TOLERANCE = 1e-3  # decoders clamp to [0, 1]; a bf16 round trip may leave it by this much
@@ -26,10 +29,18 @@ class NonFiniteScore(ValueError):
     """A reward gave, or was given, a number that is NaN or infinite."""
 
 
+class RewardFailed(ValueError):
+    """A reward raised something other than a ValueError: its own fault, not its input's."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Scores images: (B, 3, H, W) floats in [0, 1], prompts and metadata to (B,) fp32, more is
     better. `differentiable` says that gradients flow from the scores to the images.
+
+    `at_once` is how many images it is called with, always: 1 where it does not say. None: as many
+    as there are, for a reward that sees to it itself that no score depends on the others' images
+    (`at_once_of` has the whole rule).
 
     A reward of points instead of images ((B, D), any range) says so with `domain = "points"`. One
     that waits for another machine says `elsewhere = True`: training calls it from another thread
@@ -54,6 +65,7 @@ class FunctionReward:
         differentiable: bool = False,
         domain: str = "images",
         elsewhere: bool = False,
+        at_once: int | None = None,
     ) -> None:
         if domain not in ("images", "points"):
             raise ValueError(f"reward {name!r}: domain must be images or points, not {domain!r}")
@@ -64,11 +76,34 @@ class FunctionReward:
         self.differentiable = differentiable
         self.domain = domain
         self.elsewhere = elsewhere
+        if at_once is not None:
+            self.at_once = _sensible(name, at_once)
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:
         return self.function(images, prompts, metadata)
+
+
+def at_once_of(reward: Reward) -> int | None:
+    """How many images `checked` calls a reward with; None: as many as there are.
+
+    What `reward.at_once` says. Where it says nothing: 1, so that a score is a function of its own
+    image and prompt by construction; but None for points, and for a reward elsewhere.
+
+    Raises:
+        ValueError: if it says something else than None or a whole number from 1.
+    """
+    whole = getattr(reward, "domain", "images") == "points" or getattr(reward, "elsewhere", False)
+    said = getattr(reward, "at_once", None if whole else 1)
+    return None if said is None else _sensible(reward.name, said)
+
+
+def _sensible(name: str, given: object) -> int:
+    try:
+        return checked_at_once(given)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
 
 
 def checked(
@@ -79,34 +114,56 @@ def checked(
 ) -> Tensor:
     """The reward's scores (B,) fp32, on the device of `images`; every caller goes through here.
 
-    Images of any float precision are handed over in fp32. A reward that is not differentiable
-    runs without gradients. A reward that fails is an error, never a score of 0 (METHOD §8).
+    Images of any float precision are handed over in fp32, as copies, exactly as many at a time as
+    `at_once_of` says. A score is a function of its image and prompt alone, to the last bit: a batch
+    of n gives what n batches of one give. A reward that is not differentiable runs without
+    gradients. A reward that fails is an error, never a score of 0 (METHOD §8).
 
     Raises:
         ValueError: if images, prompts or metadata disagree in length, an image has the wrong
             shape, is not finite or leaves [0, 1] by more than 1e-3, or the scores are not (B,)
-            finite floats that carry the promised gradient. The message names the reward and
-            the first offending prompt; so do errors that the reward itself raises.
+            finite floats that carry the promised gradient and no other. The message names the
+            reward and the first offending prompt; so do errors that the reward itself raises.
+            RewardFailed, which is one, if it raises anything but a ValueError. Running out of
+            memory, being stopped and being interrupted pass as they are.
     """
     domain = getattr(reward, "domain", "images")
     _check_shapes(reward.name, domain, images, prompts, metadata)
     _check_values(reward.name, domain, images, prompts)
-    images = images.float()
-    try:
-        if reward.differentiable:
-            scores = reward(images, prompts, metadata)
-        else:
-            with torch.no_grad():
-                scores = reward(images.detach(), prompts, metadata)
-    except ValueError as error:
-        raise ValueError(f"reward {reward.name!r}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while reward {reward.name!r} scored {len(prompts)} images")
-        raise
-    scores = _check_scores(reward, images, prompts, scores)
+    promised = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
+    images = (images if promised else images.detach()).float()
+    size = at_once_of(reward) or max(len(images), 1)
+
+    def score(block: Tensor, texts: Sequence[str], about: Sequence[Metadata]) -> Tensor:
+        with torch.set_grad_enabled(promised):
+            return _check_scores(reward, block, texts, _called(reward, block, texts, about))
+
+    scores = in_fixed_batches(score, size, images, prompts, metadata)
     problem = f"reward {reward.name!r} gave a non-finite score"
     _refuse(~torch.isfinite(scores.detach()), prompts, problem, NonFiniteScore)
     return scores
+
+
+def _called(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> object:
+    """What the reward gives; what it raises, as one sentence with its name and the prompt."""
+    try:
+        return reward(images, prompts, metadata)
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as error:
+        if out_of_memory(error):
+            error.add_note(f"while reward {reward.name!r} scored {len(prompts)} images")
+            raise
+        others = len(set(prompts)) - 1
+        place = f"{prompts[0]!r}{f' and {others} more' if others else ''}" if prompts else "nothing"
+        if not isinstance(error, ValueError):
+            what = f"reward {reward.name!r} failed on {place}: {failure(error)}"
+            raise RewardFailed(what) from error
+        named = getattr(reward, "elsewhere", False) or any(repr(p) in str(error) for p in prompts)
+        where = "" if named else f" on {place}"
+        raise ValueError(f"reward {reward.name!r}{where}: {error}") from error
 
 
 def _check_shapes(
@@ -144,14 +201,18 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
     assert isinstance(scores, Tensor)
     if scores.shape != (len(prompts),) or not scores.is_floating_point():
         raise ValueError(f"{start}, got {tuple(scores.shape)} {_dtype(scores)}")
-    scores = scores.to(images.device, torch.float32)
-    promised = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
+    promised = images.requires_grad and torch.is_grad_enabled()
     if promised and not scores.requires_grad:
         raise ValueError(
             f"reward {reward.name!r} says that it is differentiable, "
             "but its scores carry no gradient"
         )
-    return scores
+    if scores.requires_grad and not promised:
+        raise ValueError(
+            f"reward {reward.name!r} gave scores that require a gradient where none was asked for: "
+            "detach what it returns"
+        )
+    return scores.to(images.device, torch.float32)
 
 
 def _refuse(
@@ -182,9 +243,9 @@ def _clipscore(
 ) -> Reward:
     from tiltflow.rewards.clip_family import CLIPScore
 
-    _only(name, options, ())
+    _only(name, options, ("at_once",))
     default = "packaged:clip_heldout" if name == "clipscore_heldout" else "packaged:clip"
-    return CLIPScore(path or default, device=device, name=name)
+    return CLIPScore(path or default, device=device, name=name, **options)
 
 
 PUBLISHED = {
@@ -204,13 +265,14 @@ def _published(
     name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
 ) -> Reward:
     module, _, kind = PUBLISHED[name].partition(":")
-    made = getattr(importlib.import_module(f"tiltflow.rewards.{module}"), kind)
-    takes = inspect.signature(made).parameters
+    published = getattr(importlib.import_module(f"tiltflow.rewards.{module}"), kind)
+    takes = inspect.signature(published).parameters
     _only(name, options, [key for key in takes if key not in ("path", "device")])
     if "path" not in takes:
         _no_path(name, path)
     try:
-        reward: Reward = made(**({} if path is None else {"path": path}), device=device, **options)
+        places = {} if path is None else {"path": path}
+        reward: Reward = published(**places, device=device, **options)
     except ValueError as error:
         start = f"reward {name!r}"
         raise ValueError(str(error) if start in str(error) else f"{start}: {error}") from error
@@ -248,9 +310,9 @@ def load_reward(
     `remote:http://HOST:PORT/NAME` for one behind a reward server.
 
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
-    -> (B,)`, which may have attributes `differentiable`, `domain` and `elsewhere` (options replace
-    them), or to a class, which is called with `device`, the options and, when given, `path`, and
-    whose instances are rewards. `path` is where the weights are: a directory, a hub id or
+    -> (B,)`, which may have attributes `differentiable`, `domain`, `elsewhere` and `at_once`
+    (options replace them), or to a class, which is called with `device`, the options and, when
+    given, `path`, and whose instances are rewards. `path` is where the weights are: a directory, a hub id or
     `packaged:NAME`.
 
     Raises:
@@ -262,16 +324,32 @@ def load_reward(
         return BUILTIN[name](name, path, device, options)
     if name.startswith(REMOTE):
         return _remote(name, path, options)
-    if ":" in name:
-        return _from_target(_dotted(name), name, path, device, options)
-    points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name in points:
-        return _from_target(points[name].load(), name, path, device, options)
-    known = sorted({*BUILTIN, *points})
-    raise ValueError(
-        f"there is no reward {name!r}{nearest(name, known)} "
-        "(a reward of your own is 'package.module:function')"
-    )
+    return _from_target(target_of(name), name, path, device, options)
+
+
+def target_of(name: str) -> Callable[..., Any]:
+    """The function or class that a dotted path or an entry point leads to.
+
+    Raises:
+        ValueError: if there is none (names the nearest reward), it cannot be imported, or it is
+            neither.
+    """
+    target = dotted(name) if ":" in name else _entry(name)
+    if not callable(target):
+        raise ValueError(f"reward {name!r} is neither a function nor a class")
+    return target
+
+
+def _entry(name: str) -> object:
+    points: dict[str, EntryPoint] = {p.name: p for p in entry_points(group=ENTRY_POINTS)}
+    if name not in points:
+        known = sorted({*BUILTIN, *points})
+        raise ValueError(
+            f"there is no reward {name!r}{nearest(name, known)} "
+            "(a reward of your own is 'package.module:function')"
+        )
+    target: object = imported(name, points[name].value, points[name].load)
+    return target
 
 
 def _remote(name: str, path: str | None, options: Mapping[str, Any]) -> Reward:
@@ -282,24 +360,8 @@ def _remote(name: str, path: str | None, options: Mapping[str, Any]) -> Reward:
     return RemoteReward(name, settings)
 
 
-def _dotted(name: str) -> object:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"reward {name!r}: cannot import {module_name!r}: {error}") from error
-    try:
-        target: object = functools.reduce(getattr, attribute.split("."), module)
-    except AttributeError:
-        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise ValueError(
-            f"reward {name!r}: {module_name!r} has no {attribute!r}{nearest(attribute, public)}"
-        ) from None
-    return target
-
-
 def _from_target(
-    target: object,
+    target: Callable[..., Any],
     name: str,
     path: str | None,
     device: str | torch.device,
@@ -307,17 +369,12 @@ def _from_target(
 ) -> Reward:
     if isinstance(target, type):
         places = {} if path is None else {"path": path}
-        try:
-            reward = target(device=device, **places, **options)
-        except TypeError as error:  # arguments that its constructor does not take
-            raise ValueError(f"reward {name!r}: {error}") from error
+        reward = made(name, target, device=device, **places, **options)
         if not isinstance(reward, Reward):
             raise ValueError(f"reward {name!r} needs a name, differentiable and a call")
         return reward
-    if not callable(target):
-        raise ValueError(f"reward {name!r} is neither a function nor a class")
     _no_path(name, path)
-    known = ("differentiable", "domain", "elsewhere")
+    known = ("differentiable", "domain", "elsewhere", "at_once")
     _only(name, options, known)
     said = {key: getattr(target, key) for key in known if hasattr(target, key)}
     return FunctionReward(target, name, **(said | dict(options)))

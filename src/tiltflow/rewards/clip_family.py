@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.batches import images_at_once, in_fixed_batches
 from tiltflow.sentences import first_sentence
 
 BICUBIC = 3  # PIL's number for it, as processor configurations hold it
@@ -119,7 +120,8 @@ class CLIPScore:
     `path` is a directory, a hub id or `packaged:NAME` that holds a `CLIPModel`, its tokenizer and
     its `preprocessor_config.json`; the last two come from `processor` where that is given, and
     the first from `model`. Prompts longer than the text tower's context (77 tokens for the
-    published models) are cut there, as is the convention.
+    published models) are cut there, as is the convention. Exactly `at_once` images are in the model
+    at a time, and one text (`batches.images_at_once` has the default).
 
     Raises:
         ValueError: if any of the three cannot be loaded, or they do not fit together.
@@ -136,6 +138,7 @@ class CLIPScore:
         *,
         processor: str | None = None,
         model: CLIPModel | None = None,
+        at_once: int | None = None,
     ) -> None:
         self.name = name
         words = resolve_path(processor or path)
@@ -172,6 +175,7 @@ class CLIPScore:
                 f"{len(self.tokenizer)} tokens, "
                 f"its model {text.vocab_size}"
             )
+        self.at_once = images_at_once(at_once, self.model)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
@@ -181,8 +185,11 @@ class CLIPScore:
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D) fp32 of images (B, 3, H, W) in [0, 1]; differentiable."""
+        return in_fixed_batches(self._seen, self.at_once, images.to(self.device, torch.float32))
+
+    def _seen(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            pixels = self.preprocessing(images.to(self.device, torch.float32))
+            pixels = self.preprocessing(images)
             return F.normalize(self.model.get_image_features(pixels).pooler_output, dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -199,18 +206,22 @@ class CLIPScore:
         return torch.stack([found[p] for p in prompts])
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> Tensor:
-        # Always padded to the context, so that a prompt's features do not depend on its company.
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.context,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        with torch.autocast(self.device.type, enabled=False):
-            features = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
-            return F.normalize(features.pooler_output, dim=-1)
+    def _encode(self, prompts: list[str]) -> list[Tensor]:
+        # Each alone, and padded to the context: which others are missing is a matter of history,
+        # and a prompt's bits must not be.
+        found = []
+        for prompt in prompts:
+            tokens = self.tokenizer(
+                [prompt],
+                padding="max_length",
+                max_length=self.context,
+                truncation=True,
+                return_tensors="pt",
+            ).to(self.device)
+            with torch.autocast(self.device.type, enabled=False):
+                features = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
+                found.append(F.normalize(features.pooler_output, dim=-1)[0])
+        return found
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]

@@ -30,7 +30,6 @@ from tiltflow.rewards.weights import frozen
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 VIT_L_14 = "openai/clip-vit-large-patch14"
-AT_ONCE = 16  # images that go through the detector together
 GREY = 0x99 / 255  # evaluate_images.py paints what is not the object in #999
 COLOUR_PROMPTS = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")
 
@@ -61,21 +60,16 @@ class Detector:
 
     def __call__(self, images: NDArray[np.uint8], floor: float) -> list[list[Detection]]:
         """The instances with a score above `floor` in each of (B, H, W, 3) images of one size."""
-        parts = range(0, len(images), AT_ONCE)
-        return [found for i in parts for found in self._detect(images[i : i + AT_ONCE], floor)]
+        return [self._detect(image, floor) for image in images]
 
     @torch.no_grad()
-    def _detect(self, images: NDArray[np.uint8], floor: float) -> list[list[Detection]]:
-        inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
+    def _detect(self, image: NDArray[np.uint8], floor: float) -> list[Detection]:
+        # One image at a time: what is found in it must not depend on others.
+        inputs = self.processor(images=[image], return_tensors="pt").to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             outputs = self.model(**inputs)
-        size = images.shape[1:3]
-        return [
-            self._instances(classes, masks, size, floor)
-            for classes, masks in zip(
-                outputs.class_queries_logits, outputs.masks_queries_logits, strict=True
-            )
-        ]
+        classes, masks = outputs.class_queries_logits[0], outputs.masks_queries_logits[0]
+        return self._instances(classes, masks, image.shape[:2], floor)
 
     def _instances(
         self, classes: Tensor, masks: Tensor, size: tuple[int, int], floor: float
@@ -153,6 +147,7 @@ class GenEval:
     name = "geneval"
     differentiable = False
     domain = "images"
+    at_once = 1
 
     def __init__(
         self,
@@ -195,11 +190,11 @@ class GenEval:
             self._check(scene, text)
         pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         arrays = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        found = self.detector(arrays, min(scene.threshold for scene in scenes))
-        return [
-            by(scene, objects, partial(self.colours, image))
-            for scene, objects, image in zip(scenes, found, pixels.float() / 255, strict=True)
-        ]
+        verdicts = []
+        for scene, array, image in zip(scenes, arrays, pixels.float() / 255, strict=True):
+            (found,) = self.detector(array[None], scene.threshold)
+            verdicts.append(by(scene, found, partial(self.colours, image)))
+        return verdicts
 
     def _check(self, scene: Scene, prompt: str) -> None:
         for clause in (*scene.include, *scene.exclude):

@@ -67,7 +67,8 @@ class GenEval2:
 
     The chance is that of the first token, summed over the spellings. The mean is geometric, which
     estimates whether all of the prompt is there (GenEval 2's figure by prompt), or arithmetic (by
-    part of a prompt). Needs metadata with `vqa_list`. `batch` questions are asked at once.
+    part of a prompt). Needs metadata with `vqa_list`. A prompt's questions are asked together, at
+    most `batch` at once, and never with another prompt's: they are padded to the longest of them.
     Not differentiable.
 
     Raises:
@@ -77,6 +78,7 @@ class GenEval2:
     name = "geneval2"
     differentiable = False
     domain = "images"
+    at_once = 1
 
     def __init__(
         self,
@@ -118,14 +120,14 @@ class GenEval2:
     def chances(self, images: Tensor, asked: Sequence[Sequence[Question]]) -> list[Tensor]:
         """Of each image's questions the chance of the right answer, fp32 on the CPU."""
         pixels = (images.clamp(0, 1) * 255).round() / 255  # the model sees images of eight bits
-        seen = [self._look(image[None]) for image in pixels.to(self.device, torch.float32)]
-        rows = [(i, question) for i, group in enumerate(asked) for question in group]
         count = self.preprocessing.tokens(*images.shape[-2:])
-        parts = [
-            self._ask(rows[start : start + self.batch], seen, count)
-            for start in range(0, len(rows), self.batch)
-        ]
-        return list(torch.cat(parts).split([len(group) for group in asked]))
+        found = []
+        for image, questions in zip(pixels.to(self.device, torch.float32), asked, strict=True):
+            seen = self._look(image[None].clone())
+            parts = range(0, len(questions), self.batch)
+            rows = [self._ask(questions[i : i + self.batch], seen, count) for i in parts]
+            found.append(torch.cat(rows))
+        return found
 
     def _look(self, image: Tensor) -> tuple[Any, Tensor]:
         """The features of one image (1, 3, H, W), computed once for all its questions."""
@@ -133,30 +135,27 @@ class GenEval2:
         with torch.autocast(self.device.type, enabled=False):
             return self.model.model.get_image_features(patches, grid, return_dict=True), grid
 
-    def _ask(
-        self, rows: Sequence[tuple[int, Question]], seen: Sequence[tuple[Any, Tensor]], count: int
-    ) -> Tensor:
-        tokens = self.text([question.text for _, question in rows], count)
-        features = [seen[i][0] for i, _ in rows]
-        joined = type(features[0])(
-            pooler_output=[part for f in features for part in f.pooler_output],
-            deepstack_features=[
-                [part for layer in layers for part in layer]
-                for layers in zip(*(f.deepstack_features for f in features), strict=True)
-            ],
+    def _ask(self, questions: Sequence[Question], seen: tuple[Any, Tensor], count: int) -> Tensor:
+        """The chances (Q,) of the right answers to questions about one image."""
+        features, grid = seen
+        number = len(questions)
+        tokens = self.text([question.text for question in questions], count)
+        joined = type(features)(
+            pooler_output=list(features.pooler_output) * number,
+            deepstack_features=[list(layer) * number for layer in features.deepstack_features],
         )
         with torch.autocast(self.device.type, enabled=False):
             hidden = self.model.model(
                 input_ids=tokens.input_ids,
                 attention_mask=tokens.attention_mask,
                 mm_token_type_ids=tokens.types,
-                image_grid_thw=torch.cat([seen[i][1] for i, _ in rows]),
+                image_grid_thw=torch.cat([grid] * number),
                 mm_encoder_outputs={"image": joined},
                 use_cache=False,
             ).last_hidden_state
-            at = hidden[torch.arange(len(rows), device=self.device), tokens.last]
+            at = hidden[torch.arange(number, device=self.device), tokens.last]
             chances = self.model.lm_head(at).float().softmax(-1).cpu()
-        right = [sorted(self._first_tokens(question)) for _, question in rows]
+        right = [sorted(self._first_tokens(question)) for question in questions]
         return torch.stack([row[ids].sum() for row, ids in zip(chances, right, strict=True)])
 
     def _first_tokens(self, question: Question) -> set[int]:

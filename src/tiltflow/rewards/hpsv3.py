@@ -65,6 +65,13 @@ def read_instruction(path: str | None) -> tuple[str, str]:
     return before, after
 
 
+def without_token(prompt: str) -> str:
+    """The prompt; a ValueError if it holds the token at which the score is read."""
+    if REWARD_TOKEN in prompt:
+        raise ValueError(f"the prompt {prompt!r} has {REWARD_TOKEN} in it")
+    return prompt
+
+
 def reward_head(width: int) -> nn.Sequential:
     """`rm_head` of the checkpoint: width → 1024 → 16 → (mean, spread). Its dropout does nothing."""
     return nn.Sequential(
@@ -116,6 +123,7 @@ class HPSv3:
     name = "hpsv3"
     differentiable = True
     domain = "images"
+    at_once = 1  # a text is padded to the longest beside it
 
     def __init__(
         self,
@@ -150,8 +158,7 @@ class HPSv3:
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:
         for prompt in prompts:
-            if REWARD_TOKEN in prompt:
-                raise ValueError(f"the prompt {prompt!r} has {REWARD_TOKEN} in it")
+            without_token(prompt)
         count = self.preprocessing.tokens(*images.shape[-2:])
         tokens = self.text([self.before + p + self.after for p in prompts], count)
         with torch.autocast(self.device.type, enabled=False):

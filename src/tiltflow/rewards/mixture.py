@@ -15,6 +15,7 @@ class LinearReward:
     name = "linear"
     differentiable = True
     domain = "points"
+    at_once = None  # nothing is computed
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]

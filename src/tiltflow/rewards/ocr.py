@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,24 @@ from torch import Tensor
 
 from tiltflow.rewards.base import Metadata
 
-# Straight double quotes, or typographic ones. Single ones are apostrophes too often.
-QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»')
+CLOSED_BY = {'"': '"', "“": "”", "„": "“”", "«": "»"}
+"""The opening quotation marks, each with those that close it. Single ones are apostrophes too
+often."""
+PACKAGES = ("rapidocr", "onnxruntime")
+
+
+def require_packages() -> None:
+    """Raises ValueError if a package that the text is read with is not installed."""
+    for package in PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(
+                "reward 'ocr': it needs rapidocr and onnxruntime: pip install 'tiltflow[ocr]'"
+            ) from error
+
+
+_MARKS = re.compile('"+|[“”„«»]')  # doubled straight marks, as in CSV files, are one
 
 
 class OCR:
@@ -32,14 +49,12 @@ class OCR:
     name = "ocr"
     differentiable = False
     domain = "images"
+    at_once = None  # read one by one
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        try:
-            from rapidocr import RapidOCR
-        except ImportError as error:
-            raise ValueError(
-                "it needs rapidocr and onnxruntime: pip install 'tiltflow[ocr]'"
-            ) from error
+        require_packages()
+        from rapidocr import RapidOCR
+
         settings = {
             "Global.log_level": "error",
             # As PaddleOCR 2 in Flow-GRPO: no look at which way up text is, images as they are up
@@ -73,14 +88,45 @@ class OCR:
 def quoted_text(prompt: str) -> str:
     """What the prompt quotes, in order, joined by spaces.
 
+    A straight mark after a digit, outside a quotation, is an inch mark: `a 15" screen`. One after
+    a digit inside a quotation ends it.
+
     Raises:
-        ValueError: if it quotes nothing that has a letter, digit or sign in it.
+        ValueError: if it quotes nothing that has a letter, digit or sign in it, or a mark has no
+            partner, so that nobody can tell what is quoted.
     """
-    texts = ["".join(groups).strip() for groups in QUOTED.findall(prompt)]
-    text = " ".join(filter(None, texts))
+    text = " ".join(filter(None, (part.strip() for part in _quotations(prompt))))
     if not text:
         raise ValueError(f'the prompt {prompt!r} has no "quoted text" to look for')
     return text
+
+
+def _quotations(prompt: str) -> list[str]:
+    found: list[str] = []
+    inside: str | None = None  # the mark that opened a quotation, and where its text begins
+    begin = 0
+    for match in _MARKS.finditer(prompt):
+        mark, at = match[0][0], match.start()
+        if inside is not None:
+            if mark in CLOSED_BY[inside]:
+                found.append(prompt[begin:at])
+                inside = None
+        elif mark in '"”' and prompt[:at][-1:].isdigit():
+            continue  # inches
+        elif mark in CLOSED_BY:
+            inside, begin = mark, match.end()
+        else:
+            raise _unpaired(prompt, mark)
+    if inside is not None:
+        raise _unpaired(prompt, inside)
+    return found
+
+
+def _unpaired(prompt: str, mark: str) -> ValueError:
+    return ValueError(
+        f"the prompt {prompt!r} has a quotation mark {mark} without a partner, so it cannot be "
+        "told what it quotes (inches may be written 15-inch or 15″)"
+    )
 
 
 def text_score(read: str, target: str) -> float:

@@ -39,8 +39,9 @@ class PickScore(CLIPScore):
         *,
         processor: str | None = None,
         normalised: bool = False,
+        at_once: int | None = None,
     ) -> None:
-        super().__init__(path, device, "pickscore", processor=processor)
+        super().__init__(path, device, "pickscore", processor=processor, at_once=at_once)
         self.scale = float(self.model.logit_scale.exp()) / (PICKSCORE_NORM if normalised else 1)
 
     def __call__(
@@ -67,10 +68,11 @@ class HPSv2(CLIPScore):
         *,
         base: str = VIT_H_14,
         file: str = HPSV2_FILE,
+        at_once: int | None = None,
     ) -> None:
         try:
             config = CLIPConfig.from_pretrained(resolve_path(base))
         except OSError as error:
             raise ValueError(f"there is no CLIP at {base!r}") from error
         model = clip_from_open_clip(read_state_dict(weights_file(path, file)), config)
-        super().__init__(path, device, "hpsv2", processor=base, model=model)
+        super().__init__(path, device, "hpsv2", processor=base, model=model, at_once=at_once)

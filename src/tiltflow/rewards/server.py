@@ -22,7 +22,7 @@ import torch
 from tiltflow.background import Background
 from tiltflow.paths import nearest
 from tiltflow.reward_limits import IMAGE_PIXELS, Limits
-from tiltflow.rewards.base import Reward, checked
+from tiltflow.rewards.base import Reward, RewardFailed, checked
 from tiltflow.rewards.wire import TOKEN_VARIABLE, given_token, read_batch
 from tiltflow.sentences import printable
 
@@ -103,6 +103,9 @@ class Scorer:
                     images = batch.images(rows).to(self.device)
                     about = batch.prompts[rows], batch.metadata[rows]
                     parts.append(checked(self.rewards[name], images, *about).cpu())
+        except RewardFailed as error:  # its own fault, which another attempt may not meet
+            log.exception("reward %r failed", name)
+            raise Refusal(500, str(error)) from error
         except ValueError as error:
             raise Refusal(422, str(error)) from error
         except Exception as error:  # whatever a reward does, the server serves on and says so

@@ -27,6 +27,7 @@ class ShapesReward:
 
     differentiable = False
     domain = "images"
+    at_once = None  # read one by one
 
     def __init__(self, soft: bool = False) -> None:
         self.soft = soft

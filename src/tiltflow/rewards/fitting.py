@@ -1,0 +1,128 @@
+"""Rewards held against what they will be asked for, before anything is loaded: their code, the
+packages they need, and the prompts they are to score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from tiltflow.rewards.base import BUILTIN, REMOTE, Metadata, target_of
+
+SHOWN = 3
+"""Prompts that an error names besides the first."""
+
+Reads = Callable[[str, Metadata], object]
+"""Reads a prompt's text and metadata as a reward does; raises ValueError where it cannot."""
+
+
+class PromptLike(Protocol):
+    """A prompt's text and what else is known about it."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def metadata(self) -> Mapping[str, object]: ...
+
+
+def check_reward_imports(names: Iterable[str]) -> None:
+    """Passes rewards whose code and packages are there; no weight is loaded, no server asked.
+
+    Raises:
+        ValueError: naming the first reward of which there is none, or that cannot be imported.
+    """
+    for name in names:
+        if name == "ocr":
+            from tiltflow.rewards.ocr import require_packages
+
+            require_packages()
+        elif name not in BUILTIN and not name.startswith(REMOTE):
+            target_of(name)
+
+
+def check_prompts_fit(rewards: Iterable[str], prompts: Sequence[PromptLike]) -> None:
+    """Passes prompts that all of these rewards can score. Every prompt is read by every reward that
+    needs more of it than a text.
+
+    A function or class of one's own says what it needs by an attribute `reads`, a function
+    `(text, metadata)` that raises a ValueError. What a reward server needs is not known here.
+
+    Raises:
+        ValueError: naming the first prompt by number and text, and the next by their numbers.
+    """
+    for name in rewards:
+        reads = _reads(name)
+        if reads is None:
+            continue
+        bad = [number for number, prompt in enumerate(prompts, 1) if _problem(reads, prompt)]
+        if bad:
+            first = f"prompt {bad[0]}: {_problem(reads, prompts[bad[0] - 1])}"
+            raise ValueError(f"reward {name!r} cannot score {first}{_others(bad)}")
+
+
+def _problem(reads: Reads, prompt: PromptLike) -> ValueError | None:
+    try:
+        reads(prompt.text, prompt.metadata)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _others(bad: Sequence[int]) -> str:
+    if len(bad) == 1:
+        return ""
+    shown = ", ".join(map(str, bad[1 : 1 + SHOWN]))
+    more = ", …" if len(bad) > 1 + SHOWN else ""
+    return f" (nor {len(bad) - 1} other{'s' if len(bad) > 2 else ''}: {shown}{more})"
+
+
+def _reads(name: str) -> Reads | None:
+    """How a reward reads a prompt; None where any text will do, or nobody here knows."""
+    if name in BUILTIN:
+        return READS.get(name)
+    if name.startswith(REMOTE):
+        return None
+    reads: Reads | None = getattr(target_of(name), "reads", None)
+    return reads
+
+
+def _ocr(text: str, metadata: Metadata) -> object:
+    from tiltflow.rewards.ocr import quoted_text
+
+    return quoted_text(text)
+
+
+def _geneval(text: str, metadata: Metadata) -> object:
+    from tiltflow.rewards.geneval_rules import scene_of
+
+    return scene_of(metadata, text)
+
+
+def _geneval2(text: str, metadata: Metadata) -> object:
+    from tiltflow.rewards.geneval2 import questions_of
+
+    return questions_of(metadata, text)
+
+
+def _hpsv3(text: str, metadata: Metadata) -> object:
+    from tiltflow.rewards.hpsv3 import without_token
+
+    return without_token(text)
+
+
+def _shapes(text: str, metadata: Metadata) -> object:
+    from tiltflow.rewards.shapes import caption_of
+
+    return caption_of(text, metadata)
+
+
+# Imported when asked for: some of these modules take seconds.
+READS: dict[str, Reads] = {
+    "geneval": _geneval,
+    "geneval2": _geneval2,
+    "hpsv3": _hpsv3,
+    "ocr": _ocr,
+    "shapes": _shapes,
+    "shapes_soft": _shapes,
+}
+"""How the builtin rewards that need more of a prompt than a text read it."""
