@@ -91,8 +91,7 @@ def assert_rows_do_not_mix(
     sizes: Sequence[int] = (2, 3, 5, 9),
 ) -> Tensor:
     """A batch of n scores what n batches of one do, to the last bit, whatever the row's place and
-    company; so does a batch with a gradient, and each gradient is that of its row alone; the scores.
-    """
+    company, also with a gradient, and each gradient is that of its row alone; gives the scores."""
     metadata = metadata or [{}] * len(prompts)
 
     def scored(rows: Sequence[int], gradient: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -44,7 +44,7 @@ class Aesthetic:
         *,
         clip: str = VIT_L_14,
         file: str = PREDICTOR_FILE,
-        at_once: int | None = None,
+        at_once: int = 1,
     ) -> None:
         weights = read_state_dict(weights_file(path, file))
         self.clip = CLIPScore(clip, device, self.name, at_once=at_once)

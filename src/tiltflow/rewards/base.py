@@ -312,8 +312,8 @@ def load_reward(
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
     -> (B,)`, which may have attributes `differentiable`, `domain`, `elsewhere` and `at_once`
     (options replace them), or to a class, which is called with `device`, the options and, when
-    given, `path`, and whose instances are rewards. `path` is where the weights are: a directory, a hub id or
-    `packaged:NAME`.
+    given, `path`, and whose instances are rewards. `path` is where the weights are: a directory, a
+    hub id or `packaged:NAME`.
 
     Raises:
         ValueError: if there is no such reward (names the nearest), it cannot be imported, or it

@@ -1,8 +1,12 @@
 """Fixed numbers of images at a time, so that a score is a function of its own image alone.
 
-A matrix product rounds by its number of rows: the same image beside one other, or beside three,
-has another last bit. A network that always gets the same number of images, the last batch filled
-up, has one rounding for each of them, whatever their company and whatever it saw before.
+A matrix product rounds by its number of rows, and with several threads by a row's place among
+them: the same image beside one other, or beside three, has another last bit. An image that always
+goes alone has one rounding, whatever its company and whatever the network saw before.
+
+Several at a time, always as many, the last call filled up, are faster where a network is small.
+Then history and the size of a batch still do not matter; a row's place may (it does on CPUs with
+several threads).
 """
 
 from __future__ import annotations
@@ -11,24 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-SMALL = 2**25
-"""Parameters below which a network's calls take longer than its arithmetic."""
-SMALL_AT_ONCE = 8
-
-
-def images_at_once(given: object, network: nn.Module) -> int:
-    """How many images a reward's network takes at a time: `given`, the option `at_once`, else 8 for
-    a network below 2²⁵ parameters and 1 for a larger one, which is bound by arithmetic, so that
-    company saves little and every image that fills up costs a whole one.
-
-    Raises:
-        ValueError: if `given` is neither None nor a whole number from 1.
-    """
-    if given is None:
-        return SMALL_AT_ONCE if sum(p.numel() for p in network.parameters()) < SMALL else 1
-    return checked_at_once(given)
+from torch import Tensor
 
 
 def checked_at_once(given: object) -> int:

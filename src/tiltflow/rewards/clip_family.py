@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
-from tiltflow.rewards.batches import images_at_once, in_fixed_batches
+from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
 from tiltflow.sentences import first_sentence
 
 BICUBIC = 3  # PIL's number for it, as processor configurations hold it
@@ -121,7 +121,7 @@ class CLIPScore:
     its `preprocessor_config.json`; the last two come from `processor` where that is given, and
     the first from `model`. Prompts longer than the text tower's context (77 tokens for the
     published models) are cut there, as is the convention. Exactly `at_once` images are in the model
-    at a time, and one text (`batches.images_at_once` has the default).
+    at a time, and one text (`batches.py` says why).
 
     Raises:
         ValueError: if any of the three cannot be loaded, or they do not fit together.
@@ -138,7 +138,7 @@ class CLIPScore:
         *,
         processor: str | None = None,
         model: CLIPModel | None = None,
-        at_once: int | None = None,
+        at_once: int = 1,
     ) -> None:
         self.name = name
         words = resolve_path(processor or path)
@@ -175,7 +175,7 @@ class CLIPScore:
                 f"{len(self.tokenizer)} tokens, "
                 f"its model {text.vocab_size}"
             )
-        self.at_once = images_at_once(at_once, self.model)
+        self.at_once = checked_at_once(at_once)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     @property

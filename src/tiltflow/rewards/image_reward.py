@@ -15,7 +15,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
-from tiltflow.rewards.batches import images_at_once
+from tiltflow.rewards.batches import checked_at_once
 from tiltflow.rewards.clip_family import Preprocessing
 from tiltflow.rewards.weights import (
     frozen,
@@ -165,14 +165,14 @@ class ImageReward:
         *,
         tokenizer: str = BERT,
         file: str = IMAGE_REWARD_FILE,
-        at_once: int | None = None,
+        at_once: int = 1,
     ) -> None:
         named = blip_keys(read_state_dict(weights_file(path, file)))
         vision, text = blip_configs(named)
         model = BlipScorer(vision, text)
         load_exactly(model, named, "the ImageReward checkpoint")
         self.model = frozen(model, device, torch.float32)
-        self.at_once = images_at_once(at_once, model)
+        self.at_once = checked_at_once(at_once)
         self.device = torch.device(device)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(resolve_path(tokenizer))

@@ -39,7 +39,7 @@ class PickScore(CLIPScore):
         *,
         processor: str | None = None,
         normalised: bool = False,
-        at_once: int | None = None,
+        at_once: int = 1,
     ) -> None:
         super().__init__(path, device, "pickscore", processor=processor, at_once=at_once)
         self.scale = float(self.model.logit_scale.exp()) / (PICKSCORE_NORM if normalised else 1)
@@ -68,7 +68,7 @@ class HPSv2(CLIPScore):
         *,
         base: str = VIT_H_14,
         file: str = HPSV2_FILE,
-        at_once: int | None = None,
+        at_once: int = 1,
     ) -> None:
         try:
             config = CLIPConfig.from_pretrained(resolve_path(base))
