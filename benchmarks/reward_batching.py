@@ -1,9 +1,9 @@
-"""What it costs that CLIP-family rewards see one image at a time, and what a batch does to the bits.
+"""What it costs that CLIP-family rewards see one image at a time, and what batches do to the bits.
 
-The same images with `at_once` 1, 2, 4, 8 and 16: milliseconds an image, scored and back-propagated,
-the median of alternating rounds; and of a batch of copies of one image, how many rows differ from
-the first in any bit. With the embedded CLIPs, and with random weights in the shape of CLIP ViT-B/32,
-ViT-L/14 or ViT-H/14 (`--shape`), at their 224 pixels.
+The same images with `at_once` 1, 2, 4, 8 and 16: milliseconds an image, scored and
+back-propagated, the median of alternating rounds; and of a batch of copies of one image, how many
+rows differ from the first in any bit. With the embedded CLIPs, and with random weights in the shape
+of CLIP ViT-B/32, ViT-L/14 or ViT-H/14 (`--shape`), at their 224 pixels.
 
     python benchmarks/reward_batching.py [--rounds 5] [--side 64] [--device cuda --shape L H]
 """

@@ -273,6 +273,8 @@ def build_stage(
         "student_guidance": cfg.model.student_guidance,
     }
     stage = make_stage(cfg, backbone, encoded, roles, share)
+    if isinstance(stage, Tilt):
+        facts["rewards_at_once"] = stage.rewards.at_once
     return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts)
 
 

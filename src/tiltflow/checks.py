@@ -25,6 +25,7 @@ from tiltflow.disk_room import check_disk_room
 from tiltflow.metrics import check_sinks
 from tiltflow.model_checks import check_adapters, check_model
 from tiltflow.paths import check_folder, embedding_cache
+from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def _check_cache(cfg: RunConfig) -> None:
         raise ValueError(f"{error}; give another folder, or data.cache=off") from error
 
 
+def _check_prompts_fit(on: Subject) -> None:
+    """That every reward can read the prompts that it will score."""
+    check_prompts_fit(on.cfg.rewards, on.prompts.train)
+    check_prompts_fit(on.cfg.watch.rewards, on.prompts.fixed)
+
+
 CHECKS: tuple[Check, ...] = (
     Check("device", lambda on: device_of(on.cfg.run.device)),
     Check("packages", lambda on: check_sinks(on.cfg.log.tensorboard, on.cfg.log.wandb)),
@@ -73,7 +80,9 @@ CHECKS: tuple[Check, ...] = (
     Check("weights", lambda on: check_model(on.cfg), needs=("model",)),
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
+    Check("rewards", lambda on: check_reward_imports([*on.cfg.rewards, *on.cfg.watch.rewards])),
     Check("prompts", lambda on: on.prompts),
+    Check("prompts and rewards", _check_prompts_fit, needs=("rewards", "prompts")),
     Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
     Check("room on the disk", lambda on: check_disk_room(on.cfg), ("model", "run directory")),
     Check("embedding cache", lambda on: _check_cache(on.cfg)),

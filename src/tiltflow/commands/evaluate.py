@@ -32,7 +32,7 @@ from tiltflow.evaluation.scores import Diversity, Evaluation, SaveImages, evalua
 from tiltflow.paths import resolve_path
 from tiltflow.precision import attention_of, autocast_dtype
 from tiltflow.prompts import Prompt
-from tiltflow.rewards.base import Reward, load_reward
+from tiltflow.rewards.base import Reward, at_once_of, load_reward
 from tiltflow.rewards.clip_family import CLIPScore
 
 
@@ -102,7 +102,7 @@ def evaluate(
     names = [s.name for s in systems]
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
     with progress_bar(console) as bar, _attention(request):
-        return evaluate_systems(
+        result = evaluate_systems(
             systems,
             request.prompts,
             rewards,
@@ -114,6 +114,8 @@ def evaluate(
             save_images=save_images,
             ranks=ranks,
         )
+    result.summary["rewards_at_once"] = {reward.name: at_once_of(reward) for reward in rewards}
+    return result
 
 
 def evaluate_to(

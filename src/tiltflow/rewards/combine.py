@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.rewards.base import Metadata, Reward, checked
+from tiltflow.rewards.base import Metadata, Reward, at_once_of, checked
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class RewardMixture:
     def weights(self) -> dict[str, float]:
         """The weight of each reward, by name."""
         return {item.reward.name: item.weight for item in self.rewards}
+
+    @property
+    def at_once(self) -> dict[str, int | None]:
+        """How many images each reward is called with (`base.at_once_of`), by name."""
+        return {item.reward.name: at_once_of(item.reward) for item in self.rewards}
 
     @property
     def backpropagated(self) -> tuple[Weighted, ...]:
