@@ -70,7 +70,7 @@ def _check_cache(cfg: RunConfig) -> None:
 def _check_prompts_fit(on: Subject) -> None:
     """That every reward can read the prompts that it will score."""
     check_prompts_fit(on.cfg.rewards, on.prompts.train)
-    check_prompts_fit(on.cfg.watch.rewards, on.prompts.fixed)
+    check_prompts_fit(on.cfg.watch.rewards, on.prompts.fixed[: on.cfg.watch.prompts])
 
 
 CHECKS: tuple[Check, ...] = (
