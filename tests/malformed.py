@@ -51,6 +51,13 @@ def text(name: str, content: str | bytes) -> Make:
     return make
 
 
+def captions() -> Make:
+    """Prompts that the reward `shapes` can read."""
+    return text(
+        "prompts.txt", "a red circle on black\na red circle left of an orange cross on black\n"
+    )
+
+
 def edit(name: str, **changes: Any) -> Make:
     """Keys of a JSON file set; `...` removes one."""
 
@@ -177,6 +184,10 @@ def flat(images: Any, prompts: Any, metadata: Any) -> torch.Tensor:
 
 def endless(images: Any, prompts: Any, metadata: Any) -> torch.Tensor:
     return torch.full((len(images),), float("inf"))
+
+
+def fails(images: Any, prompts: Any, metadata: Any) -> torch.Tensor:
+    return images.mean((1, 2, 3)) + metadata[0]["tag"]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from malformed import (
     Case,
     Make,
     both,
+    captions,
     cut,
     edit,
     header,
@@ -29,7 +30,10 @@ from tiltflow.paths import resolve_path
 
 SAMPLE = "sample --device cpu --prompt 'a cat' --out images --model "
 EVALUATE = "evaluate --device cpu --prompts prompts.txt --model model --teacher-steps 1 --reward "
-TILT = "train demo_tilt run.device=cpu data.prompts=prompts.txt data.eval_prompts=prompts.txt "
+TILT = (
+    "train demo_tilt run.device=cpu data.prompts=prompts.txt data.eval_prompts=prompts.txt "
+    "watch.rewards={} "
+)
 EXPORT = "export run --out lora"
 
 INDEX = "model/model_index.json"
@@ -213,9 +217,31 @@ RUNS = [
 REWARDS = [
     broken("a typing error", line=EVALUATE + "clipscroe"),
     broken("a module that is not there", line=EVALUATE + "no_such:reward"),
+    broken(
+        "a module with a syntax error",
+        text("typing_error.py", "def reward(images, prompts, metadata:\n    pass\n"),
+        line=EVALUATE + "typing_error:reward",
+    ),
+    broken(
+        "a module that raises on import",
+        text("raising.py", "import os\nKEY = os.environ['NO_SUCH_KEY']\n"),
+        line=EVALUATE + "raising:reward",
+    ),
+    broken(
+        "a module that ends the program on import",
+        text("ending.py", "import sys\nsys.exit()\n"),
+        line=EVALUATE + "ending:reward",
+    ),
+    broken("a reward that raises", line=EVALUATE + "malformed:fails"),
+    broken("prompts that a reward cannot score", line=EVALUATE + "shapes"),
+    broken(
+        "a quotation without its end",
+        text("prompts.txt", 'the word "OPEN"\nthe words "BUY A 15" TV"\n'),
+        line=EVALUATE + "ocr",
+    ),
     broken("a name that is not in the module", line=EVALUATE + "malformed:flta"),
     broken("something that is no reward", line=EVALUATE + "malformed:CHANNELS"),
-    broken("weights for a reward that has none", line=EVALUATE + "shapes@model"),
+    broken("weights for a reward that has none", captions(), line=EVALUATE + "shapes@model"),
     broken("weights that are no CLIP", line=EVALUATE + "clipscore@model"),
     broken(
         "a CLIP that is a pickle",

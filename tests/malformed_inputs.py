@@ -6,7 +6,7 @@ import json
 import struct
 import zlib
 
-from malformed import Case, Make, run, text
+from malformed import Case, Make, captions, run, text
 from malformed import both as all_of
 
 TRAIN = "train demo_cold_start run.device=cpu "
@@ -177,10 +177,15 @@ LINES = [
     Case("an unknown suite", EVALUATE + "--suite shaeps"),
     Case(
         "one prompt to evaluate",
-        "evaluate --device cpu --model model --prompt x --reward shapes",
+        "evaluate --device cpu --model model --prompt 'a red circle on black' --reward shapes",
         model="sd35m",
     ),
-    Case("diversity without a CLIP", EVALUATE + "--reward shapes --diversity", model="sd35m"),
+    Case(
+        "diversity without a CLIP",
+        EVALUATE + "--reward shapes --diversity",
+        captions(),
+        model="sd35m",
+    ),
 ]
 
 EVALUATIONS = [

@@ -91,7 +91,7 @@ def test_stage_2_is_planned_before_stage_1_is_there(
         f"model.path={tiny_pipeline('sd35m')}",
         "model.resolution=32",
         "data.prompts=prompts.txt",
-        "rewards={shapes: 1.0}",
+        "rewards={clipscore: 1.0}",
         "watch.rewards={}",
     ]
     assert run(monkeypatch, "doctor", *settings) == 0

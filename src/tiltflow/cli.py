@@ -140,6 +140,7 @@ def evaluate(
     """
     from tiltflow.commands import evaluate as command
     from tiltflow.evaluation.suites import suite_of
+    from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 
     chosen = suite_of(suite) if suite is not None else None
     names = list(reward or (chosen.rewards if chosen else []))
@@ -153,6 +154,8 @@ def evaluate(
     )
     if chosen is not None:
         chosen.check(request.prompts)
+    check_reward_imports(request.rewards)
+    check_prompts_fit(request.rewards, request.prompts)
     result = command.evaluate_to(json_file, request, console, keep_images)
     command.show(result.summary, console)
     command.show_categories(result.summary, console)
