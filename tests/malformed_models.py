@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from malformed import Case, Make, both, edit, header, remove, tensors, text
 from safetensors.torch import load_file, save_file
+
+from tiltflow.paths import resolve_path
 
 SAMPLE = "sample --device cpu --prompt 'a cat' --out images --model model"
 
@@ -215,7 +218,20 @@ def lora(*names: str, value: float = 1.0, **facts: Any) -> Make:
 BOTH = (f"{NAME}.lora_A.weight", f"{NAME}.lora_B.weight")
 PLAIN: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q"]}
 
+EVALUATE = "evaluate --device cpu --prompts prompts.txt --model model --teacher-steps 1 --reward "
+
+
+def clip(name: str) -> Make:
+    """The packaged CLIP in `clip`, with a weight too many."""
+    return both(
+        lambda: shutil.copytree(resolve_path("packaged:clip"), "clip"),
+        tensors("clip/model.safetensors", lambda table: table.update({name: torch.ones(1)})),
+    )
+
+
 FITS = [
+    sd3("a reward's weight too many", clip("text_model.q_proj.weight_scale"),
+        line=EVALUATE + "clipscore@clip"),
     sd3("more text tokens than the pipeline takes", line=TRAIN + "model.max_sequence_length=513"),
     sd3("a billion text tokens", line=TRAIN + "model.max_sequence_length=1000000000"),
     sd3("a resolution beyond the positions", line=TRAIN + "model.resolution=1024"),

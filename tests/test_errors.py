@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+import malformed_models
 import pytest
 from error_table import CASES, DOC, document
-from malformed import Outcome, outcome
+from malformed import Outcome, at_most, outcome
 
 SRC = Path(__file__).parents[1] / "src"
 
@@ -17,10 +19,13 @@ SRC = Path(__file__).parents[1] / "src"
 def outcomes(
     tiny_pipeline: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Outcome]:
-    return {
-        title: outcome(case, tmp_path_factory.mktemp("case"), tiny_pipeline)
-        for title, case in CASES.items()
-    }
+    """A pipeline's files may take 1 GB more memory than the process has, and no more."""
+    found = {}
+    for title, case in CASES.items():
+        own = title.split(": ")[0] in malformed_models.CASES
+        with at_most(2**30) if own else nullcontext():
+            found[title] = outcome(case, tmp_path_factory.mktemp("case"), tiny_pipeline)
+    return found
 
 
 @pytest.mark.parametrize("title", CASES)

@@ -6,9 +6,12 @@ libraries do by themselves is to draw a missing weight at random and to leave ou
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,52 +66,66 @@ def check_weights(root: Path, parts: Sequence[str] | None = None) -> None:
             continue
         if part in ("transformer", "vae") or part.startswith("text_encoder"):
             config = {**read_json(root / part / "config.json"), "_class_name": entry[1]}
-            _check_network(root / part, _described(root / part, config), read_part(root, part))
+            known = _described(root / part, json.dumps(config, sort_keys=True))
+            _check_network(root / part, str(entry[1]), known, read_part(root, part))
 
 
-def _described(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The network of a configuration, in shape only.
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that a network has: its shape, whether it is of floating-point numbers, and which of
+    the network's tensors it is: tied weights are one tensor by two names."""
+
+    shape: tuple[int, ...]
+    floating: bool
+    tensor: int
+
+
+@lru_cache(maxsize=64)
+def _described(folder: Path, text: str) -> dict[str, Slot]:
+    """What a network of this configuration holds, by names without `PREFIX`.
 
     Raises:
         ValueError: if its class makes nothing of it.
     """
+    config = json.loads(text)
     try:
-        return meta_model(config)
+        network = meta_model(config)
     except Exception as error:  # whatever a configuration can make of two libraries
         raise ValueError(
             f"{folder / 'config.json'} describes no {config['_class_name']}: "
             f"{first_sentence(error)}"
         ) from error
-
-
-def _check_network(folder: Path, network: nn.Module, found: Mapping[str, Entry]) -> None:
-    kind = type(network).__name__
-    harmless = next((p for start, p in HARMLESS.items() if kind.startswith(start)), None)
-    known: dict[str, Tensor] = {
-        name.removeprefix(PREFIX): value
+    return {
+        name.removeprefix(PREFIX): Slot(tuple(value.shape), value.is_floating_point(), id(value))
         for name, value in network.state_dict(keep_vars=True).items()
     }
+
+
+def _check_network(
+    folder: Path, kind: str, known: Mapping[str, Slot], found: Mapping[str, Entry]
+) -> None:
+    harmless = next((p for start, p in HARMLESS.items() if kind.startswith(start)), None)
     given = {
         name.removeprefix(PREFIX): entry
         for name, entry in found.items()
         if harmless is None or not harmless.fullmatch(name)
     }
-    shared = {id(known[name]) for name in given if name in known}
-    # Of tied weights, which are one tensor by two names, files hold the one or both.
-    missing = [name for name, value in known.items() if id(value) not in shared]
+    there = {known[name].tensor for name in given if name in known}
+    # Of tied weights files hold the one or both.
+    missing = [name for name, slot in known.items() if slot.tensor not in there]
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"{folder} holds {_first(unknown)}, which a {kind} does not use")
     if missing:
         raise ValueError(f"{folder} lacks the weight {_first(missing)}")
     for name, entry in sorted(given.items()):
-        here = tuple(known[name].shape)
+        here = known[name].shape
         if here != entry.shape:
             raise ValueError(
                 f"{folder} has another shape for {name}: {entry.shape} in the file, {here} by its "
                 "config.json"
             )
-        if known[name].is_floating_point() and entry.dtype not in FLOATS:
+        if known[name].floating and entry.dtype not in FLOATS:
             raise ValueError(
                 f"{folder} holds {name} in {entry.dtype}, which is no floating-point type: give "
                 "the model in fp32, bf16 or fp16"

@@ -145,6 +145,7 @@ class CLIPScore:
         loaded: Any = model
         kind: Any = CLIPModel
         missing: list[str] = []
+        unknown: list[str] = []
         try:
             if loaded is None:
                 loaded, info = kind.from_pretrained(
@@ -154,6 +155,9 @@ class CLIPScore:
                     output_loading_info=True,
                 )
                 missing = sorted(info["missing_keys"])
+                # Positions 0, 1, 2, … are a buffer that older versions saved.
+                every = map(str, info["unexpected_keys"])
+                unknown = sorted(key for key in every if not key.endswith(".position_ids"))
             self.tokenizer = CLIPTokenizer.from_pretrained(words)
         except OSError as error:
             raise ValueError(f"reward {name!r}: there is no CLIP model at {path!r}") from error
@@ -164,6 +168,11 @@ class CLIPScore:
             ) from error
         if missing:  # transformers would go on with random ones
             raise ValueError(f"reward {name!r}: the CLIP model at {path!r} lacks {missing[0]}")
+        if unknown:  # and leave these out
+            raise ValueError(
+                f"reward {name!r}: the CLIP model at {path!r} holds {unknown[0]}, which it does "
+                "not use"
+            )
         self.model = loaded.requires_grad_(False).eval().to(device)
         self.preprocessing = Preprocessing.from_pretrained(words)
         text = self.model.config.text_config
