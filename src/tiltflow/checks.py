@@ -84,9 +84,13 @@ CHECKS: tuple[Check, ...] = (
     Check("prompts", lambda on: on.prompts),
     Check("prompts and rewards", _check_prompts_fit, needs=("rewards", "prompts")),
     Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
-    Check("room on the disk", lambda on: check_disk_room(on.cfg), ("model", "run directory")),
-    Check("embedding cache", lambda on: _check_cache(on.cfg)),
     Check("adapters", lambda on: check_adapters(on.cfg), needs=("model", "weights", "stage 1")),
+    Check(
+        "room on the disk",
+        lambda on: check_disk_room(on.cfg),
+        needs=("model", "run directory", "adapters"),
+    ),
+    Check("embedding cache", lambda on: _check_cache(on.cfg)),
     Check("export", lambda on: check_export(on.cfg), needs=("model", "run directory")),
 )
 
