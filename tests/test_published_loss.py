@@ -52,9 +52,7 @@ def toy(**choices: Any) -> tuple[Tilt, Rollout, Role]:
     network.w = torch.nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
     network.u = torch.nn.Parameter(torch.tensor([0.2, 0.5], dtype=torch.float64))
     role = Role("generator", Toy(), network, parameters=dict(network.named_parameters()))  # type: ignore[arg-type]
-    slow = Role("ema", Toy(), network, parameters={})  # type: ignore[arg-type]
     roles = Roles(role, role, role, SimpleNamespace(parameters={}, name="ema"))  # type: ignore[arg-type]
-    assert slow.parameters == {}
     sigmas = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64)
     draw = torch.Generator().manual_seed(5)
     states = {k: torch.randn(4, 2, generator=draw, dtype=torch.float64) for k in range(5)}

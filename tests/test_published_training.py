@@ -1,0 +1,135 @@
+"""Both stages with the published choices: resumed to the bit, the same on two ranks, exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_distributed import Runner, home, run, server  # noqa: F401  (fixtures)
+from test_train import QUIET, pipeline, prompts, recipe, weights  # noqa: F401  (fixtures)
+from test_train import run as train
+
+from tiltflow.build import build_stage
+from tiltflow.checkpoint import load_checkpoint
+from tiltflow.commands.train import run_training
+from tiltflow.config import load_config
+
+COLD = (
+    "cold_start.keep_graph=false",
+    "cold_start.fresh_boundary=true",
+    "train.ema_every=iteration",
+)
+LOSS = (
+    "tilt.policy_reduction=sum",
+    "tilt.merge_same_prompts=true",
+    "tilt.drop_zero_advantages=true",
+    "tilt.kl=0.1",
+    "tilt.kl_form=gaussian",
+    "train.ema_warmup=true",
+    "train.ema_interval=2",
+    "train.ema_repeats=3",
+    "train.fake_score_weight_decay=0.1",
+)
+TILT = (*LOSS, "tilt.round_images=true", "tilt.fake_score_start=fresh", "adapters.init_std=1.0")
+
+
+@pytest.fixture(scope="module")
+def cold(pipeline: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    return train("cold_start", pipeline, prompts, tmp_path_factory.mktemp("runs") / "cold", *COLD)
+
+
+@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+def test_resumed_equals_uninterrupted(
+    stage: str,
+    pipeline: Path,  # noqa: F811
+    prompts: Path,  # noqa: F811
+    cold: Path,
+    tmp_path: Path,
+) -> None:
+    more = COLD if stage == "cold_start" else (*TILT, f"model.few_step={cold}")
+    parts = tmp_path / "parts"
+    train(stage, pipeline, prompts, parts, "train.steps=2", *more)
+    train(stage, pipeline, prompts, parts, "run.resume=true", *more)
+    whole = cold
+    if stage == "tilt":
+        whole = train(stage, pipeline, prompts, tmp_path / "whole", *more)
+    a, b = weights(whole), weights(parts)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    if stage == "tilt":  # stage 1's fake score lies frozen under a fresh one
+        below = {n for n in a if n.startswith("few_step_fake_score/")}
+        before = weights(cold)
+        assert below
+        for name in below:
+            assert torch.equal(a[name], before[name.replace("few_step_", "")])
+        assert any(bool((a[n] != 0).any()) for n in a if n.startswith("fake_score/"))
+
+
+def test_from_a_lora_folder_the_fresh_fake_score_lies_on_the_teacher(
+    pipeline: Path,  # noqa: F811
+    prompts: Path,  # noqa: F811
+    cold: Path,
+    tmp_path: Path,
+) -> None:
+    few = f"model.few_step={cold / 'export' / 'few_step'}"
+    made = train("tilt", pipeline, prompts, tmp_path / "t", *TILT, few, "train.steps=2")
+    assert "few_step_fake_score" not in load_checkpoint(made).tensors
+
+
+@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+def test_two_ranks_are_one(run: Runner, stage: str) -> None:  # noqa: F811
+    """On the mixture, to the order of sums."""
+    more = ["train.batch_size=30", "train.steps=6", "log.every=5", "checkpoint.every=6"]
+    more += COLD if stage == "cold_start" else [*LOSS, "tilt.group_size=5"]
+    first = run(f"published_before_{stage}", "mixture_cold_start", 1, *more[:4], *COLD)
+    if stage == "tilt":
+        more.append(f"model.few_step={first}")
+    found = [
+        weights(run(f"published_{stage}_{size}", f"mixture_{stage}", size, *more))
+        for size in (1, 2)
+    ]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_flux_1_trains_its_student_at_its_own_guidance(
+    tiny_pipeline: Callable[[str], Path],
+    prompts: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The teacher at 3.5, the student at 1.0 in training, sampling and the exported card."""
+    given = [
+        f"model.path={tiny_pipeline('flux_dev')}",
+        "model.dtype=fp32",
+        "model.resolution=64",
+        "model.max_sequence_length=16",
+        "model.gradient_checkpointing=false",
+        "adapters.rank=2",
+        "adapters.alpha=4.0",
+        f"data.prompts={prompts}",
+        "train.steps=2",
+        "train.batch_size=2",
+        "train.micro_batch_size=2",
+        "cold_start.generator_every=1",
+        f"run.out={tmp_path / 'run'}",
+        "run.device=cpu",
+    ]
+    cfg = load_config("flux1_dev_cold_start", given)
+    stage = build_stage(cfg).stage
+    assert stage.matching.guidance == 3.5 and stage.roles.teacher.guidance is None
+    assert stage.roles.generator.guidance == stage.roles.fake_score.guidance == 1.0
+    run_training(cfg, QUIET)
+    out = tmp_path / "run"
+    assert load_checkpoint(out).state["student_guidance"] == 1.0
+    assert "guidance_scale=1.0" in (out / "export" / "README.md").read_text()
+
+
+def test_a_student_with_classifier_free_guidance_is_refused(
+    pipeline: Path,  # noqa: F811
+    prompts: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    options = recipe("cold_start", pipeline, prompts, tmp_path, "model.student_guidance=2.0")
+    with pytest.raises(ValueError, match="is for models that take the scale as an input"):
+        build_stage(load_config("demo_cold_start", options))
