@@ -199,6 +199,10 @@ RUNS = [
     checkpoint("tensors cut short", lambda path: cut(str(path / "ema.safetensors"))()),
     checkpoint("tensors gone", lambda path: (path / "ema.safetensors").unlink()),
     checkpoint("no manifest", lambda path: (path / "manifest.json").unlink()),
+    checkpoint(
+        "a manifest nested too deeply",
+        lambda path: (path / "manifest.json").write_text("[" * 100_000),
+    ),
     checkpoint("a manifest cut short", lambda path: cut(str(path / "manifest.json"))()),
     checkpoint("a pickle with the right checksum", plant),
     manifest("another program's manifest", format="other"),

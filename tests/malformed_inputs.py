@@ -115,6 +115,13 @@ SETTINGS = [
     Case("a device that does not exist", "train demo_cold_start run.device=gpu"),
     Case("a device that is not here", "train demo_cold_start run.device=xpu:7"),
     Case("a run that is there already", TRAIN + "run.out=run", run()),
+    Case("nothing to go on with", TRAIN + "run.out=typo run.resume=true"),
+    Case(
+        "a checkpoint that is not there",
+        TRAIN + "run.out=run run.resume=true run.resume_from=step-000009",
+        run(),
+    ),
+    Case("perhaps", TRAIN + "run.resume=maybe"),
     Case("a cache where a file stands", MODEL + "data.cache=prompts.txt", model="sd35m"),
     Case("embeddings of the mixture", "encode mixture_cold_start"),
     Case("embeddings without a cache", "encode demo_cold_start data.cache=off"),
