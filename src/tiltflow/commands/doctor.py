@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,8 @@ def examine(
     Raises:
         ValueError: in one sentence, what is wrong with the recipe, after everything is printed.
     """
+    if memory is not None and not math.isfinite(memory):
+        raise ValueError(f"--memory is {memory}, but it should be a number of GiB")
     for name, value in versions().items():
         console.print(f"{name} {value}")
     console.print(f"device {device_of('auto')}, {torch.get_num_threads()} threads")
