@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -20,8 +21,9 @@ from tiltflow.commands.planning import (
     sentence,
     with_checkpointing,
 )
-from tiltflow.config import load_config
+from tiltflow.config import RunConfig, load_config
 from tiltflow.planner import GIB, OVERHEAD, Plan
+from tiltflow.rewards.memory import reward_bytes
 
 PACKAGES = ("tiltflow", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -70,7 +72,15 @@ def examine(
                 parts, made = fastest(cfg, None if have is None else have * GIB)
                 console.print(sentence(parts, made, None if have is None else have * GIB))
                 cfg = with_checkpointing(cfg, parts)
-            show_plan(plan_recipe(cfg), have, console)
+            models, unknown = reward_models(cfg)
+            plain = plan_recipe(cfg)
+            show_plan(replace(plain, held={**plain.held, **models}), have, console)
+            if models:
+                console.print(
+                    "of reward models the weights are counted, not what they compute with"
+                )
+            if unknown:
+                console.print(f"not counted, for its size is not known: {', '.join(unknown)}")
         if len(failed) == 1:
             raise ValueError(next(str(finding.error) for finding in failed.values()))
         if failed:
@@ -85,6 +95,20 @@ def _verdict(finding: Finding) -> str:
     return f"not yet: {finding.error}" if finding.note else str(finding.error)
 
 
+def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
+    """The bytes of the weights of the reward models that a run loads, by what they are, and the
+    rewards whose size is not known before they load."""
+    held, unknown = {}, []
+    for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
+        for name, reward in table.items():
+            size = reward_bytes(name, reward.path, reward.options)
+            if size is None:
+                unknown.append(f"{kind} {name}")
+            elif size:
+                held[f"{kind} {name}"] = size
+    return held, unknown
+
+
 def device_memory() -> float | None:
     """The memory of this machine's GPU in GiB, if it has one."""
     if not torch.cuda.is_available():
@@ -94,7 +118,7 @@ def device_memory() -> float | None:
 
 def show_plan(made: Plan, memory: float | None, console: Console) -> None:
     """The plan as a table in GiB, and whether it fits into `memory` GiB."""
-    table = Table(title="memory on the device, without reward models")
+    table = Table(title="memory on the device")
     table.add_column("what")
     table.add_column("GiB", justify="right")
     for name, size in made.held.items():
