@@ -39,11 +39,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiltflow.backbones.meta import META
 from tiltflow.build import Build, adapter_settings
-from tiltflow.commands.doctor import plan_recipe
 from tiltflow.planner import GIB, _conditioning, _latents
 from tiltflow.roles import adapter_roles
 from tiltflow.train.cold_start import ColdStart, Cycle
-from tiltflow.train.loop import LoopSettings, Skips, restore, save
+from tiltflow.train.loop import Hooks, LoopSettings, Skips, restore, save
 
 EVERY = 10
 """Iterations of stage 1 to one generator update, as published."""
@@ -119,38 +118,27 @@ def rate(bench: Bench) -> None:
 
 
 def stage1(bench: Bench) -> None:
-    """The recipe as it is: samples a second, memory against the plan, useful share."""
-    timed(bench, "stage1", "recipe")
+    """The recipe as it is: samples a second, memory against the plan, useful share; and of one
+    fake-score iteration the launches, copies and kernels by name."""
+    build = timed(bench, "stage1", "recipe")
+    if build is not None:
+        profiled(bench, "profile", build)
 
 
 def options(bench: Bench) -> None:
     """The recipe with each option on its own, and together."""
-    plain, graphed = "model.gradient_checkpointing=false", "model.graphs=true"
+    plain, by_hand = "model.gradient_checkpointing=false", "model.graphs=false"
+    every = "model.gradient_checkpointing=true"
     for name, more in {
-        "graphs, no checkpointing": [plain, graphed],
-        "no checkpointing": [plain],
-        "graphs": [graphed],
-        "autocast, no checkpointing": [plain, "model.autocast=bf16"],
+        "by hand, no checkpointing": [by_hand, plain],
+        "by hand, checkpointing": [by_hand, every],
+        "recorded, checkpointing": ["model.graphs=auto", every],
+        "by hand, autocast, no checkpointing": [by_hand, plain, "model.autocast=bf16"],
     }.items():
         if bench.late():
             bench.say("options", name=name, skipped="no time left")
         else:
             timed(bench, "options", name, *more)
-
-
-def profile(bench: Bench) -> None:
-    """Launches, copies and kernels of one fake-score iteration, by name."""
-    profiled(bench, "profile")
-
-
-def profile_plain(bench: Bench) -> None:
-    """The same without gradient checkpointing."""
-    profiled(bench, "profile_plain", "model.gradient_checkpointing=false")
-
-
-def profile_graphs(bench: Bench) -> None:
-    """The same with recorded passes."""
-    profiled(bench, "profile_graphs", "model.gradient_checkpointing=false", "model.graphs=true")
 
 
 def host(bench: Bench) -> None:
@@ -204,21 +192,16 @@ def graphs(bench: Bench) -> None:
             clear(bench)
 
 
-def resume_graphs(bench: Bench) -> None:
-    """The same with recorded passes."""
-    resume(bench, "model.graphs=true")
-
-
-def resume(bench: Bench, *also: str) -> None:
+def resume(bench: Bench) -> None:
     """Whether a run that was saved, built anew and gone on with has the same bits."""
-    more = ["cold_start.generator_every=2", *also]
+    more = ["cold_start.generator_every=2"]
     settings = LoopSettings(steps=4)
     ends = {}
     for name in ("uninterrupted", "again"):
         build = bench.stage1(*more)
         for step in range(4):
             if step == 2 and name == "uninterrupted":
-                save(build.stage, bench.model.folder, 2, settings, Skips(0))
+                save(build.stage, bench.model.folder, 2, settings, Skips(0), Hooks())
             build.stage.iteration(step)
         ends[name] = digest(build)
     build = bench.stage1(*more)
@@ -232,9 +215,7 @@ def resume(bench: Bench, *also: str) -> None:
     for name in ("again", "resumed"):
         apart = {k: float((first[k] - v).abs().max()) for k, v in ends[name].items()}
         equal = all(torch.equal(first[k], v) for k, v in ends[name].items())
-        bench.say(
-            "resume", name=name, more=list(also), bit_equal=equal, largest_gap=max(apart.values())
-        )
+        bench.say("resume", name=name, bit_equal=equal, largest_gap=max(apart.values()))
 
 
 def stage2(bench: Bench) -> None:
@@ -305,14 +286,10 @@ def compiled_child(bench: Bench) -> None:
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "rate": rate,
     "stage1": stage1,
-    "profile": profile,
-    "profile_plain": profile_plain,
-    "profile_graphs": profile_graphs,
     "graphs": graphs,
     "options": options,
     "host": host,
     "resume": resume,
-    "resume_graphs": resume_graphs,
     "stage2": stage2,
     "compiled": compiled,
 }
@@ -333,7 +310,7 @@ def steps_of(build: Build, generator: bool) -> list[int]:
     return [found[stop] for stop in STOPS]
 
 
-def timed(bench: Bench, section: str, name: str, *more: str) -> None:
+def timed(bench: Bench, section: str, name: str, *more: str) -> Build | None:
     """Stage 1: seconds of both kinds of iteration, samples a second, memory and useful share."""
     build = bench.stage1(*more)
     kinds = {"fake": steps_of(build, False), "generator": steps_of(build, True)}
@@ -350,7 +327,7 @@ def timed(bench: Bench, section: str, name: str, *more: str) -> None:
             seconds[kind] = sum(each) / len(each)
     except torch.OutOfMemoryError:
         bench.say(section, name=name, failed="out of memory")
-        return
+        return None
     mean = ((EVERY - 1) * seconds["fake"] + seconds["generator"]) / EVERY
     cfg = bench.model.config(
         "cold_start",
@@ -359,7 +336,7 @@ def timed(bench: Bench, section: str, name: str, *more: str) -> None:
         *bench.more,
         *more,
     )
-    planned = plan_recipe(cfg).peak / GIB
+    planned = bench.model.planned(cfg).peak / GIB
     used, needed = peak(bench), useful(bench, cfg)
     bench.say(
         section,
@@ -376,6 +353,7 @@ def timed(bench: Bench, section: str, name: str, *more: str) -> None:
         peak_of_plan=used / planned,
         failures=[str(e) for e in build.stage.guard.failures()],
     )
+    return build
 
 
 def useful(bench: Bench, cfg: Any) -> float:
@@ -384,6 +362,8 @@ def useful(bench: Bench, cfg: Any) -> float:
     Of the fake score three forward and backward passes (two transitions), the rollout 2.5 forward;
     of the generator's update the teacher's two, the fake score's one, and its own there and back.
     """
+    if "useful" in bench.found:
+        return float(bench.found["useful"][0]["flop"])
     backbone = bench.model.shapes(cfg)
     with META:
         roles = adapter_roles(backbone, adapter_settings(cfg, backbone), seed=0)
@@ -398,17 +378,18 @@ def useful(bench: Bench, cfg: Any) -> float:
         counts.append(counter.get_total_flops())
     forward, both = counts
     fake = 2.5 * forward + 3 * both
-    return bench.batch * (fake + (3 * forward + both) / EVERY)
+    flop = bench.batch * (fake + (3 * forward + both) / EVERY)
+    bench.say("useful", flop=flop, forward=forward, forward_and_backward=both)
+    return flop
 
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
 
 
-def profiled(bench: Bench, section: str, *more: str) -> None:
-    build = bench.stage1(*more)
+def profiled(bench: Bench, section: str, build: Build) -> None:
+    """One fake-score iteration of a stage that has run before."""
     steps = steps_of(build, False)
-    for step in steps:
-        build.stage.iteration(step)
+    build.stage.iteration(steps[0])
     bench.sync()
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] if bench.cuda else []

@@ -191,14 +191,13 @@ def versions(bench: Bench, args: argparse.Namespace) -> dict[str, Run]:
     """The authors' first, if there are any, then ours."""
     runs: dict[str, Run] = {}
     if args.reference:
-        runs["reference"] = of_theirs(bench, args.reference, checkpointing=True)
+        runs["reference, checkpointing"] = of_theirs(bench, args.reference, checkpointing=True)
         if args.plain:
             runs["reference, no checkpointing"] = of_theirs(bench, args.reference, False)
-    plain = "model.gradient_checkpointing=false"
-    runs["tiltflow, as the recipe"] = of_ours(bench)
-    runs["tiltflow, no checkpointing"] = of_ours(bench, plain)
+    runs["tiltflow, checkpointing"] = of_ours(bench, "model.gradient_checkpointing=true")
+    runs["tiltflow, as the recipe: auto"] = of_ours(bench)
     if args.compile:
-        runs["tiltflow, no checkpointing, compiled"] = of_ours(bench, plain, "model.compile=true")
+        runs["tiltflow, auto, compiled"] = of_ours(bench, "model.compile=true")
     return runs
 
 

@@ -100,7 +100,8 @@ def test_the_recipe_takes_the_fast_path(
 ) -> None:
     """No pass goes through PEFT's own layer, every block is a fused one, and after the first
     iterations no layer is prepared again."""
-    build = stage(tiny_pipeline, tmp_path, f"cold_start.keep_graph={str(keep_graph).lower()}")
+    kept = ["cold_start.keep_graph=true", "cold_start.fresh_boundary=false"]
+    build = stage(tiny_pipeline, tmp_path, *(kept if keep_graph else []))
     blocks = [m for m in build.backbone.teacher_base.modules() if "Block" in type(m).__name__]
     assert blocks and all(isinstance(block, FusedBlock) for block in blocks)
 

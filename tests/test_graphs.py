@@ -115,10 +115,11 @@ def weights(build: Build, first: int, last: int) -> dict[str, Tensor]:
 
 
 PLAIN = ["model.gradient_checkpointing=false", "train.fake_scores=per_boundary"]
+KEPT = ["cold_start.keep_graph=true", "cold_start.fresh_boundary=false"]
 STAGES = [
     ("cold_start", []),
     pytest.param("cold_start", PLAIN, marks=pytest.mark.slow),
-    pytest.param("cold_start", ["cold_start.keep_graph=true"], marks=pytest.mark.slow),
+    pytest.param("cold_start", KEPT, marks=pytest.mark.slow),
     pytest.param("tilt", [], marks=pytest.mark.slow),
 ]
 

@@ -144,7 +144,7 @@ def test_hyper_parameters_are_the_published_ones(name: str, variant: str) -> Non
         assert cfg.adapters.targets is None
         assert (cfg.train.betas, cfg.train.clip) == ((0.9, 0.999), 1.0)
         assert (cfg.sampler.steps, cfg.sampler.eta) == (4, 0.9)
-        assert (cfg.model.dtype, cfg.model.gradient_checkpointing) == ("bf16", True)
+        assert cfg.model.dtype == "bf16" and cfg.model.gradient_checkpointing in (True, "auto")
         assert (cfg.train.schedule, cfg.train.warmup) == ("constant", 0)
     train = cold.train
     assert (train.steps, train.batch_size, train.ema, train.weight_decay) == (15000, 72, 0.99, 0)

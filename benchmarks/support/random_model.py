@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,9 +26,17 @@ from tiltflow.backbones.published import PUBLISHED
 from tiltflow.backbones.sd3 import SD3Backbone
 from tiltflow.backbones.storage import input_dtype
 from tiltflow.build import DTYPES, Build, adapter_settings, build_stage
+from tiltflow.commands.planning import (
+    device_bytes,
+    fastest,
+    is_auto,
+    plan_recipe,
+    with_checkpointing,
+)
 from tiltflow.config import RunConfig, load_config
 from tiltflow.embeddings import EncodedPrompts
 from tiltflow.export import save_adapter
+from tiltflow.planner import Plan
 from tiltflow.prompts import Prompt
 from tiltflow.roles import adapter_roles
 
@@ -78,6 +87,7 @@ class RandomModel:
     toy: bool
     folder: Path
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -103,7 +113,19 @@ class RandomModel:
                 f"model.few_step={self.folder / 'few_step'}",
                 "rewards={'support.random_model:brightness': 1.0}",
             ]
-        return load_config(f"{recipe}_{stage}", [*values, *more])
+        cfg = load_config(f"{recipe}_{stage}", [*values, *more])
+        if not is_auto(cfg):
+            return cfg
+        parts, _ = fastest(cfg, device_bytes(self.device), self.planned)
+        return with_checkpointing(cfg, parts)
+
+    def planned(self, cfg: RunConfig) -> Plan:
+        """The plan of a config, made once for each that holds anything else in memory."""
+        model, train = cfg.model, cfg.train
+        key = (cfg.stage, model.dtype, model.checkpointed, model.resolution, train.batch_size)
+        if (*key, train.micro) not in self.plans:
+            self.plans[*key, train.micro] = plan_recipe(cfg)
+        return self.plans[*key, train.micro]
 
     def build(self, stage: str, *more: str) -> Build:
         """A stage ready to run, through `build_stage`."""

@@ -222,16 +222,27 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
     settings = adapter_settings(cfg, backbone)
     fresh = cfg.stage == "tilt" and cfg.tilt.fake_score_start == "fresh"
     common |= {"fresh_fake_score": fresh, "init_std": cfg.adapters.init_std}
-    if cfg.model.graphs and backbone.family != "sd3":
-        raise ValueError(f"model.graphs true is for pipelines of family sd3, not {backbone.family}")
     try:
-        graphs = graphs_for(backbone.device, cfg.model.graphs)
+        graphs = graphs_for(backbone.device, _recorded(cfg, backbone))
         return adapter_roles(backbone, settings, few_step=below, graphs=graphs, **common)
     except ValueError as error:
         if below is None:
             raise
         below_path, model = cfg.model.few_step, cfg.model.path
         raise ValueError(f"model.few_step={below_path} does not fit {model}: {error}") from error
+
+
+def _recorded(cfg: RunConfig, backbone: Backbone) -> bool:
+    """Whether training's passes are recorded: `auto` is wherever nothing speaks against it.
+
+    Raises:
+        ValueError: if it is asked for and the model's family reads from the host in its passes.
+    """
+    model = cfg.model
+    if model.graphs is True and backbone.family != "sd3":
+        raise ValueError(f"model.graphs true is for pipelines of family sd3, not {backbone.family}")
+    free = backbone.family == "sd3" and not model.compile and cfg.run.sharding == "replicated"
+    return model.graphs is True or (model.graphs == "auto" and free)
 
 
 def build_stage(

@@ -21,7 +21,7 @@ def check_together(config: RunConfig) -> None:
         raise ValueError(f"the section {other} is given, but stage is {config.stage}")
     _check_model(config.model)
     _check_run(config.run, config.adapters)
-    if config.model.graphs:
+    if config.model.graphs is True:
         _check_graphs(config)
     if config.model.base_storage is not None:
         _check_base_storage(config)

@@ -82,7 +82,8 @@ Checkpointed = Annotated[
 
 class ModelConfig(Section):
     """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks.
-    `graphs`: passes of training are recorded once and replayed as CUDA graphs.
+    `graphs`: passes of training are recorded once and replayed as CUDA graphs; `auto` wherever that
+    can be done.
 
     `gradient_checkpointing`: of nothing, of all that has a backward pass, of these, or `auto`, as
     much as the device's memory asks for (`commands.planning`).
@@ -104,7 +105,7 @@ class ModelConfig(Section):
     student_guidance: float | None = None
     gradient_checkpointing: Checkpointed = False
     compile: bool = False
-    graphs: bool = False
+    graphs: bool | Literal["auto"] = False
 
     @property
     def checkpointed(self) -> frozenset[str]:

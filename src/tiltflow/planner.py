@@ -74,23 +74,38 @@ class Tally(TorchDispatchMode):
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
-    """Attention that keeps what a fused kernel keeps: its operands, its result and its row sums.
+def fused_kernels() -> Iterator[None]:
+    """Attention that keeps what a fused kernel keeps, its operands, its result and its row sums;
+    and an RMS norm that keeps its operands and a number a row.
 
-    On the meta device torch would take the plain one, with its matrix of all pairs of tokens. The
-    function itself is replaced: a torch function mode is suspended inside a backward pass, where
-    checkpointing runs the forward pass again.
+    On the meta device torch would take the plain ones, with a matrix of all pairs of tokens, and
+    fp32 steps of the norm. The functions themselves are replaced: a torch function mode is
+    suspended inside a backward pass, where checkpointing runs the forward pass again.
     """
-    plain = F.scaled_dot_product_attention
+    plain, plain_norm = F.scaled_dot_product_attention, F.rms_norm
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         return _Fused.apply(query, key, value)
 
-    F.scaled_dot_product_attention = fused
+    def norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Any:
+        return _Norm.apply(x, weight)
+
+    F.scaled_dot_product_attention, F.rms_norm = fused, norm  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        F.scaled_dot_product_attention, F.rms_norm = plain, plain_norm
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, torch.empty(x.shape[:-1], dtype=torch.float32, device=META))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(ctx.saved_tensors[0]), None
 
 
 class _Fused(torch.autograd.Function):
@@ -276,7 +291,7 @@ def _traced(
     run: Callable[[], object], fused: bool, roles: Roles, backbone: PipelineBackbone
 ) -> int:
     """The peak of what `run` makes."""
-    attention: AbstractContextManager[Any] = fused_attention() if fused else nullcontext()
+    attention: AbstractContextManager[Any] = fused_kernels() if fused else nullcontext()
     networks = {id(r.network): r.network for r in (roles.generator, roles.fake_score.at(1))}
     networks |= {id(r.network): r.network for r in (roles.teacher, roles.ema)}
     gradients = [p.grad for n in networks.values() for p in n.parameters() if p.grad is not None]
