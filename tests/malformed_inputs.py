@@ -172,7 +172,7 @@ LINES = [
     ),
     Case(
         "figures where a folder stands",
-        EVALUATE + "--reward shapes --json folder",
+        EVALUATE + "--reward clipscore --json folder",
         text("folder/x", ""),
         model="sd35m",
     ),
