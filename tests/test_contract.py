@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from students import PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
 
-from tiltflow.backbones.fingerprint import pipeline_fingerprint
+from tiltflow.backbones.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.commands.choices import settle
 from tiltflow.commands.evaluate import asked, prepare
 from tiltflow.commands.export import export_checkpoint
@@ -55,8 +55,12 @@ def test_what_it_holds(made: Student) -> None:
     expected = {
         "stage": "tilt", "family": "flux", "pipeline": "FluxPipeline", "steps": 2, "eta": 0.5,
         "guidance": 2.5, "resolution": 48, "max_sequence_length": TOKENS, "dtype": "fp32",
-        "adapters": {name: {"rank": 2, "trained_alpha": 4.0} for name in ("few_step", "tilt")},
     }  # fmt: skip
+    for name in ("few_step", "tilt"):
+        facts = found["adapters"][name]
+        weights = load_file(made.export / name / LORA)
+        plain = {key.removeprefix("transformer."): value for key, value in weights.items()}
+        assert facts == {"rank": 2, "trained_alpha": 4.0, "hash": adapter_fingerprint(plain)}
     assert {key: found[key] for key in expected} == expected
     levels = found["sigmas"]
     assert len(levels) == 3 and levels[0] == 1 and levels[-1] == 0 and levels[1] > 0.5
@@ -115,6 +119,16 @@ def test_another_base_is_said(made: Student, tmp_path: Path) -> None:
     save_file(weights, file, {"format": "pt"})
     (note,) = plain(made, model=str(other)).settled.notes
     assert "trained on flux_dev, whose weights have the hash" in note and "\n" not in note
+
+
+def test_a_tilt_on_another_few_step_adapter_is_said(made: Student, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(made.export / "few_step", tmp_path / "other"))
+    with safe_open(other / LORA, framework="pt") as file:
+        header = dict(file.metadata())
+    weights = {key: value + 1e-3 for key, value in load_file(other / LORA).items()}
+    save_file(weights, other / LORA, header)
+    (note,) = plain(made, few_step=other).settled.notes
+    assert note.startswith("warning: the tilt was trained on another few-step adapter")
 
 
 def test_two_loras_of_different_contracts(made: Student, tmp_path: Path) -> None:

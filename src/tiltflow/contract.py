@@ -55,10 +55,12 @@ class BaseModelFacts(_Part):
 
 
 class AdapterFacts(_Part):
-    """An exported LoRA: α was `trained_alpha` in training, and is the rank in the file."""
+    """An exported LoRA: α was `trained_alpha` in training, and is the rank in the file; `hash` is
+    `adapter_fingerprint`'s of the file's weights."""
 
     rank: Annotated[int, Field(ge=1)]
     trained_alpha: float
+    hash: str | None = None
 
 
 class Contract(_Part):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tiltflow.backbones import local_pipeline
 from tiltflow.backbones.files import pipeline_index, weight_files
-from tiltflow.backbones.fingerprint import pipeline_fingerprint
+from tiltflow.backbones.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.contract import Contract, read_contract
+from tiltflow.lora_files import lora_file
 from tiltflow.paths import resolve_path
 
 Dtype = Literal["fp32", "bf16"]
@@ -81,6 +83,8 @@ def settle(
             notes.append(f"{OPTIONS[key]} is {value}, but the student was trained for {trained}")
     if contract and contract is not merged:
         notes += _other_base(contract, base)
+    if above and few_step is not None:
+        notes += _other_few_step(above, few_step)
     chosen = dtype or (contract.dtype if contract else files_dtype(base))
     return Choices(**values, dtype=chosen, notes=tuple(f"warning: {note}" for note in notes))
 
@@ -96,6 +100,17 @@ def _other_base(contract: Contract, base: Path) -> list[str]:
         f"the LoRA was trained on {contract.base.name}, whose weights have the hash {there[:12]}, "
         f"but those in {base} have {here[:12]}"
     ]
+
+
+def _other_few_step(tilt: Contract, folder: Path) -> list[str]:
+    """A line if the tilt was trained on another few-step adapter than the one in `folder`."""
+    trained = tilt.adapters.get("few_step")
+    if trained is None or trained.hash is None:
+        return []
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(lora_file(folder)).items()}
+    if adapter_fingerprint(weights) == trained.hash:
+        return []
+    return [f"the tilt was trained on another few-step adapter than the one in {folder}"]
 
 
 def files_dtype(root: Path) -> Dtype:

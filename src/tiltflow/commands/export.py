@@ -11,7 +11,7 @@ import diffusers
 
 from tiltflow.backbones import check_pipeline, local_pipeline
 from tiltflow.backbones.files import absent_parts
-from tiltflow.backbones.fingerprint import pipeline_fingerprint
+from tiltflow.backbones.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.backbones.meta import meta_backbone
 from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.build import DTYPES
@@ -31,6 +31,7 @@ from tiltflow.evaluation.files import read_evaluation
 from tiltflow.export import (
     FullWeights,
     LoraWeights,
+    baked,
     check_exportable,
     export_adapters,
     exported_adapters,
@@ -174,8 +175,12 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
         max_sequence_length=backbone.sequence,
         dtype=cfg.model.dtype,
         adapters={
-            name: AdapterFacts(rank=settings.rank, trained_alpha=float(settings.alpha))
-            for name, (_, settings) in adapters.items()
+            name: AdapterFacts(
+                rank=settings.rank,
+                trained_alpha=float(settings.alpha),
+                hash=adapter_fingerprint(baked(checkpoint.tensors[group], settings)[0]),
+            )
+            for name, (group, settings) in adapters.items()
         },
         recipe=_recipe(cfg, checkpoint.step),
         versions=versions(),
