@@ -107,9 +107,9 @@ class Counts:
             self.parts.append(name)
             return part(root, name, dtype, empty)
 
-        def counted_read(source: Any) -> Any:
+        def counted_read(source: Any, *more: Any) -> Any:
             self.files.append(Path(source).name)
-            return read(source)
+            return read(source, *more)
 
         monkeypatch.setattr(SD3Backbone, "_encode", counted_encode)
         monkeypatch.setattr(loading, "load_part", counted_part)
