@@ -54,7 +54,10 @@ def set_base(code: str, base: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd3m", "flux1_dev", "flux2_klein_4b"])
+@pytest.mark.parametrize(
+    "name",
+    ["sd3m", *(pytest.param(n, marks=pytest.mark.long) for n in ("flux1_dev", "flux2_klein_4b"))],
+)
 def test_the_code_runs_in_the_folder(tiny_pipeline: Tiny, tmp_path: Path, name: str) -> None:
     made = student(tiny_pipeline, name, tmp_path, merged=True)
     folders, merged = code_of(made.export)
@@ -154,7 +157,7 @@ def test_settings_of_a_call_are_the_contracts(tiny_pipeline: Tiny, tmp_path: Pat
     made = student(tiny_pipeline, "flux1_dev", tmp_path / "a")
     (code,) = code_of(made.export)
     size = f"height={RESOLUTION}, width={RESOLUTION}, max_sequence_length={TOKENS}"
-    assert f"num_inference_steps=4, guidance_scale=3.5, {size}" in code
+    assert f"num_inference_steps=4, guidance_scale=1.0, {size}" in code
     bf16 = made.config.model_copy(
         update={"model": made.config.model.model_copy(update={"dtype": "bf16"})}
     )
