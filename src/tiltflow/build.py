@@ -174,6 +174,26 @@ def load_start(run: Path) -> Start:
     )
 
 
+def starting_point(cfg: RunConfig) -> Start | None:
+    """What stage 2 stands on: stage 1's result, or where that is gone and the run is resumed, the
+    frozen adapters of the run's own checkpoint.
+
+    Raises:
+        ValueError: if neither is there.
+    """
+    if cfg.model.few_step is None:
+        return None
+    run = Path(cfg.model.few_step)
+    if run.exists() or not cfg.run.resume:
+        return load_start(run)
+    checkpoint = load_checkpoint(Path(cfg.run.out), cfg.run.resume_from, tidy=False)
+    tensors, adapters = checkpoint.tensors, checkpoint.state.get("few_step_adapters")
+    if "few_step" not in tensors or not adapters:
+        raise ValueError(f"model.few_step {run} is gone, and the run to resume has no copy of it")
+    below = tensors.get("few_step_fake_score")
+    return Start(tensors["few_step"], below, AdapterSettings(**adapters))
+
+
 def fake_scores(cfg: RunConfig) -> int | None:
     """How many fake scores a config asks for: one for each boundary, or one for all (None)."""
     return cfg.sampler.steps if cfg.train.fake_scores == "per_boundary" else None
@@ -270,7 +290,7 @@ def build_stage(
         encoded, *fixed = encode_sets(cfg, chosen, progress)
     progress(f"loading {cfg.model.path}")
     backbone = build_backbone(cfg, "image", ranks)
-    start = load_start(Path(cfg.model.few_step)) if cfg.model.few_step else None
+    start = starting_point(cfg)
     roles = build_roles(cfg, backbone, start)
     _place(cfg, backbone, roles, ranks)
     lora = cfg.adapters.kind == "lora"

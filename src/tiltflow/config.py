@@ -326,6 +326,8 @@ def check_few_step(config: RunConfig) -> None:
     if path is None:
         return
     folder = Path(resolve_path(path))
+    if not folder.exists() and config.run.resume and steps_in(Path(config.run.out) / "checkpoints"):
+        return  # stage 2's own checkpoints hold what it stands on
     if not folder.is_dir():
         kind = ValueError if folder.exists() else Later
         raise kind(f"model.few_step {path} is no directory: train stage cold_start first")

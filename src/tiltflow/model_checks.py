@@ -15,7 +15,7 @@ from tiltflow.backbones.meta import META, meta_backbone
 from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.backbones.published import PUBLISHED
 from tiltflow.backbones.weights import check_weights
-from tiltflow.build import DTYPES, Start, build_roles
+from tiltflow.build import DTYPES, Start, build_roles, starting_point
 from tiltflow.config import RunConfig
 from tiltflow.disk import parse_json
 from tiltflow.latest import latest_name
@@ -79,7 +79,9 @@ def check_adapters(cfg: RunConfig) -> None:
         return
     start = None
     if cfg.model.few_step is not None:
-        start = start_shapes(Path(resolve_path(cfg.model.few_step)))
+        place = Path(resolve_path(cfg.model.few_step))
+        resumed = cfg.run.resume and not place.exists()
+        start = starting_point(cfg) if resumed else start_shapes(place)
     with META:
         build_roles(cfg, meta_of(cfg), start)
 

@@ -151,6 +151,7 @@ class TiltJob:
     decode_chunk: int
     reward_steps: int
     stage_one: AdapterSettings | None
+    fresh_fake_score: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,15 +234,18 @@ def _roles(make: Callable[[], PipelineBackbone], job: Job) -> Roles:
                 boundaries=job.boundaries,
                 checkpointing=job.checkpointing,
             )
-        below = None
+        below, fake = None, None
         if job.tilt is not None:
             first = job.tilt.stage_one or job.adapters
-            below = (first, adapter_roles(make(), first, seed=0).generator.state())
+            one = adapter_roles(make(), first, seed=0, boundaries=job.boundaries)
+            below, fake = (first, one.generator.state()), one.fake_score.state()
         return adapter_roles(
             make(),
             job.adapters,
             seed=0,
             few_step=below,
+            fake_score=fake,
+            fresh_fake_score=job.tilt is not None and job.tilt.fresh_fake_score,
             boundaries=job.boundaries,
             checkpointing=job.checkpointing,
         )

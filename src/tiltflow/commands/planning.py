@@ -40,7 +40,8 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
         chunk = cfg.tilt.decode_chunk or cfg.train.micro
         steps = cfg.tilt.reward_steps if backprop else 0
-        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings)
+        fresh = cfg.tilt.fake_score_start == "fresh"
+        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh)
     chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
     job = Job(
         batch=cfg.train.batch_size,
