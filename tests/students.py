@@ -69,6 +69,7 @@ def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -
             f"model.generator_path={second or 'null'}",
             f"model.family={backbone.family}",
             f"model.resolution={RESOLUTION}",
+            f"model.max_sequence_length={TOKENS}",
             "model.dtype=fp32",
             f"data.prompts={out / 'prompts.txt'}",
         ],

@@ -56,10 +56,9 @@ except ImportError:
 
 
 def call(name: str) -> dict[str, Any]:
-    scale = 3.5 if name in ("flux1_dev", "schnell") else 1.0
     size = {"height": RESOLUTION, "width": RESOLUTION}
     return {
-        "num_inference_steps": 4, "guidance_scale": scale, "max_sequence_length": TOKENS, **size
+        "num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": TOKENS, **size
     }  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def tilt(
     tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
     """The checks of a stage 2 on the tiny SD3, where loading a weight fails the test."""
-    (tmp_path / "p.txt").write_text("a cat\n")
+    (tmp_path / "p.txt").write_text("a red circle on black\n")
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")

@@ -212,7 +212,7 @@ def test_the_whole_way_of_a_run(
     run("train", f"{recipe}_cold_start", *settings, "cold_start.generator_every=1",
         f"run.out={first}")  # fmt: skip
     reward = f"rewards={{'{REWARD}': {{weight: 1.0, options: {{differentiable: true}}}}}}"
-    tilt = [*settings, "tilt.group_size=2", f"model.few_step={first}", reward]
+    tilt = [*settings, "tilt.group_size=2", f"model.few_step={first}", reward, "watch.rewards={}"]
     run("train", f"{recipe}_tilt", *tilt, f"run.out={second}")
     assert plan_recipe(load_config(f"{recipe}_tilt", tilt)).peak > 0
     loras = second / "export"

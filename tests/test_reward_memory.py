@@ -57,7 +57,7 @@ def test_doctor_adds_them_to_the_plan(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "prompts.txt").write_text("a red circle on black\n")
     save_file({"w": torch.zeros(GIB // 16, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     line = [
         "doctor", "sd35m_tilt", f"model.path={tiny_pipeline('sd35m')}", "model.resolution=32",

@@ -172,7 +172,7 @@ def test_commands_take_the_home_directory(
         "compare ~/none",
         "export ~/none --out ~/x",
         "sample --model ~/none --prompt x --out ~/images --device cpu",
-        "evaluate --model ~/none --prompt x --reward shapes --json ~/e.json --device cpu",
+        "evaluate --model ~/none --prompt x --reward clipscore --json ~/e.json --device cpu",
         "sample --model packaged:pipeline --prompts ~/none --out ~/images --device cpu",
         "sample --model packaged:pipeline --few-step ~/none --prompt x --out ~/i --device cpu",
     ):

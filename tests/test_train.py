@@ -111,7 +111,9 @@ def test_resumed_equals_uninterrupted(
     assert lines[0] == lines[1] and [row["step"] for row in lines[0]] == [1, 2, 3, 4, 5, 6]
     assert (whole / "samples" / "step-000003.png").is_file()
     folders = {"cold_start": {"few_step"}, "tilt": {"few_step", "tilt"}}[stage]
-    assert {p.name for p in (whole / "export").iterdir()} == folders | {"scheduler", "README.md"}
+    assert {p.name for p in (whole / "export").iterdir()} == {
+        *folders, "scheduler", "README.md", "contract.json"
+    }  # fmt: skip
 
 
 @pytest.mark.slow
