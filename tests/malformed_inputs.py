@@ -78,6 +78,13 @@ SETTINGS = [
     Case("an unknown key in a section", TRAIN + "train.step=3"),
     Case("a word for a number", TRAIN + "train.steps=ten"),
     Case("no steps", TRAIN + "train.steps=0"),
+    Case(
+        "a kept graph of samples that are drawn anew",
+        TRAIN + "cold_start.keep_graph=true cold_start.fresh_boundary=true",
+    ),
+    Case("a fresh adapter on copies", TILT + "adapters.kind=copies tilt.fake_score_start=fresh"),
+    Case("a start of LoRAs for copies", TRAIN + "adapters.kind=copies adapters.init_std=0.1"),
+    Case("an average by iterations in stage 2", TILT + "train.ema_every=iteration"),
     Case("a rate that is not finite", TRAIN + "train.generator_lr=.nan"),
     Case("a part without gradient", TRAIN + "'model.gradient_checkpointing=[teacher]'"),
     Case("a number in quotes", TRAIN + "'train.steps=\"3\"'"),

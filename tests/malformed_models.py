@@ -234,6 +234,7 @@ FITS = [
         line=EVALUATE + "clipscore@clip"),
     sd3("more text tokens than the pipeline takes", line=TRAIN + "model.max_sequence_length=513"),
     sd3("a billion text tokens", line=TRAIN + "model.max_sequence_length=1000000000"),
+    sd3("a student\'s guidance that takes two passes", line=TRAIN + "model.student_guidance=4"),
     sd3("a resolution beyond the positions", line=TRAIN + "model.resolution=1024"),
     sd3("targets that are no expression", line=TRAIN + """'adapters.targets="*("'"""),
     sd3("targets that no module has", line=TRAIN + "adapters.targets=[nothing]"),

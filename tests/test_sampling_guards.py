@@ -20,6 +20,7 @@ from students import Student, request, sampled, student
 
 from tiltflow import cli
 from tiltflow.commands import evaluate as command
+from tiltflow.commands import request as asking
 from tiltflow.commands.evaluate import evaluate_to, sample_images
 from tiltflow.evaluation import chunks
 from tiltflow.export import load_lora
@@ -105,6 +106,41 @@ def test_a_wrong_lora_says_one_sentence(
     said = capfd.readouterr().err
     lines = [line for line in said.splitlines() if "torchvision" not in line]
     assert len(lines) == 1 and lines[0].startswith("tiltflow: the LoRA in "), said
+
+
+def test_weights_and_loras_are_looked_at_before_anything_loads(
+    made: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding and loading take minutes on a large model."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded before the LoRA was looked at")
+
+    monkeypatch.setattr(asking, "load_backbone", never)
+    keys = sorted(load_file(made.export / "few_step" / LORA))
+    changes: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+        "nan": (lambda w: w[keys[0]].view(-1)[:1].fill_(float("nan")), "a value that is nan"),
+        "encoder": (lambda w: w.update({"text_encoder.x": torch.ones(1)}), "of a text encoder"),
+        "shape": (lambda w: w.update({keys[0]: torch.ones(2, 5)}), "does not fit this model"),
+        "other": (
+            lambda w: [w.update({k.replace("s.0.", "s.70."): w.pop(k)}) for k in keys],
+            "is one of another model",
+        ),
+    }  # fmt: skip
+    for name, (change, said) in changes.items():
+        folder = changed(made, tmp_path / name, change)
+        with pytest.raises(ValueError, match=said):
+            sample_images(request(made, few_step=folder), tmp_path / "images", QUIET)
+        with pytest.raises(ValueError, match=said):
+            sample_images(request(made, tilt_lora=folder), tmp_path / "images", QUIET)
+    model = shutil.copytree(made.model, tmp_path / "model")
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights) | {"extra": torch.ones(1)}, weights)
+    with pytest.raises(ValueError, match="holds extra, which a SD3Transformer2DModel does not use"):
+        sample_images(request(made, model=str(model)), tmp_path / "images", QUIET)
+    assert not (tmp_path / "images").exists()
+    monkeypatch.undo()
+    assert torch.isfinite(sampled(request(made))).all()
 
 
 def test_loading_leaves_the_librarys_verbosity(made: Student) -> None:

@@ -39,7 +39,7 @@ def load_pipeline(
     root = Path(path)
     given: dict[str, Any] = dict(absent_parts(root))
     present = [name for name in encoders if name not in given]
-    networks = {"text": present, "image": ["transformer", "vae"]}
+    networks = {"text": [*present, "transformer"], "image": ["transformer", "vae"]}
     check_weights(root, networks.get(parts, [*present, "transformer", "vae"]))
     if parts == "image":
         given |= {name: None for part in present for name in (part, _tokenizer(part))}

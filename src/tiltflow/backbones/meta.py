@@ -15,6 +15,7 @@ from tiltflow.backbones.files import FAMILIES, pipeline_index, read_json
 from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.backbones.published import PUBLISHED
 from tiltflow.backbones.weights import META, meta_model
+from tiltflow.scheduler import CPSFlowMatchScheduler
 
 
 def pipeline_configs(path: str | Path) -> dict[str, Any]:
@@ -92,7 +93,9 @@ def meta_backbone(
 def meta_pipeline(configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
     """The pipeline with its transformer, autoencoder and scheduler, and no text encoder."""
     kind = getattr(diffusers, str(configs["_class_name"]))
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+    merged = configs["scheduler"].get("_class_name") == CPSFlowMatchScheduler.__name__
+    schedule = CPSFlowMatchScheduler if merged else diffusers.FlowMatchEulerDiscreteScheduler
+    scheduler = schedule.from_config(
         {k: v for k, v in configs["scheduler"].items() if not k.startswith("_")}
     )
     parts = inspect.signature(kind.__init__).parameters

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from tiltflow.backbones import check_pipeline, load_backbone, local_pipeline
 from tiltflow.backbones.base import Backbone, Parts
 from tiltflow.backbones.fingerprint import encoder_facts
+from tiltflow.backbones.meta import meta_backbone
+from tiltflow.backbones.weights import check_weights
 from tiltflow.build import DTYPES, device_of
 from tiltflow.commands.choices import Choices, Dtype, settle
 from tiltflow.commands.systems import Loaded, Sampler, load_students
@@ -91,8 +94,9 @@ def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
     """Encodes the prompts, and then loads the rest of the model and its LoRAs.
 
     Raises:
-        ValueError: as `Request.settled`, or if anything does not load.
+        ValueError: as `Request.settled` and `check_request`, or if anything does not load.
     """
+    check_request(request)
     with ranks.main_first():  # the others find the prompts in the cache
         encoded = _encoded(request)
     backbone = _backbone(request, "image")
@@ -114,16 +118,44 @@ def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
     return loaded, sampler
 
 
+def check_request(request: Request) -> None:
+    """Whether the weight files are the networks', and the LoRAs finite and this model's, before
+    any weight of the model loads: the students are made once in shape only.
+
+    Raises:
+        ValueError: as `check_pipeline`, `check_weights`, `meta_backbone` and `load_students`.
+    """
+    path = local_pipeline(resolve_path(request.model))
+    second = request.generator_path
+    family = check_pipeline(path)
+    check_weights(path)
+    generator = local_pipeline(resolve_path(second)) if second else None
+    if generator is not None:
+        check_pipeline(generator, family)
+        check_weights(generator, ["transformer"])
+    if request.few_step or request.tilt_lora:
+        shapes = meta_backbone(path, generator_path=generator, **_settings(request))
+        load_students(shapes, request.few_step, request.tilt_lora)
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    """What a backbone of the request is made with, whatever holds its weights."""
+    chosen = request.settled
+    return {
+        "dtype": DTYPES[chosen.dtype],
+        "resolution": chosen.resolution,
+        "max_sequence_length": chosen.max_sequence_length,
+    }
+
+
 def _backbone(request: Request, parts: Parts) -> Backbone:
-    chosen, second = request.settled, request.generator_path
+    second = request.generator_path
     return load_backbone(
         resolve_path(request.model),
         generator_path=resolve_path(second) if second else None,
         device=device_of(request.device),
-        dtype=DTYPES[chosen.dtype],
-        resolution=chosen.resolution,
-        max_sequence_length=chosen.max_sequence_length,
         parts=parts,
+        **_settings(request),
     )
 
 
