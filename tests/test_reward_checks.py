@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from tiltflow.rewards import FunctionReward, checked, load_reward
 from tiltflow.rewards.base import RewardFailed
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.rewards.ocr import quoted_text
-from tiltflow.rewards.sizes import reward_memory
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS, NOTHING = ["a cat", "a dog", "a bird"], [{}, {}, {}]
@@ -222,38 +220,3 @@ def test_ones_own_reward_may_say_what_it_needs(here: Path) -> None:
     check_prompts_fit(["mine_needs:f"], [Prompt("a", {"place": 1})])
     with pytest.raises(ValueError, match="cannot score prompt 2: 'b' has no place"):
         check_prompts_fit(["mine_needs:f"], [Prompt("a", {"place": 1}), Prompt("b")])
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Named:
-    path: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def test_the_memory_of_rewards_is_that_of_their_weights(tmp_path: Path) -> None:
-    clips = {"clipscore": Named(), "clipscore_heldout": Named("packaged:clip_heldout")}
-    found = reward_memory(clips)
-    for name, size in found.items():
-        model = load_reward(name).model  # type: ignore[attr-defined]
-        assert size == sum(p.numel() * p.element_size() for p in model.parameters())
-    published = reward_memory(
-        {name: Named() for name in ("pickscore", "hpsv2", "aesthetic", "image_reward", "geneval")}
-    )
-    # What their authors publish: ViT-H-14 with 986 million parameters, ViT-L-14 with 428, BLIP
-    # with 446, Mask2Former on Swin-S with 69.
-    for name, millions in (
-        ("pickscore", 986), ("hpsv2", 986), ("aesthetic", 428.6), ("image_reward", 446),
-        ("geneval", 428 + 69),
-    ):  # fmt: skip
-        assert published[name] == pytest.approx(4e6 * millions, rel=0.01), name
-    large = reward_memory({"hpsv3": Named(), "geneval2": Named(options={"dtype": "fp32"})})
-    assert large["hpsv3"] == pytest.approx(2 * 7.75e9, rel=0.01)
-    assert large["geneval2"] == pytest.approx(4 * 8.77e9, rel=0.01)
-    others = {"ocr": Named(), "remote:http://x/hpsv3": Named(), "mine:f": Named()}
-    assert list(reward_memory(others).values()) == [0, 0, None]
-    assert reward_memory({"clipscore": Named("nobody/knows")}) == {"clipscore": None}
-    with pytest.raises(ValueError, match="no configuration of a model in"):
-        reward_memory({"clipscore": Named(str(tmp_path))})

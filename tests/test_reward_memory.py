@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from test_cli import call
 
 from tiltflow.commands.doctor import reward_models
 from tiltflow.config import load_config
 from tiltflow.planner import GIB
 from tiltflow.rewards.base import load_reward
-from tiltflow.rewards.memory import reward_bytes
+from tiltflow.rewards.sizes import reward_memory
 
 
-@pytest.mark.parametrize("name", ["clipscore", "clipscore_heldout"])
-def test_a_packaged_reward_is_counted_as_it_loads(name: str) -> None:
-    model = load_reward(name).model  # type: ignore[attr-defined]
-    loaded = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert reward_bytes(name, None, {}) == pytest.approx(loaded, rel=0.01)
+@dataclass(frozen=True)
+class Named:
+    path: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def test_weights_on_disk_are_counted_in_the_type_that_they_run_in(tmp_path: Path) -> None:
-    save_file({"w": torch.zeros(10, 100, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    assert reward_bytes("pickscore", str(tmp_path), {}) == 4_000
-    assert reward_bytes("hpsv3", str(tmp_path), {}) == 2_000
-    assert reward_bytes("hpsv3", str(tmp_path), {"dtype": "fp32"}) == 4_000
-    torch.save({"w": torch.zeros(1000)}, tmp_path / "old.pt")
-    assert reward_bytes("pickscore", str(tmp_path / "old.pt"), {}) == pytest.approx(4_000, rel=0.5)
-    (tmp_path / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
-        reward_bytes("pickscore", str(tmp_path), {})
+def test_the_memory_of_rewards_is_that_of_their_weights(tmp_path: Path) -> None:
+    clips = {"clipscore": Named(), "clipscore_heldout": Named("packaged:clip_heldout")}
+    found = reward_memory(clips)
+    for name, size in found.items():
+        model = load_reward(name).model  # type: ignore[attr-defined]
+        assert size == sum(p.numel() * p.element_size() for p in model.parameters())
+    published = reward_memory(
+        {name: Named() for name in ("pickscore", "hpsv2", "aesthetic", "image_reward", "geneval")}
+    )
+    # What their authors publish: ViT-H-14 with 986 million parameters, ViT-L-14 with 428, BLIP
+    # with 446, Mask2Former on Swin-S with 69.
+    for name, millions in (
+        ("pickscore", 986), ("hpsv2", 986), ("aesthetic", 428.6), ("image_reward", 446),
+        ("geneval", 428 + 69),
+    ):  # fmt: skip
+        assert published[name] == pytest.approx(4e6 * millions, rel=0.01), name
+    large = reward_memory({"hpsv3": Named(), "geneval2": Named(options={"dtype": "fp32"})})
+    assert large["hpsv3"] == pytest.approx(2 * 7.75e9, rel=0.01)
+    assert large["geneval2"] == pytest.approx(4 * 8.77e9, rel=0.01)
+    others = {"ocr": Named(), "remote:http://x/hpsv3": Named(), "mine:f": Named()}
+    assert list(reward_memory(others).values()) == [0, 0, None]
+    assert reward_memory({"clipscore": Named("nobody/knows")}) == {"clipscore": None}
+    with pytest.raises(ValueError, match="no configuration of a model in"):
+        reward_memory({"clipscore": Named(str(tmp_path))})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json describes no CLIPModel: "):
+        reward_memory({"clipscore": Named(str(tmp_path))})
 
 
-def test_what_is_elsewhere_or_has_no_weights_is_nothing_and_the_unknown_is_said() -> None:
-    for name in ("shapes", "linear", "ocr", "remote:http://127.0.0.1:8000/hpsv3"):
-        assert reward_bytes(name, None, {}) == 0
-    assert reward_bytes("my.module:Reward", None, {}) is None
-    assert reward_bytes("pickscore", "some/model", {}) is None
+def test_a_reward_may_have_no_configuration_in_common_with_its_weights(tmp_path: Path) -> None:
+    """Where weights alone are named, the base says what they are."""
+    (tmp_path / "HPS.pt").touch()
+    assert reward_memory({"hpsv2": Named(str(tmp_path))}) == reward_memory({"hpsv2": Named()})
 
 
 def test_the_published_recipe_is_not_said_to_fit_where_its_rewards_do_not() -> None:
@@ -58,16 +73,13 @@ def test_doctor_adds_them_to_the_plan(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red circle on black\n")
-    save_file({"w": torch.zeros(GIB // 16, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     line = [
         "doctor", "sd35m_tilt", f"model.path={tiny_pipeline('sd35m')}", "model.resolution=32",
-        "data.prompts=prompts.txt", "watch.rewards={}", "--memory", "1.6",
+        "data.prompts=prompts.txt", "watch.rewards={}", "--memory", "4.0",
         "model.gradient_checkpointing=true",
     ]  # fmt: skip
     assert call(monkeypatch, *line, "rewards={shapes: 1.0}") == 0
-    assert "\nfits into 1.6 GiB" in capsys.readouterr().out
-    assert (
-        call(monkeypatch, *line, f"rewards={{pickscore: {{weight: 1.0, path: {tmp_path}}}}}") == 0
-    )
+    assert "\nfits into 4.0 GiB" in capsys.readouterr().out
+    assert call(monkeypatch, *line, "rewards={pickscore: 1.0}") == 0
     said = capsys.readouterr().out
-    assert "reward pickscore" in said and "0.25" in said and "does not fit into 1.6 GiB" in said
+    assert "reward pickscore" in said and "3.67" in said and "does not fit into 4.0 GiB" in said

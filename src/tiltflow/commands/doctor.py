@@ -23,7 +23,7 @@ from tiltflow.commands.planning import (
 )
 from tiltflow.config import RunConfig, load_config
 from tiltflow.planner import GIB, OVERHEAD, Plan
-from tiltflow.rewards.memory import reward_bytes
+from tiltflow.rewards.sizes import reward_memory
 
 PACKAGES = ("tiltflow", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -97,11 +97,14 @@ def _verdict(finding: Finding) -> str:
 
 def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
     """The bytes of the weights of the reward models that a run loads, by what they are, and the
-    rewards whose size is not known before they load."""
+    rewards whose size is not known before they load.
+
+    Raises:
+        ValueError: as `reward_memory`.
+    """
     held, unknown = {}, []
     for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
-        for name, reward in table.items():
-            size = reward_bytes(name, reward.path, reward.options)
+        for name, size in reward_memory(table).items():
             if size is None:
                 unknown.append(f"{kind} {name}")
             elif size:

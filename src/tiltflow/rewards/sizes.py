@@ -23,6 +23,7 @@ from tiltflow.rewards.hpsv3 import QWEN2_VL, reward_head
 from tiltflow.rewards.image_reward import BlipScorer
 from tiltflow.rewards.preference import PICKSCORE, VIT_H_14
 from tiltflow.rewards.weights import DTYPES, scoring_mlp
+from tiltflow.sentences import first_sentence
 
 _VIT_L: dict[str, Any] = {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
@@ -118,6 +119,9 @@ def reward_memory(table: Mapping[str, RewardLike]) -> dict[str, int | None]:
     """The bytes that each reward's weights take on the run's device, by name. 0: a reward without
     a model there, as those behind a server. None: nobody can tell (one's own; a hub id that is not
     published here).
+
+    Raises:
+        ValueError: naming the directory that holds no configuration, or none of such a model.
     """
     return {name: _bytes(name, reward) for name, reward in table.items()}
 
@@ -172,15 +176,17 @@ def _parts(name: str, reward: RewardLike) -> list[tuple[str, str]]:
 def _model(place: str, kind: str) -> Any:
     """The model of a directory's configuration or of a published id; None where it is neither."""
     folder, made = Path(resolve_path(place)), getattr(transformers, kind)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"there is no configuration of a model in {place}")
-        config = made.config_class.from_pretrained(folder)
-    elif place in PUBLISHED and PUBLISHED[place][0] == kind:
-        config = made.config_class(**PUBLISHED[place][1])
-    else:
-        return None
-    return made(config)
+    if not folder.is_dir():
+        known, facts = PUBLISHED.get(place, ("", {}))
+        return made(made.config_class(**facts)) if known == kind else None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"there is no configuration of a model in {place}")
+    try:
+        return made(made.config_class.from_pretrained(folder))
+    except Exception as error:  # whatever a configuration can make of the library
+        raise ValueError(
+            f"{folder / 'config.json'} describes no {kind}: {first_sentence(error)}"
+        ) from error
 
 
 def _count(model: nn.Module) -> int:
