@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from malformed import (
     Case,
     Make,
@@ -51,6 +52,12 @@ data: {prompts: mixture}
 run: {out: run}
 train: {steps: 3, batch_size: 4, generator_lr: 1e-4, fake_score_lr: 1e-4}
 """
+
+
+def other_autoencoder() -> None:
+    """Whole in itself, with a quarter of the channels."""
+    config = AutoencoderKL.load_config("model/vae")
+    AutoencoderKL.from_config({**config, "latent_channels": 4}).save_pretrained("model/vae")
 
 
 def broken(what: str, *makes: Make, line: str = SAMPLE + "model") -> Case:
@@ -148,7 +155,7 @@ PIPELINES = [
     broken("a configuration cut short", cut(CONFIG)),
     broken("a broken tokenizer", cut("model/tokenizer/tokenizer.json")),
     broken("a broken scheduler", cut("model/scheduler/scheduler_config.json")),
-    broken("parts of two models", edit("model/vae/config.json", latent_channels=4)),
+    broken("parts of two models", other_autoencoder),
     broken("a resolution that does not fit", line=SAMPLE + "model --resolution 40"),
     broken("a second base for SD3", line=SAMPLE + "model --generator model"),
 ]

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tiltflow.disk import fsync, parse_json, save_tensors, sha256
+from tiltflow.disk import at_work, fsync, parse_json, save_tensors, sha256
 from tiltflow.latest import (
     FORMAT,
     NAME,
@@ -233,7 +233,7 @@ def _sweep(folder: Path) -> None:
     leftovers = [path for path in folder.iterdir() if _LEFTOVER.match(path.name)]
     for path in leftovers:
         kind, owner, name = path.name.split("-", 2)
-        if int(owner) != os.getpid() and _alive(int(owner)):
+        if at_work(int(owner)):
             continue
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -241,16 +241,6 @@ def _sweep(folder: Path) -> None:
             os.replace(path, folder / name)
         else:
             shutil.rmtree(path)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _alternative(folder: Path, broken: Path) -> str:

@@ -34,6 +34,19 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def at_work(pid: int) -> bool:
+    """Whether another process of this number is alive on this machine."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:

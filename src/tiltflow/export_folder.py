@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tiltflow.contract import CONTRACT_FILE, LICENCES
-from tiltflow.disk import fsync, writing
+from tiltflow.disk import at_work, fsync, writing
 
 PARTS = {"few_step", "tilt", "scheduler", "merged", "README.md", CONTRACT_FILE, *LICENCES}
 """What an export consists of."""
@@ -93,19 +93,9 @@ def _tidy(out: Path) -> None:
     left = re.compile(rf"\.{re.escape(out.name)}\.(part|old)-(\d+)")
     found = [(m, p) for p in out.parent.iterdir() if (m := left.fullmatch(p.name))]
     for match, path in found:
-        if _alive(int(match[2])):
-            continue  # another process is at it
+        if at_work(int(match[2])):
+            continue
         if match[1] == "old" and not out.exists():
             os.rename(path, out)
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
