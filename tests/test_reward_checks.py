@@ -1,7 +1,8 @@
-"""Rewards held against their code, packages, prompts and memory before anything is loaded."""
+"""Rewards held against their code, packages, prompts, and their weights while they load."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_rewards import write_clip
 from torch import Tensor, nn
+from transformers import CLIPModel
 
+from tiltflow import rewards
 from tiltflow.prompts import Prompt
 from tiltflow.rewards import FunctionReward, checked, load_reward
 from tiltflow.rewards.base import RewardFailed
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.rewards.ocr import quoted_text
+from tiltflow.rewards.weights import load_exactly, load_pretrained
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS, NOTHING = ["a cat", "a dog", "a bird"], [{}, {}, {}]
@@ -220,3 +226,49 @@ def test_ones_own_reward_may_say_what_it_needs(here: Path) -> None:
     check_prompts_fit(["mine_needs:f"], [Prompt("a", {"place": 1})])
     with pytest.raises(ValueError, match="cannot score prompt 2: 'b' has no place"):
         check_prompts_fit(["mine_needs:f"], [Prompt("a", {"place": 1}), Prompt("b")])
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def test_a_model_has_its_weights_and_no_others(tmp_path: Path) -> None:
+    """The library draws a missing weight at random, and leaves out one too many."""
+    path = write_clip(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+
+    def load(**changes: torch.Tensor | None) -> object:
+        table = {**whole, **{key.replace("__", "."): value for key, value in changes.items()}}
+        save_file({k: v for k, v in table.items() if v is not None}, file, {"format": "pt"})
+        return load_pretrained(CLIPModel, path, "CLIP model", torch.float32)
+
+    assert isinstance(load(text_model__embeddings__position_ids=torch.arange(8)[None]), CLIPModel)
+    for change, said in (
+        ({name: None}, f"lacks {name}"),
+        ({"criterium.x": torch.ones(1)}, "holds criterium.x, which it does not use"),
+        ({name: whole[name] * float("nan")}, f"holds {name} with a value that is nan"),
+        ({name: whole[name][:-1]}, "cannot be loaded"),
+    ):
+        with pytest.raises(ValueError, match=f"the CLIP model at .*{re.escape(said)}"):
+            load(**change)
+    file.unlink()
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="there is no CLIP model at"):
+        load_pretrained(CLIPModel, path, "CLIP model", torch.float32)
+    with pytest.raises(ValueError, match="the head holds weight with a value that is inf"):
+        load_exactly(
+            nn.Linear(2, 1, bias=False), {"weight": torch.full((1, 2), torch.inf)}, "the head"
+        )
+
+
+@pytest.mark.parametrize("name", sorted(Path(rewards.__file__).parent.glob("*.py")), ids=str)
+def test_no_reward_loads_a_network_by_itself(name: Path) -> None:
+    """`load_pretrained` and `from_state` are the ways in: both look at every weight."""
+    if name.name == "weights.py":
+        return
+    calls = re.findall(r"(\w+)\.from_pretrained\(", name.read_text())
+    fine = re.compile(
+        r"cls|kind|.*(Config|Tokenizer|Processor|ProcessorPil|Preprocessing|config_class)"
+    )
+    assert [call for call in calls if not fine.fullmatch(call)] == []

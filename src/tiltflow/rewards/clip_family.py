@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
-from tiltflow.sentences import first_sentence
+from tiltflow.rewards.weights import load_pretrained
 
 BICUBIC = 3  # PIL's number for it, as processor configurations hold it
 CACHED_PROMPTS = 8192
@@ -143,36 +142,14 @@ class CLIPScore:
         self.name = name
         words = resolve_path(processor or path)
         loaded: Any = model
-        kind: Any = CLIPModel
-        missing: list[str] = []
-        unknown: list[str] = []
         try:
             if loaded is None:
-                loaded, info = kind.from_pretrained(
-                    resolve_path(path),
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
-                missing = sorted(info["missing_keys"])
-                # Positions 0, 1, 2, … are a buffer that older versions saved.
-                every = map(str, info["unexpected_keys"])
-                unknown = sorted(key for key in every if not key.endswith(".position_ids"))
+                loaded = load_pretrained(CLIPModel, path, "CLIP model", torch.float32)
             self.tokenizer = CLIPTokenizer.from_pretrained(words)
         except OSError as error:
-            raise ValueError(f"reward {name!r}: there is no CLIP model at {path!r}") from error
-        except (SafetensorError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"reward {name!r}: the CLIP model at {path!r} cannot be loaded "
-                f"({first_sentence(error)})"
-            ) from error
-        if missing:  # transformers would go on with random ones
-            raise ValueError(f"reward {name!r}: the CLIP model at {path!r} lacks {missing[0]}")
-        if unknown:  # and leave these out
-            raise ValueError(
-                f"reward {name!r}: the CLIP model at {path!r} holds {unknown[0]}, which it does "
-                "not use"
-            )
+            raise ValueError(f"reward {name!r}: there is no tokenizer at {words!r}") from error
+        except ValueError as error:
+            raise ValueError(f"reward {name!r}: {error}") from error
         self.model = loaded.requires_grad_(False).eval().to(device)
         self.preprocessing = Preprocessing.from_pretrained(words)
         text = self.model.config.text_config

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
-from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
-from tiltflow.rewards.clip_family import CLIPScore
+from tiltflow.rewards.clip_family import CLIPScore, image_processor
 from tiltflow.rewards.geneval_rules import (
     COLOURS,
     GENEVAL_NAMES,
@@ -26,7 +25,7 @@ from tiltflow.rewards.geneval_rules import (
     judge,
     scene_of,
 )
-from tiltflow.rewards.weights import frozen
+from tiltflow.rewards.weights import frozen, load_pretrained
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -45,14 +44,9 @@ class Detector:
     """
 
     def __init__(self, path: str, device: str | torch.device) -> None:
-        place = resolve_path(path)
-        try:
-            model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-                place, dtype=torch.float32
-            )
-            self.processor: Any = Mask2FormerImageProcessorPil.from_pretrained(place)
-        except OSError as error:
-            raise ValueError(f"there is no Mask2Former at {path!r}") from error
+        kind: Any = Mask2FormerForUniversalSegmentation
+        model: Any = load_pretrained(kind, path, "Mask2Former", torch.float32)
+        self.processor: Any = image_processor(Mask2FormerImageProcessorPil, path)
         self.model: Any = frozen(model, device, torch.float32)
         self.device = torch.device(device)
         names = model.config.id2label

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.qwen import QwenPreprocessing, QwenText
-from tiltflow.rewards.weights import dtype_of, frozen
+from tiltflow.rewards.weights import dtype_of, frozen, load_pretrained
 
 QWEN3_VL = "Qwen/Qwen3-VL-8B-Instruct"
 
@@ -95,12 +94,7 @@ class GenEval2:
             raise ValueError(f"batch is {batch}; at least one question is asked at once")
         self.mean, self.batch = mean, batch
         precision = dtype_of(dtype)
-        try:
-            model: Any = Qwen3VLForConditionalGeneration.from_pretrained(
-                resolve_path(path), dtype=precision
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"there is no Qwen3-VL at {path!r}") from error
+        model = load_pretrained(Qwen3VLForConditionalGeneration, path, "Qwen3-VL", precision)
         self.model: Any = frozen(model, device, precision)
         self.device = torch.device(device)
         self.text = QwenText(path, device)

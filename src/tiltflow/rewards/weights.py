@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from tiltflow.backbones.weights import check_values
 from tiltflow.paths import resolve_path
-from tiltflow.sentences import printable
+from tiltflow.sentences import first_sentence, printable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHOWN_KEYS = 3
+COMPUTED = re.compile(r"(.*\.)?(position_ids|relative_position_index)|criterion\..*")
+"""What is no weight: positions, which older versions of the library saved, and a loss's."""
 
 
 def weights_file(path: str, filename: str) -> Path:
@@ -52,7 +57,6 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         ValueError: if the file holds no tensors by name, or anything that only unpickling loads.
     """
     if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
@@ -75,11 +79,13 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> N
     """Loads `state` into the module, which must want these keys and shapes and no others.
 
     Raises:
-        ValueError: naming the first missing, unknown or misshapen keys of `what`.
+        ValueError: naming the first missing, unknown or misshapen keys of `what`, or one with a
+            value that is not finite.
     """
     shapes = {key: value.shape for key, value in module.state_dict().items()}
     check_keys(shapes, state, what)
     module.load_state_dict(dict(state))
+    check_values(module, what)
 
 
 def check_keys(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor], what: str) -> None:
@@ -104,13 +110,51 @@ def from_state(
     random ones first.
 
     Raises:
-        ValueError: naming the first missing, unknown or misshapen keys of `what`.
+        ValueError: naming the first missing, unknown or misshapen keys of `what`, or one with a
+            value that is not finite.
     """
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in kind(config).state_dict().items()}
     check_keys(shapes, state, what)
     model: Any = kind
-    return model.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype)
+    made = model.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype)
+    check_values(made, what)
+    loaded: PreTrainedModel = made
+    return loaded
+
+
+def load_pretrained(
+    kind: type[PreTrainedModel], path: str, what: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A transformers model from safetensors at a directory or hub id, with its weights and no
+    others: the library would go on with random ones, and leave out what it does not know.
+
+    Raises:
+        ValueError: if there is no `what` at `path`, or it lacks a weight, holds one too many, or
+            one that is not finite.
+    """
+    model: Any = kind
+    try:
+        loaded, info = model.from_pretrained(
+            resolve_path(path), dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(f"there is no {what} at {path!r}") from error
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the {what} at {path!r} cannot be loaded ({first_sentence(error)})"
+        ) from error
+    missing, unknown = (
+        sorted(key for key in map(str, info[keys]) if not COMPUTED.fullmatch(key))
+        for keys in ("missing_keys", "unexpected_keys")
+    )
+    if missing:
+        raise ValueError(f"the {what} at {path!r} lacks {missing[0]}")
+    if unknown:
+        raise ValueError(f"the {what} at {path!r} holds {unknown[0]}, which it does not use")
+    check_values(loaded, f"the {what} at {path!r}")
+    made: PreTrainedModel = loaded
+    return made
 
 
 def frozen(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
