@@ -134,6 +134,34 @@ def test_stage_two_stacks_on_a_frozen_stage_one(backbone: Backbone) -> None:
     assert "few_step" in roles.state()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_strength_may_be_set_again(pipeline: Path, dtype: torch.dtype) -> None:
+    """After use, up and down, exact each time: as if it had been the first."""
+    backbone = load_backbone(pipeline, device="cpu", max_sequence_length=8, dtype=dtype)
+    given = inputs(backbone)
+    roles = stacked(backbone)
+    shake(roles)
+    switch = roles.generator.switch
+    assert switch is not None and roles.reference is not None
+
+    def at(strength: float) -> torch.Tensor:
+        switch.scale("generator", strength)
+        with torch.no_grad():
+            return roles.generator(*given)
+
+    with torch.no_grad():
+        whole, nothing = roles.generator(*given), roles.reference(*given)
+    half = at(0.5)
+    assert not half.equal(whole) and not half.equal(nothing)
+    assert at(1.0).equal(whole)
+    assert at(0.5).equal(half)
+    torch.testing.assert_close(at(0.0), nothing)
+    with torch.no_grad():
+        assert roles.reference(*given).equal(nothing)
+        roles.generator.load({k: 0 * v for k, v in roles.generator.state().items()})
+    torch.testing.assert_close(at(1.0), nothing)
+
+
 def test_one_base_in_memory(backbone: Backbone) -> None:
     """Parameters = the base's once + what each adapter adds."""
     base = sum(p.numel() for p in backbone.student_base.parameters())

@@ -7,71 +7,21 @@ second generator adapter (`tilt`) on the frozen stage-1 one (`few_step`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow.adapters import AdapterSettings, add_adapter, call, frozen_below, load_weights
 from tiltflow.backbones.base import Backbone, Conditioning
 from tiltflow.graphs import Graphs, Work
-from tiltflow.low_rank import Copies, FusedLinear
+from tiltflow.switch import AdapterSwitch
 
 State = dict[str, Tensor]
-
-
-class AdapterSwitch:
-    """Flips the active adapters of a network, and nothing else.
-
-    PEFT's own `set_adapter` and `enable_adapters` also change `requires_grad`, which loses the
-    gradient of a graph built under another adapter and unfreezes frozen ones. What a set of
-    adapters makes of a layer is prepared at its first use, which must come after all adapters.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
-        self.active: tuple[str, ...] | None = None
-        self.copies: dict[str, Copies] = {}
-        self._states: dict[tuple[str, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-        self.set(())
-
-    def set(self, names: tuple[str, ...]) -> None:
-        if names == self.active:
-            return
-        if names not in self._states:
-            self._states[names] = [(vars(layer), self._of(layer, names)) for layer in self.layers]
-        for attributes, state in self._states[names]:
-            attributes.update(state)
-        self.active = names
-
-    def _of(self, layer: BaseTunerLayer, names: tuple[str, ...]) -> dict[str, Any]:
-        """A layer's attributes under these adapters."""
-        state = {"_disable_adapters": not names, "_active_adapter": list(names)}
-        vars(layer).update(state)
-        if isinstance(layer, FusedLinear):
-            state["parts"] = layer.active_parts(self.copies)
-        return state
-
-    def refresh(self, names: tuple[str, ...]) -> None:
-        """Brings what the layers compute with up to the adapters' present weights."""
-        for name in names:
-            if name in self.copies:
-                self.copies[name].refresh()
-
-    @contextmanager
-    def use(self, names: tuple[str, ...]) -> Iterator[None]:
-        before = self.active or ()
-        self.set(names)
-        self.refresh(names)
-        try:
-            yield
-        finally:
-            self.set(before)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from tiltflow.backbones.base import Backbone, Conditioning
@@ -18,9 +17,10 @@ from tiltflow.evaluation.scores import System
 from tiltflow.export import load_lora
 from tiltflow.lora_files import adapter_keys
 from tiltflow.randomness import Randomness
-from tiltflow.roles import AdapterSwitch, Role
+from tiltflow.roles import Role
 from tiltflow.sampling import sample_few_step, sample_ode
 from tiltflow.scheduler import CPSFlowMatchScheduler
+from tiltflow.switch import AdapterSwitch
 
 TEACHER = "teacher"
 """The system that others are measured against: the teacher with all its steps."""
@@ -76,9 +76,7 @@ def load_students(
     student = backbone.student_base
     switch = teacher_switch if student is backbone.teacher_base else AdapterSwitch(student)
     if tilt is not None:
-        for layer in switch.layers:
-            if isinstance(layer, LoraLayer) and "tilt" in layer.scaling:
-                layer.set_scale("tilt", strength)
+        switch.scale("tilt", strength)
     students: dict[str, Role] = {}
     if few_step is not None:
         students["ac_dmd"] = made("ac_dmd", backbone, student, ("few_step",), switch)
