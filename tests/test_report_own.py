@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_one_notion_of_significance(tmp_path: Path) -> None:
 
 
 def test_a_fast_demo_ends_with_a_line_that_its_figures_mean_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notices = []
 
@@ -155,6 +156,10 @@ def test_a_fast_demo_ends_with_a_line_that_its_figures_mean_nothing(
         last = said.getvalue().strip().splitlines()[-1]
         assert ("figures mean nothing" in last) == fast
         assert ("p = " in said.getvalue()) == (not fast)
+        stage = shutil.copytree(run, tmp_path / "tilt", dirs_exist_ok=True)
+        for told in (tmp_path, stage):  # `tiltflow report` of the demo, and of one stage
+            page = Page(write_run_report([told], tmp_path / "page.html").read_text())
+            assert ("figures mean nothing" in page.text("p")[0]) == fast
     assert "figures mean nothing" in notices[0] and notices[1] == ""
 
 

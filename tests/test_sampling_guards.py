@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import shutil
@@ -243,3 +244,20 @@ def test_a_vae_that_scales_by_nothing(made: Student, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scaling_factor|not finite"):
         sample_images(request(made, model=str(model)), tmp_path / "images", QUIET)
     assert not list((tmp_path / "images").glob("*.png"))
+
+
+def test_images_of_an_earlier_call_are_said_to_be(made: Student, tmp_path: Path) -> None:
+    said, out = io.StringIO(), tmp_path / "images"
+    out.mkdir()
+    mine = ["cat.png", "2024.png", "00009.txt"]
+    for name in ("00000.png", *mine):
+        (out / name).touch()
+    sample_images(request(made), out, Console(file=said))
+    assert "earlier" not in said.getvalue()
+    for name in ("00002.png", "00011.png"):
+        (out / name).touch()
+    sample_images(request(made), out, Console(file=said, width=500))
+    assert f"{out / '00002.png'} and 1 more in this folder are not of these" in said.getvalue()
+    assert {path.name for path in out.iterdir()} == {
+        "00000.png", "00001.png", "00002.png", "00011.png", *mine
+    }  # fmt: skip

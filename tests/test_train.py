@@ -269,6 +269,28 @@ def test_a_loss_that_is_not_finite_names_step_term_and_prompt(
         run("cold_start", pipeline, prompts, tmp_path / "run")
 
 
+def test_a_sheet_of_samples_that_are_not_finite_names_step_and_prompt(
+    pipeline: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be black squares."""
+    from tiltflow.watch import probes
+
+    def broken(role, cond, numbers, *given):
+        made = sample_few_step(role, cond, numbers, *given)
+        first = not (tmp_path / "run" / "samples").exists()
+        return (
+            made if first else made.where(torch.tensor(numbers).view(-1, 1, 1, 1) != 1, torch.nan)
+        )
+
+    sample_few_step = probes.sample_few_step
+    monkeypatch.setattr(probes, "sample_few_step", broken)
+    second = prompts.read_text().splitlines()[1]
+    said = f"step 3: the image that ema made of {second!r} is not finite"
+    with pytest.raises(NonFiniteError, match=said):
+        run("cold_start", pipeline, prompts, tmp_path / "run")
+    assert [png.name for png in (tmp_path / "run").rglob("*.png")] == ["step-000000.png"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_killed_and_resumed_equals_uninterrupted(

@@ -13,9 +13,10 @@ from rich.text import Text
 
 from tiltflow.checkpoint import latest_step
 from tiltflow.commands.evaluate import Request, evaluate_to, show
-from tiltflow.commands.report import write_evaluation_report
+from tiltflow.commands.report import NOTICE, write_evaluation_report
 from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
+from tiltflow.disk import write_whole
 from tiltflow.evaluation.suites import suite_of
 from tiltflow.export_folder import replacing
 from tiltflow.prompts import load_prompts
@@ -38,6 +39,10 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
     began = time.time()
     if fresh and out.exists():
         shutil.rmtree(out)
+    if fast:  # `tiltflow report` is to say it too, whatever was stopped
+        write_whole(out / NOTICE, SMOKE + "\n")
+    else:
+        (out / NOTICE).unlink(missing_ok=True)
     for stage in ("cold_start", "tilt"):
         console.rule(Text(stage, "bold"))
         _train(stage, out, FAST[stage] if fast else (), console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,6 +50,8 @@ def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
         raise ValueError(f"{out} is a file, but the images go into a folder")
     with ranks_of_job(device_of(request.device)) as ranks:
         _sample_images(request, out, console, ranks)
+        if ranks.main:
+            _say_older(out, len(request.prompts), console)
     return [out / f"{row:05d}.png" for row in range(len(request.prompts))]
 
 
@@ -67,6 +70,22 @@ def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) 
                 _save_png(pixels, out / f"{row:05d}.png")
             report(system.name, start + len(rows), len(mine))
     ranks.total([0.0])  # all images are there when rank 0 says so
+
+
+def _say_older(out: Path, count: int, console: Console) -> None:
+    """A line if there are numbered images in `out` beyond the `count` that were made: those of an
+    earlier call with more prompts, which stay, for nobody asked to remove them."""
+    names = sorted(path.stem for path in out.glob("*.png"))
+    older = [name for name in names if re.fullmatch(r"\d{5,}", name) and int(name) >= count]
+    if older:
+        more = f" and {len(older) - 1} more" if len(older) > 1 else ""
+        console.print(
+            f"{out / older[0]}.png{more} in this folder are not of these prompts, but of an "
+            "earlier call",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
 
 
 def _save_png(pixels: NDArray[np.uint8], file: Path) -> None:

@@ -26,6 +26,9 @@ from tiltflow.watch.history import FILE, read_history
 IMAGES = "evaluation.images"
 """A folder beside evaluation.json: SYSTEM/NNNNN.png, and prompts.txt."""
 
+NOTICE = "notice.txt"
+"""In a run directory, or the one above it: a sentence for the top of every page of its figures."""
+
 
 def write_evaluation_report(
     out: Path,
@@ -99,8 +102,16 @@ def _write(folders: Sequence[Path], out: Path, notice: str = "") -> Path:
         },
         sheets=[sheet for r in runs for sheet in _sheets(r, names[r])],
         together=_together(settings),
-        notice=notice,
+        notice=notice or " ".join(dict.fromkeys(filter(None, map(_notice, folders)))),
     )
+
+
+def _notice(folder: Path) -> str:
+    """What is to be said of the figures in a folder, a run's or the demo's that it belongs to."""
+    for place in (folder, folder.absolute().parent):
+        if (place / NOTICE).is_file():
+            return (place / NOTICE).read_text(encoding="utf-8").strip()
+    return ""
 
 
 def _tops(folders: Sequence[Path]) -> list[Path]:

@@ -25,6 +25,7 @@ from tiltflow.commands.watching import build_watch, held_out, look
 from tiltflow.config import PromptSets, RunConfig, dump_config
 from tiltflow.disk import write_whole
 from tiltflow.distributed import Ranks, ranks_of_job
+from tiltflow.errors import NonFiniteError
 from tiltflow.manifest import manifest_of
 from tiltflow.run_directory import start_of, with_absolute_paths
 from tiltflow.run_lock import RunLock, refuse_if_held
@@ -184,7 +185,10 @@ def _hooks(
 
     def sample(done: int) -> None:
         if pictures:
-            images = fixed.images(ema, min(cfg.log.samples, len(prompts)))
+            try:
+                images = fixed.images(ema, min(cfg.log.samples, len(prompts)))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {done}: {error}") from error
             if ranks.main:
                 save_grid(images, out / "samples" / f"step-{done:06d}.png")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tiltflow.backbones.base import Conditioning
 from tiltflow.distributed import ALONE, Ranks
 from tiltflow.embeddings import EncodedPrompts
+from tiltflow.errors import NonFiniteError
 from tiltflow.evaluation.diversity import pairwise_distance
 from tiltflow.prompts import Prompt
 from tiltflow.randomness import Randomness
@@ -57,11 +58,21 @@ class FixedPrompts:
 
     @torch.no_grad()
     def images(self, role: Role, count: int) -> Tensor:
-        """Images (count, 3, H, W) in [0, 1] of the first samples, on the CPU."""
+        """Images (count, 3, H, W) in [0, 1] of the first samples, on the CPU.
+
+        Raises:
+            NonFiniteError: on every rank, naming the first prompt whose image is not finite: it
+                would be black in a file.
+        """
         rows = self.ranks.spread(count)
         parts = [self.latents(role, some) for some in self.batches(rows)]
         images = torch.cat([role.backbone.decode(x).cpu() for x in parts])
-        return self.ranks.collect(images, count)
+        images = self.ranks.collect(images, count)
+        finite = images.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):
+            text = self.encoded.prompts[finite.index(False) % len(self.encoded)].text
+            raise NonFiniteError(f"the image that {role.name} made of {text!r} is not finite")
+        return images
 
 
 @dataclass(frozen=True)
