@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_pipelines import RESOLUTION
 
 from tiltflow.backbones import load_backbone, local_pipeline
+from tiltflow.rewards import load_reward
 
 Tiny = Callable[[str], Path]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -81,3 +82,14 @@ def test_an_id_that_is_not_in_the_cache(offline: Path) -> None:
     with pytest.raises(ValueError, match="could not be had from the hub") as error:
         load_backbone("org/absent", device="cpu")
     assert "\n" not in str(error.value)
+
+
+PUBLISHED = ["clipscore", "pickscore", "hpsv2", "aesthetic", "image_reward", "geneval", "geneval2"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.usefixtures("offline")
+def test_a_reward_that_cannot_be_had_is_not_said_to_be_missing_on_disk(name: str) -> None:
+    with pytest.raises(ValueError, match=r"the hub") as error:
+        load_reward(name, path="org/model")
+    assert "offline" in str(error.value).lower() or "connect" in str(error.value).lower()

@@ -23,6 +23,7 @@ from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.qwen import QwenPreprocessing, QwenText
 from tiltflow.rewards.weights import (
+    absent,
     dtype_of,
     from_state,
     frozen,
@@ -189,7 +190,7 @@ def _config(base: str, weights: Mapping[str, Tensor]) -> Any:
     try:
         config: Any = AutoConfig.from_pretrained(resolve_path(base))
     except (OSError, ValueError) as error:
-        raise ValueError(f"there is no Qwen2-VL at {base!r}") from error
+        raise ValueError(absent("Qwen2-VL", base, error)) from error
     if config.model_type != "qwen2_vl":
         raise ValueError(f"{base!r} is a {config.model_type}, not a Qwen2-VL")
     config.text_config.vocab_size = weights[words].shape[0]

@@ -18,6 +18,7 @@ from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.batches import checked_at_once
 from tiltflow.rewards.clip_family import Preprocessing
 from tiltflow.rewards.weights import (
+    absent,
     frozen,
     load_exactly,
     read_state_dict,
@@ -177,7 +178,7 @@ class ImageReward:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(resolve_path(tokenizer))
         except (OSError, ValueError) as error:
-            raise ValueError(f"there is no tokenizer at {tokenizer!r}") from error
+            raise ValueError(absent("tokenizer", tokenizer, error)) from error
         # BLIP adds [DEC] and [ENC] to BERT's vocabulary; no prompt is encoded with them.
         if len(self.tokenizer) > text.vocab_size:
             raise ValueError(

@@ -12,7 +12,7 @@ from tiltflow.paths import resolve_path
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.clip_family import CLIPScore
 from tiltflow.rewards.open_clip import clip_from_open_clip
-from tiltflow.rewards.weights import read_state_dict, weights_file
+from tiltflow.rewards.weights import absent, read_state_dict, weights_file
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_NORM = 26.0  # what Flow-GRPO's pickscore_scorer.py divides by, to reach about [0, 1]
@@ -73,6 +73,6 @@ class HPSv2(CLIPScore):
         try:
             config = CLIPConfig.from_pretrained(resolve_path(base))
         except OSError as error:
-            raise ValueError(f"there is no CLIP at {base!r}") from error
+            raise ValueError(absent("CLIP", base, error)) from error
         model = clip_from_open_clip(read_state_dict(weights_file(path, file)), config)
         super().__init__(path, device, "hpsv2", processor=base, model=model, at_once=at_once)

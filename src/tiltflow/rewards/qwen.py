@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 from tiltflow.paths import resolve_path
 from tiltflow.rewards.clip_family import Preprocessing, image_processor, require_bicubic
+from tiltflow.rewards.weights import absent
 
 IMAGE_TOKEN = "<|image_pad|>"
 
@@ -112,7 +113,7 @@ class QwenText:
                 resolve_path(path), padding_side="right"
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"there is no tokenizer at {path!r}") from error
+            raise ValueError(absent("tokenizer", path, error)) from error
         if self.tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer at {path!r} has no chat template")
         self.image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

@@ -23,6 +23,14 @@ COMPUTED = re.compile(r"(.*\.)?(position_ids|relative_position_index)|criterion\
 """What is no weight: positions, which older versions of the library saved, and a loss's."""
 
 
+def absent(what: str, path: str, error: BaseException) -> str:
+    """That there is no `what` at `path`; of a hub id also why none came from there."""
+    sentence = f"there is no {what} at {path!r}"
+    if Path(resolve_path(path)).exists():
+        return sentence
+    return f"{sentence}, and the hub gave none ({printable(first_sentence(error))})"
+
+
 def weights_file(path: str, filename: str) -> Path:
     """The file at `path`: itself, `filename` in the directory, or `filename` of the hub id.
 
@@ -139,7 +147,7 @@ def load_pretrained(
             resolve_path(path), dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except OSError as error:
-        raise ValueError(f"there is no {what} at {path!r}") from error
+        raise ValueError(absent(what, path, error)) from error
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"the {what} at {path!r} cannot be loaded ({first_sentence(error)})"
