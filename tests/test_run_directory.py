@@ -166,6 +166,11 @@ def test_ended_before_its_first_save_it_begins_again_and_without_checkpoints_it_
     shutil.rmtree(half / "checkpoints")
     with pytest.raises(ValueError, match="no checkpoint to resume from, though its log reaches st"):
         start(str(half / "config.yaml"), "run.resume=true")
+    log = (half / "metrics.jsonl").read_bytes()
+    (half / "checkpoints" / "latest").mkdir(parents=True)  # all that some copies leave of a link
+    with pytest.raises(ValueError, match="no checkpoint to resume from, though its log reaches st"):
+        mixture(half, "train.steps=3")
+    assert (half / "metrics.jsonl").read_bytes() == log
     lines = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
     (half / "metrics.jsonl").write_text("".join(lines[:2]))  # killed in its first save
     start(str(half / "config.yaml"), "run.resume=true", "train.steps=6")

@@ -51,6 +51,7 @@ def texts(source: Path, split: str | None = None) -> list[str]:
         ("captions_val.parquet", "validation"),
         ("Dev.parquet", "validation"),
         ("train-00001.parquet", "train"),
+        ("holdout-0.parquet", "test"),
         ("part-00001.parquet", ""),
         ("devices.parquet", ""),
         ("latest.parquet", ""),

@@ -22,7 +22,7 @@ SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "holdout", "heldout"), "test"),
 }
 """What a split is called in the name of a file."""
 

@@ -31,16 +31,16 @@ def start_of(cfg: RunConfig, out: Path) -> int | None:
             there = "no checkpoint at all" if found is None else f"its latest is step {found}"
             raise ValueError(f"run.resume_from: there is no {run.resume_from} in {out}, {there}")
         return int(run.resume_from.removeprefix("step-"))
-    if found is None and run.resume:
+    if found is None:
         _nothing_saved(out, must=run.resume is True)
     return found
 
 
 def _nothing_saved(out: Path, must: bool) -> None:
-    """That a run may begin where it should go on: it was begun there, and ended before a save.
+    """That a run may begin there: there is none, or one that ended before a save.
 
     Raises:
-        ValueError: if there was none and there `must` be one, or it has lost its checkpoints.
+        ValueError: if there is none and there `must` be one, or it has lost its checkpoints.
     """
     if not (out / "config.yaml").is_file():
         if must:
