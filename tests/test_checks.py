@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,35 @@ def test_the_demo_is_in_order() -> None:
     found = list(findings(Subject(load_config("demo_cold_start", ["run.device=cpu"]))))
     assert [finding.name for finding in found] == [check.name for check in CHECKS]
     assert not any(finding.failed for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("weights", "check_model"),
+        ("adapters", "check_adapters"),
+        ("rewards", "check_reward_imports"),
+        ("prompts and rewards", "check_prompts_fit"),
+        ("room on the disk", "check_disk_room"),
+        ("export", "check_export"),
+    ],
+)
+def test_doctor_and_train_both_go_through(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    name: str, calls: str,
+) -> None:  # fmt: skip
+    """What one of these says ends both, before a directory is made."""
+    (listed,) = (replace(check, needs=()) for check in CHECKS if check.name == name)
+    monkeypatch.setattr(checks, "CHECKS", (listed,))  # by itself, for speed
+
+    def refuse(*given: object) -> None:
+        raise ValueError(f"{calls} was asked")
+
+    monkeypatch.setattr(checks, calls, refuse)
+    for command in ("doctor", "train"):
+        assert run(monkeypatch, command, "demo_cold_start", "run.device=cpu") == 2
+        assert f"{calls} was asked" in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["prompts.txt"]
 
 
 def test_needed_checks_stand_before_those_that_need_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from test_train import run as train
 
 from tiltflow.build import build_stage
 from tiltflow.checkpoint import load_checkpoint
+from tiltflow.commands.request import Request, prepare
 from tiltflow.commands.train import run_training
 from tiltflow.config import load_config
+from tiltflow.prompts import Prompt
 
 COLD = (
     "cold_start.keep_graph=false",
@@ -96,6 +99,24 @@ def test_two_ranks_are_one(run: Runner, stage: str) -> None:  # noqa: F811
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_two_ranks_are_one_on_a_pipeline(
+    run: Runner,  # noqa: F811
+    pipeline: Path,  # noqa: F811
+    prompts: Path,  # noqa: F811
+    cold: Path,
+    tmp_path: Path,
+) -> None:
+    """Of LoRAs, whose images are decoded and rounded; to the order of sums."""
+    more = [*TILT, f"model.few_step={cold}", "train.steps=2", "log.samples_every=0"]
+    options = [o for o in recipe("tilt", pipeline, prompts, tmp_path, *more) if "run." not in o]
+    one, two = (weights(run(f"pipeline_{n}", "demo_tilt", n, *options)) for n in (1, 2))
+    assert one.keys() == two.keys()
+    assert any(bool((v != 0).any()) for n, v in one.items() if "generator/" in n and "lora_B" in n)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_flux_1_trains_its_student_at_its_own_guidance(
     tiny_pipeline: Callable[[str], Path],
     prompts: Path,  # noqa: F811
@@ -126,6 +147,16 @@ def test_flux_1_trains_its_student_at_its_own_guidance(
     out = tmp_path / "run"
     assert load_checkpoint(out).state["student_guidance"] == 1.0
     assert "guidance_scale=1.0" in (out / "export" / "README.md").read_text()
+    ema = stage.roles.ema
+    ema.load(load_checkpoint(out).tensors["ema"])
+    lines = [Prompt(line) for line in ("a cat", "a dog")]
+    few_step = out / "export" / "few_step"
+    loaded, sampler = prepare(Request(cfg.model.path, lines, few_step, device="cpu", batch=2))
+    student = loaded.students["ac_dmd"]
+    assert student.guidance == 1.0
+    again = sampler.few_step(student, [0, 1])
+    assert again.equal(sampler.few_step(ema, [0, 1]))
+    assert not again.equal(sampler.few_step(replace(student, guidance=3.5), [0, 1]))
 
 
 def test_a_student_with_classifier_free_guidance_is_refused(
