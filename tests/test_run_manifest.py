@@ -75,6 +75,21 @@ def test_another_base_of_the_same_shapes_is_refused(place: Path, tmp_path: Path)
         start(config, "run.resume=true", f"model.path={model}", "train.steps=4")
 
 
+def test_a_start_that_was_trained_on_another_base_is_said(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    shutil.copytree(place / "model", tmp_path / "model")
+    scaled(next((tmp_path / "model" / "transformer").glob("*.safetensors")))
+    words = "was trained on a base whose weights have the hash"
+    for number, few_step in enumerate(("cold", "cold/export/few_step")):
+        more = (f"run.out={tmp_path / str(number)}", f"model.few_step={few_step}", "train.steps=1")
+        other = f"model.path={tmp_path / 'model'}"
+        assert f"{few_step} {words}" in start("sd3m_tilt", *TINY, *TILT, *more, other)
+        more = (f"run.out={tmp_path / f'{number}-same'}", *more[1:])
+        assert words not in start("sd3m_tilt", *TINY, *TILT, *more)
+
+
 def test_another_few_step_is_refused_and_other_prompts_are_told(
     place: Path, tmp_path: Path
 ) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from tiltflow.assemble import build_rewards
 from tiltflow.build import Build, attention_for, build_stage, device_of
 from tiltflow.checkpoint import load_checkpoint
 from tiltflow.checks import check_run
+from tiltflow.commands.choices import base_of_start
 from tiltflow.commands.export import export_checkpoint
 from tiltflow.commands.failures import explained, resume_command
 from tiltflow.commands.planning import chosen, device_bytes, is_auto
@@ -107,6 +109,8 @@ def _run(
     planned = chosen(cfg, out, start is not None, memory, ranks, say)
     build = build_stage(planned, say, sets=sets, ranks=ranks)
     few_step = build.stage.roles.state().get("few_step")
+    manifest = manifest_of(cfg, sets, few_step)
+    _say_other_base(cfg, manifest, say)
     settings = LoopSettings(
         steps=cfg.train.steps,
         log_every=cfg.log.every,
@@ -115,7 +119,7 @@ def _run(
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
         stop_on_alarm=cfg.watch.stop,
-        facts=build.facts | {"manifest": manifest_of(cfg, sets, few_step)},
+        facts=build.facts | {"manifest": manifest},
         skip=cfg.train.skip_nonfinite,
         resume_from=cfg.run.resume_from,
     )
@@ -145,6 +149,21 @@ def _run(
     if ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
         export_checkpoint(cfg, load_checkpoint(out), out / "export")
     return out
+
+
+def _say_other_base(
+    cfg: RunConfig, manifest: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """A line if stage 2 starts from an adapter of other weights than those it will train on."""
+    start = Path(cfg.model.few_step) if cfg.model.few_step else None
+    if start is None or not start.is_dir():
+        return  # nothing, or a run that goes on from its own copy
+    there, here = base_of_start(start), manifest["generator_base"] or manifest["base"]
+    if there not in (None, here):
+        say(
+            f"warning: model.few_step {start} was trained on a base whose weights have the hash "
+            f"{str(there)[:12]}, but those here have {here[:12]}"
+        )
 
 
 def _write_config(cfg: RunConfig, out: Path) -> None:
