@@ -61,7 +61,7 @@ def test_doctor_and_train_both_go_through(
 
     monkeypatch.setattr(checks, calls, refuse)
     for command in ("doctor", "train"):
-        assert run(monkeypatch, command, "demo_cold_start", "run.device=cpu") == 2
+        assert run(monkeypatch, command, "mixture_cold_start", "run.device=cpu") == 2
         assert f"{calls} was asked" in capsys.readouterr().err
     assert [path.name for path in here.iterdir()] == ["prompts.txt"]
 
