@@ -367,7 +367,8 @@ def useful(bench: Bench, cfg: Any) -> float:
     """FLOP that an iteration of stage 1 needs, recomputation not counted, counted on shapes.
 
     Of the fake score three forward and backward passes (two transitions), the rollout 2.5 forward;
-    of the generator's update the teacher's two, the fake score's one, and its own there and back.
+    of the generator's update the teacher's two, the fake score's one, its own there and back, and
+    2.5 for the boundary samples of its own (`cold_start.fresh_boundary`).
     """
     if "useful" in bench.found:
         return float(bench.found["useful"][0]["flop"])
@@ -385,7 +386,8 @@ def useful(bench: Bench, cfg: Any) -> float:
         counts.append(counter.get_total_flops())
     forward, both = counts
     fake = 2.5 * forward + 3 * both
-    flop = bench.batch * (fake + (3 * forward + both) / EVERY)
+    own = 2.5 if cfg.cold_start.fresh_boundary else 0
+    flop = bench.batch * (fake + ((3 + own) * forward + both) / EVERY)
     bench.say("useful", flop=flop, forward=forward, forward_and_backward=both)
     return flop
 

@@ -1,41 +1,38 @@
-"""Stage 1 beside the authors' own implementation, in one process and in turn.
+"""Both stages beside the authors' own implementation, in one process and in turn.
 
 Their repository is not ours to ship: give the folder of a checkout, and its trainer's own
-`train_step` is driven with the same networks, prompts and rollout lengths. What is replaced are its
-surroundings: the loading of weights, the wrapping for several GPUs, the text encoders (embeddings
-are looked up) and the draw of the rollout's length. Without the folder ours alone is measured.
+`train_step` (stage 1) and epoch (stage 2) are driven with the same networks, prompts and rollout
+lengths. What is replaced are their surroundings: the loading of weights, the wrapping for several
+GPUs, the text encoders (embeddings are looked up), the draw of the rollout's length, and in stage 2
+the loading of CLIP, which is the packaged one in both. Without the folder ours alone is measured.
 
 On a CPU the figures are CPU seconds on small networks (4 blocks of width 256), on a GPU seconds by
 the clock at the real geometry. An iteration is (9 of the fake score alone + 1 with the generator's
-update) / 10; ratios are medians over rounds.
+update) / 10; of stage 2 it is an epoch, in fp32. Ratios are medians over rounds.
 
-    python benchmarks/reference.py [--reference DIR] [--rounds 3] [--sides 64 128]
-                                   [--device cpu] [--batch 4] [--plain] [--compile]
+    python benchmarks/reference.py [--reference DIR] [--stage cold_start] [--rounds 3]
+                                   [--sides 64 128] [--device cpu] [--batch 4] [--plain] [--compile]
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
-from support.random_model import RandomModel, random_model
+from support.random_model import random_model
+from support.reference_parts import Bench, on_device, parts, prompts
+from support.reference_tilt import BATCH, tilt_of_ours, tilt_of_theirs
 from support.tables import median, ratio, report
 
 from tiltflow.build import attention_for
-from tiltflow.config import RunConfig
 from tiltflow.train.cold_start import ColdStart, Cycle
 
 EVERY = 10
@@ -43,23 +40,6 @@ STOPS = (2, 3)
 """Rollout lengths, dealt out to all alike: of these the mean is that of 1 to 4."""
 Run = Callable[[int, bool], None]
 """One iteration with a rollout of so many steps, with the generator's update or without."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    model: RandomModel
-    batch: int
-    side: int
-
-    def settings(self, *more: str) -> list[str]:
-        sizes = [f"train.batch_size={self.batch}", f"train.micro_batch_size={self.batch}"]
-        return [*sizes, f"model.resolution={self.side}", *more]
-
-    def clock(self) -> float:
-        if self.model.device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def of_ours(bench: Bench, *more: str) -> Run:
@@ -101,15 +81,15 @@ def of_theirs(bench: Bench, folder: Path, checkpointing: bool) -> Run:
         },
     )
     trainer = ACDMDTrainer(theirs)
-    parts = _parts(bench, cfg)
+    loaded = parts(bench, cfg)
     with on_device(bench.model.device), ExitStack() as stack:
-        stack.enter_context(patch.object(dmd_trainer, "load_sd35_models", lambda _: parts))
+        stack.enter_context(patch.object(dmd_trainer, "load_sd35_models", lambda _: loaded))
         stack.enter_context(patch.object(ACDMDTrainer, "_wrap_models", lambda *_: None))
         trainer.setup_models()
         trainer.setup_optimizers()
-    prompts = _prompts(bench, cfg)
-    trainer._encode_prompts = lambda batch: (prompts[0][: len(batch)], prompts[1][: len(batch)])
-    trainer._uncond_embeds = (prompts[0][-1:], prompts[1][-1:])
+    known = prompts(bench, cfg)
+    trainer._encode_prompts = lambda batch: (known[0][: len(batch)], known[1][: len(batch)])
+    trainer._uncond_embeds = (known[0][-1:], known[1][-1:])
 
     def run(stop: int, generator: bool) -> None:
         trainer.global_step = EVERY - 1 if generator else 0
@@ -117,44 +97,6 @@ def of_theirs(bench: Bench, folder: Path, checkpointing: bool) -> Run:
             trainer.train_step(["a prompt"] * bench.batch)
 
     return run
-
-
-def _parts(bench: Bench, cfg: RunConfig) -> dict[str, Any]:
-    """What their loader returns: ours, with a stand-in for the autoencoder, which has no work."""
-    backbone = bench.model.backbone(cfg)
-    vae = SimpleNamespace(config=backbone.vae.config)
-    vae.requires_grad_ = vae.eval = vae.to = lambda *_: vae
-    return {
-        "transformer": copy.deepcopy(backbone.transformer),
-        "vae": vae,
-        "text_encoders": [],
-        "tokenizers": [],
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-    }
-
-
-def _prompts(bench: Bench, cfg: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random embeddings of the batch's prompts and of the empty one, on the device."""
-    random = torch.Generator().manual_seed(2)
-    shapes = bench.model.shapes(cfg).conditioning_shapes()
-    made = [
-        torch.randn(bench.batch + 1, *shapes[key], generator=random).to(bench.model.device)
-        for key in ("prompt_embeds", "pooled_prompt_embeds")
-    ]
-    return made[0].bfloat16(), made[1].bfloat16()
-
-
-@contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Their code names its device: on a CPU, what it sends to a GPU stays where it is."""
-    if device.type == "cuda":
-        yield
-        return
-    with (
-        patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self),
-        patch.object(torch.cuda, "synchronize", lambda *_: None),
-    ):
-        yield
 
 
 @contextmanager
@@ -187,6 +129,26 @@ def measured(bench: Bench, runs: dict[str, Run], rounds: int) -> dict[str, list[
     return seconds
 
 
+def measured_tilt(bench: Bench, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds an epoch of stage 2, all versions in turn, after one round that does not count."""
+    runs = {}
+    if args.reference:
+        runs["reference, checkpointing"] = tilt_of_theirs(bench, args.reference)
+    every = "model.gradient_checkpointing=true"
+    runs["tiltflow, checkpointing"] = tilt_of_ours(bench, every, "tilt.keep_graph=false")
+    by_hand = ("model.gradient_checkpointing=false", "tilt.keep_graph=false")
+    runs["tiltflow, recomputing nothing"] = tilt_of_ours(bench, *by_hand)
+    runs["tiltflow, as the recipe: auto"] = tilt_of_ours(bench)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(1 + args.rounds):
+        for name, run in runs.items():
+            began = bench.clock()
+            run(number)
+            if number:
+                seconds[name].append(bench.clock() - began)
+    return seconds
+
+
 def versions(bench: Bench, args: argparse.Namespace) -> dict[str, Run]:
     """The authors' first, if there are any, then ours."""
     runs: dict[str, Run] = {}
@@ -204,6 +166,8 @@ def versions(bench: Bench, args: argparse.Namespace) -> dict[str, Run]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--reference", type=Path, help="a checkout of the authors' repository")
+    stages = ("cold_start", "tilt")
+    parser.add_argument("--stage", choices=stages, nargs="+", default=list(stages))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", type=int, nargs="+")
     parser.add_argument("--batch", type=int)
@@ -218,17 +182,23 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         device = torch.device(args.device)
-        for side in args.sides or ([64, 128] if small else [512]):
-            with random_model("sd35m", device, small, Path(folder)) as model:
-                bench = Bench(model, args.batch or (4 if small else 9), side)
-                seconds = measured(bench, versions(bench, args), args.rounds)
-            first = next(iter(seconds))
-            for name, values in seconds.items():
-                rows.append([side, name, median(values), ratio(values, seconds[first])])
-                print(rows[-1], flush=True)
+        for stage in args.stage:
+            usual = [64] if stage == "tilt" else [64, 128]
+            for side in args.sides or (usual if small else [512]):
+                with random_model("sd35m", device, small, Path(folder)) as model:
+                    if stage == "tilt":
+                        seconds = measured_tilt(Bench(model, args.batch or BATCH, side), args)
+                    else:
+                        bench = Bench(model, args.batch or (4 if small else 9), side)
+                        seconds = measured(bench, versions(bench, args), args.rounds)
+                first = next(iter(seconds))
+                for name, values in seconds.items():
+                    ratios = ratio(values, seconds[first])
+                    rows.append([stage, side, name, median(values), ratios])
+                    print(rows[-1], flush=True)
     if not args.reference:
         return
-    columns = ["pixels", "version", "an iteration, s", f"of {first}"]
+    columns = ["stage", "pixels", "version", "an iteration, s", f"of {first}"]
     more = {"device": "CPU" if small else torch.cuda.get_device_name()}
     report("reference", columns, rows, rounds=args.rounds, **more)
 

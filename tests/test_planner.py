@@ -52,7 +52,7 @@ def config(tiny: Tiny, name: str, stage: str, kind: str, out: Path, *more: str) 
         "run.device=cpu", f"run.out={out / 'run'}", "run.seed=0",
     ]  # fmt: skip
     if stage == "tilt":
-        values += ["tilt.group_size=4"]
+        values += ["tilt.group_size=4", "watch.rewards={}"]
         values += ["rewards={'test_train:redness': {weight: 1.0, options: {differentiable: true}}}"]
         values += [f"model.few_step={few_step(tiny, name, out, kind)}"]
     else:
@@ -99,6 +99,7 @@ CASES = [
     ("sd35m", "cold_start", "keep_graph", "false"),
     ("sd35m", "cold_start", "keep_graph", "[fake_score]"),
     ("sd35m", "cold_start", "lora", "[generator]"),
+    pytest.param("sd35m", "tilt", "keep_graph", "false", marks=pytest.mark.slow),
     pytest.param("flux1_dev", "cold_start", "fp8", "true", marks=pytest.mark.slow),
     pytest.param("flux1_dev", "tilt", "lora", "false", marks=pytest.mark.slow),
     pytest.param("sd35m", "tilt", "copies", "true", marks=pytest.mark.slow),
@@ -114,8 +115,8 @@ def test_plan_is_within_15_percent_of_what_is_measured(
     if kind == "fp8":  # LoRA's base in 8 bits
         kind, more = "lora", [*more, "model.base_storage=fp8", "model.dtype=bf16"]
     if kind == "keep_graph":
-        kind, more = "lora", [*more, "cold_start.keep_graph=true"]
-        more.append("cold_start.fresh_boundary=false")
+        kind, more = "lora", [*more, f"{stage}.keep_graph=true"]
+        more += ["cold_start.fresh_boundary=false"] if stage == "cold_start" else []
     if kind == "copies":
         more.append("adapters.init_std=null")
         more += ["tilt.fake_score_start=continued"] if stage == "tilt" else []

@@ -130,7 +130,7 @@ def test_the_generators_gradient_is_the_published_sum_or_the_mean(
         each = torch.tensor([4 / 3, 4 / 3, 0.0, 4 / 3], dtype=torch.float64)
         counts = Counts(each, torch.tensor(4 / 3))
     scored = Scored({}, torch.zeros(4), PULL)
-    stage._generator_update(0, trajectory, (0, 2), ADVANTAGES, ["p"] * 4, scored, counts)  # type: ignore[list-item]
+    stage._generator_update(0, trajectory, (0, 2), ADVANTAGES, ["p"] * 4, scored, counts, {})  # type: ignore[list-item]
     expected = by_hand(trajectory, role, each, policy, whole)
     for found, right in zip(stage.updater.found, expected, strict=True):  # type: ignore[attr-defined]
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-15)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_cli import call
 
-from tiltflow.commands.doctor import reward_models
+from tiltflow.commands.planning import plan_recipe, reward_models
 from tiltflow.config import load_config
 from tiltflow.planner import GIB
 from tiltflow.rewards.base import load_reward
@@ -83,3 +83,17 @@ def test_doctor_adds_them_to_the_plan(
     assert call(monkeypatch, *line, "rewards={pickscore: 1.0}") == 0
     said = capsys.readouterr().out
     assert "reward pickscore" in said and "3.67" in said and "does not fit into 4.0 GiB" in said
+
+
+def test_a_plan_counts_them_and_room_to_compute_with_the_largest(
+    tiny_pipeline: Callable[[str], Path],
+) -> None:
+    values = [f"model.path={tiny_pipeline('sd35m')}", "model.resolution=64", "data.prompts=x",
+              "model.few_step=y", "run.device=cpu", "train.batch_size=24", "watch.rewards={}",
+              "train.micro_batch_size=8", "model.gradient_checkpointing=true"]  # fmt: skip
+    bare = plan_recipe(load_config("sd35m_tilt", [*values, "rewards={shapes: 1.0}"]))
+    made = plan_recipe(load_config("sd35m_tilt", [*values, "rewards={hpsv2: 1.0, pickscore: 1.0}"]))
+    one = reward_memory({"hpsv2": Named()})["hpsv2"]
+    assert one is not None and one == made.held["reward hpsv2"] == made.held["reward pickscore"]
+    assert made.phases["scoring"] == bare.phases["scoring"] + one
+    assert made.worst == "scoring" and sum(made.held.values()) == sum(bare.held.values()) + 2 * one

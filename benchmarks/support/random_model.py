@@ -31,7 +31,7 @@ from tiltflow.commands.planning import (
     fastest,
     is_auto,
     plan_recipe,
-    with_checkpointing,
+    with_graphs,
 )
 from tiltflow.config import RunConfig, load_config
 from tiltflow.embeddings import EncodedPrompts
@@ -116,16 +116,19 @@ class RandomModel:
         cfg = load_config(f"{recipe}_{stage}", [*values, *more])
         if not is_auto(cfg):
             return cfg
-        parts, _ = fastest(cfg, device_bytes(self.device), self.planned)
-        return with_checkpointing(cfg, parts)
+        memory = device_bytes(self.device)
+        parts, plan = fastest(cfg, memory, self.planned)
+        return with_graphs(cfg, parts, plan, memory, self.planned)[0]
 
     def planned(self, cfg: RunConfig) -> Plan:
         """The plan of a config, made once for each that holds anything else in memory."""
         model, train = cfg.model, cfg.train
-        key = (cfg.stage, model.dtype, model.checkpointed, model.resolution, train.batch_size)
-        if (*key, train.micro) not in self.plans:
-            self.plans[*key, train.micro] = plan_recipe(cfg)
-        return self.plans[*key, train.micro]
+        sizes = (model.resolution, train.batch_size, train.micro)
+        keeps = cfg.stage == "tilt" and cfg.tilt.keep_graph
+        key = (cfg.stage, model.dtype, model.checkpointed, *sizes, keeps)
+        if key not in self.plans:
+            self.plans[key] = plan_recipe(cfg)
+        return self.plans[key]
 
     def build(self, stage: str, *more: str) -> Build:
         """A stage ready to run, through `build_stage`."""

@@ -142,6 +142,7 @@ def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
         merge_same_prompts=tilt.merge_same_prompts,
         drop_zero_advantages=tilt.drop_zero_advantages,
         round_images=tilt.round_images,
+        keep_graph=tilt.keep_graph is True,
     )
     rewards = build_rewards(cfg.rewards, backbone.device)
     return Tilt(**_common(cfg, *parts), rewards=rewards, settings=settings)

@@ -205,6 +205,8 @@ class TiltConfig(Section):
     `reward_normalise`: every sample's reward gradient counts alike; as published, as it comes.
     The settings from `kl_form` to `round_images` are explained at `train/tilt_settings.py`'s.
     `fake_score_start`: stage 1's fake score trained on, or frozen under a fresh adapter.
+    `keep_graph`: the steps that the generator's update differentiates run once, their graphs kept
+    from the rollout; `auto` where `gradient_checkpointing=auto` finds the memory for it.
     """
 
     group_size: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] = 24
@@ -218,6 +220,7 @@ class TiltConfig(Section):
     merge_same_prompts: bool = False
     drop_zero_advantages: bool = False
     round_images: bool = False
+    keep_graph: bool | Literal["auto"] = False
     policy_weight: Weight = 1.0
     matching_weight: Weight = 1e-3
     reward_weight: Weight = 1e-4

@@ -6,19 +6,18 @@ phase of an iteration runs once, one micro-batch of it, on the meta device, wher
 makes its result in shape only, and `Tally` adds up the storages that are alive at a time.
 
 Not counted: the allocator's fragmentation and the libraries' own memory (`OVERHEAD` stands for
-both), and reward models (`tiltflow doctor` adds their weights to a plan).
+both), and reward models (`commands.planning` adds them to a plan).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,6 +26,7 @@ from tiltflow.backbones.base import Conditioning
 from tiltflow.backbones.meta import META
 from tiltflow.backbones.pipeline import PipelineBackbone
 from tiltflow.backbones.storage import FP8, input_dtype
+from tiltflow.kernel_shapes import fused_kernels
 from tiltflow.objectives.distribution_matching import matching_gradient, matching_loss
 from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.objectives.reward_backprop import reward_gradient
@@ -73,55 +73,6 @@ class Tally(TorchDispatchMode):
         self.live -= self._known.pop(key)
 
 
-@contextmanager
-def fused_kernels() -> Iterator[None]:
-    """Attention that keeps what a fused kernel keeps, its operands, its result and its row sums;
-    and an RMS norm that keeps its operands and a number a row.
-
-    On the meta device torch would take the plain ones, with a matrix of all pairs of tokens, and
-    fp32 steps of the norm. The functions themselves are replaced: a torch function mode is
-    suspended inside a backward pass, where checkpointing runs the forward pass again.
-    """
-    plain, plain_norm = F.scaled_dot_product_attention, F.rms_norm
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _Fused.apply(query, key, value)
-
-    def norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Any:
-        return _Norm.apply(x, weight)
-
-    F.scaled_dot_product_attention, F.rms_norm = fused, norm  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention, F.rms_norm = plain, plain_norm
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, torch.empty(x.shape[:-1], dtype=torch.float32, device=META))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return torch.empty_like(ctx.saved_tensors[0]), None
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=META)
-        sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=META)
-        ctx.save_for_backward(query, key, value, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
 @dataclass(frozen=True)
 class Job:
     """What a run does, as far as its memory goes; the names are the recipe's.
@@ -145,13 +96,15 @@ class Job:
 
 @dataclass(frozen=True)
 class TiltJob:
-    """Stage 2's own: group size, rows decoded at once, steps that rewards go back through."""
+    """Stage 2's own: group size, rows decoded at once, steps that rewards go back through, and
+    steps whose graphs are kept where graphs are."""
 
     group: int
     decode_chunk: int
     reward_steps: int
     stage_one: AdapterSettings | None
     fresh_fake_score: bool = False
+    graphs: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,6 +167,12 @@ def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> P
     phases = {}
     for name, copies, run in _phases(roles, backbone, job):
         phases[name] = copies * latents + _traced(run, job.fused, roles, backbone)
+    if job.tilt is not None and job.keep_graph:
+        one = _traced(
+            lambda: _advance(roles, backbone, job), job.fused, roles, backbone, whole=False
+        )
+        held["graphs of the generator's steps"] = job.tilt.graphs * -(-job.batch // job.micro) * one
+        phases["generator"] -= one  # the phase makes one of them itself
     if job.fused:  # several ranks add up one flat copy of the gradients
         phases["optimizer step"] = (job.steps + 1) * latents + held["gradients"]
     return Plan(held, phases, encoders)
@@ -292,16 +251,22 @@ def _phases(roles: Roles, backbone: PipelineBackbone, job: Job) -> list[Phase]:
 
 
 def _traced(
-    run: Callable[[], object], fused: bool, roles: Roles, backbone: PipelineBackbone
+    run: Callable[[], object],
+    fused: bool,
+    roles: Roles,
+    backbone: PipelineBackbone,
+    whole: bool = True,
 ) -> int:
-    """The peak of what `run` makes."""
+    """The peak of what `run` makes; or what is left of it in its result."""
     attention: AbstractContextManager[Any] = fused_kernels() if fused else nullcontext()
     networks = {id(r.network): r.network for r in (roles.generator, roles.fake_score.at(1))}
     networks |= {id(r.network): r.network for r in (roles.teacher, roles.ema)}
     gradients = [p.grad for n in networks.values() for p in n.parameters() if p.grad is not None]
     with Tally(*networks.values(), backbone.vae, *gradients) as tally, attention:
-        run()
-    return tally.peak
+        made = run()
+        left = tally.live
+    del made
+    return tally.peak if whole else left
 
 
 def _rollout(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
@@ -325,11 +290,14 @@ def _fake_score(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
 
 
 def _kept(roles: Roles, backbone: PipelineBackbone, job: Job) -> list[Tensor]:
-    """The generator's step of every micro-batch with its graph, where it is kept."""
+    """The generator's step of every micro-batch with its graph, where stage 1 keeps it."""
+    parts = -(-job.batch // job.micro) if job.keep_graph and job.tilt is None else 0
+    return [_advance(roles, backbone, job) for _ in range(parts)]
+
+
+def _advance(roles: Roles, backbone: PipelineBackbone, job: Job) -> Tensor:
     x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
-    start = Rollout(_grid(job), {0: x}, cond, 0.5)
-    parts = -(-job.batch // job.micro) if job.keep_graph else 0
-    return [advance(roles.generator, start, 0, x) for _ in range(parts)]
+    return advance(roles.generator, Rollout(_grid(job), {0: x}, cond, 0.5), 0, x)
 
 
 def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:

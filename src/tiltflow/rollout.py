@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -96,12 +97,14 @@ def rollout(
     record: Collection[int] = (),
     convention: str = "unit",
     keep: Collection[int] | None = None,
+    graphs: Mapping[int, list[tuple[Tensor, Tensor]]] = MappingProxyType({}),
 ) -> Rollout:
     """Runs the first `stop` steps (default: all) from noise `x` (B, ...).
 
     `noise(k)` gives step k's z, (B, ...); it is not called for a deterministic step (η = 0, or
     the last of the grid). The log-probabilities of the steps in `record` are kept, and of the
-    states those in `keep` (default: all) and the last.
+    states those in `keep` (default: all) and the last. The steps in `graphs` run with gradient,
+    each from its state alone: (mean, std) are appended there, for `pinned`.
 
     Raises:
         ValueError: if `record` has a deterministic step under the "gaussian" `convention`.
@@ -110,7 +113,11 @@ def rollout(
     last = (len(sigmas) - 1 if stop is None else stop) - 1
     states, recorded = {0: x}, {}
     for k in range(last + 1):
-        mean, std = step(velocity, x, sigmas, k, cond, eta)
+        with torch.set_grad_enabled(k in graphs):
+            mean, std = step(velocity, x, sigmas, k, cond, eta)
+        if k in graphs:
+            graphs[k].append((mean, std))
+            mean = mean.detach()
         random = stochastic(sigmas, k, eta)
         if k in record and convention == "gaussian" and not random:
             raise ValueError("a deterministic step has no Gaussian density")
@@ -179,7 +186,12 @@ def _attach(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Step k from `x`, which has the value of the recorded state: (x_{k+1}, mean, std)."""
     mean, std = step(velocity, x, trajectory.sigmas, k, trajectory.conditioning, trajectory.eta)
-    return mean + (trajectory.states[k + 1] - mean).detach(), mean, std
+    return pinned(trajectory, k, mean), mean, std
+
+
+def pinned(trajectory: Rollout, k: int, mean: Tensor) -> Tensor:
+    """The recorded x_{k+1} with the gradient of step k's `mean`, the noise held fixed."""
+    return mean + (trajectory.states[k + 1] - mean).detach()
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Tensor, convention: str = "unit") -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -18,12 +17,12 @@ from tiltflow.commands.planning import (
     fastest,
     is_auto,
     plan_recipe,
+    reward_models,
     sentence,
-    with_checkpointing,
+    with_graphs,
 )
-from tiltflow.config import RunConfig, load_config
+from tiltflow.config import load_config
 from tiltflow.planner import GIB, OVERHEAD, Plan
-from tiltflow.rewards.sizes import reward_memory
 
 PACKAGES = ("tiltflow", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -69,15 +68,16 @@ def examine(
         if cfg.model.path != "mixture" and not {"model", "weights", "adapters"} & set(failed):
             have = memory or device_memory()
             if is_auto(cfg):
-                parts, made = fastest(cfg, None if have is None else have * GIB)
-                console.print(sentence(parts, made, None if have is None else have * GIB))
-                cfg = with_checkpointing(cfg, parts)
+                room = None if have is None else have * GIB
+                parts, made = fastest(cfg, room)
+                cfg, made = with_graphs(cfg, parts, made, room)
+                console.print(sentence(parts, made, room, cfg.tilt.keep_graph is True))
             models, unknown = reward_models(cfg)
-            plain = plan_recipe(cfg)
-            show_plan(replace(plain, held={**plain.held, **models}), have, console)
+            show_plan(plan_recipe(cfg), have, console)
             if models:
                 console.print(
-                    "of reward models the weights are counted, not what they compute with"
+                    "of reward models the weights are counted, and for what they compute with as "
+                    "much again as the largest has"
                 )
             if unknown:
                 console.print(f"not counted, for its size is not known: {', '.join(unknown)}")
@@ -93,23 +93,6 @@ def _verdict(finding: Finding) -> str:
     if finding.error is None:
         return "ok"
     return f"not yet: {finding.error}" if finding.note else str(finding.error)
-
-
-def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
-    """The bytes of the weights of the reward models that a run loads, by what they are, and the
-    rewards whose size is not known before they load.
-
-    Raises:
-        ValueError: as `reward_memory`.
-    """
-    held, unknown = {}, []
-    for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
-        for name, size in reward_memory(table).items():
-            if size is None:
-                unknown.append(f"{kind} {name}")
-            elif size:
-                held[f"{kind} {name}"] = size
-    return held, unknown
 
 
 def device_memory() -> float | None:

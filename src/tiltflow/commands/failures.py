@@ -53,6 +53,8 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
         tips.append("model.gradient_checkpointing=true")
     if cfg.stage == "cold_start" and cfg.cold_start.keep_graph:
         tips.append("cold_start.keep_graph=false")
+    if cfg.stage == "tilt" and cfg.tilt.keep_graph is True:
+        tips.append("tilt.keep_graph=false")
     chunk = cfg.tilt.decode_chunk or train.micro
     if cfg.stage == "tilt" and chunk > 1:
         tips.append(f"tilt.decode_chunk={chunk // 2} (now {chunk})")

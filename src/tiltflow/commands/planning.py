@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -22,10 +23,11 @@ from tiltflow.distributed import Ranks
 from tiltflow.model_checks import meta_of
 from tiltflow.paths import resolve_path
 from tiltflow.planner import GIB, Job, Plan, TiltJob, plan
+from tiltflow.rewards.memory import reward_bytes
 
 
 def plan_recipe(cfg: RunConfig) -> Plan:
-    """What a recipe will hold in memory, from configurations alone.
+    """What a recipe will hold in memory, from configurations alone, reward models included.
 
     Raises:
         ValueError: if there is no directory of the pipeline and it is no published one.
@@ -41,7 +43,8 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         chunk = cfg.tilt.decode_chunk or cfg.train.micro
         steps = cfg.tilt.reward_steps if backprop else 0
         fresh = cfg.tilt.fake_score_start == "fresh"
-        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh)
+        graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + 1
+        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs)
     chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
     job = Job(
         batch=cfg.train.batch_size,
@@ -54,12 +57,35 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         tilt=tilt,
         fused=cfg.run.device != "cpu",
         boundaries=fake_scores(cfg),
-        keep_graph=cfg.stage == "cold_start" and cfg.cold_start.keep_graph,
+        keep_graph=chosen.keep_graph is True,
     )
     encoders = sum(
         p.numel() for e in text_encoders(resolve_path(model.path)).values() for p in e.parameters()
     )
-    return plan(make, job, encoders * DTYPES[model.dtype].itemsize)
+    made = plan(make, job, encoders * DTYPES[model.dtype].itemsize)
+    models, _ = reward_models(cfg)
+    if not models:
+        return made
+    phases = {**made.phases, "scoring": made.phases.get("scoring", 0) + max(models.values())}
+    return replace(made, held={**made.held, **models}, phases=phases)
+
+
+def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
+    """The bytes of the weights of the reward models that a run loads, by what they are, and the
+    rewards whose size is not known before they load.
+
+    What one computes with is allowed for in a plan's scoring, as much again as its weights: a round
+    figure, for a ViT and eight images more than enough.
+    """
+    held, unknown = {}, []
+    for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
+        for name, reward in table.items():
+            size = reward_bytes(name, reward.path, reward.options)
+            if size is None:
+                unknown.append(f"{kind} {name}")
+            elif size:
+                held[f"{kind} {name}"] = size
+    return held, unknown
 
 
 FILE = "plan.json"
@@ -80,12 +106,19 @@ def is_auto(cfg: RunConfig) -> bool:
     return cfg.model.gradient_checkpointing == AUTO
 
 
-def with_checkpointing(cfg: RunConfig, parts: tuple[str, ...]) -> RunConfig:
-    """The config with these parts recomputed, checked as a whole again."""
+def with_checkpointing(cfg: RunConfig, parts: tuple[str, ...], keep: bool = False) -> RunConfig:
+    """The config with these parts recomputed, checked as a whole again; `keep` is what an open
+    `tilt.keep_graph` becomes."""
     other = "tilt" if cfg.stage == "cold_start" else "cold_start"
     values = cfg.model_dump(mode="json", exclude={other})
     values["model"]["gradient_checkpointing"] = list(parts)
+    if _keep_is_open(cfg):
+        values["tilt"]["keep_graph"] = keep
     return RunConfig.model_validate_json(json.dumps(values))
+
+
+def _keep_is_open(cfg: RunConfig) -> bool:
+    return cfg.stage == "tilt" and cfg.tilt.keep_graph == AUTO
 
 
 def choices(cfg: RunConfig) -> Iterator[tuple[str, ...]]:
@@ -130,6 +163,23 @@ def fastest(
     return every, made
 
 
+def with_graphs(
+    cfg: RunConfig,
+    parts: tuple[str, ...],
+    made: Plan | None,
+    memory: float | None,
+    planned: Callable[[RunConfig], Plan] = plan_recipe,
+) -> tuple[RunConfig, Plan | None]:
+    """The config with these parts recomputed, whose plan is `made`; and where `tilt.keep_graph` is
+    `auto`, with the graphs kept if they fit as well."""
+    plain = with_checkpointing(cfg, parts)
+    if not _keep_is_open(cfg) or made is None or memory is None:
+        return plain, made
+    keeps = with_checkpointing(cfg, parts, keep=True)
+    larger = planned(keeps)
+    return (keeps, larger) if larger.fits(USED * memory) else (plain, made)
+
+
 def chosen(
     cfg: RunConfig,
     out: Path,
@@ -149,7 +199,8 @@ def chosen(
         return cfg
     kept = _kept(out) if goes_on else None
     if kept is not None and not _too_large(kept, memory):
-        return with_checkpointing(cfg, tuple(kept["gradient_checkpointing"]))
+        parts = tuple(kept["gradient_checkpointing"])
+        return with_checkpointing(cfg, parts, kept.get("keep_graph", False))
     if kept is not None and not cfg.run.replan:
         assert memory is not None
         raise ValueError(
@@ -160,19 +211,26 @@ def chosen(
     order = list(choices(cfg))
     parts, made = fastest(cfg, memory)
     parts = order[ranks.from_main(order.index(parts))] if parts in order else parts
+    built, made = with_graphs(cfg, parts, made, memory)
+    keep = bool(ranks.from_main(int(built.tilt.keep_graph is True)))
     again = "planned anew: " if kept is not None else ""
-    say(f"{again}{sentence(parts, made, memory)}")
+    say(f"{again}{sentence(parts, made, memory, keep)}")
+    if unknown := reward_models(cfg)[1]:
+        say(f"not counted, for its size is not known: {', '.join(unknown)}")
     if ranks.main:
         size = made.peak if made is not None else 0
-        values = {"gradient_checkpointing": list(parts), "bytes": size}
+        values = {"gradient_checkpointing": list(parts), "keep_graph": keep, "bytes": size}
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
-    return with_checkpointing(cfg, parts)
+    return with_checkpointing(cfg, parts, keep)
 
 
-def sentence(parts: tuple[str, ...], made: Plan | None, memory: float | None) -> str:
+def sentence(
+    parts: tuple[str, ...], made: Plan | None, memory: float | None, keep: bool = False
+) -> str:
     """Which plan it is, in one line."""
     what = f"recomputes {', '.join(parts)}" if parts else "recomputes nothing"
+    what += " and keeps the rollout's graphs" if keep else ""
     if made is None or memory is None:
         return f"gradient_checkpointing=auto {what}"
     size, whole = made.peak / GIB, memory / GIB

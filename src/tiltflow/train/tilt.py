@@ -25,7 +25,7 @@ from tiltflow.prompts import Prompt, PromptSampler
 from tiltflow.randomness import Randomness
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.roles import Roles
-from tiltflow.rollout import Rollout, attach, attach_from, log_prob
+from tiltflow.rollout import Rollout, attach, attach_from, log_prob, pinned
 from tiltflow.rollout import step as sampler_step
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.optim import Guard, Updater
@@ -45,6 +45,10 @@ class Counts:
 
     each: Tensor
     most: Tensor
+
+
+Graphs = dict[int, list[tuple[Tensor, Tensor]]]
+"""Mean and std of sampler steps, with their graphs, by micro-batches."""
 
 
 def _counted(losses: Tensor, counts: Counts | None, rows: slice) -> Tensor:
@@ -88,7 +92,7 @@ class Tilt:
         chosen = self.settings
         cond, prompts = self._prompts(step)
         trained = self._trained_steps(step)
-        trajectory = self._rollout(step, trained, cond)
+        trajectory, graphs = self._rollout(step, trained, cond)
         scored, metrics = self._scored_and_fake_scores(step, trajectory, prompts)
         labels = self._labels(step)
         advantages, parts = group_advantages(
@@ -98,7 +102,7 @@ class Tilt:
         means = {f"reward/{name}": values.mean() for name, values in scored.scores.items()}
         metrics |= {name: self.share.whole(value) for name, value in (means | parts).items()}
         return metrics | self._generator_update(
-            step, trajectory, trained, advantages[self.share.rows], prompts, scored, counts
+            step, trajectory, trained, advantages[self.share.rows], prompts, scored, counts, graphs
         )
 
     def _labels(self, step: int) -> list[int] | None:
@@ -164,8 +168,11 @@ class Tilt:
         order = self.randomness.permutation("subset", step, min(self._last, self._path.start))
         return choose_steps(order, self.settings.subset)
 
-    def _rollout(self, step: int, trained: tuple[int, ...], cond: Grouped) -> Rollout:
-        """K steps of this rank's rows; untrained steps share their noise within a group."""
+    def _rollout(
+        self, step: int, trained: tuple[int, ...], cond: Grouped
+    ) -> tuple[Rollout, Graphs]:
+        """K steps of this rank's rows; untrained steps share their noise within a group. With it
+        the graphs of the steps that the generator's update goes through, if they are kept."""
         drawn = partial(
             self.share.noise,
             self.randomness,
@@ -175,7 +182,9 @@ class Tilt:
         )
         x, group = drawn("init"), self.settings.group_size
         noise = [drawn(f"step{k}", group=1 if k in trained else group) for k in range(self._last)]
-        return rollout_in_parts(
+        steps = self._attached(trained, self._matched_steps(step))
+        graphs: Graphs = {k: [] for k in steps} if self.settings.keep_graph else {}
+        made = rollout_in_parts(
             self.share,
             self.roles.generator,
             x,
@@ -186,7 +195,9 @@ class Tilt:
             record=trained,
             convention=self.settings.log_prob,
             keep=self._kept(step, trained),
+            graphs=graphs,
         )
+        return made, graphs
 
     def _kept(self, step: int, trained: tuple[int, ...]) -> set[int]:
         """The states that the updates of this epoch look at."""
@@ -267,11 +278,12 @@ class Tilt:
         prompts: Sequence[Prompt],
         scored: Scored,
         counts: Counts | None,
+        graphs: Graphs,
     ) -> dict[str, Tensor]:
         """One optimizer step on SubGRPO + AC-DMD + reward back-propagation.
 
-        Each sampler step that some term needs is run once with gradient, and its graph freed
-        before the next.
+        Each sampler step that some term needs is run once with gradient, unless its graph was
+        kept, and its graph freed before the next.
         """
         summed = self.settings.policy_reduction == "sum"
         whole = self.share.batch * (len(trained) + 1 if summed else 1)
@@ -294,7 +306,7 @@ class Tilt:
         for rows in self.share.micro_batches():
             part = trajectory.rows(rows)
             for k in sorted(steps):
-                x_next, mean, std = attach(self.roles.generator, part, k)
+                x_next, mean, std = self._step(part, k, graphs)
                 losses = x_next.new_zeros(len(x_next))
                 if k in trained:
                     policy, seen = self._policy_loss(part, k, mean, std, advantages[rows])
@@ -321,6 +333,13 @@ class Tilt:
             metrics["policy/kept"] = self.share.whole(1 / counts.most)
         self.roles.update_ema(self.ema.at(step + 1), self.guard.refused(step))
         return metrics
+
+    def _step(self, part: Rollout, k: int, graphs: Graphs) -> tuple[Tensor, Tensor, Tensor]:
+        """Step k of a micro-batch with its graph: (x_{k+1}, mean, std)."""
+        if k not in graphs:
+            return attach(self.roles.generator, part, k)
+        mean, std = graphs[k].pop(0)
+        return pinned(part, k, mean), mean, std
 
     def _policy_loss(
         self, part: Rollout, k: int, mean: Tensor, std: Tensor, advantages: Tensor

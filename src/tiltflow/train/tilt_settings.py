@@ -40,3 +40,6 @@ class TiltSettings:
     generator's loss, which are means over the others (`standing_out`)."""
     round_images: bool = False
     """Whether scores are of images in 8 bits; the reward's gradient is at the image as decoded."""
+    keep_graph: bool = False
+    """Whether the rollout keeps the graphs of the steps that the generator's update differentiates;
+    else they run once more for it. A pass less for each, for the memory of the batch's graphs."""

@@ -1,0 +1,115 @@
+"""The graphs of the rollout's steps, kept for the generator's update (`tilt.keep_graph`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from test_keep_graph import calls, weights
+
+from tiltflow.build import build_stage
+from tiltflow.commands import planning
+from tiltflow.commands.planning import chosen, with_graphs
+from tiltflow.commands.train import run_training
+from tiltflow.config import RunConfig, load_config
+from tiltflow.distributed import ALONE
+from tiltflow.planner import GIB, OVERHEAD, Plan
+from tiltflow.train.tilt import Tilt
+
+Tiny = Callable[[str], Path]
+
+
+def stage(tmp_path: Path, keep: bool, *more: str) -> Tilt:
+    values = [
+        "run.device=cpu", f"run.out={tmp_path / 'tilt'}", f"model.few_step={tmp_path / 'few'}",
+        "train.batch_size=8", "tilt.group_size=4", "train.generator_lr=1e-3",
+        "train.fake_score_lr=1e-3", f"tilt.keep_graph={str(keep).lower()}", *more,
+    ]  # fmt: skip
+    made = build_stage(load_config("mixture_tilt", values)).stage
+    assert isinstance(made, Tilt)
+    return made
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """A stage-1 run of the mixture, of one step."""
+
+    values = [f"run.out={tmp_path / 'few'}", "run.device=cpu", "train.steps=1",
+              "train.batch_size=4", "checkpoint.every=1"]  # fmt: skip
+    run_training(load_config("mixture_cold_start", values), Console(quiet=True))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("tilt.match_steps=last", "train.micro_batch_size=2"),
+        ("tilt.match_steps=random", "tilt.drop_zero_advantages=true", "tilt.log_prob=gaussian"),
+        ("tilt.reward_steps=2", "tilt.subset=1", "tilt.match_steps=last"),
+    ],
+)
+def test_it_is_the_same_epoch_bit_for_bit(few: Path, more: tuple[str, ...]) -> None:
+    kept, again = stage(few, True, *more), stage(few, False, *more)
+    before = weights(kept)  # type: ignore[arg-type]
+    for step in range(3):
+        found, expected = kept.iteration(step), again.iteration(step)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    found, expected = weights(kept), weights(again)  # type: ignore[arg-type]
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    moved = {name.partition(".")[0] for name in found if not torch.equal(found[name], before[name])}
+    assert {"generator", "fake_score", "ema"} <= moved
+
+
+def test_it_is_a_pass_less_for_each_step(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four steps two are trained and the last is matched: three run once in place of twice."""
+    more = ("tilt.match_steps=last",)
+    kept = calls(stage(few, True, *more), 2, monkeypatch)  # type: ignore[arg-type]
+    again = calls(stage(few, False, *more), 2, monkeypatch)  # type: ignore[arg-type]
+    assert again["generator"] == 8 and again["generator+"] == kept["generator+"] == 6
+    assert kept["generator"] == 2
+
+
+def auto() -> RunConfig:
+    values = ["model.gradient_checkpointing=auto", "tilt.keep_graph=auto", "data.prompts=x",
+              "run.out=x", "rewards={shapes: 1.0}", "model.few_step=y"]  # fmt: skip
+    return load_config("sd35m_tilt", values)
+
+
+def planned(cfg: RunConfig) -> Plan:
+    return Plan({"base weights": GIB}, {"iteration": 8 * GIB if cfg.tilt.keep_graph else GIB}, 0)
+
+
+def memory(gib: float) -> float:
+    return gib * GIB + OVERHEAD
+
+
+@pytest.mark.parametrize(("gib", "keep"), [(12, True), (6, False)])
+def test_auto_keeps_them_where_the_plan_fits(gib: float, keep: bool) -> None:
+    cfg = auto()
+    made = planned(planning.with_checkpointing(cfg, ("decoder",)))
+    found, plan = with_graphs(cfg, ("decoder",), made, memory(gib), planned)
+    assert found.model.checkpointed == {"decoder"} and found.tilt.keep_graph is keep
+    assert plan is not None and plan.peak == (9 if keep else 2) * GIB
+
+
+def test_a_run_keeps_whether_it_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = planning.with_graphs
+    monkeypatch.setattr(planning, "fastest", lambda cfg, have: ((), planned(cfg)))
+    monkeypatch.setattr(planning, "with_graphs", lambda *given: real(*given, planned))
+    said: list[str] = []
+
+    def at(gib: float, goes_on: bool) -> bool | str:
+        made = chosen(auto(), tmp_path, goes_on, memory(gib), ALONE, said.append)
+        return made.tilt.keep_graph
+
+    assert at(6, False) is False and at(100, True) is False
+    assert said[0].startswith("gradient_checkpointing=auto recomputes nothing: ")
+    assert at(12, False) is True and at(12, True) is True
+    assert said[1].startswith(
+        "gradient_checkpointing=auto recomputes nothing and keeps the rollout"
+    )
