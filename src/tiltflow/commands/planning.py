@@ -23,7 +23,7 @@ from tiltflow.distributed import Ranks
 from tiltflow.model_checks import meta_of
 from tiltflow.paths import resolve_path
 from tiltflow.planner import GIB, Job, Plan, TiltJob, plan
-from tiltflow.rewards.memory import reward_bytes
+from tiltflow.rewards.sizes import reward_memory
 
 
 def plan_recipe(cfg: RunConfig) -> Plan:
@@ -76,11 +76,13 @@ def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
 
     What one computes with is allowed for in a plan's scoring, as much again as its weights: a round
     figure, for a ViT and eight images more than enough.
+
+    Raises:
+        ValueError: as `reward_memory`.
     """
     held, unknown = {}, []
     for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
-        for name, reward in table.items():
-            size = reward_bytes(name, reward.path, reward.options)
+        for name, size in reward_memory(table).items():
             if size is None:
                 unknown.append(f"{kind} {name}")
             elif size:
