@@ -78,6 +78,16 @@ def test_a_folder_of_somebody_else_is_refused(made: Student, used: Path) -> None
         check_export_folder(used / "notes.txt")
 
 
+@pytest.mark.parametrize("inside", ["merged/mine.txt", "tilt/mine.txt", "few_step/mine/notes.txt"])
+def test_a_part_of_somebody_else_is_refused(tmp_path: Path, inside: str) -> None:
+    """A folder that only has the name of an export's part."""
+    mine = tmp_path / "out" / inside
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match="which is no pipeline|which is none of an export's"):
+        check_export_folder(tmp_path / "out")
+
+
 def test_it_is_refused_before_training(made: Student, tmp_path: Path) -> None:
     asked = [f"model.path={made.model}", "model.family=sd3", f"run.out={tmp_path / 'run'}"]
     config = load_config("sd3m_cold_start", [*asked, "data.prompts=p.txt"])

@@ -75,6 +75,14 @@ def test_another_base_of_the_same_shapes_is_refused(place: Path, tmp_path: Path)
         start(config, "run.resume=true", f"model.path={model}", "train.steps=4")
 
 
+def test_other_text_encoders_are_refused(place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "cold", tmp_path / "cold")
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    scaled(model / "text_encoder" / "model.safetensors")
+    with pytest.raises(ValueError, match="its text encoders of model.path"):
+        start(str(run / "config.yaml"), "run.resume=true", f"model.path={model}", "train.steps=4")
+
+
 def test_a_start_that_was_trained_on_another_base_is_said(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

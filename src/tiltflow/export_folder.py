@@ -20,6 +20,9 @@ from tiltflow.disk import at_work, fsync, writing
 
 PARTS = {"few_step", "tilt", "scheduler", "merged", "README.md", CONTRACT_FILE, *LICENCES}
 """What an export consists of."""
+LORA = {"pytorch_lora_weights.safetensors", CONTRACT_FILE}
+INSIDE = {"few_step": LORA, "tilt": LORA, "scheduler": {"scheduler_config.json"}}
+"""What its folders hold; `merged` is a whole pipeline."""
 
 
 def check_export_folder(out: Path) -> None:
@@ -35,12 +38,24 @@ def check_export_folder(out: Path) -> None:
         raise ValueError(f"{out} is a file, but the export is a folder: give another one")
     if os.path.ismount(out):
         raise ValueError(f"{out} is a mount point, which no export can replace: give {out}/export")
-    foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in PARTS)
+    foreign = sorted(_foreign(out))
     if foreign:
         raise ValueError(
             f"{out} holds {foreign[0]!r}, which is none of an export's, and an export replaces the "
             "whole folder: give another one"
         )
+
+
+def _foreign(out: Path) -> Iterator[str]:
+    """What in a folder no export has written, by the path in it."""
+    for entry in out.iterdir():
+        if entry.name not in PARTS:
+            yield entry.name
+        elif entry.name in INSIDE and entry.is_dir():
+            odd = (f for f in entry.iterdir() if f.name not in INSIDE[entry.name])
+            yield from (f"{entry.name}/{f.name}" for f in odd)
+        elif entry.name == "merged" and not (entry / "model_index.json").is_file():
+            yield f"{entry.name}, which is no pipeline"
 
 
 @contextmanager

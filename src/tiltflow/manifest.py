@@ -12,7 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiltflow.backbones import check_pipeline, local_pipeline
-from tiltflow.backbones.fingerprint import adapter_fingerprint, pipeline_fingerprint
+from tiltflow.backbones.fingerprint import (
+    adapter_fingerprint,
+    encoders_fingerprint,
+    pipeline_fingerprint,
+)
 from tiltflow.config import PromptSets, RunConfig
 from tiltflow.paths import resolve_path
 from tiltflow.prompts import Prompt
@@ -25,6 +29,7 @@ OF_THE_RUN = {
     "base": "model.path (by its weights)",
     "generator_base": "model.generator_path (by its weights)",
     "few_step": "model.few_step (by its weights)",
+    "encoders": "text encoders of model.path (by their weights)",
 }
 """What a run keeps, and what it is called in a sentence."""
 PROMPTS = {"prompts": "data.prompts", "eval_prompts": "data.eval_prompts"}
@@ -51,6 +56,7 @@ def manifest_of(cfg: RunConfig, sets: PromptSets, few_step: State | None) -> dic
         "base": _base(model.path),
         "generator_base": _base(model.generator_path) if model.generator_path else None,
         "few_step": adapter_fingerprint(few_step) if few_step else None,
+        "encoders": None if model.path == "mixture" else encoders_fingerprint(_root(model.path)),
         "prompts": _of_prompts(sets.train),
         "eval_prompts": _of_prompts(sets.fixed),
         "config": with_absolute_paths(cfg).model_dump(mode="json", exclude={other}),
@@ -95,6 +101,8 @@ def changes(state: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str
     if not isinstance(before, dict) or not isinstance(before.get("config"), dict):
         raise ValueError("its manifest is no JSON object with a config")
     for key, name in OF_THE_RUN.items():
+        if key == "encoders" and None in (before.get(key), here[key]):
+            continue  # not kept by earlier versions, or not needed beside cached embeddings
         _same(name, before.get(key), here[key])
     old, new = _flat(before["config"]), _flat(here["config"])
     found = {

@@ -93,6 +93,21 @@ def pipeline_fingerprint(root: Path) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def encoders_fingerprint(root: Path) -> str | None:
+    """64 hexadecimal digits for a pipeline's text encoders, as `pipeline_fingerprint` takes them;
+    None where there are none, as beside a cache of embeddings."""
+    facts: dict[str, object] = {}
+    for part in sorted(pipeline_index(root)):
+        folder = root / part
+        if part.startswith("text_encoder") and folder.is_dir():
+            facts[part] = _settings(folder / "config.json")
+            for name in weight_files(folder, "model"):
+                facts[f"{part}/{name}"] = _content(folder / name)
+    if not facts:
+        return None
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _settings(file: Path) -> dict[str, object]:
     """A part's configuration without the notes of the library that wrote it."""
     if not file.is_file():
