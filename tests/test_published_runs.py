@@ -69,7 +69,7 @@ def test_no_setting_of_the_mathematics_is_left_out(model: str, stage: str) -> No
     """A recipe states nothing that the table does not have, but for memory, places and logs."""
     free = {
         "train.micro_batch_size", "train.skip_nonfinite", "model.gradient_checkpointing",
-        "tilt.decode_chunk",
+        "tilt.decode_chunk", "tilt.keep_graph",
     }  # fmt: skip
     cfg = load_config(f"{model}_{stage}", ["data.prompts=prompts.txt"])
     rows = {row["key"] for row in FACTS[stage]}
