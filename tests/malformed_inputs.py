@@ -215,6 +215,7 @@ EVALUATIONS = [
     Case("no run to report", "report nowhere"),
     report("metrics cut in the middle", text("run/metrics.jsonl", '{"step": 1}\n{"st\n{}\n')),
     report("metrics that are no objects", text("run/metrics.jsonl", "[1]\n")),
+    report("metrics nested too deeply", text("run/metrics.jsonl", "[" * 100_000)),
     report("an image that is none", text(f"{IMAGES}/teacher/00000.png", "text")),
     report("an image of 10 gigapixels in 33 bytes", text(f"{IMAGES}/teacher/00000.png", BOMB)),
 ]

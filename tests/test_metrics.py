@@ -97,6 +97,21 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         read_metrics(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize("end", ["[" * 100_000, "hello", '{"loss": 1.0}'])
+def test_an_end_that_was_never_a_metrics_line_is_refused(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n' + end)
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: not a metrics line"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("end", ["{", '{"st', '{"step": 2, "a"', "\0" * 9, '{"step": 2, "\0\0'])
+def test_an_end_of_a_run_that_was_killed_is_left_out(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n' + end)
+    assert read_metrics(path) == [{"step": 1}]
+
+
 def test_missing_sinks_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -17,6 +17,9 @@ from tiltflow.disk import parse_json, write_whole
 
 Values = Mapping[str, Tensor | float]
 
+_HEAD = b'{"step": '
+"""How every line begins."""
+
 
 class Accumulator:
     """Running means of 0-d tensors and floats, without a transfer until they are asked for.
@@ -89,7 +92,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file. A torn last line, of a run that was killed, is left out.
 
     Raises:
-        ValueError: if the file is missing, or a line before the last is not a metrics line.
+        ValueError: if the file is missing, or a line is neither a metrics line nor, at the end, a
+            torn one.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,8 +106,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("not an object with a step")
         except ValueError as error:
-            # A whole file ends in a newline, so its last piece is empty; otherwise it is torn.
-            if number == len(lines):
+            # A whole file ends in a newline, so its last piece is empty; otherwise it is torn,
+            # maybe with zeros where a file system had not written yet.
+            start = line.rstrip(b"\0")[: len(_HEAD)]
+            if number == len(lines) and _HEAD.startswith(start):
                 break
             raise ValueError(f"{path}, line {number}: not a metrics line") from error
         rows.append(row)
