@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from tiltflow.graphs import Graphs, Work
 from tiltflow.switch import AdapterSwitch
 
 State = dict[str, Tensor]
+Named = dict[str, dict[str, nn.Parameter]]
+"""Parameters by adapter and name."""
 
 
 @dataclass(frozen=True)
@@ -225,55 +227,35 @@ def adapter_roles(
     """Roles as adapters over the backbone's frozen base(s).
 
     `few_step` is stage 1's adapter, for stage 2: it stays frozen under the generator's and the
-    EMA's own. `fake_score` are stage 1's weights of the fake score, which are trained on, or, with
-    `fresh_fake_score`, stay frozen under an adapter of `settings` (without them: the teacher's own,
-    that is, an adapter that does nothing). `boundaries` gives it as many adapters, one for
-    each boundary. `checkpointing` may have `generator` and `fake_score`. `guidance` is what all but
-    the teacher are called with, `init_std` that of A in every trained adapter (`add_adapter`).
-    With `graphs` their passes are recorded.
+    EMA's own. `fake_score` are stage 1's weights of the fake score, trained on, or, with
+    `fresh_fake_score`, frozen under an adapter of `settings`; None is the teacher's own.
+    `boundaries` gives it one for each. `checkpointing` may have `generator` and `fake_score`, all
+    but the teacher are called with `guidance`, A starts with `init_std`, `graphs` record passes.
     """
     student, teacher = backbone.student_base, backbone.teacher_base
-    stack: tuple[str, ...] = ()
-    frozen: dict[str, nn.Parameter] = {}
-    if few_step is not None:
-        stack = ("few_step",)
-        frozen = frozen_below(student, "few_step", *few_step)
+    stack = ("few_step",) if few_step else ()
+    frozen = frozen_below(student, "few_step", *few_step) if few_step else None
     generator = add_adapter(student, "generator", settings, seed, True, init_std)
     ema = add_adapter(student, "ema", settings, seed, False, init_std)
-    names = _fake_names(boundaries)
-    below: dict[str, dict[str, nn.Parameter]] = {}
-    if fresh_fake_score and fake_score is not None:
-        first = few_step[0] if few_step is not None else settings
-        parts = _by_name(fit_to_boundaries(fake_score, boundaries), names)
-        below = {n: frozen_below(teacher, f"few_step_{n}", first, parts[n]) for n in names}
-    # One that is trained on has the shape of stage 1's adapter; a fresh one has this stage's, also
-    # where stage 1 is an exported LoRA, which has no fake score and α = rank.
-    continued = few_step is not None and fake_score is not None and not fresh_fake_score
-    fake_settings = few_step[0] if few_step is not None and continued else settings
+    start = fit_to_boundaries(fake_score, boundaries) if fake_score is not None else None
+    names, first = _fake_names(boundaries), few_step[0] if few_step else settings
+    below = _frozen_fakes(teacher, names, first, start) if fresh_fake_score and start else {}
+    # Trained on, it has stage 1's shape; fresh, this stage's (an exported LoRA says α = rank).
+    shape = first if start and not below else settings
     fakes = {
-        name: add_adapter(teacher, name, fake_settings, seed + k, True, init_std)
+        name: add_adapter(teacher, name, shape, seed + k, True, init_std)
         for k, name in enumerate(names, 1)
     }
     switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
-    if any(_covered(name, checkpointing) for name in ("generator", *fakes)):
-        for base in {id(b): b for b in (student, teacher)}.values():
-            function = _checkpointing(switches[id(base)], checkpointing)
-            call(base, "enable_gradient_checkpointing", function)
-
-    def role(
-        name: str, base: nn.Module, adapters: tuple[str, ...], own: dict | None = None
-    ) -> Role:
-        asked = None if name == "teacher" else guidance
-        switch = switches[id(base)]
-        made = Role(name, backbone, base, adapters, switch, own or {}, autocast, guidance=asked)
-        return replace(made, graphs=graphs)
-
-    def fake(name: str) -> Role:
-        stack = (f"few_step_{name}", name) if below else (name,)
-        return role(name, teacher, stack, fakes[name])
+    _checkpoint((student, teacher), switches, ("generator", *fakes), checkpointing)
+    role = _Maker(backbone, switches, autocast, guidance, graphs).role
 
     def fake_below(name: str) -> Role:
         return role(f"few_step_{name}", teacher, (f"few_step_{name}",), below[name])
+
+    def fake(name: str) -> Role:
+        under = (f"few_step_{name}",) if below else ()
+        return role(name, teacher, (*under, name), fakes[name])
 
     roles = Roles(
         teacher=role("teacher", teacher, ()),
@@ -284,9 +266,61 @@ def adapter_roles(
         fake_score_below=_fake_score(fake_below, boundaries) if below else None,
     )
     roles.ema.load(roles.generator.state())
-    if fake_score is not None and not fresh_fake_score:
-        roles.fake_score.load(fit_to_boundaries(fake_score, boundaries))
+    if start and not below:
+        roles.fake_score.load(start)
     return roles
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What the roles over shared bases have in common."""
+
+    backbone: Backbone
+    switches: Mapping[int, AdapterSwitch]
+    autocast: torch.dtype | None
+    guidance: float | None
+    graphs: Graphs | None
+
+    def role(
+        self,
+        name: str,
+        base: nn.Module,
+        adapters: tuple[str, ...],
+        own: Mapping[str, nn.Parameter] | None = None,
+    ) -> Role:
+        return Role(
+            name,
+            self.backbone,
+            base,
+            adapters,
+            self.switches[id(base)],
+            own or {},
+            self.autocast,
+            guidance=None if name == "teacher" else self.guidance,
+            graphs=self.graphs,
+        )
+
+
+def _frozen_fakes(
+    teacher: nn.Module, names: Sequence[str], settings: AdapterSettings, start: State
+) -> Named:
+    """Stage 1's fake scores, frozen under the fresh ones: their weights by name."""
+    parts = _by_name(start, names)
+    return {n: frozen_below(teacher, f"few_step_{n}", settings, parts[n]) for n in names}
+
+
+def _checkpoint(
+    bases: Sequence[nn.Module],
+    switches: Mapping[int, AdapterSwitch],
+    names: Sequence[str],
+    parts: Collection[str],
+) -> None:
+    """Has each base recompute under the adapters that are of `parts`, if any of `names` is."""
+    if not any(_covered(name, parts) for name in names):
+        return
+    for base in {id(b): b for b in bases}.values():
+        function = _checkpointing(switches[id(base)], parts)
+        call(base, "enable_gradient_checkpointing", function)
 
 
 def copy_roles(

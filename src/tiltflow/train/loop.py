@@ -102,26 +102,23 @@ def train(
     the last good checkpoint, and its step is returned. Counted randomness makes a resumed run
     equal to an uninterrupted one.
     """
-    skips, told = Skips(settings.skip), ""
-    done = 0
+    skips, done, told = Skips(settings.skip), 0, ""
     if resume:
         done, told = resumed(stage, _found(run, settings, ranks), settings, skips, hooks)
     hooks.begin()
     accumulator, stop = Accumulator(), False
     if done == 0:
         hooks.sample(0)
-    stopping = STOPPING if ranks.main else ""
     with (
         _log(run, settings, done, ranks) as log,
-        interruptible(stopping) as stopped,
+        interruptible(STOPPING if ranks.main else "") as stopped,
         suppress(Stopped),
     ):
         if told:
             log.say(done, {"changed": told})
-        if hooks.watch_every and hooks.good() is None:  # the reference of all later looks
-            look(log, hooks, done, ranks)
-            if ranks.main and settings.stop_on_alarm:
-                save(stage, run, done, settings, skips, hooks)
+        if hooks.watch_every and hooks.good() is None:
+            look(log, hooks, done, ranks)  # the reference of all later looks
+            _keep_good(stage, run, done, settings, skips, hooks, ranks)
         while done < settings.steps and not stop:
             accumulator.add(skips.iteration(stage, done), stage.guard.refused(done))
             done += 1
@@ -148,6 +145,20 @@ def train(
         if ranks.main:
             save(stage, run, done, settings, skips, hooks)
     return done
+
+
+def _keep_good(
+    stage: Stage,
+    run: Path,
+    done: int,
+    settings: LoopSettings,
+    skips: Skips,
+    hooks: Hooks,
+    ranks: Ranks,
+) -> None:
+    """Saves what an alarm would go back to."""
+    if ranks.main and settings.stop_on_alarm:
+        save(stage, run, done, settings, skips, hooks)
 
 
 def _log(run: Path, settings: LoopSettings, done: int, ranks: Ranks) -> MetricsLog | NoLog:

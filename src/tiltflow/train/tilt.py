@@ -288,17 +288,7 @@ class Tilt:
         summed = self.settings.policy_reduction == "sum"
         whole = self.share.batch * (len(trained) + 1 if summed else 1)
         over = 1 if summed else len(trained)
-        matched = {
-            k: self.matching.gradient(
-                f"matching{k}",
-                step,
-                trajectory.states[k + 1],
-                trajectory.level(k + 1),
-                trajectory.cond,
-                k + 1,
-            )
-            for k in self._matched_steps(step)
-        }
+        matched = self._matched(step, trajectory)
         steps = self._attached(trained, matched)
         path = self._path
         gradient, seen = self._reward_gradient(scored, prompts)
@@ -333,6 +323,20 @@ class Tilt:
             metrics["policy/kept"] = self.share.whole(1 / counts.most)
         self.roles.update_ema(self.ema.at(step + 1), self.guard.refused(step))
         return metrics
+
+    def _matched(self, step: int, trajectory: Rollout) -> dict[int, Tensor]:
+        """The matching gradient at the end of each matched step."""
+        return {
+            k: self.matching.gradient(
+                f"matching{k}",
+                step,
+                trajectory.states[k + 1],
+                trajectory.level(k + 1),
+                trajectory.cond,
+                k + 1,
+            )
+            for k in self._matched_steps(step)
+        }
 
     def _step(self, part: Rollout, k: int, graphs: Graphs) -> tuple[Tensor, Tensor, Tensor]:
         """Step k of a micro-batch with its graph: (x_{k+1}, mean, std)."""
