@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors import SafetensorError
+from full_disk import PLAIN, RUST, Full
 from test_run_directory import mixture, weights
 
 from tiltflow import disk, metrics
 from tiltflow.checkpoint import latest_step
 
-
-class Full:
-    """Every way in which a run writes, failing from the n-th call on, as its writer reports it."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int) -> None:
-        self.count, self.at = 0, at
-        rust = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
-        plain = OSError(errno.ENOSPC, "No space left on device")
-        for owner, name, error in (
-            (os, "write", plain),  # the lock
-            (os, "fsync", plain),  # whatever is flushed
-            (Path, "write_text", plain),
-            (Path, "mkdir", plain),
-            (disk, "save_file", rust),
-            (metrics.MetricsLog, "write", plain),
-        ):
-            patch.setattr(owner, name, self.wrap(getattr(owner, name), error))
-
-    def wrap(self, function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            if self.count >= self.at:
-                raise error
-            return function(*args, **kwargs)
-
-        return wrapped
+WRITERS = (
+    (os, "write", PLAIN),  # the lock
+    (os, "fsync", PLAIN),  # whatever is flushed
+    (Path, "write_text", PLAIN),
+    (Path, "mkdir", PLAIN),
+    (disk, "save_file", RUST),
+    (metrics.MetricsLog, "write", PLAIN),
+)
+"""Every way in which a run writes."""
 
 
 def test_full_at_any_write_it_ends_in_a_sentence_and_goes_on_bit_equal(
@@ -48,7 +28,7 @@ def test_full_at_any_write_it_ends_in_a_sentence_and_goes_on_bit_equal(
 ) -> None:
     length = ("train.steps=4", "run.resume=auto")
     with monkeypatch.context() as patch:
-        full = Full(patch, 10**9)
+        full = Full(patch, 10**9, WRITERS)
         mixture(tmp_path / "whole", *length)
     whole = weights(tmp_path / "whole")
     moments = sorted({1 + i * (full.count - 1) // 21 for i in range(22)})
@@ -57,7 +37,7 @@ def test_full_at_any_write_it_ends_in_a_sentence_and_goes_on_bit_equal(
     for at in moments:
         run = tmp_path / f"{at}"
         with monkeypatch.context() as patch:
-            Full(patch, at)
+            Full(patch, at, WRITERS)
             with pytest.raises(OSError, match="No space left on device") as caught:
                 mixture(run, *length)
         step = latest_step(run)

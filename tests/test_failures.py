@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from full_disk import PLAIN, RUST, Full
 
 from tiltflow import checkpoint
 from tiltflow.checkpoint import latest_step, load_checkpoint, save_checkpoint
@@ -29,29 +29,13 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"generator": {"w": torch.full((3,), value)}, "ema": {"w": torch.tensor(value)}}
 
 
-class Full:
-    """A disk that is full from the n-th write of a save on, as both writers report it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-        self.count, self.at = 0, at
-        rust = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
-        plain = OSError(errno.ENOSPC, "No space left on device")
-        for owner, name, error in (
-            (checkpoint, "save_tensors", rust),
-            (checkpoint, "fsync", plain),
-            (Path, "write_text", plain),
-            (Path, "mkdir", plain),
-        ):
-            monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name), error))
-
-    def wrap(self, function: Any, error: Exception) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            if self.count >= self.at:
-                raise error
-            return function(*args, **kwargs)
-
-        return wrapped
+WRITERS = (
+    (checkpoint, "save_tensors", RUST),
+    (checkpoint, "fsync", PLAIN),
+    (Path, "write_text", PLAIN),
+    (Path, "mkdir", PLAIN),
+)
+"""What a save writes with."""
 
 
 def test_a_full_disk_at_any_write_leaves_the_last_good_checkpoint(
@@ -62,7 +46,7 @@ def test_a_full_disk_at_any_write_leaves_the_last_good_checkpoint(
     failed = 0
     for at in range(2, 12):  # the first is the folder of all checkpoints, which exists
         with monkeypatch.context() as patch:
-            Full(patch, at)
+            Full(patch, at, WRITERS)
             try:
                 with explained(cfg, 1):
                     save_checkpoint(tmp_path, 20, tensors(2.0), {}, keep=2)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MATCH_STEPS = ("last", "random", "all")
-
 
 @dataclass(frozen=True)
 class TiltSettings:
