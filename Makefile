@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+	$(BIN)/lint-imports
 
 # what docs/benchmarks.md and docs/distributed.md report; the longer studies have a command of their own
 bench: $(STAMP)

@@ -26,8 +26,8 @@ def pipeline(folder: Path, layers: int, width: int) -> int:
     import torch
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    from tiltflow.backbones.files import absent_parts
-    from tiltflow.paths import resolve_path
+    from tiltflow.core.paths import resolve_path
+    from tiltflow.models.pipelines.files import absent_parts
 
     source = Path(resolve_path("packaged:pipeline"))
     pipe = StableDiffusion3Pipeline.from_pretrained(source, **absent_parts(source))
@@ -43,8 +43,8 @@ def train(stage: str, kind: str, folder: Path) -> None:
     """One iteration of a stage, in this process."""
     from rich.console import Console
 
-    from tiltflow.commands.train import run_training
-    from tiltflow.config import load_config
+    from tiltflow.config.load import load_config
+    from tiltflow.tasks.train import run_training
 
     if stage == "nothing":
         return

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from mixture_tilt import draw
 
-from tiltflow.backbones.mixture import MixtureBackbone, sliced_wasserstein
-from tiltflow.build import build_stage
-from tiltflow.config import load_config
+from tiltflow.config.load import load_config
+from tiltflow.models.families.mixture import MixtureBackbone, sliced_wasserstein
+from tiltflow.setup.build import build_stage
 
 CHOICES = tuple(itertools.product(("shared", "per_boundary"), (0.0, 1.0)))
 POINTS = 16_384

@@ -37,10 +37,10 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from tiltflow.backbones.meta import META
-from tiltflow.build import Build, adapter_settings
-from tiltflow.planner import GIB, _conditioning, _latents
-from tiltflow.roles import adapter_roles
+from tiltflow.models.pipelines.meta import META
+from tiltflow.models.roles import adapter_roles
+from tiltflow.setup.build import Build, adapter_settings
+from tiltflow.setup.planner import GIB, _conditioning, _latents
 from tiltflow.train.cold_start import ColdStart, Cycle
 from tiltflow.train.loop import Hooks, LoopSettings, Skips, restore, save
 
@@ -205,7 +205,7 @@ def resume(bench: Bench) -> None:
             build.stage.iteration(step)
         ends[name] = digest(build)
     build = bench.stage1(*more)
-    from tiltflow.checkpoint import load_checkpoint
+    from tiltflow.core.checkpoint import load_checkpoint
 
     done = restore(build.stage, load_checkpoint(bench.model.folder), settings, Skips(0))
     for step in range(done, 4):

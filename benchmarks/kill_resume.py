@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tiltflow.backbones.mixture import MixtureBackbone
-from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.metrics import read_metrics
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.metrics import read_metrics
+from tiltflow.models.families.mixture import MixtureBackbone
+from tiltflow.tasks.train import run_training
 
 STAGES = ("cold_start", "tilt")
 COMMON = ("checkpoint.every=1", "log.every=1", "run.device=cpu", "run.resume=auto")

@@ -19,13 +19,13 @@ import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 
-from tiltflow.backbones.mixture import fit_tilt
-from tiltflow.build import build_stage
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.randomness import Randomness
-from tiltflow.roles import Role
-from tiltflow.rollout import rollout
+from tiltflow.config.load import load_config
+from tiltflow.core.randomness import Randomness
+from tiltflow.method.rollout import rollout
+from tiltflow.models.families.mixture import fit_tilt
+from tiltflow.models.roles import Role
+from tiltflow.setup.build import build_stage
+from tiltflow.tasks.train import run_training
 
 matplotlib.use("agg")
 RATES = (1e-4, 3e-4, 1e-3)

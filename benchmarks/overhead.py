@@ -23,7 +23,7 @@ from support.stages import STAGES, model
 from support.tables import interleaved, median, ratio, report
 from torch import Tensor, nn
 
-from tiltflow.build import Build
+from tiltflow.setup.build import Build
 
 
 @dataclass(frozen=True)

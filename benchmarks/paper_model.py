@@ -16,8 +16,8 @@ import time
 import torch
 from support.tables import report
 
-from tiltflow.backbones.meta import META, meta_backbone
-from tiltflow.roles import AdapterSettings, adapter_roles
+from tiltflow.models.pipelines.meta import META, meta_backbone
+from tiltflow.models.roles import AdapterSettings, adapter_roles
 
 NODE = 8
 INSIDE, BETWEEN = 200e9, 25e9

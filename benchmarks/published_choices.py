@@ -72,9 +72,9 @@ def options(args: argparse.Namespace, seed: int) -> list[str]:
 
 def cold_start(args: argparse.Namespace, seed: int) -> None:
     """Stage 1 of a seed, its checkpoint, and the scores of its averages."""
-    from tiltflow.build import attention_for, build_stage
-    from tiltflow.checkpoint import save_checkpoint
-    from tiltflow.config import load_config
+    from tiltflow.config.load import load_config
+    from tiltflow.core.checkpoint import save_checkpoint
+    from tiltflow.setup.build import attention_for, build_stage
 
     changes = [f"train.steps={args.cold_steps}", "train.schedule=constant", "train.ema=0.95"]
     run = args.out / f"cold_start-{seed}"
@@ -99,8 +99,8 @@ def cold_start(args: argparse.Namespace, seed: int) -> None:
 
 def tilt(args: argparse.Namespace, arm: str, seed: int) -> None:
     """Stage 2 of a seed with an arm's settings, and the scores of its average."""
-    from tiltflow.build import attention_for, build_stage
-    from tiltflow.config import load_config
+    from tiltflow.config.load import load_config
+    from tiltflow.setup.build import attention_for, build_stage
 
     changes = [
         *BASE,
@@ -123,9 +123,9 @@ def evaluate(cfg: Any, build: Any) -> dict[str, list[float]]:
     """Scores of the average's images by prompt, the noise the same for every student."""
     import torch
 
-    from tiltflow.assemble import build_rewards
-    from tiltflow.randomness import Randomness
-    from tiltflow.sampling import sample_few_step
+    from tiltflow.core.randomness import Randomness
+    from tiltflow.method.sampling import sample_few_step
+    from tiltflow.setup.assemble import build_rewards
 
     backbone, rewards = build.backbone, build_rewards(cfg.watch.rewards, build.backbone.device)
     sigmas, found = backbone.few_step_sigmas(4), {name: [] for name in REWARDS}

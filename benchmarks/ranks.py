@@ -24,7 +24,7 @@ import torch
 from support.stages import STAGES, Model, model
 from support.tables import median, ratio, report
 
-from tiltflow.distributed import Ranks, ranks_of_job
+from tiltflow.core.distributed import Ranks, ranks_of_job
 
 
 def work(made: Model, stage: str, ranks: Ranks, rows: int, rounds: int) -> dict[str, list[float]]:

@@ -32,7 +32,7 @@ from support.reference_parts import Bench, on_device, parts, prompts
 from support.reference_tilt import BATCH, tilt_of_ours, tilt_of_theirs
 from support.tables import median, ratio, report
 
-from tiltflow.build import attention_for
+from tiltflow.setup.build import attention_for
 from tiltflow.train.cold_start import ColdStart, Cycle
 
 EVERY = 10

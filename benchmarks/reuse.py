@@ -19,12 +19,12 @@ import torch
 from support.stages import model
 from support.tables import report
 
-from tiltflow.backbones.mixture import MixtureBackbone, sliced_wasserstein
-from tiltflow.build import Build, build_stage
-from tiltflow.config import load_config
-from tiltflow.randomness import Randomness
-from tiltflow.rewards.shapes import ShapesReward
-from tiltflow.sampling import sample_few_step
+from tiltflow.config.load import load_config
+from tiltflow.core.randomness import Randomness
+from tiltflow.method.sampling import sample_few_step
+from tiltflow.models.families.mixture import MixtureBackbone, sliced_wasserstein
+from tiltflow.rewards.zoo.shapes import ShapesReward
+from tiltflow.setup.build import Build, build_stage
 
 SAMPLES = 8192
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from tiltflow.rewards import checked
-from tiltflow.rewards.clip_family import CLIPScore, Preprocessing
+from tiltflow.rewards.zoo.clip_family import CLIPScore, Preprocessing
 
 SIZES = (1, 2, 4, 8, 16)
 IMAGES = 32

@@ -22,7 +22,7 @@ from support.plain import Plain
 from support.stages import Model, model
 from support.tables import interleaved, median, ratio, report
 
-from tiltflow.build import adapter_settings, attention_for, build_backbone
+from tiltflow.setup.build import adapter_settings, attention_for, build_backbone
 from tiltflow.train.cold_start import ColdStart, Cycle
 
 PUBLISHED = ["cold_start.generator_every=10", "cold_start.consistency_form=two_sample"]

@@ -18,14 +18,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tiltflow.build import build_stage
-from tiltflow.checkpoint import load_checkpoint
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.objectives.policy import clipped_surrogate, share_in_groups
-from tiltflow.randomness import Randomness
-from tiltflow.roles import Role
-from tiltflow.rollout import attach, log_prob, rollout
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.randomness import Randomness
+from tiltflow.method.policy import clipped_surrogate, share_in_groups
+from tiltflow.method.rollout import attach, log_prob, rollout
+from tiltflow.models.roles import Role
+from tiltflow.setup.build import build_stage
+from tiltflow.tasks.train import run_training
 
 GROUP, BATCH, STEPS = 16, 256, 4
 

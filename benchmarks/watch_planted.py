@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from tiltflow.checkpoint import latest_step
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.watch.history import Measurement, read_history
-from tiltflow.watch.rules import Rules, judge, standard_error
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step
+from tiltflow.evaluation.watch.history import Measurement, read_history
+from tiltflow.evaluation.watch.rules import Rules, judge, standard_error
+from tiltflow.tasks.train import run_training
 
 ALLOWED = 0.1
 """The share of the gain that a held-out reward may have lost at the alarm."""

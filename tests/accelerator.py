@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tiltflow import transfer
+from tiltflow.core import transfer
 
 META = torch.device("meta")
 aten = torch.ops.aten

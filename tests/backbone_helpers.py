@@ -11,7 +11,7 @@ import torch
 from tiny_pipelines import BUILDERS, RESOLUTION, TOKENS
 from torch import Tensor
 
-from tiltflow.backbones import load_backbone
+from tiltflow.models.families import load_backbone
 
 Tiny = Callable[[str], Path]
 PROMPTS = ["a red cat", "two dogs"]

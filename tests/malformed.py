@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiltflow import cli
-from tiltflow.checkpoint import save_checkpoint
-from tiltflow.disk import sha256
+from tiltflow.cli.main import main as cli
+from tiltflow.core.checkpoint import save_checkpoint
+from tiltflow.core.disk import sha256
 
 Make = Callable[[], None]
 

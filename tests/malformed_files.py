@@ -26,8 +26,8 @@ from malformed import (
 )
 from safetensors.torch import save_file
 
-from tiltflow.disk import sha256
-from tiltflow.paths import resolve_path
+from tiltflow.core.disk import sha256
+from tiltflow.core.paths import resolve_path
 
 SAMPLE = "sample --device cpu --prompt 'a cat' --out images --model "
 EVALUATE = "evaluate --device cpu --prompts prompts.txt --model model --teacher-steps 1 --reward "

@@ -12,7 +12,7 @@ import torch
 from malformed import Case, Make, both, edit, header, remove, tensors, text
 from safetensors.torch import load_file, save_file
 
-from tiltflow.paths import resolve_path
+from tiltflow.core.paths import resolve_path
 
 SAMPLE = "sample --device cpu --prompt 'a cat' --out images --model model"
 

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tiltflow import distributed
-from tiltflow.backbones.mixture import MixtureBackbone
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.distributed import ranks_of_job
+from tiltflow.config.load import load_config
+from tiltflow.core import distributed
+from tiltflow.core.distributed import ranks_of_job
+from tiltflow.core.randomness import Randomness
+from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.scores import Diversity, System, evaluate_systems
-from tiltflow.prompts import Prompt
-from tiltflow.randomness import Randomness
+from tiltflow.models.families.mixture import MixtureBackbone
 from tiltflow.rewards.base import FunctionReward
+from tiltflow.tasks.train import run_training
 
 PREFIT = "TILTFLOW_TEST_PREFIT"
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.backbones import load_backbone
-from tiltflow.checkpoint import Checkpoint
-from tiltflow.commands.evaluate import Request, prepare
-from tiltflow.commands.export import export_checkpoint
-from tiltflow.config import RunConfig, load_config
-from tiltflow.prompts import Prompt
-from tiltflow.roles import AdapterSettings, adapter_roles
+from tiltflow.config.load import RunConfig, load_config
+from tiltflow.core.checkpoint import Checkpoint
+from tiltflow.data.prompts import Prompt
+from tiltflow.models.families import load_backbone
+from tiltflow.models.roles import AdapterSettings, adapter_roles
+from tiltflow.tasks.evaluate import Request, prepare
+from tiltflow.tasks.export import export_checkpoint
 
 RESOLUTION, TOKENS = 64, 24
 PROMPTS = ["a red cat", "two dogs"]

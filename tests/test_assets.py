@@ -13,10 +13,10 @@ from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPModel
 
 import tiltflow
-from tiltflow.backbones import load_backbone
 from tiltflow.flow import euler_step
-from tiltflow.worlds import shapes
-from tiltflow.worlds.shapes_checker import read_scene, score
+from tiltflow.models.families import load_backbone
+from tiltflow.rewards.worlds import shapes
+from tiltflow.rewards.worlds.shapes_checker import read_scene, score
 
 ASSETS = Path(tiltflow.__file__).parent / "assets"
 
@@ -38,7 +38,7 @@ def test_size_and_formats() -> None:
 
 @pytest.mark.parametrize("name", ["clip", "clip_heldout"])
 def test_clips_load_and_know_the_world(name: str) -> None:
-    from tiltflow.rewards.clip_family import CLIPScore
+    from tiltflow.rewards.zoo.clip_family import CLIPScore
 
     CLIPModel.from_pretrained(ASSETS / name)
     reward = CLIPScore(str(ASSETS / name))

@@ -12,7 +12,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from tiny_pipelines import RESOLUTION
 
-from tiltflow.backbones import check_pipeline, load_backbone
+from tiltflow.models.families import check_pipeline, load_backbone
 
 Tiny = Callable[[str], Path]
 

@@ -11,7 +11,7 @@ from backbone_helpers import PROMPTS, Tiny, load, noise, shared
 from tiny_pipelines import BUILDERS
 from torch import Tensor
 
-from tiltflow.roles import AdapterSettings, adapter_roles, copy_roles
+from tiltflow.models.roles import AdapterSettings, adapter_roles, copy_roles
 
 
 def test_generator_on_klein_and_teacher_on_klein_base(tiny_pipeline: Tiny) -> None:

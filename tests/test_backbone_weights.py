@@ -14,8 +14,8 @@ from backbone_helpers import load
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import BUILDERS
 
-from tiltflow.backbones.files import CLASSES, check_pipeline
-from tiltflow.backbones.weights import check_values, check_weights, largest
+from tiltflow.models.pipelines.files import CLASSES, check_pipeline
+from tiltflow.models.pipelines.weights import check_values, check_weights, largest
 
 Tiny = Callable[[str], Path]
 FAMILY = {"sd3m": "sd3", "flux_dev": "flux", "klein": "flux2"}

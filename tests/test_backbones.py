@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 from tiny_pipelines import BUILDERS, RESOLUTION, TOKENS, build
 from torch import Tensor
 
-from tiltflow.backbones import load_backbone
 from tiltflow.flow import euler_step
+from tiltflow.models.families import load_backbone
 
 # Name, number of prompts, what the pipeline is called with, and the guidance that this is to us.
 PLAIN: list[tuple[str, int, dict[str, Any], float]] = [

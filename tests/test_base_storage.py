@@ -11,9 +11,9 @@ from backbone_helpers import PROMPTS, Tiny, load, noise
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import nn
 
-from tiltflow.backbones.storage import FP8
-from tiltflow.config import load_config
-from tiltflow.roles import AdapterSettings, Roles, adapter_roles
+from tiltflow.config.load import load_config
+from tiltflow.models.pipelines.storage import FP8
+from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles
 
 
 def rounded(network: nn.Module) -> None:

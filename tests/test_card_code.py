@@ -16,13 +16,13 @@ import torch
 import yaml
 from students import RESOLUTION, TOKENS, random_like, request, sampled, student
 
-from tiltflow.backbones import load_backbone
-from tiltflow.checkpoint import Checkpoint
-from tiltflow.commands.export import export_checkpoint
-from tiltflow.config import load_config
-from tiltflow.contract import Licence, base_facts, licence_of
-from tiltflow.prompts import Prompt
-from tiltflow.roles import AdapterSettings, adapter_roles
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import Checkpoint
+from tiltflow.data.prompts import Prompt
+from tiltflow.export.contract import Licence, base_facts, licence_of
+from tiltflow.models.families import load_backbone
+from tiltflow.models.roles import AdapterSettings, adapter_roles
+from tiltflow.tasks.export import export_checkpoint
 
 Tiny = Callable[[str], Path]
 SRC = Path(__file__).parents[1] / "src"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tiltflow import checkpoint, latest
-from tiltflow.checkpoint import (
+from tiltflow.core import checkpoint, latest
+from tiltflow.core.checkpoint import (
     latest_step,
     load_checkpoint,
     load_optimizer_tensors,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tiltflow import checks
-from tiltflow.checks import CHECKS, Check, Subject, check_run, findings
-from tiltflow.cli import main
-from tiltflow.config import load_config
+from tiltflow.cli.main import main
+from tiltflow.config.load import load_config
+from tiltflow.setup import checks
+from tiltflow.setup.checks import CHECKS, Check, Subject, check_run, findings
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tiltflow import cli
+from tiltflow.cli.main import main as cli
 
 SRC = Path(__file__).parents[1] / "src"
 COMMANDS = (
@@ -123,11 +123,11 @@ def test_an_exported_lora_loads_in_plain_diffusers(model: Path, tmp_path: Path) 
     """In a process without tiltflow, strength kept (α / r is in B): difference 0 in fp32."""
     from diffusers import StableDiffusion3Pipeline
 
-    from tiltflow.backbones import load_backbone
-    from tiltflow.commands.systems import load_students
-    from tiltflow.export import baked, save_adapter
-    from tiltflow.lora_files import read_adapter
-    from tiltflow.roles import AdapterSettings, adapter_roles
+    from tiltflow.export.writing import baked, save_adapter
+    from tiltflow.models.families import load_backbone
+    from tiltflow.models.lora_files import read_adapter
+    from tiltflow.models.roles import AdapterSettings, adapter_roles
+    from tiltflow.tasks.systems import load_students
 
     settings = AdapterSettings(4, 8.0, ["attn.to_q", "attn.to_out.0", "attn.add_k_proj"])
     roles = adapter_roles(load_backbone(model, device="cpu"), settings, seed=0)

@@ -11,12 +11,9 @@ from tiny_rewards import MEAN, STD, as_tensor, natural, write_clip
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from tiltflow.rewards import (
-    checked,
-    clip_family,
-    load_reward,
-)
-from tiltflow.rewards.clip_family import CLIPScore, Preprocessing
+from tiltflow.rewards import checked, load_reward
+from tiltflow.rewards.zoo import clip_family
+from tiltflow.rewards.zoo.clip_family import CLIPScore, Preprocessing
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from tiny_pipelines import build
 from torch import nn
 from torch._dynamo.utils import counters
 
-from tiltflow.backbones import load_backbone
-from tiltflow.backbones.base import Conditioning
-from tiltflow.backbones.compiled import VARIANTS, compile_blocks
-from tiltflow.backbones.pipeline import PipelineBackbone
-from tiltflow.config import load_config
-from tiltflow.roles import AdapterSettings, Roles, adapter_roles
+from tiltflow.config.load import load_config
+from tiltflow.models.backbone import Conditioning
+from tiltflow.models.compiled import VARIANTS, compile_blocks
+from tiltflow.models.families import load_backbone
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles
 
 BACKEND = "aot_eager"  # all but the generated code, which takes minutes to build on a CPU
 BOTH = ("generator", "fake_score")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiltflow import recipe_source
-from tiltflow.config import (
+from tiltflow.config import recipe_source
+from tiltflow.config.load import (
     RewardConfig,
     RunConfig,
     config_keys,
@@ -44,7 +44,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "assets" / "demo").mkdir(parents=True)
     (tmp_path / "recipes" / "demo_cold_start.yaml").write_text(COLD)
     (tmp_path / "recipes" / "demo_tilt.yaml").write_text(TILT)
-    monkeypatch.setattr(recipe_source, "PACKAGE", tmp_path)
+    monkeypatch.setattr(recipe_source, "RECIPES", tmp_path / "recipes")
     return tmp_path
 
 

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from tiltflow.config import RunConfig, load_config
+from tiltflow.config.load import RunConfig, load_config
 
 
 def refusal(recipe: str, *overrides: str) -> str:

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from students import PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
 
-from tiltflow.backbones.fingerprint import adapter_fingerprint, pipeline_fingerprint
-from tiltflow.commands.choices import settle
-from tiltflow.commands.evaluate import asked, prepare
-from tiltflow.commands.export import export_checkpoint
-from tiltflow.contract import Contract, parse_contract, plain_rewards, read_contract
-from tiltflow.prompts import Prompt
+from tiltflow.data.prompts import Prompt
+from tiltflow.export.contract import Contract, parse_contract, plain_rewards, read_contract
+from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.scheduler import CPSFlowMatchScheduler
+from tiltflow.tasks.choices import settle
+from tiltflow.tasks.evaluate import asked, prepare
+from tiltflow.tasks.export import export_checkpoint
 
 Tiny = Callable[[str], Path]
 LORA = "pytorch_lora_weights.safetensors"
@@ -209,7 +209,7 @@ def test_text_encoders_never_lie_beside_the_transformer(
     made: Student, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Encoded, dropped, and then the rest is loaded; the second time, the cache has them."""
-    from tiltflow.commands import request as module
+    from tiltflow.tasks import request as module
 
     monkeypatch.setenv("TILTFLOW_CACHE", str(tmp_path))
     loaded: list[str] = []

@@ -9,8 +9,8 @@ import pytest
 from full_disk import PLAIN, RUST, Full
 from test_run_directory import mixture, weights
 
-from tiltflow import disk, metrics
-from tiltflow.checkpoint import latest_step
+from tiltflow.core import disk, metrics
+from tiltflow.core.checkpoint import latest_step
 
 WRITERS = (
     (os, "write", PLAIN),  # the lock

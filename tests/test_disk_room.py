@@ -11,9 +11,9 @@ import pytest
 from test_run_directory import start
 from test_run_manifest import TILT, TINY
 
-from tiltflow.checks import check_run
-from tiltflow.config import load_config
-from tiltflow.disk_room import check_disk_room, kept_checkpoints, run_bytes
+from tiltflow.config.load import load_config
+from tiltflow.setup.checks import check_run
+from tiltflow.setup.disk_room import check_disk_room, kept_checkpoints, run_bytes
 
 
 class Usage(NamedTuple):

@@ -20,9 +20,9 @@ import torch
 from ranks_worker import finish, fork_server, start
 from test_train import recipe
 
-from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.distributed import Ranks
-from tiltflow.metrics import read_metrics
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.distributed import Ranks
+from tiltflow.core.metrics import read_metrics
 
 SRC = Path(__file__).parents[1] / "src"
 Runner = Callable[..., Path]

@@ -11,13 +11,13 @@ import torch
 from test_train import QUIET, recipe
 from tiny_pipelines import build
 
-from tiltflow.background import Background
-from tiltflow.checkpoint import load_checkpoint
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.metrics import read_metrics
+from tiltflow.config.load import load_config
+from tiltflow.core.background import Background
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.metrics import read_metrics
 from tiltflow.rewards.base import FunctionReward, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
+from tiltflow.tasks.train import run_training
 from tiltflow.train.optim import Updater
 from tiltflow.train.updates import FakeScoreTrainer
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tiltflow.backbones.base import Conditioning
-from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, Found, encode_cached
-from tiltflow.embeddings import EncodedPrompts, encode_prompts
-from tiltflow.paths import embedding_cache
-from tiltflow.prompts import Prompt
+from tiltflow.core.paths import embedding_cache
+from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, Found, encode_cached
+from tiltflow.data.embeddings import EncodedPrompts, encode_prompts
+from tiltflow.data.prompts import Prompt
+from tiltflow.models.backbone import Conditioning
 
 TEXTS = [f"prompt {i}" for i in range(10)]
 KEY = EncoderKey("model", {"dtype": "fp32", "text_encoder/model.safetensors": "abc"})
@@ -185,7 +185,7 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiltflow import embedding_cache as module
+    from tiltflow.data import embedding_cache as module
 
     written = module.save_tensors
 

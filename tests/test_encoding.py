@@ -14,16 +14,19 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import BUILDERS, RESOLUTION, TOKENS
 
-from tiltflow import build, config, prompts
-from tiltflow.backbones import load_backbone, loading
-from tiltflow.backbones.base import Parts
-from tiltflow.backbones.sd3 import SD3Backbone
-from tiltflow.checkpoint import load_checkpoint
-from tiltflow.commands.encode import encode_recipe
-from tiltflow.commands.train import run_training
-from tiltflow.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
-from tiltflow.embeddings import EncodedPrompts, encode_prompts
-from tiltflow.prompts import Prompt
+from tiltflow.config import load as config
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.data import prompts
+from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encode_cached
+from tiltflow.data.embeddings import EncodedPrompts, encode_prompts
+from tiltflow.data.prompts import Prompt
+from tiltflow.models.backbone import Parts
+from tiltflow.models.families import load_backbone
+from tiltflow.models.families.sd3 import SD3Backbone
+from tiltflow.models.pipelines import loading
+from tiltflow.setup import build
+from tiltflow.tasks.encode import encode_recipe
+from tiltflow.tasks.train import run_training
 
 Tiny = Callable[[str], Path]
 QUIET = Console(quiet=True)

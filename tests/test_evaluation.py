@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tiltflow.commands.compare import run_compare
-from tiltflow.commands.evaluate import show_categories
+from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.categories import by_category, category_means, category_of
 from tiltflow.evaluation.chunks import Chunks, place_of
 from tiltflow.evaluation.files import read_scores, scores_path, write_evaluation, write_scores
 from tiltflow.evaluation.scores import Diversity, Evaluation, System, evaluate_systems
 from tiltflow.evaluation.suites import SUITES, suite_of
-from tiltflow.prompts import Prompt, load_prompts
 from tiltflow.rewards import FunctionReward
+from tiltflow.tasks.compare import run_compare
+from tiltflow.tasks.evaluate import show_categories
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PUBLISHED = {

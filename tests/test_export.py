@@ -15,12 +15,12 @@ import torch
 from students import MODELS, PROMPTS, RESOLUTION, TOKENS, random_like, request, sampled, student
 from torch import nn
 
-from tiltflow.backbones import load_backbone
-from tiltflow.checkpoint import Checkpoint
-from tiltflow.commands.evaluate import prepare
-from tiltflow.commands.export import export_checkpoint, export_run
-from tiltflow.export import save_adapter
-from tiltflow.roles import AdapterSettings, adapter_roles, copy_roles
+from tiltflow.core.checkpoint import Checkpoint
+from tiltflow.export.writing import save_adapter
+from tiltflow.models.families import load_backbone
+from tiltflow.models.roles import AdapterSettings, adapter_roles, copy_roles
+from tiltflow.tasks.evaluate import prepare
+from tiltflow.tasks.export import export_checkpoint, export_run
 
 Tiny = Callable[[str], Path]
 SRC = Path(__file__).parents[1] / "src"
@@ -28,7 +28,7 @@ SRC = Path(__file__).parents[1] / "src"
 FRESH = """
 import json, sys
 class OnlyInference:
-    allowed = {"tiltflow", "tiltflow.scheduler", "tiltflow.flow", "tiltflow.randomness"}
+    allowed = {"tiltflow", "tiltflow.scheduler", "tiltflow.flow", "tiltflow.core.randomness"}
     def find_spec(self, name, path=None, target=None):
         if name.startswith("tiltflow") and name not in self.allowed:
             raise ImportError(name + " is not for inference")

@@ -17,11 +17,12 @@ import pytest
 from safetensors import SafetensorError
 from students import Student, student
 
-from tiltflow import export as writer
-from tiltflow.commands import export as command
-from tiltflow.commands.export import check_export, export_checkpoint
-from tiltflow.config import load_config
-from tiltflow.export_folder import check_export_folder, replacing
+from tiltflow.config.load import load_config
+from tiltflow.export import writing as writer
+from tiltflow.export.folder import check_export_folder, replacing
+from tiltflow.setup.checks import check_export
+from tiltflow.tasks import export as command
+from tiltflow.tasks.export import export_checkpoint
 
 Tiny = Callable[[str], Path]
 
@@ -162,7 +163,7 @@ def test_a_real_full_disk_is_one_sentence(made: Student, tmp_path: Path) -> None
     """A limit on the size of files, which the system itself enforces, in a process of its own."""
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "import numpy as np; import tiltflow.export_folder as f\n"
+        "import numpy as np; import tiltflow.export.folder as f\n"
         "from safetensors.numpy import save_file\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

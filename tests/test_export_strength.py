@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from students import RESOLUTION, Student, random_like, student
 from torch import Tensor
 
-from tiltflow.adapters import AdapterSettings
-from tiltflow.backbones import load_backbone
-from tiltflow.export import baked, save_adapter
-from tiltflow.lora_files import read_adapter
-from tiltflow.roles import adapter_roles
+from tiltflow.export.writing import baked, save_adapter
+from tiltflow.models.adapters import AdapterSettings
+from tiltflow.models.families import load_backbone
+from tiltflow.models.lora_files import read_adapter
+from tiltflow.models.roles import adapter_roles
 
 Tiny = Callable[[str], Path]
 Deltas = dict[str, Tensor]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from full_disk import PLAIN, RUST, Full
 
-from tiltflow import checkpoint
-from tiltflow.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from tiltflow.commands.failures import explained, memory_advice, resume_command
-from tiltflow.config import load_config
+from tiltflow.config.load import load_config
+from tiltflow.core import checkpoint
+from tiltflow.core.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from tiltflow.tasks.failures import explained, memory_advice, resume_command
 from tiltflow.train.loop import LoopSettings, Skips, restore, train
 from tiltflow.train.optim import Guard, NonFiniteError
 
@@ -69,7 +69,7 @@ def test_a_full_disk_at_any_write_leaves_the_last_good_checkpoint(
 def test_a_full_disk_at_the_metrics_is_explained_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiltflow import metrics
+    from tiltflow.core import metrics
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -206,7 +206,7 @@ def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
 def test_the_config_of_a_run_is_replaced_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiltflow.commands.train import _write_config
+    from tiltflow.tasks.train import _write_config
 
     _write_config(config("run.resume=true", "run.resume_from=step-000002"), tmp_path)
     before = (tmp_path / "config.yaml").read_text()

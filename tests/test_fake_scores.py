@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.build import Build, build_stage
-from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.config import load_config
-from tiltflow.metrics import read_metrics
-from tiltflow.roles import fit_to_boundaries
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.metrics import read_metrics
+from tiltflow.models.roles import fit_to_boundaries
+from tiltflow.setup.build import Build, build_stage
 
 SMALL = (
     "train.batch_size=8", "train.fake_scores=per_boundary",
@@ -91,7 +91,7 @@ def test_boundary_power_weighs_by_level(tmp_path: Path) -> None:
 def test_both_stages_train_resume_and_hand_over(match_steps: str, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from tiltflow.commands.train import run_training
+    from tiltflow.tasks.train import run_training
 
     def run(stage: str, out: Path, *options: str) -> Path:
         values = [*SMALL, f"run.out={out}", "checkpoint.every=3", *options]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiltflow.worlds import shapes
+from tiltflow.rewards.worlds import shapes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 

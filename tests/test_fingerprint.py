@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiltflow.backbones import fingerprint
-from tiltflow.backbones.fingerprint import adapter_fingerprint, pipeline_fingerprint
+from tiltflow.models.pipelines import fingerprint
+from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -11,14 +11,14 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor
 
-from tiltflow.backbones import load_backbone
-from tiltflow.backbones.base import Conditioning
-from tiltflow.backbones.fused import FusedBlock
-from tiltflow.backbones.pipeline import PipelineBackbone
-from tiltflow.build import Build, build_stage
-from tiltflow.config import load_config
-from tiltflow.low_rank import FusedLinear
-from tiltflow.roles import AdapterSettings, Roles, adapter_roles
+from tiltflow.config.load import load_config
+from tiltflow.models.backbone import Conditioning
+from tiltflow.models.families import load_backbone
+from tiltflow.models.low_rank import FusedLinear
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.fused import FusedBlock
+from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles
+from tiltflow.setup.build import Build, build_stage
 from tiltflow.train.optim import Updater
 
 Tiny = Callable[[str], Path]

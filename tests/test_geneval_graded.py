@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_rewards_geneval import need, thing, told
 
-from tiltflow.rewards.geneval_rules import grade, scene_of
+from tiltflow.rewards.zoo.geneval_rules import grade, scene_of
 
 CUPS = {"tag": "counting", "include": [need("cup", 3)], "exclude": [need("cup", 4)]}
 RED = {"tag": "colors", "include": [need("cup", 2, color="red")]}

@@ -11,10 +11,10 @@ from recording import Recording
 from test_train import redness  # noqa: F401  (a reward by dotted path)
 from torch import Tensor, nn
 
-from tiltflow import build as building
-from tiltflow.build import Build, build_stage
-from tiltflow.config import load_config
-from tiltflow.graphs import Graphs, graphs_for
+from tiltflow.config.load import load_config
+from tiltflow.models.graphs import Graphs, graphs_for
+from tiltflow.setup import build as building
+from tiltflow.setup.build import Build, build_stage
 
 Tiny = Callable[[str], Path]
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.metrics import Accumulator, read_metrics
-from tiltflow.prompts import Prompt
-from tiltflow.roles import Role, Roles
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.metrics import Accumulator, read_metrics
+from tiltflow.data.prompts import Prompt
+from tiltflow.models.roles import Role, Roles
 from tiltflow.train.loop import Hooks, LoopSettings, train
 from tiltflow.train.optim import Attempt, Guard, NonFiniteError, Updater
 

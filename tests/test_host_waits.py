@@ -11,12 +11,12 @@ from accelerator import META, Remote, accelerator, move
 from students import MODELS, student
 from test_train import recipe
 
-from tiltflow.build import build_stage
-from tiltflow.config import load_config
+from tiltflow.config.load import load_config
+from tiltflow.setup.build import build_stage
 
 
 def test_the_make_believe_device_notices_every_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiltflow.transfer import to_device
+    from tiltflow.core.transfer import to_device
 
     host = torch.arange(3.0)
     with accelerator(monkeypatch) as device:

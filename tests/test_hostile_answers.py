@@ -16,13 +16,13 @@ import pytest
 import torch
 from reward_servers import HEALTH, Reply, http, says, server, trickles
 
-from tiltflow.commands.options import named_rewards
-from tiltflow.config import load_config
-from tiltflow.remote_address import Address, refuse_secrets
-from tiltflow.rewards import checked, load_reward, wire
-from tiltflow.rewards import remote as client
-from tiltflow.rewards.remote import RemoteReward, Settings
-from tiltflow.sentences import printable
+from tiltflow.cli.options import named_rewards
+from tiltflow.config.load import load_config
+from tiltflow.core.sentences import printable
+from tiltflow.rewards import checked, load_reward
+from tiltflow.rewards.remote import client, wire
+from tiltflow.rewards.remote.address import Address, refuse_secrets
+from tiltflow.rewards.remote.client import RemoteReward, Settings
 
 ESCAPE, BELL = b"\\u001b[2J", b"\\u0007"
 OK = b"HTTP/1.1 200 OK\r\n"

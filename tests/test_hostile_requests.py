@@ -25,9 +25,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from tiltflow import cli
-from tiltflow.reward_limits import BODY_LIMIT
-from tiltflow.rewards import load_reward, wire
+from tiltflow.cli.main import main as cli
+from tiltflow.rewards import load_reward
+from tiltflow.rewards.remote import wire
+from tiltflow.rewards.remote.limits import BODY_LIMIT
 
 pytest.importorskip("uvicorn")
 
@@ -340,7 +341,7 @@ def test_the_limits_are_options_with_stated_defaults() -> None:
 
 
 def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiltflow.commands.reward_server import _bound
+    from tiltflow.tasks.reward_server import _bound
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_pipelines import RESOLUTION
 
-from tiltflow.backbones import load_backbone, local_pipeline
+from tiltflow.models.families import load_backbone, local_pipeline
 from tiltflow.rewards import load_reward
 
 Tiny = Callable[[str], Path]

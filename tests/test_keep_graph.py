@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.build import build_stage
-from tiltflow.config import load_config
-from tiltflow.roles import Role
+from tiltflow.config.load import load_config
+from tiltflow.models.roles import Role
+from tiltflow.setup.build import build_stage
 from tiltflow.train.cold_start import ColdStart, Cycle
 
 SETTINGS = (

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from test_keep_graph import calls, weights
 
-from tiltflow.build import build_stage
-from tiltflow.commands import planning
-from tiltflow.commands.planning import chosen, with_graphs
-from tiltflow.commands.train import run_training
-from tiltflow.config import RunConfig, load_config
-from tiltflow.distributed import ALONE
-from tiltflow.planner import GIB, OVERHEAD, Plan
+from tiltflow.config.load import RunConfig, load_config
+from tiltflow.core.distributed import ALONE
+from tiltflow.setup.build import build_stage
+from tiltflow.setup.planner import GIB, OVERHEAD, Plan
+from tiltflow.tasks import planning
+from tiltflow.tasks.planning import chosen, with_graphs
+from tiltflow.tasks.train import run_training
 from tiltflow.train.tilt import Tilt
 
 Tiny = Callable[[str], Path]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiltflow import checkpoint, latest
-from tiltflow.checkpoint import latest_step, load_checkpoint, point_latest, save_checkpoint
+from tiltflow.core import checkpoint, latest
+from tiltflow.core.checkpoint import latest_step, load_checkpoint, point_latest, save_checkpoint
 
 
 def save(run: Path, step: int, keep: int = 2) -> None:

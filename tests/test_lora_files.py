@@ -15,12 +15,12 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tiltflow.checks import check_run
-from tiltflow.commands.systems import load_students
-from tiltflow.config import load_config
-from tiltflow.lora_files import read_adapter
-from tiltflow.model_checks import start_shapes
-from tiltflow.roles import adapter_roles
+from tiltflow.config.load import load_config
+from tiltflow.models.lora_files import read_adapter
+from tiltflow.models.roles import adapter_roles
+from tiltflow.setup.checks import check_run
+from tiltflow.setup.model_checks import start_shapes
+from tiltflow.tasks.systems import load_students
 
 Tiny = Callable[[str], Path]
 QUERY = "transformer_blocks.0.attn.to_q"
@@ -204,7 +204,7 @@ def tilt(
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", refuse)
-    monkeypatch.setattr("tiltflow.backbones.loading.load_part", refuse)
+    monkeypatch.setattr("tiltflow.models.pipelines.loading.load_part", refuse)
 
     def config(lora: Path, *more: str) -> Any:
         return load_config(
@@ -250,7 +250,7 @@ def test_targets_that_are_none(plain: Path, tilt: Callable[..., Any], targets: s
 def test_a_run_is_looked_at_by_its_headers(
     tiny_pipeline: Tiny, plain: Path, tilt: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from tiltflow.checkpoint import save_checkpoint
+    from tiltflow.core.checkpoint import save_checkpoint
 
     settings, weights = read_adapter(plain)
     state = {"stage": "cold_start", "adapters": vars(settings), "step": 1}

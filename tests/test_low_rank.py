@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import nn
 
-from tiltflow.low_rank import Copies, FusedLinear, fused
+from tiltflow.models.low_rank import Copies, FusedLinear, fused
 from tiltflow.train.optim import Updater
 
 ADAPTERS = ("first", "second")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tiltflow.disk import write_whole
-from tiltflow.metrics import Accumulator, MetricsLog, read_metrics
+from tiltflow.core.disk import write_whole
+from tiltflow.core.metrics import Accumulator, MetricsLog, read_metrics
 
 
 def test_means_are_over_the_calls_that_named_a_metric() -> None:

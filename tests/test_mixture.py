@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tiltflow.backbones.base import Backbone
-from tiltflow.backbones.mixture import (
+from tiltflow.flow import interpolate
+from tiltflow.models.backbone import Backbone
+from tiltflow.models.families.mixture import (
     GaussianMixture,
     MixtureBackbone,
     StudentNetwork,
@@ -18,7 +19,6 @@ from tiltflow.backbones.mixture import (
     ring,
     sliced_wasserstein,
 )
-from tiltflow.flow import interpolate
 
 RIGHT = torch.tensor([1.0, 0.0])
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from tiltflow.backbones.mixture import MixtureBackbone, fit_tilt, sliced_wasserstein
-from tiltflow.build import build_stage
-from tiltflow.checkpoint import load_checkpoint
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.randomness import Randomness
-from tiltflow.rollout import rollout
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.randomness import Randomness
+from tiltflow.method.rollout import rollout
+from tiltflow.models.families.mixture import MixtureBackbone, fit_tilt, sliced_wasserstein
+from tiltflow.setup.build import build_stage
+from tiltflow.tasks.train import run_training
 
 SAMPLES = 2048
 

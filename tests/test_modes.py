@@ -13,9 +13,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_train import recipe
 
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.disk import save_tensors
+from tiltflow.config.load import load_config
+from tiltflow.core.disk import save_tensors
+from tiltflow.tasks.train import run_training
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077])

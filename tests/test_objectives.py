@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from tiltflow import flow
-from tiltflow.backbones.base import Conditioning
-from tiltflow.objectives.consistency import consistency_loss
-from tiltflow.objectives.distribution_matching import matching_gradient, matching_loss
-from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
-from tiltflow.objectives.policy import (
+from tiltflow.method.consistency import consistency_loss
+from tiltflow.method.distribution_matching import matching_gradient, matching_loss
+from tiltflow.method.fake_score import FakeScoreDraws, fake_score_objective
+from tiltflow.method.policy import (
     choose_steps,
     clipped_surrogate,
     group_advantages,
     policy_kl,
     share_in_groups,
 )
-from tiltflow.objectives.reward_backprop import in_equal_parts, reward_gradient
-from tiltflow.rollout import attach, attach_from, log_prob, rollout
+from tiltflow.method.reward_backprop import in_equal_parts, reward_gradient
+from tiltflow.method.rollout import attach, attach_from, log_prob, rollout
+from tiltflow.models.backbone import Conditioning
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from tiltflow.backbones import load_backbone
-from tiltflow.backbones.files import absent_parts, check_pipeline
-from tiltflow.cli import app
-from tiltflow.commands.doctor import plan_recipe
-from tiltflow.config import load_config
+from tiltflow.cli.main import app
+from tiltflow.config.load import load_config
 from tiltflow.flow import euler_step
+from tiltflow.models.families import load_backbone
+from tiltflow.models.pipelines.files import absent_parts, check_pipeline
+from tiltflow.tasks.doctor import plan_recipe
 
 TOKENS = 20
 

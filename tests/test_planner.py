@@ -12,11 +12,11 @@ from students import student
 from test_train import redness  # noqa: F401  (a reward by dotted path)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tiltflow.backbones.meta import meta_backbone
-from tiltflow.build import Build, build_stage
-from tiltflow.commands.doctor import plan_recipe, show_plan
-from tiltflow.config import RunConfig, load_config
-from tiltflow.planner import GIB, OVERHEAD, Plan, Tally
+from tiltflow.config.load import RunConfig, load_config
+from tiltflow.models.pipelines.meta import meta_backbone
+from tiltflow.setup.build import Build, build_stage
+from tiltflow.setup.planner import GIB, OVERHEAD, Plan, Tally
+from tiltflow.tasks.doctor import plan_recipe, show_plan
 
 Tiny = Callable[[str], Path]
 
@@ -63,7 +63,7 @@ def config(tiny: Tiny, name: str, stage: str, kind: str, out: Path, *more: str) 
 def few_step(tiny: Tiny, name: str, out: Path, kind: str) -> Path:
     if kind == "lora":
         return student(tiny, name, out / "student").export / "few_step"
-    from tiltflow.commands.train import run_training
+    from tiltflow.tasks.train import run_training
 
     run_training(
         config(tiny, name, "cold_start", kind, out, "train.steps=1", f"run.out={out / 'cold'}"),

@@ -10,13 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from tiltflow.checkpoint import load_checkpoint
-from tiltflow.commands import planning
-from tiltflow.commands.planning import choices, chosen, fastest
-from tiltflow.commands.train import run_training
-from tiltflow.config import RunConfig, load_config
-from tiltflow.distributed import ALONE
-from tiltflow.planner import GIB, OVERHEAD, Plan
+from tiltflow.config.load import RunConfig, load_config
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.distributed import ALONE
+from tiltflow.setup.planner import GIB, OVERHEAD, Plan
+from tiltflow.tasks import planning
+from tiltflow.tasks.planning import choices, chosen, fastest
+from tiltflow.tasks.train import run_training
 
 Tiny = Callable[[str], Path]
 SIZES = {"decoder": 2 * GIB, "generator": 4 * GIB, "fake_score": 8 * GIB}

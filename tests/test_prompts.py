@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tiltflow.prompts import Prompt, PromptSampler, load_prompts
-from tiltflow.randomness import Randomness
-from tiltflow.worlds import shapes
+from tiltflow.core.randomness import Randomness
+from tiltflow.data.prompts import Prompt, PromptSampler, load_prompts
+from tiltflow.rewards.worlds import shapes
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared/data is not here")

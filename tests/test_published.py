@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tiltflow.backbones.meta import META, meta_backbone, pipeline_configs, text_encoders
-from tiltflow.backbones.published import PUBLISHED
-from tiltflow.config import RunConfig, list_recipes, load_config
-from tiltflow.roles import AdapterSettings, adapter_roles
+from tiltflow.config.load import RunConfig, list_recipes, load_config
+from tiltflow.models.pipelines.meta import META, meta_backbone, pipeline_configs, text_encoders
+from tiltflow.models.pipelines.published import PUBLISHED
+from tiltflow.models.roles import AdapterSettings, adapter_roles
 
 DOCS = Path(__file__).parents[1] / "docs" / "backbones.md"
 STREAMS = 8

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_pipelines import build
 
-from tiltflow.adapters import AdapterSettings
-from tiltflow.backbones import load_backbone
-from tiltflow.backbones.flux import FluxBackbone
-from tiltflow.roles import Role, Roles, adapter_roles
+from tiltflow.models.adapters import AdapterSettings
+from tiltflow.models.families import load_backbone
+from tiltflow.models.families.flux import FluxBackbone
+from tiltflow.models.roles import Role, Roles, adapter_roles
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.optim import Updater
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tiltflow.backbones.base import Conditioning
-from tiltflow.objectives.policy import group_advantages, standing_out
+from tiltflow.method.policy import group_advantages, standing_out
+from tiltflow.method.rollout import Rollout, log_prob, step
+from tiltflow.models.backbone import Conditioning
+from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.combine import RewardMixture, Weighted
-from tiltflow.roles import Role, Roles
-from tiltflow.rollout import Rollout, log_prob, step
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.optim import Guard
 from tiltflow.train.scoring import Scored, Scorer

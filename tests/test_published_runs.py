@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tiltflow.config import RunConfig, list_recipes, load_config
+from tiltflow.config.load import RunConfig, list_recipes, load_config
 
 FACTS: dict[str, Any] = yaml.safe_load(
     (Path(__file__).parent / "data" / "published_runs.yaml").read_text()

@@ -13,12 +13,12 @@ from test_distributed import Runner, home, run, server  # noqa: F401  (fixtures)
 from test_train import QUIET, pipeline, prompts, recipe, weights  # noqa: F401  (fixtures)
 from test_train import run as train
 
-from tiltflow.build import build_stage
-from tiltflow.checkpoint import load_checkpoint
-from tiltflow.commands.request import Request, prepare
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.prompts import Prompt
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.data.prompts import Prompt
+from tiltflow.setup.build import build_stage
+from tiltflow.tasks.request import Request, prepare
+from tiltflow.tasks.train import run_training
 
 COLD = (
     "cold_start.keep_graph=false",

@@ -12,18 +12,18 @@ from test_train import recipe, weights
 from tiny_rewards import assert_rows_do_not_mix
 from torch import Tensor
 
-from tiltflow.checkpoint import load_checkpoint
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.distributed import ALONE
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.distributed import ALONE
+from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.scores import System, evaluate_systems
-from tiltflow.prompts import Prompt
 from tiltflow.rewards import FunctionReward, RewardMixture, Weighted, checked, load_reward
 from tiltflow.rewards.base import at_once_of
 from tiltflow.rewards.batches import in_fixed_batches
+from tiltflow.rewards.worlds.shapes import balanced
+from tiltflow.tasks.train import run_training
 from tiltflow.train.scoring import Scorer
 from tiltflow.train.updates import Share
-from tiltflow.worlds.shapes import balanced
 
 TEXTS = [caption.text for caption in balanced(held_out=True, n=4)]
 PROMPTS = [TEXTS[i % 4] for i in range(20)]

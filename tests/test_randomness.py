@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from tiltflow.distributed import Ranks
-from tiltflow.randomness import BLOCK, Randomness
+from tiltflow.core.distributed import Ranks
+from tiltflow.core.randomness import BLOCK, Randomness
 from tiltflow.train.updates import Share
 
 CPU = torch.device("cpu")

@@ -20,12 +20,12 @@ from PIL import Image
 from reward_servers import Reply, http, says, server, trickles
 from torch import Tensor
 
-from tiltflow.config import load_config
-from tiltflow.interruption import Stopped, interruptible
-from tiltflow.reward_limits import Limits
-from tiltflow.rewards import FunctionReward, checked, load_reward, wire
-from tiltflow.rewards import remote as client
-from tiltflow.rewards.remote import RemoteReward, Settings
+from tiltflow.config.load import load_config
+from tiltflow.core.interruption import Stopped, interruptible
+from tiltflow.rewards import FunctionReward, checked, load_reward
+from tiltflow.rewards.remote import client, wire
+from tiltflow.rewards.remote.client import RemoteReward, Settings
+from tiltflow.rewards.remote.limits import Limits
 
 QUICK = Settings(timeout=0.3, retries=2)
 PATIENT = Settings(timeout=10.0, retries=2)
@@ -276,7 +276,7 @@ class Mean:
 def serve() -> Iterator:
     """`serve(rewards, batch, token)` starts a real server and gives its address."""
     uvicorn = pytest.importorskip("uvicorn")
-    from tiltflow.rewards.server import Scorer, make_app
+    from tiltflow.rewards.remote.server import Scorer, make_app
 
     running = []
 
@@ -369,7 +369,7 @@ def test_a_token_is_asked_for_and_given(serve, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_open_host_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiltflow.rewards.server import token_for
+    from tiltflow.rewards.remote.server import token_for
 
     assert token_for("127.0.0.1") is None
     with pytest.raises(ValueError, match="0.0.0.0 is open to other machines.*TILTFLOW_REWARD"):
@@ -382,7 +382,7 @@ def test_an_open_host_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_serves_images_by_name_only() -> None:
-    from tiltflow.rewards.server import Scorer, is_loopback
+    from tiltflow.rewards.remote.server import Scorer, is_loopback
 
     points = FunctionReward(lambda x, p, m: x[:, 0], "points", domain="points")
     for rewards, message in (([points], "points"), ([], "one or more"), ([Mean(), Mean()], "dif")):

@@ -17,11 +17,12 @@ import torch
 from reward_servers import http, server
 from rich.console import Console
 
-from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.metrics import read_metrics
-from tiltflow.rewards import remote, wire
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.metrics import read_metrics
+from tiltflow.rewards.remote import client as remote
+from tiltflow.rewards.remote import wire
+from tiltflow.tasks.train import run_training
 
 STEPS = 3
 QUIET = Console(quiet=True)

@@ -14,11 +14,11 @@ from test_report import EVALUATION, Page, write
 from test_report_runs import make_run
 from test_train import recipe
 
-from tiltflow.commands import demo
-from tiltflow.commands.report import write_run_report
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
+from tiltflow.config.load import load_config
 from tiltflow.evaluation import figures
+from tiltflow.tasks import demo
+from tiltflow.tasks.report import write_run_report
+from tiltflow.tasks.train import run_training
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_fast_demo_ends_with_a_line_that_its_figures_mean_nothing(
 
 
 def test_a_notice_stands_at_the_top(tmp_path: Path, run: Path) -> None:
-    from tiltflow.commands.report import _write
+    from tiltflow.tasks.report import _write
 
     _, plain = write(tmp_path)
     assert not [p for p in plain.all("p") if p.get("id") == "notice"]

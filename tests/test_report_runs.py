@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from test_report import Page, score
 
-from tiltflow.commands.report import write_run_report
 from tiltflow.evaluation.charts import Series, chart, side_by_side
-from tiltflow.watch.history import TEACHER, History, Measurement
+from tiltflow.evaluation.watch.history import TEACHER, History, Measurement
+from tiltflow.tasks.report import write_run_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ALARM = "diversity is 0.2, 0.50 of the 0.4 at step 0 (the limit is 0.7)"

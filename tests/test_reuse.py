@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiltflow.build import build_stage
-from tiltflow.config import load_config
-from tiltflow.rollout import join, rollout
+from tiltflow.config.load import load_config
+from tiltflow.method.rollout import join, rollout
+from tiltflow.setup.build import build_stage
 from tiltflow.train import updates
 from tiltflow.train.cold_start import ColdStart, Cycle
 

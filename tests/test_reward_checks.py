@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from tiltflow import rewards
-from tiltflow.prompts import Prompt
+from tiltflow.data.prompts import Prompt
 from tiltflow.rewards import FunctionReward, checked, load_reward
 from tiltflow.rewards.base import RewardFailed
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
-from tiltflow.rewards.ocr import quoted_text
 from tiltflow.rewards.weights import load_exactly, load_pretrained
+from tiltflow.rewards.zoo.ocr import quoted_text
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS, NOTHING = ["a cat", "a dog", "a bird"], [{}, {}, {}]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from test_cli import call
 
-from tiltflow.commands.planning import plan_recipe, reward_models
-from tiltflow.config import load_config
-from tiltflow.planner import GIB
+from tiltflow.config.load import load_config
 from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.sizes import reward_memory
+from tiltflow.setup.planner import GIB
+from tiltflow.tasks.planning import plan_recipe, reward_models
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltflow.paths import resolve_path
+from tiltflow.core.paths import resolve_path
 from tiltflow.rewards import (
     FunctionReward,
     RewardMixture,
@@ -18,7 +18,7 @@ from tiltflow.rewards import (
     checked,
     load_reward,
 )
-from tiltflow.worlds import shapes
+from tiltflow.rewards.worlds import shapes
 
 
 def constant(value: float, **options: object) -> FunctionReward:

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tiltflow.rewards import checked, load_reward
-from tiltflow.rewards.open_clip import clip_from_open_clip, clip_keys
 from tiltflow.rewards.weights import read_state_dict, weights_file
+from tiltflow.rewards.zoo.open_clip import clip_from_open_clip, clip_keys
 
 
 @pytest.fixture(scope="module")

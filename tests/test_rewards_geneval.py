@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from tiltflow.rewards import checked, load_reward
-from tiltflow.rewards.geneval import ColourClassifier, Detector, GenEval
-from tiltflow.rewards.geneval_rules import (
+from tiltflow.rewards.zoo.geneval import ColourClassifier, Detector, GenEval
+from tiltflow.rewards.zoo.geneval_rules import (
     COLOURS,
     Detection,
     judge,

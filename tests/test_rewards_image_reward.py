@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPImageProcessorPil
 
 from tiltflow.rewards import checked, load_reward
-from tiltflow.rewards.image_reward import MEAN, STD, blip_keys
+from tiltflow.rewards.zoo.image_reward import MEAN, STD, blip_keys
 
 WIDTH, TEXT, PATCH, SIDE, WORDS = 64, 128, 4, 16, ("a", "red", "blue", "star", "circle")
 PROMPTS = ["a red star", "a blue circle", "star"]

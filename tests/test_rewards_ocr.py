@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tiny_rewards import as_tensor, natural
 
 from tiltflow.rewards import checked, load_reward
-from tiltflow.rewards.ocr import OCR, edit_distance, quoted_text, text_score
+from tiltflow.rewards.zoo.ocr import OCR, edit_distance, quoted_text, text_score
 
 
 @pytest.mark.parametrize(

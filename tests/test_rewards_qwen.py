@@ -15,9 +15,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from tiltflow.rewards import checked, load_reward
-from tiltflow.rewards.geneval2 import GenEval2, questions_of
-from tiltflow.rewards.hpsv3 import HPSv3, read_instruction, split_keys
-from tiltflow.rewards.qwen import QwenPreprocessing
+from tiltflow.rewards.zoo.geneval2 import GenEval2, questions_of
+from tiltflow.rewards.zoo.hpsv3 import HPSv3, read_instruction, split_keys
+from tiltflow.rewards.zoo.qwen import QwenPreprocessing
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>")  # fmt: skip

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_pipelines import build
 
-from tiltflow.backbones import load_backbone
-from tiltflow.backbones.base import Backbone
-from tiltflow.backbones.mixture import MixtureBackbone
-from tiltflow.roles import AdapterSettings, Roles, adapter_roles, copy_roles
-from tiltflow.rollout import attach, rollout
+from tiltflow.method.rollout import attach, rollout
+from tiltflow.models.backbone import Backbone
+from tiltflow.models.families import load_backbone
+from tiltflow.models.families.mixture import MixtureBackbone
+from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles, copy_roles
 
 SETTINGS = AdapterSettings(4, 8.0, ["attn.to_q", "attn.to_v", "attn.add_k_proj", "attn.to_out.0"])
 
@@ -216,7 +216,7 @@ def test_replayed_step_is_bit_equal_and_the_first_ratio_is_one(backbone: Backbon
     trajectory = rollout(
         roles.generator, x, sigmas, cond, 0.9, lambda k: noise[k], record=(0, 1, 2)
     )
-    from tiltflow.rollout import log_prob
+    from tiltflow.method.rollout import log_prob
 
     for k in (0, 1, 2):
         x_next, mean, std = attach(roles.generator, trajectory, k)

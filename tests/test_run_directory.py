@@ -16,12 +16,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from tiltflow.backbones.fingerprint import adapter_fingerprint
-from tiltflow.checkpoint import latest_step, load_checkpoint, sha256
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.metrics import read_metrics
-from tiltflow.run_lock import RunLock
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step, load_checkpoint, sha256
+from tiltflow.core.metrics import read_metrics
+from tiltflow.core.run_lock import RunLock
+from tiltflow.models.pipelines.fingerprint import adapter_fingerprint
+from tiltflow.tasks.train import run_training
 
 SRC = Path(__file__).parents[1] / "src"
 SMALL = (
@@ -284,7 +284,7 @@ def test_a_lock_that_was_lost_ends_the_run_before_it_saves(
 
 
 def test_a_resume_command_with_spaces_is_one_that_a_shell_takes(tmp_path: Path) -> None:
-    from tiltflow.commands.failures import resume_command
+    from tiltflow.tasks.failures import resume_command
 
     command = resume_command(tmp_path / "a [b]'s run", 1)
     told = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True)
@@ -293,7 +293,7 @@ def test_a_resume_command_with_spaces_is_one_that_a_shell_takes(tmp_path: Path) 
 
 def test_a_signal_is_answered_at_once(tmp_path: Path) -> None:
     code = (
-        "import os, signal\nfrom tiltflow.interruption import STOPPING, interruptible\n"
+        "import os, signal\nfrom tiltflow.core.interruption import STOPPING, interruptible\n"
         "with interruptible(STOPPING) as stopped:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert stopped.is_set()\n"

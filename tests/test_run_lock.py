@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tiltflow import run_lock
-from tiltflow.run_lock import FILE, RunLock, held_by_another, refuse_if_held
+from tiltflow.core import run_lock
+from tiltflow.core.run_lock import FILE, RunLock, held_by_another, refuse_if_held
 
 ELSEWHERE = {"host": "elsewhere", "space": "another boot"}
 
@@ -180,7 +180,7 @@ def test_of_several_at_once_exactly_one_wins(tmp_path: Path, state: str) -> None
 
 def test_a_killed_holder_is_followed_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from tiltflow.run_lock import RunLock\n"
+        "import sys, time; from pathlib import Path; from tiltflow.core.run_lock import RunLock\n"
         "with RunLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_run_directory import start
 
-from tiltflow.checkpoint import latest_step
-from tiltflow.config import load_config
-from tiltflow.metrics import read_metrics
-from tiltflow.run_directory import with_absolute_paths
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step
+from tiltflow.core.metrics import read_metrics
+from tiltflow.setup.run_directory import with_absolute_paths
 
 TINY = (
     "model.path=model", "data.prompts=p.txt", "model.dtype=fp32", "model.resolution=32",

@@ -19,13 +19,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from students import Student, request, sampled, student
 
-from tiltflow import cli
-from tiltflow.commands import evaluate as command
-from tiltflow.commands import request as asking
-from tiltflow.commands.evaluate import evaluate_to, sample_images
+from tiltflow.cli.main import main as cli
+from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation import chunks
-from tiltflow.export import load_lora
-from tiltflow.prompts import Prompt
+from tiltflow.export.writing import load_lora
+from tiltflow.tasks import evaluate as command
+from tiltflow.tasks import request as asking
+from tiltflow.tasks.evaluate import evaluate_to, sample_images
 
 Tiny = Callable[[str], Path]
 LORA = "pytorch_lora_weights.safetensors"
@@ -70,7 +70,7 @@ def test_no_black_images(
 
         return call
 
-    from tiltflow.commands import systems
+    from tiltflow.tasks import systems
 
     name = "sample_few_step" if scale == "latents" else "_decode"
     monkeypatch.setattr(systems, name, broken(getattr(systems, name)))

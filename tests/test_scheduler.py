@@ -17,9 +17,9 @@ from diffusers import (
 from students import MODELS, PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
 from torch import Tensor
 
-from tiltflow.backbones import load_backbone
+from tiltflow.core.randomness import Randomness
 from tiltflow.flow import cps_step, euler_step
-from tiltflow.randomness import Randomness
+from tiltflow.models.families import load_backbone
 from tiltflow.scheduler import CPSFlowMatchScheduler, latent_shape, pack
 
 Tiny = Callable[[str], Path]

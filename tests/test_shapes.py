@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tiltflow.worlds.shapes import (
+from tiltflow.rewards.worlds.shapes import (
     BACKGROUNDS,
     CATEGORIES,
     COLOURS,
@@ -23,7 +23,7 @@ from tiltflow.worlds.shapes import (
     sample_scene,
     split,
 )
-from tiltflow.worlds.shapes_checker import (
+from tiltflow.rewards.worlds.shapes_checker import (
     Reading,
     Seen,
     caption_from_metadata,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiltflow.backbones import load_backbone
-from tiltflow.build import build_backbone
-from tiltflow.config import load_config
-from tiltflow.distributed import Ranks
+from tiltflow.config.load import load_config
+from tiltflow.core.distributed import Ranks
+from tiltflow.models.families import load_backbone
+from tiltflow.setup.build import build_backbone
 
 Tiny = Callable[[str], Path]
 
@@ -52,7 +52,7 @@ def test_only_rank_0_reads_the_weights_that_are_shared(
         seen.append(base)
         return object()
 
-    monkeypatch.setattr("tiltflow.build.load_backbone", loaded)
+    monkeypatch.setattr("tiltflow.setup.build.load_backbone", loaded)
     cfg = load_config(
         "demo_cold_start",
         [f"model.path={tiny_pipeline('sd35m')}", "run.sharding=fsdp2", "run.device=cpu"],

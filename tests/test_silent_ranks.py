@@ -19,12 +19,12 @@ import torch
 from ranks_worker import finish, fork_server, start
 from rich.console import Console
 
-from tiltflow import distributed
-from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.config import load_config
-from tiltflow.distributed import ranks_of_job
-from tiltflow.heartbeat import Heartbeat
-from tiltflow.metrics import read_metrics
+from tiltflow.config.load import load_config
+from tiltflow.core import distributed
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.distributed import ranks_of_job
+from tiltflow.core.heartbeat import Heartbeat
+from tiltflow.core.metrics import read_metrics
 
 LIMIT = 5.0
 

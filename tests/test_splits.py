@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tiltflow.config import RunConfig, load_config, read_prompts
-from tiltflow.prompts import load_prompts, split_name
+from tiltflow.config.load import RunConfig, load_config, read_prompts
+from tiltflow.data.prompts import load_prompts, split_name
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

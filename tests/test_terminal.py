@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_cli import COMMANDS, SRC, call
 
-from tiltflow.commands.failures import resume_command
-from tiltflow.commands.recipes import summary
-from tiltflow.config import list_recipes, load_config, recipe_text
+from tiltflow.config.load import list_recipes, load_config, recipe_text
+from tiltflow.tasks.failures import resume_command
+from tiltflow.tasks.recipes import summary
 
 ODD = "a[/b]c :x:[red]d"
 MIXTURE = ("train.steps=1", "run.device=cpu", "train.batch_size=4")
@@ -21,7 +21,7 @@ MIXTURE = ("train.steps=1", "run.device=cpu", "train.batch_size=4")
 NOTHING_SLOW = """
 import sys
 sys.argv = ["tiltflow", *sys.argv[1:]]
-from tiltflow.cli import main
+from tiltflow.cli.main import main
 try:
     main()
 except SystemExit:

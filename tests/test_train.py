@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from tiny_pipelines import build
 
-from tiltflow.backbones.pipeline import PipelineBackbone
-from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.metrics import read_metrics
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.metrics import read_metrics
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.tasks.train import run_training
 from tiltflow.train.optim import NonFiniteError
 
 QUIET = Console(quiet=True)
@@ -273,7 +273,7 @@ def test_a_sheet_of_samples_that_are_not_finite_names_step_and_prompt(
     pipeline: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be black squares."""
-    from tiltflow.watch import probes
+    from tiltflow.evaluation.watch import probes
 
     def broken(role, cond, numbers, *given):
         made = sample_few_step(role, cond, numbers, *given)

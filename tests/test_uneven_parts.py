@@ -8,9 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from tiltflow.build import build_stage
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
+from tiltflow.config.load import load_config
+from tiltflow.setup.build import build_stage
+from tiltflow.tasks.train import run_training
 
 COMMON = ("run.device=cpu", "train.generator_lr=1e-3", "train.fake_score_lr=1e-3")
 

@@ -12,13 +12,13 @@ from rich.console import Console
 from test_train import recipe
 from tiny_pipelines import build
 
-from tiltflow.backbones.mixture import ring
-from tiltflow.checkpoint import latest_step, load_checkpoint
-from tiltflow.commands.train import run_training
-from tiltflow.config import load_config
-from tiltflow.lora_files import read_adapter
-from tiltflow.metrics import read_metrics
-from tiltflow.watch.history import read_history
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.metrics import read_metrics
+from tiltflow.evaluation.watch.history import read_history
+from tiltflow.models.families.mixture import ring
+from tiltflow.models.lora_files import read_adapter
+from tiltflow.tasks.train import run_training
 
 QUIET = Console(quiet=True)
 

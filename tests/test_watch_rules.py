@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from tiltflow.backbones.mixture import GaussianMixture
-from tiltflow.checkpoint import latest_step, point_latest, save_checkpoint
-from tiltflow.watch.drift import log_velocity_gap
-from tiltflow.watch.history import LOGARITHMS, TEACHER, History, Measurement, read_history
-from tiltflow.watch.rules import Rules, above_zero, judge
-from tiltflow.watch.spectrum import high_frequency_energy
-from tiltflow.watch.watch import Watch
+from tiltflow.core.checkpoint import latest_step, point_latest, save_checkpoint
+from tiltflow.evaluation.watch.drift import log_velocity_gap
+from tiltflow.evaluation.watch.history import (
+    LOGARITHMS,
+    TEACHER,
+    History,
+    Measurement,
+    read_history,
+)
+from tiltflow.evaluation.watch.rules import Rules, above_zero, judge
+from tiltflow.evaluation.watch.spectrum import high_frequency_energy
+from tiltflow.evaluation.watch.watch import Watch
+from tiltflow.models.families.mixture import GaussianMixture
 
 N = 96
 WEIGHTS = {"clip": 1.0}

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiltflow.backbones.base import Backbone, Conditioning
-from tiltflow.config import RunConfig
+from tiltflow.config.load import RunConfig
+from tiltflow.data.prompts import Prompt
 from tiltflow.flow import (
     cps_mean_std,
     cps_step,
@@ -27,12 +27,12 @@ from tiltflow.flow import (
     renoise_level,
     x0_from_velocity,
 )
-from tiltflow.objectives.distribution_matching import matching_gradient, matching_loss
-from tiltflow.objectives.policy import clipped_surrogate, group_advantages, share_in_groups
-from tiltflow.prompts import Prompt
+from tiltflow.method.distribution_matching import matching_gradient, matching_loss
+from tiltflow.method.policy import clipped_surrogate, group_advantages, share_in_groups
+from tiltflow.method.rollout import log_prob
+from tiltflow.models.backbone import Backbone, Conditioning
+from tiltflow.models.roles import AdapterSettings, add_adapter
 from tiltflow.rewards.combine import RewardMixture
-from tiltflow.roles import AdapterSettings, add_adapter
-from tiltflow.rollout import log_prob
 
 
 @dataclass

@@ -17,28 +17,28 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tiltflow import build as building
-from tiltflow.backbones.base import Conditioning
-from tiltflow.backbones.flux2 import Flux2Backbone
-from tiltflow.backbones.meta import META, meta_backbone, meta_pipeline, pipeline_configs
-from tiltflow.backbones.pipeline import PipelineBackbone
-from tiltflow.backbones.published import PUBLISHED
-from tiltflow.backbones.sd3 import SD3Backbone
-from tiltflow.backbones.storage import input_dtype
-from tiltflow.build import DTYPES, Build, adapter_settings, build_stage
-from tiltflow.commands.planning import (
+from tiltflow.config.load import RunConfig, load_config
+from tiltflow.data.embeddings import EncodedPrompts
+from tiltflow.data.prompts import Prompt
+from tiltflow.export.writing import save_adapter
+from tiltflow.models.backbone import Conditioning
+from tiltflow.models.families.flux2 import Flux2Backbone
+from tiltflow.models.families.sd3 import SD3Backbone
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.meta import META, meta_backbone, meta_pipeline, pipeline_configs
+from tiltflow.models.pipelines.published import PUBLISHED
+from tiltflow.models.pipelines.storage import input_dtype
+from tiltflow.models.roles import adapter_roles
+from tiltflow.setup import build as building
+from tiltflow.setup.build import DTYPES, Build, adapter_settings, build_stage
+from tiltflow.setup.planner import Plan
+from tiltflow.tasks.planning import (
     device_bytes,
     fastest,
     is_auto,
     plan_recipe,
     with_graphs,
 )
-from tiltflow.config import RunConfig, load_config
-from tiltflow.embeddings import EncodedPrompts
-from tiltflow.export import save_adapter
-from tiltflow.planner import Plan
-from tiltflow.prompts import Prompt
-from tiltflow.roles import adapter_roles
 
 MODELS = {
     "sd35m": ("stabilityai/stable-diffusion-3.5-medium", "sd35m", 128, SD3Backbone),

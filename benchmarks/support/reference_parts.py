@@ -15,8 +15,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from support.random_model import RandomModel
-from tiltflow.backbones.storage import input_dtype
-from tiltflow.config import RunConfig
+from tiltflow.config.load import RunConfig
+from tiltflow.models.pipelines.storage import input_dtype
 
 
 @dataclass(frozen=True)

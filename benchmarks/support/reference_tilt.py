@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from support.reference_parts import Bench, on_device, parts, prompts
-from tiltflow.build import attention_for
-from tiltflow.rewards.clip_family import CLIPScore
+from tiltflow.rewards.zoo.clip_family import CLIPScore
+from tiltflow.setup.build import attention_for
 
 BATCH, GROUP = 16, 8
 CLIP = "packaged:clip"

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from tiltflow.build import Build, adapter_settings, build_backbone, build_stage
-from tiltflow.config import RunConfig, load_config
-from tiltflow.distributed import ALONE, Ranks
-from tiltflow.export import save_adapter
-from tiltflow.paths import resolve_path
-from tiltflow.roles import adapter_roles
+from tiltflow.config.load import RunConfig, load_config
+from tiltflow.core.distributed import ALONE, Ranks
+from tiltflow.core.paths import resolve_path
+from tiltflow.export.writing import save_adapter
+from tiltflow.models.roles import adapter_roles
+from tiltflow.setup.build import Build, adapter_settings, build_backbone, build_stage
 
 STAGES = ("cold_start", "tilt")
 

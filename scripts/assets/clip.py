@@ -16,8 +16,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLI
 
 from assets.data import near_miss, place_labels, render_pool, sample_captions
 from assets.train import autocast, batches, fit, tensor_images
-from tiltflow.worlds import shapes
-from tiltflow.worlds.shapes import Caption
+from tiltflow.rewards.worlds import shapes
+from tiltflow.rewards.worlds.shapes import Caption
 
 LENGTH = 12
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiltflow.worlds import shapes
+from tiltflow.rewards.worlds import shapes
 
 POOLS = {"pool": (40_000, 1), "more": (60_000, 3)}  # training renders: how many, seed
 VALID = (1_000, 2)

@@ -34,8 +34,8 @@ from assets.clip import (
 )
 from assets.data import near_miss, render_pool
 from assets.train import batches, fit, tensor_images
-from tiltflow.worlds import shapes
-from tiltflow.worlds.shapes import Caption, Scene
+from tiltflow.rewards.worlds import shapes
+from tiltflow.rewards.worlds.shapes import Caption, Scene
 
 RADIUS = 2.5
 """The greatest change of an image under attack: L2, of 64 × 64 × 3 values in [0, 1]."""

@@ -110,7 +110,7 @@ def _three(figures: dict, name: str) -> str:
 
 CARD = """# The embedded model
 
-A text-to-image flow model of the world of shapes (`tiltflow.worlds.shapes`: four shapes, eight
+A text-to-image flow model of the world of shapes (`rewards.worlds.shapes`: four shapes, eight
 colours, one to three objects on black or white, each in a quarter of the frame and blue unless the
 caption gives it a colour; GenEval's six categories), small enough to train and distil on two CPU
 cores, in the formats of the real ones. Made by `scripts/build_assets.py` on rendered images alone;

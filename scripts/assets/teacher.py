@@ -22,8 +22,8 @@ from assets.data import POOLS, false_captions, place_labels, render_pool
 from assets.train import autocast, batches, chunks, fit
 from assets.vae import encode
 from tiltflow.flow import shift_sigma
-from tiltflow.worlds import shapes
-from tiltflow.worlds.shapes_checker import read_scene, score
+from tiltflow.rewards.worlds import shapes
+from tiltflow.rewards.worlds.shapes_checker import read_scene, score
 
 PLACE_BLOCK, PLACE_WEIGHT = 3, 0.1
 SHIFT = 2.0  # SD3's is 3, for images of hundreds of times as many pixels

@@ -1,5 +1,5 @@
 """`python -m tiltflow`, for torchrun."""
 
-from tiltflow.cli import main
+from tiltflow.cli.main import main
 
 main()

@@ -27,8 +27,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from tiltflow.core.randomness import SAMPLE_INIT, Randomness, sample_step
 from tiltflow.flow import MOST_STEPS, cps_step, raw_levels
-from tiltflow.randomness import SAMPLE_INIT, Randomness, sample_step
 
 # diffusers loads a part of a pipeline by a base class that it finds by name in the part's module
 __all__ = ["CPSFlowMatchScheduler", "SchedulerMixin", "latent_shape", "pack"]
@@ -48,7 +48,7 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     one from a pipeline's own scheduler: `from_config(pipe.scheduler.config, eta=0.9)`.
 
     **Noise.** diffusers hands `step` no generator, so the draws of the stochastic steps are
-    counted (`tiltflow.randomness`): after `seed` they are those of `tiltflow sample --seed`.
+    counted (`tiltflow.core.randomness`): after `seed` they are those of `tiltflow sample --seed`.
     A call that was not seeded takes each image's seed from its own initial latent, so that the
     `generator` given to the pipeline decides the image all the same.
 

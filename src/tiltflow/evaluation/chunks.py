@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tiltflow.disk import save_tensors, write_whole, writing
+from tiltflow.core.disk import save_tensors, write_whole, writing
 
 Made = dict[str, Tensor]
 Take = Callable[[str, Callable[[], Made]], Made]

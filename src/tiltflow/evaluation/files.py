@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tiltflow.disk import write_whole
+from tiltflow.core.disk import write_whole
 from tiltflow.evaluation.scores import Evaluation, PromptLike
 
 NAME = re.compile(r"[A-Za-z0-9][\w .=:@-]*")

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from tiltflow.disk import write_whole
+from tiltflow.core.disk import write_whole
 from tiltflow.evaluation import figures
 from tiltflow.evaluation.charts import side_by_side
 from tiltflow.evaluation.figures import decimals, number

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tiltflow.distributed import ALONE, Ranks
+from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.evaluation.categories import by_category, category_means
 from tiltflow.evaluation.chunks import Made, Take, make_anew
 from tiltflow.evaluation.diversity import cmmd, pairwise_distance, vendi_score

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tiltflow.core.paths import nearest
 from tiltflow.evaluation.scores import PromptLike
-from tiltflow.paths import nearest
 from tiltflow.rewards.fitting import check_prompts_fit
 
 PREFERENCE = ("clipscore", "pickscore", "hpsv2", "aesthetic", "image_reward")

@@ -11,7 +11,7 @@ import numpy as np
 
 from tiltflow.evaluation.charts import Chart, Series, chart
 from tiltflow.evaluation.statistics import mean_ci
-from tiltflow.watch.history import LOGARITHMS, TEACHER, Measurement
+from tiltflow.evaluation.watch.history import LOGARITHMS, TEACHER, Measurement
 
 Interval = tuple[float, float, float]
 

@@ -11,12 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tiltflow.allocation import out_of_memory
-from tiltflow.interruption import Stopped
-from tiltflow.paths import nearest
-from tiltflow.remote_address import REMOTE, remote_settings
+from tiltflow.core.allocation import out_of_memory
+from tiltflow.core.interruption import Stopped
+from tiltflow.core.paths import nearest
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
 from tiltflow.rewards.own import dotted, failure, imported, made
+from tiltflow.rewards.remote.address import REMOTE, remote_settings
 
 ENTRY_POINTS = "tiltflow.rewards"
 RANGE_TOLERANCE = 1e-3  # decoders clamp to [0, 1]; a bf16 round trip may leave it by this much
@@ -231,7 +231,7 @@ def _dtype(tensor: Tensor) -> str:
 def _shapes(
     name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
 ) -> Reward:
-    from tiltflow.rewards.shapes import ShapesReward
+    from tiltflow.rewards.zoo.shapes import ShapesReward
 
     _no_path(name, path)
     _only(name, options, () if name == "shapes_soft" else ("soft",))
@@ -241,7 +241,7 @@ def _shapes(
 def _clipscore(
     name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
 ) -> Reward:
-    from tiltflow.rewards.clip_family import CLIPScore
+    from tiltflow.rewards.zoo.clip_family import CLIPScore
 
     _only(name, options, ("at_once",))
     default = "packaged:clip_heldout" if name == "clipscore_heldout" else "packaged:clip"
@@ -258,14 +258,14 @@ PUBLISHED = {
     "ocr": "ocr:OCR",
     "pickscore": "preference:PickScore",
 }
-"""Rewards with published weights: module of this package, and class. Imported when asked for."""
+"""Rewards with published weights: module of `rewards.zoo`, and class. Imported when asked for."""
 
 
 def _published(
     name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
 ) -> Reward:
     module, _, kind = PUBLISHED[name].partition(":")
-    published = getattr(importlib.import_module(f"tiltflow.rewards.{module}"), kind)
+    published = getattr(importlib.import_module(f"tiltflow.rewards.zoo.{module}"), kind)
     takes = inspect.signature(published).parameters
     _only(name, options, [key for key in takes if key not in ("path", "device")])
     if "path" not in takes:
@@ -282,7 +282,7 @@ def _published(
 def _linear(
     name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
 ) -> Reward:
-    from tiltflow.rewards.mixture import LinearReward
+    from tiltflow.rewards.zoo.mixture import LinearReward
 
     _no_path(name, path)
     _only(name, options, ())
@@ -353,7 +353,7 @@ def _entry(name: str) -> object:
 
 
 def _remote(name: str, path: str | None, options: Mapping[str, Any]) -> Reward:
-    from tiltflow.rewards.remote import RemoteReward
+    from tiltflow.rewards.remote.client import RemoteReward
 
     settings = remote_settings(name, options)
     _no_path(name, path)

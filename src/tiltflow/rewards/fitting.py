@@ -33,7 +33,7 @@ def check_reward_imports(names: Iterable[str]) -> None:
     """
     for name in names:
         if name == "ocr":
-            from tiltflow.rewards.ocr import require_packages
+            from tiltflow.rewards.zoo.ocr import require_packages
 
             require_packages()
         elif name not in BUILTIN and not name.startswith(REMOTE):
@@ -87,31 +87,31 @@ def _reads(name: str) -> Reads | None:
 
 
 def _ocr(text: str, metadata: Metadata) -> object:
-    from tiltflow.rewards.ocr import quoted_text
+    from tiltflow.rewards.zoo.ocr import quoted_text
 
     return quoted_text(text)
 
 
 def _geneval(text: str, metadata: Metadata) -> object:
-    from tiltflow.rewards.geneval_rules import scene_of
+    from tiltflow.rewards.zoo.geneval_rules import scene_of
 
     return scene_of(metadata, text)
 
 
 def _geneval2(text: str, metadata: Metadata) -> object:
-    from tiltflow.rewards.geneval2 import questions_of
+    from tiltflow.rewards.zoo.geneval2 import questions_of
 
     return questions_of(metadata, text)
 
 
 def _hpsv3(text: str, metadata: Metadata) -> object:
-    from tiltflow.rewards.hpsv3 import without_token
+    from tiltflow.rewards.zoo.hpsv3 import without_token
 
     return without_token(text)
 
 
 def _shapes(text: str, metadata: Metadata) -> object:
-    from tiltflow.rewards.shapes import caption_of
+    from tiltflow.rewards.zoo.shapes import caption_of
 
     return caption_of(text, metadata)
 

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tiltflow.allocation import out_of_memory
-from tiltflow.paths import nearest
-from tiltflow.sentences import first_sentence
+from tiltflow.core.allocation import out_of_memory
+from tiltflow.core.paths import nearest
+from tiltflow.core.sentences import first_sentence
 
 
 def failure(error: BaseException) -> str:

@@ -14,16 +14,16 @@ import torch
 import transformers
 from torch import nn
 
-from tiltflow.paths import resolve_path
-from tiltflow.rewards.aesthetic import VIT_L_14
+from tiltflow.core.paths import resolve_path
+from tiltflow.core.sentences import first_sentence
 from tiltflow.rewards.base import BUILTIN
-from tiltflow.rewards.geneval import MASK2FORMER
-from tiltflow.rewards.geneval2 import QWEN3_VL
-from tiltflow.rewards.hpsv3 import QWEN2_VL, reward_head
-from tiltflow.rewards.image_reward import BlipScorer
-from tiltflow.rewards.preference import PICKSCORE, VIT_H_14
 from tiltflow.rewards.weights import DTYPES, scoring_mlp
-from tiltflow.sentences import first_sentence
+from tiltflow.rewards.zoo.aesthetic import VIT_L_14
+from tiltflow.rewards.zoo.geneval import MASK2FORMER
+from tiltflow.rewards.zoo.geneval2 import QWEN3_VL
+from tiltflow.rewards.zoo.hpsv3 import QWEN2_VL, reward_head
+from tiltflow.rewards.zoo.image_reward import BlipScorer
+from tiltflow.rewards.zoo.preference import PICKSCORE, VIT_H_14
 
 _VIT_L: dict[str, Any] = {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},

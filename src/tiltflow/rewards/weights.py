@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tiltflow.backbones.weights import check_values
-from tiltflow.paths import resolve_path
-from tiltflow.sentences import first_sentence, printable
+from tiltflow.core.paths import resolve_path
+from tiltflow.core.sentences import first_sentence, printable
+from tiltflow.models.pipelines.weights import check_values
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHOWN_KEYS = 3

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning, Grouped
-from tiltflow.embeddings import EncodedPrompts
-from tiltflow.graphs import recorded
-from tiltflow.objectives.distribution_matching import matching_loss
-from tiltflow.prompts import Prompt, PromptSampler
-from tiltflow.randomness import Randomness
-from tiltflow.roles import Roles
-from tiltflow.rollout import Rollout, advance, attach, stochastic
+from tiltflow.core.randomness import Randomness
+from tiltflow.data.embeddings import EncodedPrompts
+from tiltflow.data.prompts import Prompt, PromptSampler
+from tiltflow.method.distribution_matching import matching_loss
+from tiltflow.method.rollout import Rollout, advance, attach, stochastic
+from tiltflow.models.backbone import Conditioning, Grouped
+from tiltflow.models.graphs import recorded
+from tiltflow.models.roles import Roles
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.optim import Guard, Updater
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, rollout_in_parts

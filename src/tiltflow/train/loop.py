@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tiltflow.checkpoint import Checkpoint, load_checkpoint, point_latest, save_checkpoint
-from tiltflow.distributed import ALONE, Ranks
-from tiltflow.interruption import STOPPING, Stopped, interruptible
-from tiltflow.latest import step_name
-from tiltflow.manifest import bearing, changes, in_words
-from tiltflow.metrics import Accumulator, MetricsLog, NoLog
-from tiltflow.roles import Roles
+from tiltflow.core.checkpoint import Checkpoint, load_checkpoint, point_latest, save_checkpoint
+from tiltflow.core.distributed import ALONE, Ranks
+from tiltflow.core.interruption import STOPPING, Stopped, interruptible
+from tiltflow.core.latest import step_name
+from tiltflow.core.metrics import Accumulator, MetricsLog, NoLog
+from tiltflow.models.roles import Roles
+from tiltflow.train.changes import bearing, changes, in_words
 from tiltflow.train.optim import NON_FINITE, Guard, Updater
 
 

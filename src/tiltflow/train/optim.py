@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tiltflow.checkpoint import load_optimizer_tensors, optimizer_tensors
-from tiltflow.distributed import ALONE, Ranks
-from tiltflow.errors import NonFiniteError
-from tiltflow.prompts import Prompt
+from tiltflow.core.checkpoint import load_optimizer_tensors, optimizer_tensors
+from tiltflow.core.distributed import ALONE, Ranks
+from tiltflow.core.errors import NonFiniteError
+from tiltflow.data.prompts import Prompt
+from tiltflow.models.roles import Role
 from tiltflow.rewards.base import NonFiniteScore
-from tiltflow.roles import Role
 
 NON_FINITE = (NonFiniteError, NonFiniteScore)
 """What a non-finite number ends a run with, on every rank alike."""

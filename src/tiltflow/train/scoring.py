@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltflow.background import Background
-from tiltflow.objectives.reward_backprop import reward_gradient
-from tiltflow.prompts import Prompt
+from tiltflow.core.background import Background
+from tiltflow.data.prompts import Prompt
+from tiltflow.method.reward_backprop import reward_gradient
 from tiltflow.rewards.base import NonFiniteScore, checked
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.train.optim import NonFiniteError

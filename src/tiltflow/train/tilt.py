@@ -9,24 +9,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Grouped
-from tiltflow.embeddings import EncodedPrompts
-from tiltflow.graphs import recorded
-from tiltflow.objectives.distribution_matching import matching_loss
-from tiltflow.objectives.policy import (
+from tiltflow.core.randomness import Randomness
+from tiltflow.data.embeddings import EncodedPrompts
+from tiltflow.data.prompts import Prompt, PromptSampler
+from tiltflow.method.distribution_matching import matching_loss
+from tiltflow.method.policy import (
     choose_steps,
     clipped_surrogate,
     group_advantages,
     policy_kl,
     standing_out,
 )
-from tiltflow.objectives.reward_backprop import equal_norm, in_equal_parts
-from tiltflow.prompts import Prompt, PromptSampler
-from tiltflow.randomness import Randomness
+from tiltflow.method.reward_backprop import equal_norm, in_equal_parts
+from tiltflow.method.rollout import Rollout, attach, attach_from, log_prob, pinned
+from tiltflow.method.rollout import step as sampler_step
+from tiltflow.models.backbone import Grouped
+from tiltflow.models.graphs import recorded
+from tiltflow.models.roles import Roles
 from tiltflow.rewards.combine import RewardMixture
-from tiltflow.roles import Roles
-from tiltflow.rollout import Rollout, attach, attach_from, log_prob, pinned
-from tiltflow.rollout import step as sampler_step
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.optim import Guard, Updater
 from tiltflow.train.scoring import Scored, Scorer

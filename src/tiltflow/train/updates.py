@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltflow.backbones.base import Conditioning, Grouped
-from tiltflow.distributed import ALONE, Ranks
+from tiltflow.core.distributed import ALONE, Ranks
+from tiltflow.core.randomness import Randomness
+from tiltflow.core.transfer import to_device
+from tiltflow.data.prompts import Prompt
 from tiltflow.flow import renoise_level
-from tiltflow.objectives.distribution_matching import matching_gradient
-from tiltflow.objectives.fake_score import FakeScoreDraws, fake_score_objective
-from tiltflow.objectives.policy import share_in_groups
-from tiltflow.prompts import Prompt
-from tiltflow.randomness import Randomness
-from tiltflow.roles import Role
-from tiltflow.rollout import Rollout, join, rollout
+from tiltflow.method.distribution_matching import matching_gradient
+from tiltflow.method.fake_score import FakeScoreDraws, fake_score_objective
+from tiltflow.method.policy import share_in_groups
+from tiltflow.method.rollout import Rollout, join, rollout
+from tiltflow.models.backbone import Conditioning, Grouped
+from tiltflow.models.roles import Role
 from tiltflow.train.optim import Updater
-from tiltflow.transfer import to_device
 
 
 def micro_batches(n: int, size: int) -> list[slice]:

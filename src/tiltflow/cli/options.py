@@ -1,0 +1,219 @@
+"""The options of the commands: what several share is declared once.
+
+Nothing here waits for torch: `--help` is printed at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from tiltflow.core.limits import LARGEST_SEED, LONGEST_SIDE, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
+from tiltflow.core.paths import home_for_tilde
+from tiltflow.rewards.remote.address import refuse_secrets
+
+
+def place(text: str) -> Path:
+    """A path of the command line, with the home directory for a leading `~`.
+
+    Raises:
+        ValueError: if the user after a `~` has none.
+    """
+    return Path(home_for_tilde(text))
+
+
+def option(name: str, help: str) -> Any:
+    """An option that is a path."""
+    return typer.Option(name, help=help, parser=place, metavar="PATH")
+
+
+Debug = typer.Option("--debug", help="on an error, show where it was raised")
+
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto")]
+
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option("--reward", help="NAME or NAME@PATH of its weights; repeatable"),
+]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What to sample from, and how, as the command line says it."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="pipeline directory or hub id", parser=home_for_tilde, metavar="DIR"
+        ),
+    ]
+    prompt: Annotated[str | None, typer.Option("--prompt", help="one prompt")] = None
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts", help="prompt file or packaged set", parser=home_for_tilde, metavar="FILE"
+        ),
+    ] = None
+    few_step: Annotated[Path | None, option("--few-step", "stage-1 LoRA folder")] = None
+    tilt_lora: Annotated[Path | None, option("--tilt-lora", "stage-2 LoRA folder")] = None
+    tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1")] = 1.0
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            help="sampling steps of the students [as trained, or 4]",
+            min=1,
+            max=MOST_STEPS,
+        ),
+    ] = None
+    eta: Annotated[
+        float | None,
+        typer.Option("--eta", help="stochasticity, 0 to 1 [as trained, or 0.9]", min=0, max=1),
+    ] = None
+    seed: Annotated[
+        int, typer.Option("--seed", help="seed of the noise", min=0, max=LARGEST_SEED)
+    ] = 0
+    guidance: Annotated[float | None, typer.Option("--guidance", help="the teacher's guidance")] = (
+        None
+    )
+    student_guidance: Annotated[
+        float | None,
+        typer.Option("--student-guidance", help="the students' guidance [as trained]"),
+    ] = None
+    teacher_steps: Annotated[
+        int, typer.Option("--teacher-steps", help="the teacher's steps", min=1, max=MOST_STEPS)
+    ] = 50
+    batch: Annotated[
+        int, typer.Option("--batch", help="images at a time", min=1, max=MOST_SAMPLES)
+    ] = 16
+    device: Device = "auto"
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32 or bf16 [as trained, or the files']")
+    ] = None
+    autocast: Annotated[
+        str | None, typer.Option("--autocast", help="bf16 or auto: networks in mixed precision")
+    ] = None
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            "--resolution", help="image side in pixels [as trained]", min=8, max=LONGEST_SIDE
+        ),
+    ] = None
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-sequence-length", help="text tokens [as trained]", min=1, max=MOST_TOKENS
+        ),
+    ] = None
+    generator: Annotated[
+        str | None,
+        typer.Option(
+            "--generator",
+            help="the distilled pipeline that LoRAs sit on (klein)",
+            parser=home_for_tilde,
+            metavar="DIR",
+        ),
+    ] = None
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="where embeddings are kept, or off")
+    ] = None
+
+    def request(
+        self, default_prompts: str | None = None, count: int | None = None, **more: Any
+    ) -> Any:
+        """The `Request` of these options and the first `count` prompts; `more` are fields of it
+        that only one command has.
+
+        Raises:
+            ValueError: if there is no prompt, or a precision is unknown.
+        """
+        from tiltflow.config.schema import Autocast
+        from tiltflow.data.prompts import Prompt, load_prompts
+        from tiltflow.setup.build import DTYPES
+        from tiltflow.tasks.evaluate import Request
+
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"--dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
+        if self.autocast not in (None, *get_args(Autocast)):
+            choices = ", ".join(get_args(Autocast))
+            raise ValueError(f"--autocast is {self.autocast!r}; it is one of {choices}")
+        source = self.prompts if self.prompts or self.prompt is not None else default_prompts
+        if (self.prompt is None) == (source is None):
+            raise ValueError("give either --prompt TEXT or --prompts FILE")
+        if self.prompt is not None and not _is_text(self.prompt):
+            raise ValueError("--prompt holds a byte that is not UTF-8")
+        chosen = load_prompts(source) if source is not None else [Prompt(str(self.prompt))]
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        del given["prompt"]
+        given |= {"prompts": chosen[:count], "generator_path": given.pop("generator")}
+        return Request(**given, **more)
+
+
+def _is_text(text: str) -> bool:
+    """Whether an argument came as UTF-8: Python puts half a surrogate for a byte that did not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def with_debug(command: Callable[..., None]) -> Callable[..., None]:
+    """Lists `--debug` among a command's options; `main` is what reads it."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    debug = inspect.Parameter(
+        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, Debug]
+    )
+
+    @functools.wraps(command)
+    def run(debug: bool = False, **given: Any) -> None:
+        command(**given)
+
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), debug]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def sampling_options(batch: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command, in the place of its first parameter, the options of `SamplingOptions`,
+    with `batch` for the default of --batch; it is called with them as one object."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        shared = list(inspect.signature(SamplingOptions, eval_str=True).parameters.values())
+        shared = [p.replace(default=batch) if p.name == "batch" else p for p in shared]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        names = [p.name for p in shared]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            command(SamplingOptions(**{name: given.pop(name) for name in names}), **given)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return wrap
+
+
+def named_rewards(given: Sequence[str]) -> Mapping[str, str | None]:
+    """NAME or NAME@PATH as names, each with the path of its weights or None.
+
+    Raises:
+        ValueError: if a name is given twice, or holds a password or token.
+    """
+    rewards: dict[str, str | None] = {}
+    for text in given:
+        refuse_secrets(text)
+        name, _, path = text.partition("@")
+        if name in rewards:
+            raise ValueError(f"the reward {name!r} is given twice")
+        rewards[name] = home_for_tilde(path) or None
+    return rewards

@@ -1,0 +1,172 @@
+"""Which values of a run configuration go together (METHOD §4–§6)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiltflow.rewards.remote.address import REMOTE, remote_settings
+
+if TYPE_CHECKING:
+    from tiltflow.config.schema import AdaptersConfig, ModelConfig, RunConfig, RunSection
+
+
+def check_together(config: RunConfig) -> None:
+    """Holds the sections against each other.
+
+    Raises:
+        ValueError: in one sentence, the first values that do not go together.
+    """
+    other = "tilt" if config.stage == "cold_start" else "cold_start"
+    if other in config.model_fields_set:
+        raise ValueError(f"the section {other} is given, but stage is {config.stage}")
+    _check_model(config.model)
+    _check_run(config.run, config.adapters)
+    if config.model.graphs is True:
+        _check_graphs(config)
+    if config.model.base_storage is not None:
+        _check_base_storage(config)
+    if config.stage == "cold_start":
+        _check_cold_start(config)
+    else:
+        _check_tilt(config)
+    _check_watch(config)
+    _check_choices(config)
+    for rewards in (config.rewards, config.watch.rewards):
+        for name, reward in rewards.items():
+            if name.startswith(REMOTE):
+                remote_settings(name, reward.options)
+
+
+def _check_cold_start(config: RunConfig) -> None:
+    if config.rewards:
+        raise ValueError(
+            f"rewards ({', '.join(config.rewards)}) are given, but stage cold_start trains "
+            "on none; put them under watch.rewards to log them"
+        )
+    if config.cold_start.reuse > config.sampler.steps:
+        raise ValueError(
+            f"cold_start.reuse {config.cold_start.reuse} is more than the "
+            f"{config.sampler.steps} boundaries of sampler.steps {config.sampler.steps}"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.resolution is not None and model.resolution % 8:
+        raise ValueError(f"model.resolution is {model.resolution}, which is no multiple of 8")
+    if model.family == "mixture" and model.path != "mixture":
+        raise ValueError(
+            f"model.family mixture needs model.path mixture (no files), not {model.path}"
+        )
+    if model.path == "mixture" and model.compile:
+        raise ValueError("model.compile is for pipelines, not for the mixture")
+    if model.path == "mixture" and model.family not in (None, "mixture"):
+        raise ValueError(f"model.path mixture needs model.family mixture, not {model.family}")
+
+
+def _check_graphs(config: RunConfig) -> None:
+    """What is recorded must lie where it is, be launched by hand otherwise, and read no host."""
+    key, model = "model.graphs true", config.model
+    if model.path == "mixture" or model.family in ("flux", "flux2"):
+        raise ValueError(f"{key} is for pipelines of family sd3")
+    if model.compile:
+        raise ValueError(f"{key} and model.compile true exclude each other: set one of them")
+    if config.adapters.kind != "lora" or config.run.sharding != "replicated":
+        raise ValueError(f"{key} needs adapters.kind lora and run.sharding replicated")
+
+
+def _check_base_storage(config: RunConfig) -> None:
+    key = f"model.base_storage {config.model.base_storage}"
+    if config.model.path == "mixture":
+        raise ValueError(f"{key} is for pipelines, not for the mixture")
+    if config.adapters.kind != "lora":
+        raise ValueError(f"{key} is for the frozen base of LoRAs, so adapters.kind is lora")
+    if config.run.sharding != "replicated":
+        raise ValueError(f"{key} cannot be sharded, so run.sharding is replicated")
+    if not {"generator", "fake_score"} <= config.model.checkpointed:
+        raise ValueError(
+            f"{key} saves no memory unless model.gradient_checkpointing is true or has generator "
+            "and fake_score: the backward pass would keep every matrix in model.dtype"
+        )
+
+
+def _check_run(run: RunSection, adapters: AdaptersConfig) -> None:
+    if run.resume_from != "latest" and not run.resume:
+        raise ValueError(f"run.resume_from {run.resume_from} is given, but run.resume is false")
+    if run.sharding == "fsdp2" and adapters.kind != "lora":
+        raise ValueError("run.sharding fsdp2 shards the base of LoRAs, so adapters.kind is lora")
+
+
+def _check_watch(config: RunConfig) -> None:
+    watch = config.watch
+    if watch.stop and (config.stage == "cold_start" or not watch.rewards):
+        raise ValueError("watch.stop needs stage tilt and at least one reward under watch.rewards")
+    if config.stage == "tilt" and watch.rewards and watch.prompts < 8:
+        raise ValueError(
+            f"watch.prompts is {watch.prompts}, but no test can tell a change from chance with "
+            "fewer than 8"
+        )
+
+
+def _check_tilt(config: RunConfig) -> None:
+    tilt, train, sampler = config.tilt, config.train, config.sampler
+    if config.model.few_step is None:
+        raise ValueError(
+            "stage tilt needs model.few_step, the stage-1 run directory or LoRA to start from"
+        )
+    if not config.rewards:
+        raise ValueError("stage tilt needs at least one reward under rewards")
+    for name, reward in config.rewards.items():
+        if reward.weight == 0:
+            raise ValueError(
+                f"rewards.{name} has weight 0, which trains nothing; put it under watch.rewards"
+            )
+    if train.batch_size % tilt.group_size:
+        raise ValueError(
+            f"tilt.group_size {tilt.group_size} does not divide train.batch_size {train.batch_size}"
+        )
+    if tilt.group_size % train.micro and train.micro % tilt.group_size:
+        raise ValueError(
+            f"train.micro_batch_size {train.micro} must divide tilt.group_size {tilt.group_size} "
+            "or be a multiple of it"
+        )
+    if tilt.reward_steps > sampler.steps:
+        raise ValueError(
+            f"tilt.reward_steps {tilt.reward_steps} is more than sampler.steps {sampler.steps}"
+        )
+    left = sampler.steps - tilt.reward_steps
+    if tilt.policy_weight > 0 and tilt.subset > left:
+        taken = (
+            f" that tilt.reward_steps {tilt.reward_steps} leaves" if tilt.reward_steps > 1 else ""
+        )
+        raise ValueError(
+            f"tilt.subset {tilt.subset} is more than the {left} stochastic "
+            f"step{'' if left == 1 else 's'} of sampler.steps {sampler.steps}{taken}"
+        )
+    if sampler.eta == 0 and tilt.policy_weight > 0:
+        raise ValueError(
+            f"sampler.eta 0 makes every step deterministic, but tilt.policy_weight "
+            f"{tilt.policy_weight} trains stochastic ones"
+        )
+    if tilt.policy_weight == tilt.matching_weight == tilt.reward_weight == 0:
+        raise ValueError(
+            "tilt.policy_weight, tilt.matching_weight and tilt.reward_weight are all 0"
+        )
+
+
+def _check_choices(config: RunConfig) -> None:
+    """Raises ValueError for choices of which one makes the other mean nothing."""
+    cold, lora = config.cold_start, config.adapters.kind == "lora"
+    if cold.fresh_boundary and cold.keep_graph:
+        raise ValueError(
+            "cold_start.keep_graph is of the boundary samples that both updates share, and "
+            "cold_start.fresh_boundary gives the generator's its own: choose one"
+        )
+    if config.tilt.fake_score_start == "fresh" and not lora:
+        raise ValueError("tilt.fake_score_start fresh is of LoRAs, so adapters.kind is lora")
+    if config.adapters.init_std is not None and not lora:
+        raise ValueError("adapters.init_std is of LoRAs, so adapters.kind is lora")
+    if config.train.ema_every == "iteration" and config.stage == "tilt":
+        raise ValueError(
+            "train.ema_every iteration is of stage cold_start: in stage tilt every iteration is an "
+            "update"
+        )

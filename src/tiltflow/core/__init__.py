@@ -1,0 +1,1 @@
+"""What needs no model: files, ranks, counted randomness, checkpoints, the log."""

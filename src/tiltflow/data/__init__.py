@@ -1,0 +1,1 @@
+"""Prompts, their embeddings, and the cache of those."""

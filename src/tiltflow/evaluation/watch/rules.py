@@ -1,0 +1,218 @@
+"""When the watch warns: rules over the paired series of a run (docs/watch.md).
+
+All measurements are of the same prompts from the same noise, so every rule is a one-sided paired
+test of a difference between two measurements, sample by sample, and asks for two things at
+once: that the change is larger than a stated amount, and that this is no chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement, first_with
+
+RISING = 0.05
+"""The level at which a trained reward counts as risen; the fall beside it is held to `alpha`."""
+FEWEST = 10
+"""Samples below which ranks say nothing at any level in use."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Thresholds; None switches a rule off. `alpha` is the level of each test.
+
+    `held_out_fall` X: a held-out reward has lost more than the share X of its gain since its
+    highest mean, while a trained reward rose. `agreement` R: the trained rewards rose, and on the
+    samples where they did no held-out reward did (rank correlation below R). `diversity` Y: below
+    Y times the reference's. `high_frequency` and `drift`, factors: that much above the higher, or
+    below the lower, of teacher and reference. The reference is the first measurement.
+    """
+
+    alpha: float = 1e-3
+    held_out_fall: float | None = 0.25
+    agreement: float | None = 0.4
+    diversity: float | None = 0.7
+    high_frequency: float | None = 2.0
+    drift: float | None = 1.5
+
+
+def judge(
+    history: Sequence[Measurement], rules: Rules, weights: Mapping[str, float]
+) -> dict[str, str]:
+    """The alarms that the last of `history` raises: a sentence by rule, none where all is well.
+
+    `weights` are the trained rewards' by name: one of negative weight rises by falling.
+    """
+    now = history[-1]
+    alarms: dict[str, str] = {}
+    if rules.held_out_fall is not None:
+        for name in (n for n in now.values if n.startswith("held_out/")):
+            found = _held_out(history, name, rules.held_out_fall, rules.alpha, weights)
+            alarms |= {name: found} if found else {}
+    if rules.agreement is not None:
+        found = _disagreement(history, rules.agreement, rules.alpha, weights)
+        alarms |= {"agreement": found} if found else {}
+    for name, threshold in (
+        ("diversity", rules.diversity),
+        ("high_frequency", rules.high_frequency),
+        ("drift", rules.drift),
+    ):
+        start = first_with(history, name)
+        if threshold is None or name not in now.values or start is None or start is now:
+            continue
+        if name == "diversity":
+            found = _diversity(now, start, threshold, rules.alpha)
+        else:
+            found = _outside(name, now, start, threshold, rules.alpha)
+        alarms |= {name: found} if found else {}
+    return alarms
+
+
+def above_zero(values: Array, alpha: float) -> bool:
+    """Whether the mean of (n,) values exceeds 0 at level `alpha`, by a one-sided t test.
+
+    Values that are all equal have no spread to go by; the sign test then needs 2^−n ≤ alpha.
+    """
+    n, mean = len(values), float(values.mean())
+    if n < 2 or mean <= 0:
+        return False
+    rounding = 4 * np.finfo(np.float64).eps * float(np.abs(values).max())
+    if np.ptp(values) <= rounding:
+        return 2.0**-n <= alpha
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    return float(stats.t.sf(mean / error, n - 1)) < alpha
+
+
+def standard_error(values: Array) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _held_out(
+    history: Sequence[Measurement],
+    name: str,
+    share: float,
+    alpha: float,
+    weights: Mapping[str, float],
+) -> str | None:
+    """A held-out reward fell from its highest mean by more than `share` of its gain.
+
+    The highest of k means is high by luck, too, hence level alpha / k.
+    """
+    earlier = [m for m in history[:-1] if name in m.values]
+    if not earlier:
+        return None
+    now, start = history[-1], earlier[0]
+    best = max(earlier, key=lambda m: m.mean(name))
+    gain = best.values[name] - start.values[name]
+    fall = best.values[name] - now.values[name]
+    if not above_zero(fall - share * gain, alpha / len(earlier)):
+        return None
+    risen = [n for n, weight in weights.items() if _risen(now, best, f"trained/{n}", weight)]
+    if not risen:
+        return None
+    return (
+        f"the held-out {name.partition('/')[2]} fell by {fall.mean():.4g} (standard error "
+        f"{standard_error(fall):.2g}) since step {best.step}, where its gain was "
+        f"{gain.mean():.4g}, while the trained {' and '.join(risen)} rose"
+    )
+
+
+def _disagreement(
+    history: Sequence[Measurement], threshold: float, alpha: float, weights: Mapping[str, float]
+) -> str | None:
+    """What the trained rewards gained since the reference is not what a held-out reward sees.
+
+    The changes of the trained rewards (weighted, each in its standard deviations at the reference)
+    rose by Wilcoxon's signed-rank test, and their rank correlation with the changes of every
+    held-out reward (of which at least half the samples changed) is below the threshold, by Fisher's
+    z with the variance of Fieller, Hartley and Pearson (1957). Ranks, because early in a run most
+    samples hardly change and a few change much.
+    """
+    now, start = history[-1], history[0]
+    trained = _weighted_change(now, start, weights)
+    if trained is None or len(trained) < FEWEST:
+        return None
+    if not stats.wilcoxon(trained, alternative="greater").pvalue < alpha:
+        return None
+    limit = math.atanh(threshold) + stats.norm.ppf(alpha) * math.sqrt(1.06 / (len(trained) - 3))
+    found = {}
+    for name in (n for n in now.values if n.startswith("held_out/") and n in start.values):
+        change = now.values[name] - start.values[name]
+        if np.mean(change != 0) < 0.5:
+            continue  # a count or a yes and no, which has few changes: its ranks are mostly ties
+        found[name.partition("/")[2]] = float(stats.spearmanr(trained, change).statistic)
+    if not found or any(r >= math.tanh(limit) for r in found.values()):
+        return None
+    each = ", ".join(f"{r:.2f} with {name}" for name, r in found.items())
+    return (
+        f"the trained rewards rose since step {start.step}, but not on the samples where the "
+        f"held-out ones did: rank correlation {each} (the limit is {threshold:g})"
+    )
+
+
+def _weighted_change(
+    now: Measurement, start: Measurement, weights: Mapping[str, float]
+) -> Array | None:
+    """Σ weight × change / standard deviation at `start`, over the trained rewards: (n,), or None
+    if nothing changed."""
+    total: Array | None = None
+    for name, weight in weights.items():
+        key = f"trained/{name}"
+        if key not in now.values or key not in start.values:
+            continue
+        scale = float(start.values[key].std()) or 1.0
+        part = weight * (now.values[key] - start.values[key]) / scale
+        total = part if total is None else total + part
+    return total if total is not None and bool(total.any()) else None
+
+
+def _risen(now: Measurement, then: Measurement, name: str, weight: float) -> bool:
+    if name not in now.values or name not in then.values:
+        return False
+    return above_zero(math.copysign(1.0, weight) * (now.values[name] - then.values[name]), RISING)
+
+
+def _diversity(now: Measurement, start: Measurement, share: float, alpha: float) -> str | None:
+    before, after = start.values["diversity"], now.values["diversity"]
+    if not above_zero(share * before - after, alpha):
+        return None
+    return (
+        f"diversity is {after.mean():.4g}, {after.mean() / before.mean():.2f} of the "
+        f"{before.mean():.4g} at step {start.step} (the limit is {share:g})"
+    )
+
+
+WORDS = {
+    "high_frequency": ("high-frequency energy", "a grid or noise", "blur or flat images"),
+    "drift": ("teacher's velocity gap", "images it would not make", "collapsed or flat images"),
+}
+
+
+def _outside(
+    name: str, now: Measurement, start: Measurement, factor: float, alpha: float
+) -> str | None:
+    """Outside the band around the teacher's value and the reference's, on the same side of both.
+
+    A few-step generator may begin off the teacher's value; that alone, or coming nearer, is no
+    alarm.
+    """
+    after, margin = now.values[name], math.log(factor)
+    teacher = start.values.get(TEACHER + name)
+    gaps = [after - start.values[name]]
+    if teacher is not None:
+        gaps.append(after[: len(teacher)] - teacher)
+    what, *causes = WORDS[name]
+    for word, sign, cause in (("above", 1, causes[0]), ("below", -1, causes[1])):
+        if all(above_zero(sign * gap - margin, alpha) for gap in gaps):
+            ratios = [f"{math.exp(gap.mean()):.2f}" for gap in gaps]
+            against = f"{ratios[0]} times that at step {start.step}"
+            if teacher is not None:
+                against += f" and {ratios[1]} times that of the teacher's own samples"
+            limit = f"the limit is a factor of {factor:g} {word} both"
+            return f"the {what} is {against} ({limit}; {cause})"
+    return None

@@ -1,0 +1,173 @@
+"""The model card of an export: recipe, scores and usage, as the README.md of a repository."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tiltflow.export.contract import BaseModelFacts, Contract
+
+STAGES = {
+    "cold_start": "Ambient-Consistent Distribution Matching Distillation (AC-DMD)",
+    "tilt": "Reward-Tilted Distribution Matching (RTDMD)",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    `call` are the arguments of the pipeline's call; `folders` the LoRA folders, none for a merged
+    pipeline alone; `absent` the parts that the base was saved without and has to be loaded
+    without.
+    """
+
+    contract: Contract
+    call: Mapping[str, Any]
+    folders: Sequence[str]
+    merged: bool
+    absent: Sequence[str] = ()
+    evaluation: Mapping[str, Any] | None = None
+
+
+def model_card(card: Card) -> str:
+    """The README.md: front matter of the hub, then usage, recipe and scores."""
+    contract, steps = card.contract, card.contract.steps
+    kind = " and ".join(f"`{name}/`" for name in card.folders)
+    holds = f"the LoRA folders {kind}" if len(card.folders) > 1 else f"the LoRA folder {kind}"
+    holds = holds if card.folders else "the whole pipeline `merged/`"
+    if card.folders and card.merged:
+        holds += " and the merged pipeline `merged/`"
+    parts = [
+        _front_matter(card),
+        f"# {contract.base.name.rsplit('/', 1)[-1]} in {steps} steps\n\n"
+        f"Trained with tiltflow by {STAGES[contract.stage]}. Here are {holds}, `scheduler/`, the "
+        "sampler that they were trained with, and `contract.json`, which says for what: "
+        f"{steps} steps, η = {contract.eta:g}, guidance {contract.guidance:g}, "
+        f"{contract.resolution} pixels, {contract.max_sequence_length} text tokens.\n\n"
+        + _base(contract),
+        _usage(card),
+        _recipe(contract.recipe),
+        _scores(card.evaluation),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _base(contract: Contract) -> str:
+    """The base model and its licence, in words."""
+    base, licence = contract.base, contract.base.licence
+    said = f"The base model is `{base.name}` (SHA-256 `{base.hash[:16]}…` of its weights, whole in "
+    said += "`contract.json`). "
+    if licence is None:
+        return said + "Its files name no licence; whichever it has applies to what is derived."
+    named = f"`{licence.id}`" + (f" ({licence.name})" if licence.name else "")
+    return said + f"Its licence, {named}, applies to what is derived from it."
+
+
+def _front_matter(card: Card) -> str:
+    base = card.contract.base
+    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    note = "" if base.hub_id else "  # a directory's name: put the base model's hub id here"
+    lines.append(f"base_model: {_scalar(base.hub_id or base.name)}{note}")
+    if base.licence is not None:
+        lines.append(f"license: {_scalar(base.licence.id)}")
+        for key, value in (("name", base.licence.name), ("link", base.licence.link)):
+            lines += [f"license_{key}: {_scalar(value)}"] if value else []
+    tags = ["tiltflow", "few-step", "flow-matching", *(["lora"] if card.folders else [])]
+    return "\n".join([*lines, f"tags: [{', '.join(tags)}]", "---"])
+
+
+def _scalar(text: str) -> str:
+    """A word or path as YAML takes it, anything else in quotes (JSON's are YAML's)."""
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text)
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _usage(card: Card) -> str:
+    """Code that runs in the export's folder, for the LoRA folders and for the merged pipeline."""
+    blocks = []
+    if card.folders:
+        blocks.append(_code(card, merged=False))
+    if card.merged:
+        if card.folders:
+            blocks.append("The merged pipeline by itself:")
+        blocks.append(_code(card, merged=True))
+    same = card.contract.dtype
+    return "## Use\n\nIn this folder, with tiltflow installed:\n\n" + "\n\n".join(
+        [
+            *blocks,
+            f"In fp32 the LoRA folders give what `tiltflow sample --seed 0 --dtype {same}` gives."
+            if same == "fp32"
+            else "The base is in bf16, as in training. In fp32 the LoRA folders give what "
+            "`tiltflow sample --seed 0 --dtype fp32` gives.",
+            "Without `seed`, the `generator` of the call decides the image by itself.",
+        ]
+    )
+
+
+def _code(card: Card, merged: bool) -> str:
+    contract = card.contract
+    arguments = ", ".join(f"{key}={value!r}" for key, value in card.call.items())
+    options = ["dtype=torch.bfloat16"] if contract.dtype == "bf16" else []
+    options += [f"{part}=None" for part in card.absent]
+    source = ", ".join(['"merged"' if merged else "BASE", *options])
+    naming = "  # the class that merged/ names" if merged else ""
+    code = [
+        *(["import torch"] if contract.dtype == "bf16" else []),
+        f"from diffusers import {contract.pipeline}",
+        f"from tiltflow.scheduler import CPSFlowMatchScheduler{naming}",
+        "",
+        *([] if merged else _where(contract.base)),
+        f"pipe = {contract.pipeline}.from_pretrained({source})",
+    ]
+    if not merged:
+        names = list(card.folders)
+        code += [f'pipe.load_lora_weights("{name}", adapter_name="{name}")' for name in names]
+        if "tilt" in names:
+            code.append('pipe.set_adapters(["few_step", "tilt"], [1.0, 1.0])  # tilt: 0 to 1')
+        code.append('pipe.scheduler = CPSFlowMatchScheduler.from_pretrained("scheduler")')
+    code += [
+        'prompts = ["a red fox in the snow"]',
+        "noise = pipe.scheduler.seed(0, images=len(prompts))",
+        f"images = pipe(prompt=prompts, generator=noise, {arguments}).images",
+    ]
+    return "```python\n" + "\n".join(code) + "\n```"
+
+
+def _where(base: BaseModelFacts) -> list[str]:
+    """Lines that say where the base model is."""
+    if base.packaged is not None:
+        place = f'str(files("tiltflow") / "assets" / "{base.packaged}")'
+        return ["from importlib.resources import files", "", f"BASE = {place}"]
+    if base.hub_id is not None:
+        return [f'BASE = "{base.hub_id}"']
+    return [f"BASE = {base.name!r}  # set this: the directory of the base model"]
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    rows = [f"| {key} | {value} |" for key, value in recipe.items()]
+    return "\n".join(["## Recipe", "", "| setting | value |", "|---|---|", *rows])
+
+
+def _scores(evaluation: Mapping[str, Any] | None) -> str:
+    if evaluation is None:
+        return "## Scores\n\nNot evaluated: there was no evaluation.json in the run directory."
+    systems = evaluation["systems"]
+    rewards = list(dict.fromkeys(r for s in systems.values() for r in s["scores"]))
+    head = [f"| system | NFE | {' | '.join(rewards)} |", "|---" * (len(rewards) + 2) + "|"]
+    rows = []
+    for name, system in systems.items():
+        cells = [_cell(system["scores"].get(reward)) for reward in rewards]
+        rows.append(f"| {name} | {system['nfe']} | {' | '.join(cells)} |")
+    first = f"Means over {evaluation['prompts']} prompts, with 95% intervals."
+    return "\n".join(["## Scores", "", first, "", *head, *rows])
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "–"
+    low, high = score["ci95"]
+    return f"{score['mean']:.4f} [{low:.4f}, {high:.4f}]"

@@ -1,0 +1,192 @@
+"""What a student was trained for, carried by its export: in each LoRA file's header, under
+`tiltflow`, and as contract.json beside the weights. `tiltflow sample` has its defaults there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from tiltflow.core.paths import PACKAGED
+from tiltflow.models.lora_files import lora_file
+from tiltflow.models.pipelines.files import HUB_ID
+
+CONTRACT_FILE = "contract.json"
+CONTRACT_KEY = "tiltflow"
+"""The entry of a safetensors header that holds the contract as JSON."""
+LARGEST = 2**20
+"""Bytes of a contract.json, or of a base model's README.md, that are read."""
+LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt")
+LIBRARIES = ("tiltflow", "torch", "diffusers", "peft")
+
+_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$")
+_FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.DOTALL)
+_LICENCE = re.compile(r"^license(?P<what>_name|_link)?:[ \t]*(?P<value>\S.*?)[ \t]*$", re.MULTILINE)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Licence(_Part):
+    """As the hub's front matter has it: `id` such as apache-2.0 or other, then a name, a link."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
+class BaseModelFacts(_Part):
+    """The pipeline that the student's weights belong to. `hash` is `pipeline_fingerprint`'s.
+
+    `hub_id` is known where it came from the hub; `packaged` is the name of one in this package.
+    """
+
+    name: str
+    hub_id: str | None = None
+    packaged: str | None = None
+    hash: str
+    licence: Licence | None = None
+
+
+class AdapterFacts(_Part):
+    """An exported LoRA: α was `trained_alpha` in training, and is the rank in the file; `hash` is
+    `adapter_fingerprint`'s of the file's weights."""
+
+    rank: Annotated[int, Field(ge=1)]
+    trained_alpha: float
+    hash: str | None = None
+
+
+class Contract(_Part):
+    """`sigmas` are the levels σ₀ > … > σ_K = 0; `guidance` is the student's own, 1.0 for one pass
+    without; `dtype` that of the base in training; `recipe` the settings worth telling."""
+
+    format: Literal["tiltflow-contract-1"] = "tiltflow-contract-1"
+    stage: Literal["cold_start", "tilt"]
+    family: str
+    pipeline: str
+    base: BaseModelFacts
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    sigmas: tuple[float, ...]
+    eta: Annotated[float, Field(ge=0, le=1)]
+    guidance: float
+    resolution: Annotated[int, Field(ge=1, le=16_384)]
+    max_sequence_length: Annotated[int, Field(ge=0, le=100_000)]
+    dtype: Literal["fp32", "bf16"]
+    adapters: dict[str, AdapterFacts] = {}
+    tilt: float | None = None
+    """The strength at which stage 2 was merged; None in LoRA folders."""
+    recipe: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+    def text(self) -> str:
+        """The JSON of contract.json and of the header."""
+        return self.model_dump_json(indent=1)
+
+
+def read_contract(folder: Path) -> Contract | None:
+    """The contract of a LoRA folder or of a merged pipeline; None where there is none.
+
+    Raises:
+        ValueError: if there is one that cannot be read, or the folder of a LoRA holds none.
+    """
+    if (folder / "model_index.json").is_file():
+        file = folder / CONTRACT_FILE
+        if not file.is_file():
+            return None
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"{file} is larger than {LARGEST} bytes, so it is no contract")
+        return parse_contract(file.read_bytes(), str(file))
+    file = lora_file(folder)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            text = (opened.metadata() or {}).get(CONTRACT_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is torn or no safetensors file ({error})") from error
+    return None if text is None else parse_contract(text.encode(), str(file))
+
+
+def parse_contract(text: bytes, place: str) -> Contract:
+    """A contract out of its JSON, found at `place`.
+
+    Raises:
+        ValueError: naming the first entry that is wrong.
+    """
+    try:
+        return Contract.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(
+            f"{place} has a contract that cannot be read ({where}: {first['msg']})"
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that an export depends on."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def base_facts(setting: str, root: Path, fingerprint: str) -> BaseModelFacts:
+    """The base of `model.path` or `model.generator_path`, which lies at `root`; no path of this
+    machine goes into it."""
+    packaged = setting.removeprefix(PACKAGED) if setting.startswith(PACKAGED) else None
+    found = _SNAPSHOT.search(root.absolute().as_posix())
+    hub_id = None
+    if packaged is None and HUB_ID.fullmatch(setting) and not Path(setting).exists():
+        hub_id = setting
+    elif packaged is None and found:
+        hub_id = f"{found[1]}/{found[2]}"
+    name = f"tiltflow-{packaged}" if packaged else hub_id or root.resolve().name
+    return BaseModelFacts(
+        name=name, hub_id=hub_id, packaged=packaged, hash=fingerprint, licence=licence_of(root)
+    )
+
+
+def licence_of(root: Path) -> Licence | None:
+    """What README.md's front matter or a licence file in a pipeline directory says; else None."""
+    readme = root / "README.md"
+    if readme.is_file():
+        front = _FRONT.match(_beginning(readme))
+        found = (
+            {m["what"] or "": m["value"].strip("\"'") for m in _LICENCE.finditer(front[1])}
+            if (front)
+            else {}
+        )
+        if "" in found:
+            return Licence(id=found[""], name=found.get("_name"), link=found.get("_link"))
+    file = licence_file(root)
+    if file is None:
+        return None
+    text = _beginning(file)
+    if "Apache License" in text and "Version 2.0" in text:
+        return Licence(id="apache-2.0")
+    title = next((line.strip(" #*") for line in text.splitlines() if line.strip(" #*")), file.name)
+    return Licence(id="other", name=title[:100], link=file.name)
+
+
+def licence_file(root: Path) -> Path | None:
+    """The licence's text in a pipeline directory, if it is there."""
+    return next((root / name for name in LICENCES if (root / name).is_file()), None)
+
+
+def _beginning(file: Path) -> str:
+    with file.open("rb") as opened:
+        return opened.read(LARGEST).decode("utf-8", errors="replace")
+
+
+def plain_rewards(rewards: Mapping[str, float]) -> str:
+    """Rewards with their weights for a card: of an address or a path, the last part only."""
+    return ", ".join(f"{_plain(name)} × {weight:g}" for name, weight in rewards.items())
+
+
+def _plain(name: str) -> str:
+    if name.startswith("remote:"):
+        return f"remote:{name.rstrip('/').rsplit('/', 1)[-1]}"
+    return name.replace("\\", "/").rsplit("/", 1)[-1]

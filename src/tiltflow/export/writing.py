@@ -1,0 +1,254 @@
+"""What a run leaves for diffusers: LoRA folders, the scheduler, a merged pipeline (DESIGN §2)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tiltflow.core.checkpoint import Checkpoint
+from tiltflow.core.sentences import first_sentence
+from tiltflow.export.contract import CONTRACT_KEY, Contract
+from tiltflow.export.folder import check_export_folder
+from tiltflow.models.lora_files import check_lora_file, lora_file
+from tiltflow.models.pipelines.files import SIDE_FILE, TOKEN_PATCH, absent_parts
+from tiltflow.models.roles import AdapterSettings
+from tiltflow.scheduler import CPSFlowMatchScheduler
+
+ORIGINS = ("_name_or_path", "name_or_path")
+"""Where a part's settings say what directory it was read from."""
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """LoRA folders by adapter name, each with its strength."""
+
+    folders: Mapping[str, tuple[Path, float]]
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """A whole transformer's weights by name."""
+
+    weights: Mapping[str, Tensor]
+
+
+def export_adapters(
+    checkpoint: Checkpoint,
+    pipeline: type[DiffusionPipeline],
+    out: Path,
+    contract: Contract | None = None,
+) -> list[Path]:
+    """Writes a run's adapters as `out`/few_step and, from stage 2, `out`/tilt.
+
+    `pipeline.load_lora_weights` loads each folder. The weights are the EMA's.
+
+    Raises:
+        ValueError: if the run trained copies, which have no adapters.
+    """
+    for name, (group, settings) in exported_adapters(checkpoint.state).items():
+        save_adapter(pipeline, checkpoint.tensors[group], settings, out / name, contract)
+    return [out / name for name in exported_adapters(checkpoint.state)]
+
+
+def exported_adapters(state: Mapping[str, Any]) -> dict[str, tuple[str, AdapterSettings]]:
+    """The LoRA folders of an export: the checkpoint's group of weights, and the LoRA's settings.
+
+    Raises:
+        ValueError: if the run trained copies, which have no adapters.
+    """
+    if not state.get("adapters"):
+        raise ValueError(
+            "this run trained full copies (adapters.kind=copies), so it has no adapters: "
+            "export it with --merged"
+        )
+    adapters = AdapterSettings(**state["adapters"])
+    if state["stage"] == "cold_start":
+        return {"few_step": ("ema", adapters)}
+    below = AdapterSettings(**state["few_step_adapters"])
+    return {"few_step": ("few_step", below), "tilt": ("ema", adapters)}
+
+
+def save_adapter(
+    pipeline: type[DiffusionPipeline],
+    weights: Mapping[str, Tensor],
+    settings: AdapterSettings,
+    directory: Path,
+    contract: Contract | None = None,
+) -> None:
+    """One adapter through the pipeline's own `save_lora_weights`, its strength in its weights.
+
+    The file has α = rank, so that it acts alike in readers that know its metadata and in those
+    that do not, which take a scale of 1. (`.alpha` tensors would say the same, but diffusers'
+    loaders of SD3 and FLUX.2 refuse them, and FLUX.1's refuses them beside the metadata.)
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    weights, settings = baked(weights, settings)
+    facts = {f"transformer.{key}": value for key, value in _metadata(settings).items()}
+    header = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True),
+    }
+    if contract is not None:
+        header[CONTRACT_KEY] = contract.text()
+    pipeline.save_lora_weights(
+        str(directory),
+        transformer_lora_layers={name: w.detach().cpu() for name, w in weights.items()},
+        save_function=lambda tensors, file: save_file(tensors, file, header),
+    )
+
+
+def baked(
+    weights: Mapping[str, Tensor], settings: AdapterSettings
+) -> tuple[dict[str, Tensor], AdapterSettings]:
+    """The same matrix product with α = rank: B times α / rank, in its own precision."""
+    scale = settings.alpha / settings.rank
+    made = {name: w * scale if ".lora_B." in name else w for name, w in weights.items()}
+    return made, replace(settings, alpha=settings.rank)
+
+
+def few_step_scheduler(
+    model: Path, family: str, eta: float, steps: int | None = None
+) -> CPSFlowMatchScheduler:
+    """The students' scheduler, made from the own scheduler of the pipeline in `model`.
+
+    Raises:
+        ValueError: if the pipeline's scheduler is one that CPS cannot follow.
+    """
+    config = CPSFlowMatchScheduler.load_config(model, subfolder="scheduler")
+    try:
+        return CPSFlowMatchScheduler.from_config(
+            config, eta=eta, patch=TOKEN_PATCH[family], steps=steps
+        )
+    except ValueError as error:
+        raise ValueError(f"the scheduler in {model} cannot be a student's: {error}") from error
+
+
+def check_exportable(model: Path, family: str, steps: int, eta: float, out: Path) -> None:
+    """Whether what a run trains on the pipeline in `model` can be exported to `out`, before it is.
+
+    Raises:
+        ValueError: if the scheduler is one that CPS cannot follow, its levels for `steps` do not
+            fall from 1 to 0, or `out` is a folder that an export cannot replace.
+    """
+    check_export_folder(out)
+    scheduler = few_step_scheduler(model, family, eta, steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of a division by 0: what comes of it is seen
+        dynamic = scheduler.config.use_dynamic_shifting
+        scheduler.set_timesteps(steps, mu=1.0 if dynamic else None)
+    levels = [float(level) for level in scheduler.sigmas]
+    if not all(now > then for now, then in pairwise(levels)) or levels[-1] != 0 or levels[0] > 1:
+        said = ", ".join(f"{level:g}" for level in levels)
+        raise ValueError(
+            f"the scheduler in {model} gives {steps} steps the levels {said}, which do not fall "
+            "from 1 at most to 0: take another sampler.steps, or mend its shift"
+        )
+
+
+def save_merged(
+    pipeline: type[DiffusionPipeline],
+    model: Path,
+    student: LoraWeights | FullWeights,
+    scheduler: CPSFlowMatchScheduler,
+    dtype: torch.dtype,
+    out: Path,
+) -> None:
+    """The pipeline in `model` with the student's weights in its own, and the few-step scheduler.
+
+    `student` are LoRA folders by name with their strengths, or a whole transformer's weights.
+    Sums are rounded to `dtype`, so bf16 is that much less exact than the adapters by themselves.
+
+    Raises:
+        ValueError: if the weights are not this transformer's.
+    """
+    pipe: Any = pipeline.from_pretrained(
+        str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **absent_parts(model)
+    )
+    if isinstance(student, LoraWeights):
+        for name, (folder, _) in student.folders.items():
+            load_lora(pipe, folder, name)
+        names = list(student.folders)
+        pipe.set_adapters(names, [strength for _, strength in student.folders.values()])
+        pipe.fuse_lora(components=["transformer"], adapter_names=names, safe_fusing=True)
+        pipe.unload_lora_weights()
+    else:
+        _load_full(pipe.transformer, student.weights, model)
+    pipe.scheduler = scheduler
+    pipe.save_pretrained(out)
+    for file in out.rglob("*.json"):
+        _without_origin(file)
+    if (model / SIDE_FILE).is_file():
+        shutil.copy(model / SIDE_FILE, out / SIDE_FILE)
+
+
+def _without_origin(file: Path) -> None:
+    """Drops the directory that a part was read from: the libraries note it in its settings."""
+    text = file.read_text(encoding="utf-8")
+    if "_name_or_path" in text:
+        kept = {k: v for k, v in json.loads(text).items() if k not in ORIGINS}
+        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _load_full(transformer: nn.Module, weights: Mapping[str, Tensor], model: Path) -> None:
+    """A run's parameters into a transformer; its buffers are its own."""
+    here = {name: p.shape for name, p in transformer.named_parameters()}
+    odd = sorted(set(here) ^ set(weights)) or [n for n in here if here[n] != weights[n].shape]
+    if odd:
+        raise ValueError(f"the run's weights are not those of the transformer in {model}: {odd[0]}")
+    transformer.load_state_dict(dict(weights), strict=False)
+
+
+def load_lora(pipe: Any, folder: Path, name: str) -> None:
+    """A LoRA folder through the pipeline's own loader, as the adapter `name`.
+
+    Raises:
+        ValueError: if the folder holds no single LoRA file, one of another model or with weights
+            for a text encoder, or one with a weight that is not finite.
+    """
+    file = lora_file(folder)
+    check_lora_file(file)
+    try:
+        with _quiet():
+            # Named, and safetensors only: by itself the loader would turn to a pickle.
+            pipe.load_lora_weights(
+                str(folder), weight_name=file.name, use_safetensors=True, adapter_name=name
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a file can make of diffusers and peft
+        raise ValueError(
+            f"the LoRA in {folder} does not fit this model: {first_sentence(error)}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own lines about a LoRA that does not fit: the error says it once."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
+
+
+def _metadata(settings: AdapterSettings) -> dict[str, Any]:
+    """The LoRA's config in plain JSON types."""
+    plain = {}
+    for key, value in settings.config().to_dict().items():
+        plain[key] = sorted(value) if isinstance(value, set) else value
+    return plain

@@ -1,0 +1,1 @@
+"""Networks as velocities: what a backbone is, adapters over one base, the roles of a run."""

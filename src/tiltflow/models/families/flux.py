@@ -1,0 +1,131 @@
+"""FLUX.1 (dev and schnell) through diffusers (METHOD §1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from tiltflow.core.transfer import to_device
+from tiltflow.models.backbone import Conditioning
+from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
+from tiltflow.models.pipelines.storage import input_dtype
+
+
+class FluxBackbone(PipelineBackbone):
+    """A FLUX.1 pipeline; see `PipelineBackbone` for arguments and errors.
+
+    Latents are the autoencoder's, (16, side/8, side/8), packed 2×2 for the transformer only.
+
+    **Guidance.** FLUX.1-dev is guidance-distilled: its transformer takes the guidance scale as an
+    input and cannot do without. So every network is given one, in a single pass and never with
+    classifier-free guidance: the number that is asked for, 1.0 as well, or where none is,
+    `embedded_guidance`. A transformer without that input (FLUX.1-schnell) has classifier-free
+    guidance with the empty prompt, like other families, and 1.0 by default.
+    """
+
+    family = "flux"
+    pipeline_class = FluxPipeline
+    transformer_class = FluxTransformer2DModel
+    vae_class = AutoencoderKL
+    text_encoders = ("text_encoder", "text_encoder_2")
+    default_guidance = 3.5
+    default_sequence = 512
+    axes = 3
+    packing = 4
+
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.guidance_distilled = bool(self.pipe.transformer.config.guidance_embeds)
+        self.embedded_guidance = self.guidance
+        """The scale given to a guidance-distilled network when none is asked for: published 3.5."""
+        if not self.guidance_distilled:
+            self.guidance = 1.0
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    def velocity(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """v(x, σ), fp32 (B, C, H, W); what `guidance` means is in the class's docstring."""
+        if not self.guidance_distilled:
+            return super().velocity(network, x, sigma, cond, guidance)
+        scale = self.embedded_guidance if guidance is None else guidance
+        return self._forward(network, x, sigma, cond.positive, scale)
+
+    def passes(self, guidance: float) -> int:
+        """1 where guidance is an input of the network."""
+        return 1 if self.guidance_distilled else super().passes(guidance)
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """T5's tokens; CLIP's pooled output."""
+        config = self.pipe.transformer.config
+        return {
+            "prompt_embeds": (self.sequence, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
+    def _forward(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Mapping[str, Tensor],
+        scale: float | None = None,
+    ) -> Tensor:
+        dtype, (_, _, height, width) = input_dtype(network), x.shape
+        context = cond["prompt_embeds"].to(dtype)
+        level = (sigma.float() * TIMESTEPS).to(dtype) / TIMESTEPS  # rounded as the pipeline does
+        given = None if scale is None else torch.full_like(sigma, scale, dtype=torch.float32)
+        v = network(
+            hidden_states=self._pack(x).to(dtype),
+            encoder_hidden_states=context,
+            pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
+            timestep=level,
+            guidance=given,
+            txt_ids=torch.zeros(context.shape[1], 3, device=x.device, dtype=dtype),
+            img_ids=self._image_ids(height, width).to(dtype),
+            return_dict=False,
+        )[0]
+        return self._unpack(v.float(), height, width)
+
+    def _image_ids(self, height: int, width: int) -> Tensor:
+        """The tokens' positions, kept on the device."""
+        if (height, width) not in self._positions:
+            ids = self.pipe._prepare_latent_image_ids(
+                1, height // 2, width // 2, torch.device("cpu"), torch.float32
+            )
+            self._positions[height, width] = to_device(ids, self.device)
+        return self._positions[height, width]
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) as tokens (B, H/2 · W/2, 4C)."""
+        return self.pipe._pack_latents(x.contiguous(), *x.shape)
+
+    def _unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `_pack`."""
+        factor = self.geometry.factor
+        return self.pipe._unpack_latents(tokens, height * factor, width * factor, factor)
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.sequence
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def _to_vae(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def lora_targets(self) -> str | list[str]:
+        """Attention projections of both streams; single blocks have one stream and no output."""
+        image = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+        text = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+        return image + text

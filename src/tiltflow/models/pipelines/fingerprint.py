@@ -1,0 +1,143 @@
+"""What a pipeline's embeddings depend on, and which weights it holds, read off its files without
+loading a weight; and which weights an adapter holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tiltflow.core.disk import sha256
+from tiltflow.models.pipelines.files import pipeline_index, read_json, side_file, weight_files
+
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers")
+
+WHOLE = 64 * 2**20
+"""Bytes up to which a weight file's fingerprint is that of every byte."""
+HEADER = 100_000_000
+"""The most bytes that safetensors allows a header."""
+BLOCKS, BLOCK = 64, 2**20
+"""Of a larger file, so many blocks of so many bytes, evenly spaced from the first to the last."""
+
+
+def encoder_facts(
+    root: Path,
+    *,
+    dtype: str,
+    device: str,
+    max_sequence_length: int | None,
+    batch_size: int,
+) -> dict[str, str | int | None]:
+    """Settings, library versions, and the checksum of every file of text encoders and tokenizers.
+
+    `device` is a kind of device: two kinds round differently, two of one kind are taken to be
+    alike. So does a batch of another size.
+    """
+    if max_sequence_length is None:
+        max_sequence_length = side_file(root).get("max_sequence_length")
+    # In the place of an encoder that SD3 lacks are zeros, as many as the transformer takes.
+    transformer = read_json(root / "transformer" / "config.json")
+    widths = ("joint_attention_dim", "pooled_projection_dim")
+    facts: dict[str, str | int | None] = {
+        "dtype": dtype,
+        "device": device,
+        "max_sequence_length": max_sequence_length,
+        "batch size": batch_size,
+        **{name: transformer[name] for name in widths if name in transformer},
+        **{f"{name} version": version(name) for name in LIBRARIES},
+    }
+    for part, entry in sorted(pipeline_index(root).items()):
+        if part == "_class_name":
+            facts[part] = str(entry)
+        elif part.startswith(("text_encoder", "tokenizer")):
+            facts[part] = str(entry)
+            for file in _files(root / part):
+                facts[f"{part}/{file.name}"] = sha256(file)
+    return facts
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a part that loading it reads; none if the part is absent."""
+    if not folder.is_dir():
+        return []
+    if folder.name.startswith("tokenizer"):
+        return sorted(file for file in folder.iterdir() if file.is_file())
+    return [folder / name for name in ("config.json", *weight_files(folder, "model"))]
+
+
+def pipeline_fingerprint(root: Path) -> str:
+    """64 hexadecimal digits for the weights that a pipeline directory trains and decodes with.
+
+    They depend on the contents of transformer and vae (configuration and weight files), on the
+    pipeline's class and on the scheduler's configuration, not on where the directory lies or on
+    which version of diffusers wrote it. A weight file beyond `WHOLE` bytes counts by its size, its
+    header and `BLOCKS` blocks; so another file of the same shapes is told apart, and a single
+    changed number in 20 GB may not be.
+
+    Raises:
+        ValueError: if a file that loading needs is not there, or is no JSON object.
+    """
+    facts: dict[str, object] = {"class": pipeline_index(root).get("_class_name")}
+    facts["scheduler"] = _settings(root / "scheduler" / "scheduler_config.json")
+    for part in ("transformer", "vae"):
+        folder = root / part
+        facts[part] = _settings(folder / "config.json")
+        for name in weight_files(folder, "diffusion_pytorch_model"):
+            facts[f"{part}/{name}"] = _content(folder / name)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def encoders_fingerprint(root: Path) -> str | None:
+    """64 hexadecimal digits for a pipeline's text encoders, as `pipeline_fingerprint` takes them;
+    None where there are none, as beside a cache of embeddings."""
+    facts: dict[str, object] = {}
+    for part in sorted(pipeline_index(root)):
+        folder = root / part
+        if part.startswith("text_encoder") and folder.is_dir():
+            facts[part] = _settings(folder / "config.json")
+            for name in weight_files(folder, "model"):
+                facts[f"{part}/{name}"] = _content(folder / name)
+    if not facts:
+        return None
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _settings(file: Path) -> dict[str, object]:
+    """A part's configuration without the notes of the library that wrote it."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    kept = read_json(file)
+    return {k: v for k, v in kept.items() if k == "_class_name" or not k.startswith("_")}
+
+
+def _content(file: Path) -> str:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    size = os.path.getsize(file)
+    if size <= WHOLE:
+        return sha256(file)
+    digest = hashlib.sha256(f"{size}\n".encode())
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        digest.update(start)
+        digest.update(opened.read(min(int.from_bytes(start, "little"), HEADER)))
+        for i in range(BLOCKS):
+            opened.seek((size - BLOCK) * i // (BLOCKS - 1))
+            digest.update(opened.read(BLOCK))
+    return digest.hexdigest()
+
+
+def adapter_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits for named tensors: their names, types, shapes and every bit."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,47 @@
+"""What a transformer's frozen weights are kept in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tiltflow.models.pipelines.weights import largest
+
+FP8 = torch.float8_e4m3fn
+"""What `model.base_storage=fp8` keeps matrices in: 1 + 4 + 3 bits."""
+
+
+def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> None:
+    """Rounds a transformer's matrices to 8-bit floats, each cast to `dtype` for its own product.
+
+    Norms and what belongs to them stay as they are. This is diffusers' layerwise casting: it swaps
+    the parameter for the product's duration, and a graph keeps the cast matrix, so without
+    gradient checkpointing it saves nothing in a backward pass. Adapters go on afterwards.
+
+    Raises:
+        ValueError: if a value is beyond what 8 bits hold; torch would clip it, or make it NaN.
+    """
+    before = {n: largest(p) for n, p in network.named_parameters() if not p.is_meta}
+    network.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=dtype)  # type: ignore[operator]
+    most = torch.finfo(FP8).max
+    for name, parameter in network.named_parameters():
+        if parameter.dtype == FP8 and before.get(name, 0.0) > most:
+            raise ValueError(
+                f"the transformer in {where} has a value of {before[name]:g} in {name}, and 8 "
+                f"bits reach to {most:g}: leave model.base_storage unset"
+            )
+
+
+def input_dtype(network: nn.Module) -> torch.dtype:
+    """The precision of a transformer's frozen weights, which its inputs are given in.
+
+    Not `network.dtype`: that is of whatever parameter comes first, be it an adapter's. It is right
+    where weights are kept in 8 bits: what they are cast to.
+    """
+    weight = network.get_submodule("context_embedder").weight
+    assert isinstance(weight, Tensor)
+    if weight.dtype == FP8:
+        computed = network.dtype
+        assert isinstance(computed, torch.dtype)
+        return computed
+    return weight.dtype

@@ -1,0 +1,73 @@
+"""Which adapters of a network are active, and how strong they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from tiltflow.models.low_rank import Copies, FusedLinear
+
+
+class AdapterSwitch:
+    """Flips the active adapters of a network, and nothing else.
+
+    PEFT's own `set_adapter` and `enable_adapters` also change `requires_grad`, which loses the
+    gradient of a graph built under another adapter and unfreezes frozen ones. What a set of
+    adapters makes of a layer is prepared at its first use, which must come after all adapters.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+        self.active: tuple[str, ...] | None = None
+        self.copies: dict[str, Copies] = {}
+        self._states: dict[tuple[str, ...], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+        self.set(())
+
+    def set(self, names: tuple[str, ...]) -> None:
+        if names == self.active:
+            return
+        if names not in self._states:
+            self._states[names] = [(vars(layer), self._of(layer, names)) for layer in self.layers]
+        for attributes, state in self._states[names]:
+            attributes.update(state)
+        self.active = names
+
+    def _of(self, layer: BaseTunerLayer, names: tuple[str, ...]) -> dict[str, Any]:
+        """A layer's attributes under these adapters."""
+        state = {"_disable_adapters": not names, "_active_adapter": list(names)}
+        vars(layer).update(state)
+        if isinstance(layer, FusedLinear):
+            state["parts"] = layer.active_parts(self.copies)
+        return state
+
+    def scale(self, name: str, strength: float) -> None:
+        """An adapter's part is α / rank times `strength` from here on, whatever it was before; a
+        recorded graph (`Role.graphs`) keeps the one that it was recorded with."""
+        for layer in self.layers:
+            if isinstance(layer, LoraLayer) and name in layer.scaling:
+                layer.set_scale(name, strength)
+        active, self.active = self.active or (), None
+        self._states.clear()
+        self.copies.clear()
+        self.set(active)
+
+    def refresh(self, names: tuple[str, ...]) -> None:
+        """Brings what the layers compute with up to the adapters' present weights."""
+        for name in names:
+            if name in self.copies:
+                self.copies[name].refresh()
+
+    @contextmanager
+    def use(self, names: tuple[str, ...]) -> Iterator[None]:
+        before = self.active or ()
+        self.set(names)
+        self.refresh(names)
+        try:
+            yield
+        finally:
+            self.set(before)

@@ -1,1 +1,0 @@
-"""The losses: tensors and callables in, per-sample losses (B,) and detached metrics out."""

@@ -1,0 +1,1 @@
+"""Rewards in another process: the wire, the client, the server, and the gate before it."""

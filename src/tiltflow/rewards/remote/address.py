@@ -1,0 +1,190 @@
+"""Where a remote reward is and how patient its client is, and what no config may hold: secrets.
+
+All of it is checked when a config is read: what a config holds ends in the run directory, the model
+card and the log.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from tiltflow.core.paths import nearest
+from tiltflow.rewards.remote.limits import REQUEST_IMAGES
+
+REMOTE = "remote:"
+TOKEN_VARIABLE = "TILTFLOW_REWARD_TOKEN"
+"""The environment variable of the token, for server and client: so that it is in no recipe, no
+run directory and no list of processes."""
+DAY = 86400.0
+
+_USER = re.compile(r"[a-z][a-z0-9+.-]*:/+[^/\s]*@", re.IGNORECASE)
+_SECRET = "(?:[a-z]+[_-])?(?:token|api_?key|passw(?:or)?d|pwd|secret|credentials?|signature)"
+_REMOTE = re.compile(r"remote:[^\s'\"]*[@?#]")
+_QUERY = re.compile(rf"[?&;#]{_SECRET}=", re.IGNORECASE)
+_OPTION = re.compile(
+    "(?:access|auth|hf|bearer|client|api)?[_-]?(?:token|api_?key|password|passwd|secret)"
+    "|credentials?|authorization",
+    re.IGNORECASE,
+)
+_HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
+_HARMLESS = re.compile(r"[\w.:/\[\]-]{0,200}", re.ASCII)
+
+
+def refuse_secrets(given: Any, key: str = "") -> None:
+    """Passes settings (text, or mappings and lists of them) that hold no password and no token.
+
+    Raises:
+        ValueError: naming the key, and never the secret: an address with a user, a password or a
+            token in it, or text under a key that is called like a secret.
+    """
+    if isinstance(given, str) and any(p.search(given) for p in (_USER, _QUERY, _REMOTE)):
+        place = f" ({key})" if key else ""
+        raise ValueError(
+            f"an address in the settings{place} has a user, password or token in it, which the "
+            f"run directory would keep; a reward server's token belongs in {TOKEN_VARIABLE}"
+        )
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            refuse_secrets(str(name), key)
+            inner = f"{key}.{name}" if key else str(name)
+            if isinstance(value, str) and _OPTION.fullmatch(str(name)):
+                raise ValueError(
+                    f"{inner} looks like a secret, which the run directory would keep: have it "
+                    "read from an environment variable"
+                )
+            refuse_secrets(value, inner)
+    if isinstance(given, list | tuple):
+        for value in given:
+            refuse_secrets(value, key)
+
+
+@dataclass(frozen=True)
+class Address:
+    """The parts of `remote:http[s]://HOST[:PORT]/[…/]NAME`; `base` is what stands before NAME."""
+
+    secure: bool
+    host: str
+    port: int | None
+    base: str
+    name: str
+
+    @classmethod
+    def of(cls, text: str) -> Address:
+        """The parts of an address.
+
+        Raises:
+            ValueError: if it is none, or has more in it (a user, password, query): not repeated
+                then, because it may hold a secret.
+        """
+        if any(mark in text for mark in "@?#"):
+            raise ValueError(
+                "the address of a remote reward is to be host, port and name alone "
+                f"({REMOTE}http://HOST:PORT/NAME); a token belongs in the environment variable "
+                f"{TOKEN_VARIABLE}"
+            )
+        shown = repr(text) if _HARMLESS.fullmatch(text) else "what is given"
+        wrong = ValueError(
+            f"{shown} is no address of a remote reward: write {REMOTE}http://HOST:PORT/NAME"
+        )
+        try:
+            parts = urlsplit(text.removeprefix(REMOTE))
+            host = parts.hostname or ""
+        except ValueError:
+            raise wrong from None
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        base, _, last = parts.path.rpartition("/")
+        name = unquote(last)
+        if parts.scheme not in ("http", "https") or not _is_host(host):
+            raise wrong
+        if not name or not name.isprintable() or len(name) > 200 or not _HARMLESS.fullmatch(base):
+            raise wrong
+        if port == 0:
+            raise ValueError(f"the port of remote reward {name!r} is to be 1 to 65535")
+        return cls(parts.scheme == "https", host, port, base, name)
+
+    @property
+    def url(self) -> str:
+        """The address without `remote:`, for messages."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port is None else f":{self.port}"
+        return f"http{'s' if self.secure else ''}://{host}{port}{self.base}/{self.name}"
+
+
+def _is_host(host: str) -> bool:
+    if ":" not in host:
+        return bool(_HOST.fullmatch(host)) and ".." not in host
+    try:
+        return bool(ipaddress.IPv6Address(host))
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How patient a client is.
+
+    An attempt may take `timeout` seconds in all. `retries` more follow one that failed in spite
+    of a server at the address. While there is none, the client waits, for at most `patience`
+    seconds (None: without end). A request holds at most `batch` images.
+
+    Raises:
+        ValueError: if a value makes no sense.
+    """
+
+    timeout: float = 120.0
+    retries: int = 3
+    patience: float | None = None
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is not None and (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
+                raise ValueError(
+                    f"option {option.name} is {value!r}, but it must be a finite number"
+                )
+        if self.timeout is None or not 0 < self.timeout <= DAY:
+            raise ValueError(
+                f"option timeout is {self.timeout}, but it must be above 0 and at most {DAY:.0f} "
+                "seconds"
+            )
+        if not isinstance(self.retries, int) or not 0 <= self.retries <= 1000:
+            raise ValueError(f"option retries is {self.retries!r}, but it must be 0 to 1000")
+        if self.patience is not None and not 0 <= self.patience <= 1000 * DAY:
+            raise ValueError(
+                f"option patience is {self.patience}, but it must be 0 to {1000 * DAY:.0f} s, or "
+                "null for a wait without end"
+            )
+        if not isinstance(self.batch, int) or not 1 <= self.batch <= REQUEST_IMAGES:
+            raise ValueError(f"option batch is {self.batch!r}; it is 1 to {REQUEST_IMAGES} images")
+
+
+def remote_settings(name: str, options: Mapping[str, Any]) -> Settings:
+    """The client's settings from a reward's options.
+
+    Raises:
+        ValueError: if the reward's name is no address of a server, or an option is unknown or
+            makes no sense.
+    """
+    Address.of(name)
+    known = [field.name for field in fields(Settings)]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"reward {name!r} has no option {key!r}{nearest(key, known)}")
+    try:
+        return Settings(**options)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error

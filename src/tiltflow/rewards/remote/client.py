@@ -1,0 +1,317 @@
+"""A reward that runs elsewhere, behind a reward server (`tiltflow reward-server`).
+
+A server that is away pauses the run, which goes on with the same images when it is back. A server
+that answers wrongly is an error. Neither is ever a score.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from tiltflow.core.interruption import pause
+from tiltflow.core.paths import nearest
+from tiltflow.core.sentences import printable
+from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.remote.address import TOKEN_VARIABLE, Address, Settings
+from tiltflow.rewards.remote.limits import BODY_LIMIT, REQUEST_PIXELS
+from tiltflow.rewards.remote.wire import (
+    ANSWER_LIMIT,
+    decode_scores,
+    encode_batch,
+    excerpt,
+    given_token,
+    parse,
+)
+
+log = logging.getLogger(__name__)
+
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
+"""Seconds before the second attempt, doubled before each further one up to the longest."""
+AWAY_STATUS = (429, 502, 503, 504)
+"""What proxies, and servers that are starting or full, answer in place of a reward."""
+READ_LIMIT = 2 * ANSWER_LIMIT
+"""Bytes that are read of an answer in all, headers and the marks of chunks among them."""
+
+
+class Away(Exception):
+    """Nobody answers at the address, for now."""
+
+
+class Fault(Exception):
+    """Somebody answers, but not as a reward server does; another attempt may help."""
+
+
+class RemoteReward:
+    """The reward NAME of the server at `remote:http[s]://HOST[:PORT]/NAME`; not differentiable.
+
+    Images are rounded to eight bits on their way. The token, where the server asks for one, is
+    read from the environment variable TILTFLOW_REWARD_TOKEN. Redirects and the environment's
+    proxies are not followed.
+
+    Raises:
+        ValueError: if the address is none, no server answers there within `timeout` seconds, or
+            it has no reward of that name; each call, if the server answers wrongly, refuses, or
+            stays away for longer than `patience`.
+        Stopped: by a call, if the run is asked to stop while it waits for the server.
+    """
+
+    differentiable = False
+    domain = "images"
+    elsewhere = True
+
+    def __init__(self, address: str, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self._address = Address.of(address)
+        self.name, self.url = self._address.name, self._address.url
+        try:
+            self._find()
+        except ValueError as error:
+            raise ValueError(f"reward {self.name!r}: {error}") from error
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        height, width = images.shape[-2:]
+        size = max(1, min(self.settings.batch, REQUEST_PIXELS // (height * width)))
+        scores = []
+        for start in range(0, len(images), size):
+            rows = slice(start, start + size)
+            scores.append(self._score(images[rows], prompts[rows], metadata[rows]))
+        return torch.cat(scores).to(images.device)
+
+    def _find(self) -> None:
+        """Checks that the server is there and has this reward."""
+
+        def read(body: bytes) -> object:
+            try:
+                found = parse(body)
+            except ValueError:
+                found = None
+            rewards = found.get("rewards") if isinstance(found, dict) else None
+            if not isinstance(rewards, dict):
+                raise ValueError(f"answered as no reward server does: {excerpt(body)}")
+            return list(rewards)
+
+        ask = functools.partial(self._exchange, "GET", "health", None, read)
+        names = self._insist(ask, self.settings.timeout)
+        if self.name not in names:
+            hint = printable(nearest(self.name, names))
+            raise ValueError(f"the server at {self.url} has no reward {self.name!r}{hint}")
+
+    def _score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        body = encode_batch(images, prompts, metadata)
+        if len(body) > BODY_LIMIT and len(images) > 1:
+            half = len(images) // 2
+            parts = [slice(None, half), slice(half, None)]
+            return torch.cat([self._score(images[p], prompts[p], metadata[p]) for p in parts])
+        read = functools.partial(decode_scores, count=len(images))
+        path = quote(self.name, safe="")
+        ask = functools.partial(self._exchange, "POST", path, body, read)
+        scores: Tensor = self._insist(ask, self.settings.patience)
+        return scores
+
+    def _insist(self, ask: Callable[[], Any], patience: float | None) -> Any:
+        """`ask` until it succeeds: waits for a server that is away, retries one that fails."""
+        faults, wait, began, away = 0, FIRST_WAIT, time.monotonic(), False
+        while True:
+            try:
+                answer = ask()
+            except Away as error:
+                waited = time.monotonic() - began
+                if patience is not None and waited >= patience:
+                    raise ValueError(
+                        f"{self.url}: {error} for {waited:.0f} s; start it with "
+                        f"tiltflow reward-server {self.name}, and go on with run.resume=true"
+                    ) from error
+                log.warning("%s: %s; the run waits, next try in %.0f s", self.url, error, wait)
+                away = True
+                if patience is not None:
+                    wait = min(wait, max(patience - waited, 0.05))
+            except Fault as error:
+                faults += 1
+                if faults > self.settings.retries:
+                    times = "" if faults == 1 else f" ({faults} attempts)"
+                    raise ValueError(f"{self.url} {error}{times}") from error
+                log.warning("%s %s; next try in %.0f s", self.url, error, wait)
+            else:
+                if away:
+                    log.warning("%s: the server is back, the run goes on", self.url)
+                return answer
+            pause(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, read: Callable[[bytes], Any]
+    ) -> Any:
+        """One request and what `read` makes of its answer.
+
+        Raises:
+            Away, Fault: see there.
+            ValueError: if the server refuses, or `read` does: a further attempt is of no use.
+        """
+        headers = _headers()
+        connection = self._connect()
+        try:
+            with _deadline(connection, self.settings.timeout) as expired:
+                try:
+                    # One that has heard enough answers and hangs up before it has the body.
+                    with suppress(BrokenPipeError, ConnectionResetError):
+                        connection.request(method, f"{self._address.base}/{path}", body, headers)
+                    response = connection.getresponse()
+                    answer = _body(response)
+                except (OSError, HTTPException, ValueError) as error:  # ValueError: odd numbers
+                    raise Fault(self._complaint(error, expired.is_set())) from error
+                if expired.is_set():
+                    raise Fault(self._complaint(TimeoutError(), True))
+        finally:
+            connection.close()
+        try:
+            _check_status(response, answer)
+            return read(answer)
+        except ValueError as error:
+            raise ValueError(f"{self.url} {error}") from error
+
+    def _connect(self) -> HTTPConnection:
+        kind = HTTPSConnection if self._address.secure else HTTPConnection
+        connection = kind(self._address.host, self._address.port, timeout=self.settings.timeout)
+        connection.response_class = _Answer
+        try:
+            connection.connect()
+        except ssl.SSLEOFError as error:
+            raise Fault("broke off before there was a secure connection") from error
+        except ssl.SSLError as error:
+            raise ValueError(f"{self.url}: no secure connection ({error.reason})") from error
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+            raise Away(f"no server answers ({reason.lower()})") from error
+        return connection
+
+    def _complaint(self, error: Exception, expired: bool) -> str:
+        if expired or isinstance(error, TimeoutError):
+            return f"gave no answer in {self.settings.timeout:g} s"
+        if isinstance(error, IncompleteRead):
+            announced = len(error.partial) + (error.expected or 0)
+            return f"announced {announced} bytes and sent {len(error.partial)}"
+        return f"broke off without an answer ({type(error).__name__})"
+
+
+def _headers() -> dict[str, str]:
+    token = given_token()
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    return headers | ({"Authorization": f"Bearer {token}"} if token else {})
+
+
+class _Bounded(io.RawIOBase):
+    """A socket's bytes, `READ_LIMIT` of them: headers, sizes of chunks and trailers included, on
+    which the standard library's reader sets no bound together."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw, self._left = raw, READ_LIMIT
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._left <= 0:
+            raise Fault(f"sent more than {READ_LIMIT} bytes, more than scores can take")
+        count = self._raw.readinto(memoryview(buffer)[: self._left])
+        self._left -= count or 0
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(HTTPResponse):
+    """A response of which no more than `READ_LIMIT` bytes are ever read."""
+
+    def __init__(self, sock: socket.socket, *more: Any, **named: Any) -> None:
+        super().__init__(sock, *more, **named)
+        self.fp: Any = io.BufferedReader(_Bounded(self.fp.detach()))
+
+
+@contextmanager
+def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.Event]:
+    """Shuts the connection after `seconds` in all. A socket's own time-out starts again with
+    every byte, so a server that trickles would hold the run for ever."""
+    expired = threading.Event()
+    sock = connection.sock
+
+    def expire() -> None:
+        expired.set()
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # closed in the meantime, which is all that was wanted
+            return
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()
+
+
+def _body(response: HTTPResponse) -> bytes:
+    """The whole body of an answer, of no more than `ANSWER_LIMIT` bytes."""
+    if response.length is not None and response.length > ANSWER_LIMIT:
+        raise Fault(f"announced {response.length} bytes, more than scores can take")
+    if response.length is not None:
+        return response.read()  # whole, or IncompleteRead
+    body = response.read(ANSWER_LIMIT + 1)
+    if len(body) > ANSWER_LIMIT:
+        raise Fault(f"sent more than {ANSWER_LIMIT} bytes, more than scores can take")
+    return body
+
+
+def _check_status(response: HTTPResponse, body: bytes) -> None:
+    """Passes a 200.
+
+    Raises:
+        Away, Fault, ValueError: as the status says that waiting, another attempt or neither helps.
+    """
+    status, packed = response.status, response.headers.get("content-encoding", "identity")
+    if packed.strip().lower() != "identity":  # never asked for, so never unpacked
+        raise ValueError(f"answered in the encoding {printable(packed, 40)!r}, unasked")
+    if status == 200:
+        return
+    if status in AWAY_STATUS:
+        raise Away(f"the server is not ready (status {status})")
+    said = _error(body)
+    if status >= 500 or status == 408:
+        raise Fault(f"failed: {said}")
+    if 300 <= status < 400:
+        raise ValueError(f"answered with status {status}, a redirect, which is not followed")
+    if status in (401, 403):
+        raise ValueError(f"refused the token: {said}; set {TOKEN_VARIABLE} to the server's")
+    if status in (413, 422):
+        raise ValueError(f"refused the batch: {said}")
+    raise ValueError(f"answered with status {status}: {said}")
+
+
+def _error(body: bytes) -> str:
+    """What the server says went wrong, in one line that a terminal can be given."""
+    try:
+        answer = parse(body)
+    except ValueError:
+        answer = None
+    said = answer.get("error") if isinstance(answer, dict) else None
+    return printable(said) if isinstance(said, str) else excerpt(body)

@@ -1,0 +1,1 @@
+"""From a config to a run: checks, plan, model and stage."""

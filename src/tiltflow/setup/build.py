@@ -1,0 +1,340 @@
+"""From a validated config to the objects of a run: the config stops here and in `assemble`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.config.load import PromptSets, RunConfig, read_prompts
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.distributed import ALONE, Ranks, shard
+from tiltflow.core.paths import embedding_cache, resolve_path
+from tiltflow.core.precision import attention_of, autocast_dtype
+from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
+from tiltflow.data.embeddings import BATCH, EncodedPrompts
+from tiltflow.data.prompts import Prompt
+from tiltflow.models.backbone import Backbone, Base, Parts
+from tiltflow.models.compiled import compile_blocks
+from tiltflow.models.families import check_pipeline, load_backbone, local_pipeline
+from tiltflow.models.graphs import graphs_for
+from tiltflow.models.lora_files import read_adapter
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.fingerprint import encoder_facts
+from tiltflow.models.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
+from tiltflow.setup.assemble import make_stage
+from tiltflow.train.cold_start import ColdStart
+from tiltflow.train.tilt import Tilt
+from tiltflow.train.updates import Share
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What stage 2 takes from stage 1: the EMA's weights, the fake score's, the adapter's shape."""
+
+    few_step: State
+    fake_score: State | None
+    settings: AdapterSettings | None
+
+
+@dataclass(frozen=True)
+class Build:
+    """A stage ready to run, and what the commands need beside it."""
+
+    stage: ColdStart | Tilt
+    backbone: Backbone
+    prompts: EncodedPrompts
+    fixed: EncodedPrompts | None
+    """The prompts of samples and held-out rewards, where the config asks for either."""
+    facts: dict[str, Any]
+
+
+def device_of(name: str) -> torch.device:
+    """The device of `run.device`; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: if torch knows no such device, or this machine has none.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"there is no device {name!r}: give cpu, cuda, cuda:1, mps or auto"
+        ) from error
+    count = torch.accelerator.device_count() if found and found.type == device.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise ValueError(f"this machine has no device {name!r}: run on cpu, or give auto")
+    return device
+
+
+def build_backbone(cfg: RunConfig, parts: Parts = "all", ranks: Ranks = ALONE) -> Backbone:
+    """The model of a config, or only what encodes its prompts, or only the rest.
+
+    A transformer that the ranks will share stays in rank 0's main memory.
+    """
+    model = cfg.model
+    base: Base = "device"
+    if _sharded(cfg, ranks):
+        base = "host" if ranks.main else "empty"
+    backbone = load_backbone(
+        resolve_path(model.path),
+        family="mixture" if model.path == "mixture" else model.family,
+        generator_path=resolve_path(model.generator_path) if model.generator_path else None,
+        device=device_of(cfg.run.device),
+        dtype=DTYPES[model.dtype],
+        vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
+        resolution=model.resolution,
+        max_sequence_length=model.max_sequence_length,
+        parts=parts,
+        fp8=model.base_storage == "fp8",
+        base=base,
+    )
+    if isinstance(backbone, PipelineBackbone) and parts != "text":
+        backbone.fuse()
+        if "decoder" in model.checkpointed:
+            backbone.checkpoint_decoder()
+    return backbone
+
+
+def encode_sets(
+    cfg: RunConfig,
+    sets: Sequence[Sequence[Prompt]],
+    progress: Callable[[str], None] = lambda message: None,
+) -> list[EncodedPrompts]:
+    """Prompt sets with their embeddings: each text encoded once, and only if the cache lacks it.
+
+    The text encoders are loaded where there is something to encode, and dropped again.
+
+    Raises:
+        ValueError: if a set is empty, the model does not load, or the cache cannot be written.
+    """
+    root = None if cfg.model.path == "mixture" else embedding_cache(cfg.data.cache)
+    cache = EmbeddingCache(root, encoder_key(cfg)) if root is not None else None
+    return encoded_sets(cache, sets, partial(build_backbone, cfg, "text"), notice=progress)
+
+
+def encoder_key(cfg: RunConfig) -> EncoderKey:
+    """What the embeddings of a config's prompts depend on besides their texts."""
+    path = local_pipeline(resolve_path(cfg.model.path))
+    check_pipeline(path, cfg.model.family)
+    facts = encoder_facts(
+        path,
+        dtype=cfg.model.dtype,
+        device=device_of(cfg.run.device).type,
+        max_sequence_length=cfg.model.max_sequence_length,
+        batch_size=BATCH,
+    )
+    return EncoderKey(cfg.model.path, facts)
+
+
+def adapter_settings(cfg: RunConfig, backbone: Backbone) -> AdapterSettings:
+    chosen = cfg.adapters
+    targets = chosen.targets if chosen.targets is not None else backbone.lora_targets()
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as error:
+        raise ValueError(
+            f"adapters.targets {targets!r} is no regular expression: {error}"
+        ) from error
+    return AdapterSettings(
+        chosen.rank, chosen.alpha, targets if isinstance(targets, str) else list(targets)
+    )
+
+
+def load_start(run: Path) -> Start:
+    """Stage 1's result: from its run directory, or from an exported LoRA folder.
+
+    A LoRA folder has no fake score: that starts from the teacher again.
+
+    Raises:
+        ValueError: if the directory holds neither a complete stage-1 checkpoint nor a LoRA.
+    """
+    if not (run / "checkpoints").is_dir():
+        settings, weights = read_adapter(run)
+        return Start(weights, None, settings)
+    checkpoint = load_checkpoint(run)
+    if checkpoint.state.get("stage") != "cold_start":
+        raise ValueError(f"model.few_step={run} is not a cold_start run")
+    adapters = checkpoint.state["adapters"]
+    return Start(
+        dict(checkpoint.tensors["ema"]),
+        dict(checkpoint.tensors["fake_score"]),
+        AdapterSettings(**adapters) if adapters else None,
+    )
+
+
+def starting_point(cfg: RunConfig) -> Start | None:
+    """What stage 2 stands on: stage 1's result, or where that is gone and the run is resumed, the
+    frozen adapters of the run's own checkpoint.
+
+    Raises:
+        ValueError: if neither is there.
+    """
+    if cfg.model.few_step is None:
+        return None
+    run = Path(cfg.model.few_step)
+    if run.exists() or not cfg.run.resume:
+        return load_start(run)
+    checkpoint = load_checkpoint(Path(cfg.run.out), cfg.run.resume_from, tidy=False)
+    tensors, adapters = checkpoint.tensors, checkpoint.state.get("few_step_adapters")
+    if "few_step" not in tensors or not adapters:
+        raise ValueError(f"model.few_step {run} is gone, and the run to resume has no copy of it")
+    below = tensors.get("few_step_fake_score")
+    return Start(tensors["few_step"], below, AdapterSettings(**adapters))
+
+
+def fake_scores(cfg: RunConfig) -> int | None:
+    """How many fake scores a config asks for: one for each boundary, or one for all (None)."""
+    return cfg.sampler.steps if cfg.train.fake_scores == "per_boundary" else None
+
+
+def attention_for(cfg: RunConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The attention of what the networks compute in: the autocast type, or that of the base."""
+    dtype = autocast_dtype(cfg.model.autocast, device) or DTYPES[cfg.model.dtype]
+    return attention_of(device, dtype)
+
+
+def student_guidance(cfg: RunConfig, backbone: Backbone) -> float | None:
+    """What generator and fake score are called with; None is what their network expects.
+
+    Raises:
+        ValueError: if that would take a second pass, which a few-step student is to do without.
+    """
+    asked = cfg.model.student_guidance
+    if asked is not None and backbone.passes(asked) > 1:
+        raise ValueError(
+            f"model.student_guidance {asked:g} is for models that take the scale as an input; this "
+            "one's student goes without guidance, so give 1.0 or null"
+        )
+    return asked
+
+
+def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Roles:
+    """Adapters over one base, or separate copies, as `adapters.kind` says."""
+    common: dict[str, Any] = {
+        "seed": cfg.run.seed,
+        "fake_score": start.fake_score if start else None,
+        "boundaries": fake_scores(cfg),
+        "checkpointing": cfg.model.checkpointed,
+        "autocast": autocast_dtype(cfg.model.autocast, backbone.device),
+        "guidance": student_guidance(cfg, backbone),
+    }
+    if cfg.adapters.kind == "copies":
+        return copy_roles(backbone, few_step=start.few_step if start else None, **common)
+    below = None
+    if start is not None:
+        if start.settings is None:
+            raise ValueError(
+                "model.few_step was trained with adapters.kind=copies and adapters.kind is lora"
+            )
+        below = (start.settings, start.few_step)
+    settings = adapter_settings(cfg, backbone)
+    fresh = cfg.stage == "tilt" and cfg.tilt.fake_score_start == "fresh"
+    common |= {"fresh_fake_score": fresh, "init_std": cfg.adapters.init_std}
+    try:
+        graphs = graphs_for(backbone.device, _recorded(cfg, backbone))
+        return adapter_roles(backbone, settings, few_step=below, graphs=graphs, **common)
+    except ValueError as error:
+        if below is None:
+            raise
+        below_path, model = cfg.model.few_step, cfg.model.path
+        raise ValueError(f"model.few_step={below_path} does not fit {model}: {error}") from error
+
+
+def _recorded(cfg: RunConfig, backbone: Backbone) -> bool:
+    """Whether training's passes are recorded: `auto` is wherever nothing speaks against it.
+
+    Raises:
+        ValueError: if it is asked for and the model's family reads from the host in its passes.
+    """
+    model = cfg.model
+    if model.graphs is True and backbone.family != "sd3":
+        raise ValueError(f"model.graphs true is for pipelines of family sd3, not {backbone.family}")
+    free = backbone.family == "sd3" and not model.compile and cfg.run.sharding == "replicated"
+    return model.graphs is True or (model.graphs == "auto" and free)
+
+
+def build_stage(
+    cfg: RunConfig,
+    progress: Callable[[str], None] = lambda message: None,
+    *,
+    sets: PromptSets | None = None,
+    ranks: Ranks = ALONE,
+) -> Build:
+    """Encodes the prompts, loads the rest of the model, and puts one rank's stage together.
+
+    `sets` are the config's prompts where they have been read already.
+
+    Raises:
+        ValueError: if the batch does not go round the ranks; and whatever does not load.
+    """
+    share = _share(cfg, ranks)
+    sets = sets or read_prompts(cfg)
+    count = max(
+        cfg.log.samples if cfg.log.samples_every else 0,
+        cfg.watch.prompts if cfg.watch.rewards else 0,
+    )
+    chosen = [sets.train, sets.fixed[:count]] if count else [sets.train]
+    with ranks.main_first():  # the others find the prompts in the cache
+        encoded, *fixed = encode_sets(cfg, chosen, progress)
+    progress(f"loading {cfg.model.path}")
+    backbone = build_backbone(cfg, "image", ranks)
+    start = starting_point(cfg)
+    roles = build_roles(cfg, backbone, start)
+    _place(cfg, backbone, roles, ranks)
+    lora = cfg.adapters.kind == "lora"
+    settings = adapter_settings(cfg, backbone) if lora else None
+    facts = {
+        "stage": cfg.stage,
+        "adapters": vars(settings) if settings else None,
+        "few_step_adapters": vars(start.settings) if start and start.settings else None,
+        "steps": cfg.sampler.steps,
+        "eta": cfg.sampler.eta,
+        "student_guidance": cfg.model.student_guidance,
+    }
+    stage = make_stage(cfg, backbone, encoded, roles, share)
+    if isinstance(stage, Tilt):
+        facts["rewards_at_once"] = stage.rewards.at_once
+    return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts)
+
+
+def _sharded(cfg: RunConfig, ranks: Ranks) -> bool:
+    return cfg.run.sharding == "fsdp2" and ranks.size > 1
+
+
+def _share(cfg: RunConfig, ranks: Ranks) -> Share:
+    batch, sharded = cfg.train.batch_size, cfg.run.sharding == "fsdp2"
+    if batch < ranks.size:
+        raise ValueError(f"train.batch_size {batch} leaves some of {ranks.size} ranks no sample")
+    if sharded and batch % ranks.size:
+        raise ValueError(
+            f"run.sharding=fsdp2 needs a train.batch_size that {ranks.size} ranks divide evenly, "
+            f"not {batch}"
+        )
+    return Share(batch, cfg.train.micro, ranks)
+
+
+def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> None:
+    """The same start on every rank, and the networks sharded and compiled as asked for."""
+    bases = {id(b): b for b in (backbone.student_base, backbone.teacher_base)}.values()
+    if _sharded(cfg, ranks):
+        for base in bases:
+            shard(base, backbone.device, ranks)
+    for role in (roles.generator, roles.fake_score, roles.ema):
+        ranks.copy_from_main(list(role.parameters.values()))
+    if cfg.model.compile:
+        every = [roles.teacher, roles.generator, roles.fake_score, roles.ema, roles.reference]
+        singles = [one for role in every if role for one in role.singles]
+        for network in {id(role.network): role.network for role in singles}.values():
+            compile_blocks(network)

@@ -1,0 +1,159 @@
+"""What `tiltflow doctor` and `tiltflow train` look at before a weight loads or a directory is made.
+
+One list, in order. `train` stops at the first check that fails, `doctor` goes through all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tiltflow.config.load import (
+    Later,
+    PromptSets,
+    RunConfig,
+    check_few_step,
+    check_model_files,
+    check_reward_files,
+    read_prompts,
+)
+from tiltflow.core.metrics import check_sinks
+from tiltflow.core.paths import check_folder, embedding_cache, resolve_path
+from tiltflow.export.folder import check_export_folder
+from tiltflow.export.writing import check_exportable
+from tiltflow.models.families import check_pipeline
+from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
+from tiltflow.setup.build import device_of
+from tiltflow.setup.disk_room import check_disk_room
+from tiltflow.setup.model_checks import check_adapters, check_model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A config, and what its checks have read on the way."""
+
+    cfg: RunConfig
+
+    @cached_property
+    def prompts(self) -> PromptSets:
+        """The prompts, read once.
+
+        Raises:
+            ValueError: as `read_prompts`.
+        """
+        return read_prompts(self.cfg)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A name, and what raises a ValueError of one sentence where something is not in order.
+
+    `needs` are the checks without which this one has nothing to look at.
+    """
+
+    name: str
+    run: Callable[[Subject], object]
+    needs: tuple[str, ...] = ()
+
+
+def _check_cache(cfg: RunConfig) -> None:
+    """That embeddings can be kept; a folder that is there may be one that is only read."""
+    folder = embedding_cache(cfg.data.cache)
+    if folder is None or folder.is_dir() or cfg.model.path == "mixture":
+        return
+    try:
+        check_folder("data.cache", folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; give another folder, or data.cache=off") from error
+
+
+def _check_prompts_fit(on: Subject) -> None:
+    """That every reward can read the prompts that it will score."""
+    check_prompts_fit(on.cfg.rewards, on.prompts.train)
+    check_prompts_fit(on.cfg.watch.rewards, on.prompts.fixed[: on.cfg.watch.prompts])
+
+
+def check_export(cfg: RunConfig) -> None:
+    """Whether what a run of this config trains can be exported into its directory at its end.
+
+    Raises:
+        ValueError: as `check_exportable`.
+    """
+    if cfg.model.path == "mixture":
+        return
+    out, model = Path(cfg.run.out) / "export", Path(resolve_path(cfg.model.path))
+    check_export_folder(out)
+    if model.exists():  # else it is the hub's to give
+        family = check_pipeline(model, cfg.model.family)
+        check_exportable(model, family, cfg.sampler.steps, cfg.sampler.eta, out)
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("device", lambda on: device_of(on.cfg.run.device)),
+    Check("packages", lambda on: check_sinks(on.cfg.log.tensorboard, on.cfg.log.wandb)),
+    Check("model", lambda on: check_model_files(on.cfg)),
+    Check("weights", lambda on: check_model(on.cfg), needs=("model",)),
+    Check("stage 1", lambda on: check_few_step(on.cfg)),
+    Check("rewards' files", lambda on: check_reward_files(on.cfg)),
+    Check("rewards", lambda on: check_reward_imports([*on.cfg.rewards, *on.cfg.watch.rewards])),
+    Check("prompts", lambda on: on.prompts),
+    Check("prompts and rewards", _check_prompts_fit, needs=("rewards", "prompts")),
+    Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
+    Check("adapters", lambda on: check_adapters(on.cfg), needs=("model", "weights", "stage 1")),
+    Check(
+        "room on the disk",
+        lambda on: check_disk_room(on.cfg),
+        needs=("model", "run directory", "adapters"),
+    ),
+    Check("embedding cache", lambda on: _check_cache(on.cfg)),
+    Check("export", lambda on: check_export(on.cfg), needs=("model", "run directory")),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: nothing wrong (`error` None), or a sentence.
+
+    `note`: the sentence is of something that a run before this one will make. `seen` False: not
+    looked at, because a check that it needs has failed.
+    """
+
+    name: str
+    error: ValueError | None = None
+    note: bool = False
+    seen: bool = True
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None and not self.note
+
+
+def findings(subject: Subject) -> Iterator[Finding]:
+    """Every check's finding, in order."""
+    failed: set[str] = set()
+    for check in CHECKS:
+        if failed & set(check.needs):
+            yield Finding(check.name, seen=False)
+            continue
+        try:
+            check.run(subject)
+        except ValueError as error:
+            failed.add(check.name)
+            yield Finding(check.name, error, isinstance(error, Later))
+        else:
+            yield Finding(check.name)
+
+
+def check_run(cfg: RunConfig) -> PromptSets:
+    """Goes through the list up to the first thing that is wrong; gives the prompts that were read.
+
+    Raises:
+        ValueError: in one sentence, what is wrong.
+    """
+    subject = Subject(cfg)
+    for found in findings(subject):
+        if found.error is not None:
+            raise found.error
+    return subject.prompts

@@ -1,0 +1,120 @@
+"""A config's model looked at in shape only: what would be found after minutes of loading.
+
+The run's own builders are called, on the meta device: what they refuse there, they would refuse
+with weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tiltflow.config.load import RunConfig
+from tiltflow.core.disk import parse_json
+from tiltflow.core.latest import latest_name
+from tiltflow.core.paths import resolve_path
+from tiltflow.models.lora_files import read_adapter
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.headers import header_shapes
+from tiltflow.models.pipelines.meta import META, meta_backbone
+from tiltflow.models.pipelines.published import PUBLISHED
+from tiltflow.models.pipelines.weights import check_weights
+from tiltflow.models.roles import AdapterSettings
+from tiltflow.setup.build import DTYPES, Start, build_roles, starting_point
+
+
+def meta_of(cfg: RunConfig) -> PipelineBackbone:
+    """The backbone that `build_backbone` makes, without weights.
+
+    Raises:
+        ValueError: as `meta_backbone`.
+    """
+    model = cfg.model
+    second = model.generator_path
+    return meta_backbone(
+        resolve_path(model.path),
+        generator_path=None if second is None else resolve_path(second),
+        dtype=DTYPES[model.dtype],
+        vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
+        resolution=model.resolution,
+        max_sequence_length=model.max_sequence_length,
+        fp8=model.base_storage == "fp8",
+    )
+
+
+def check_model(cfg: RunConfig) -> None:
+    """Whether the weight files are the networks', and resolution, text length and grids are right.
+
+    A pipeline that is still on the hub is looked at as far as its published configuration goes.
+
+    Raises:
+        ValueError: naming the key, and what is wrong.
+    """
+    if not _here(cfg):
+        return
+    for key, path, parts in (
+        ("model.path", cfg.model.path, None),
+        ("model.generator_path", cfg.model.generator_path, ["transformer"]),
+    ):
+        root = None if path is None else Path(resolve_path(path))
+        if root is not None and root.is_dir():
+            try:
+                check_weights(root, parts)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+    backbone = meta_of(cfg)
+    backbone.few_step_sigmas(cfg.sampler.steps)
+    if cfg.stage == "tilt":
+        backbone.teacher_sigmas(cfg.watch.teacher_steps)
+
+
+def check_adapters(cfg: RunConfig) -> None:
+    """Whether the adapters, and those that stage 2 starts from, go on the model.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    if not _here(cfg):
+        return
+    start = None
+    if cfg.model.few_step is not None:
+        place = Path(resolve_path(cfg.model.few_step))
+        resumed = cfg.run.resume and not place.exists()
+        start = starting_point(cfg) if resumed else start_shapes(place)
+    with META:
+        build_roles(cfg, meta_of(cfg), start)
+
+
+def start_shapes(run: Path) -> Start:
+    """`load_start` without a run's weights: its settings, and shapes in place of tensors.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or it is not of stage 1; as `read_adapter`.
+    """
+    name = latest_name(run / "checkpoints")
+    if name is None:
+        settings, weights = read_adapter(run)
+        return Start(weights, None, settings)
+    folder = run / "checkpoints" / name
+    try:
+        state = parse_json((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {folder} is torn: {error}") from error
+    if not isinstance(state, dict) or state.get("stage") != "cold_start":
+        raise ValueError(f"model.few_step={run} is not a cold_start run")
+    adapters = state.get("adapters")
+    ema, fake = (
+        {
+            key: torch.empty(shape, device=META)
+            for key, shape in header_shapes(folder / f"{group}.safetensors").items()
+        }
+        for group in ("ema", "fake_score")
+    )
+    return Start(ema, fake, AdapterSettings(**adapters) if adapters else None)
+
+
+def _here(cfg: RunConfig) -> bool:
+    """Whether there is a configuration to look at: a directory, or a published one."""
+    path = cfg.model.path
+    return path != "mixture" and (Path(resolve_path(path)).is_dir() or path in PUBLISHED)

@@ -1,0 +1,154 @@
+"""How a student is sampled: by its export's contract, unless the command line says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tiltflow.core.disk import parse_json
+from tiltflow.core.latest import latest_name
+from tiltflow.core.paths import resolve_path
+from tiltflow.export.contract import Contract, read_contract
+from tiltflow.models.families import local_pipeline
+from tiltflow.models.lora_files import lora_file
+from tiltflow.models.pipelines.files import pipeline_index, weight_files
+from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
+
+Dtype = Literal["fp32", "bf16"]
+
+OPTIONS = {
+    "steps": "--steps",
+    "eta": "--eta",
+    "guidance": "--student-guidance",
+    "resolution": "--resolution",
+    "max_sequence_length": "--max-sequence-length",
+}
+"""What a contract settles, and the options that say otherwise."""
+
+DEFAULTS: Mapping[str, Any] = {"steps": 4, "eta": 0.9}
+"""Without a contract; what is not here is then the model's own."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Settled for one command. None in `resolution`, `max_sequence_length` and `guidance` (the
+    student's) is the model's own. `notes` are lines for the user."""
+
+    steps: int
+    eta: float
+    guidance: float | None
+    resolution: int | None
+    max_sequence_length: int | None
+    dtype: Dtype
+    notes: tuple[str, ...] = ()
+
+
+def settle(
+    asked: Mapping[str, Any],
+    dtype: Dtype | None,
+    model: str,
+    generator: str | None = None,
+    few_step: Path | None = None,
+    tilt_lora: Path | None = None,
+) -> Choices:
+    """What to sample with.
+
+    `asked` has the keys of `OPTIONS`, None where the user did not say. The contract is the
+    tilt's (whose student is sampled at last), else the few-step adapter's, else the merged
+    pipeline's; without `dtype` the base is in the contract's, else in that of its files.
+
+    Raises:
+        ValueError: if a folder holds no LoRA, or a contract that cannot be read; or if there is
+            a tilt without the few-step adapter.
+    """
+    if tilt_lora is not None and few_step is None:
+        raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
+    root = local_pipeline(resolve_path(model))
+    base = local_pipeline(resolve_path(generator)) if generator else root
+    below, above = (read_contract(f) if f is not None else None for f in (few_step, tilt_lora))
+    merged = read_contract(root) if (root / "model_index.json").is_file() else None
+    contract = above or below or merged
+    notes = []
+    if above and below and any(getattr(above, key) != getattr(below, key) for key in OPTIONS):
+        notes.append("the two LoRAs were trained for different sampling: the tilt's is taken")
+    values: dict[str, Any] = {key: asked.get(key) for key in OPTIONS}
+    for key, value in values.items():
+        trained = getattr(contract, key, None)
+        if value is None:
+            values[key] = DEFAULTS.get(key) if trained is None else trained
+        elif trained is not None and value != trained:
+            notes.append(f"{OPTIONS[key]} is {value}, but the student was trained for {trained}")
+    if contract and contract is not merged:
+        notes += _other_base(contract, base)
+    if above and few_step is not None:
+        notes += _other_few_step(above, few_step)
+    chosen = dtype or (contract.dtype if contract else files_dtype(base))
+    return Choices(**values, dtype=chosen, notes=tuple(f"warning: {note}" for note in notes))
+
+
+def _other_base(contract: Contract, base: Path) -> list[str]:
+    """A line if the LoRA was trained on other weights than those at hand."""
+    if not (base / "model_index.json").is_file():
+        return []  # what is wrong with it is said when it is loaded
+    here, there = pipeline_fingerprint(base), contract.base.hash
+    if here == there:
+        return []
+    return [
+        f"the LoRA was trained on {contract.base.name}, whose weights have the hash {there[:12]}, "
+        f"but those in {base} have {here[:12]}"
+    ]
+
+
+def base_of_start(few_step: Path) -> str | None:
+    """The fingerprint of the base that stage 2's start was trained on: a run's, by its latest
+    checkpoint, or an exported LoRA's. None where it is not said.
+
+    Raises:
+        ValueError: as `read_contract`, or if the checkpoint's state is no JSON.
+    """
+    folder = few_step / "checkpoints"
+    name = latest_name(folder)
+    if name is None:
+        inner = few_step / "export" / "few_step"
+        contract = read_contract(inner if inner.is_dir() else few_step)
+        return contract.base.hash if contract else None
+    state = parse_json((folder / name / "state.json").read_text(encoding="utf-8"))
+    manifest = state.get("manifest") if isinstance(state, dict) else None
+    if not isinstance(manifest, dict):
+        return None
+    return manifest.get("generator_base") or manifest.get("base")
+
+
+def _other_few_step(tilt: Contract, folder: Path) -> list[str]:
+    """A line if the tilt was trained on another few-step adapter than the one in `folder`."""
+    trained = tilt.adapters.get("few_step")
+    if trained is None or trained.hash is None:
+        return []
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(lora_file(folder)).items()}
+    if adapter_fingerprint(weights) == trained.hash:
+        return []
+    return [f"the tilt was trained on another few-step adapter than the one in {folder}"]
+
+
+def files_dtype(root: Path) -> Dtype:
+    """bf16 if the transformer's file holds that, else fp32, which holds everything.
+
+    Raises:
+        ValueError: as `pipeline_index`.
+    """
+    pipeline_index(root)
+    folder = root / "transformer"
+    file = folder / weight_files(folder, "diffusion_pytorch_model")[0]
+    if not file.is_file():
+        return "fp32"  # what is missing is said when it is loaded
+    try:
+        with safe_open(file, framework="pt") as opened:
+            kinds = [opened.get_slice(name).get_dtype() for name in opened.keys()]  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{file} is torn or no safetensors file ({error})") from error
+    return "bf16" if kinds.count("BF16") > len(kinds) / 2 else "fp32"

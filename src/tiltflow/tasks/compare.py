@@ -1,0 +1,122 @@
+"""`tiltflow compare`: the systems of one evaluation, or of two on the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from tiltflow.core.paths import nearest
+from tiltflow.evaluation.files import (
+    evaluation_path,
+    read_evaluation,
+    read_scores,
+    scores_path,
+    write_evaluation,
+)
+from tiltflow.evaluation.scores import compare
+from tiltflow.tasks.evaluate import show, show_comparisons
+
+Columns = dict[str, NDArray[np.float64]]
+
+
+def run_compare(
+    evaluations: Sequence[Path], systems: str | None, json_file: Path | None, console: Console
+) -> None:
+    """Prints (and writes) the comparisons of one evaluation, or of two.
+
+    One: those that it was made with, or the pair `systems` ("A,B") of it, tested anew. Two: every
+    system that is in both, or A of the first against B of the second. The p-values are corrected
+    for the comparisons that are shown, so name the pair that the question is about.
+
+    Raises:
+        ValueError: if there are more than two, a system is in neither, the prompts of two
+            evaluations differ, or an evaluation has no scores by prompt.
+    """
+    if not 1 <= len(evaluations) <= 2:
+        raise ValueError(f"compare takes one or two evaluations, not {len(evaluations)}")
+    pair = _pair(systems)
+    summaries = [read_evaluation(path) for path in evaluations]
+    if len(evaluations) == 1 and pair is None:
+        show(summaries[0], console)
+        rows = summaries[0]["comparisons"]
+    else:
+        rows = _one(evaluations[0], pair) if len(evaluations) == 1 else _two(evaluations, pair)
+        show_comparisons(rows, console)
+    if not rows:
+        console.print("there is nothing to compare: the systems have equal scores, or are one")
+    elif len(rows) > 1:
+        console.print(
+            f"p-values are corrected (Holm) for these {len(rows)} comparisons, and by them alone "
+            "one is called higher or lower; the intervals are not corrected"
+        )
+    if json_file is not None:
+        write_evaluation(json_file, {"comparisons": rows})
+
+
+def _pair(systems: str | None) -> tuple[str, str] | None:
+    if systems is None:
+        return None
+    names = [name.strip() for name in systems.split(",")]
+    if len(names) != 2 or not all(names):
+        raise ValueError(f"--systems is {systems!r}; write two names, A,B")
+    return names[0], names[1]
+
+
+def _one(path: Path, pair: tuple[str, str] | None) -> list[dict[str, Any]]:
+    assert pair is not None
+    stored = read_scores(scores_path(evaluation_path(path)))
+    tables = {name: _measured(_column(stored.scores, name, path)) for name in pair}
+    return compare(tables, [pair])
+
+
+def _two(paths: Sequence[Path], pair: tuple[str, str] | None) -> list[dict[str, Any]]:
+    """Systems of two evaluations; those of equal scores (one and the same teacher) are left out,
+    for there is nothing to test."""
+    first, second = (read_scores(scores_path(evaluation_path(path))) for path in paths)
+    if first.prompts != second.prompts:
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} are on different prompts, so there are no pairs to compare"
+        )
+    pairs = [pair] if pair else [(name, name) for name in first.scores if name in second.scores]
+    if not pairs:
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} have no system in common: name two with --systems A,B"
+        )
+    labels = _labels(paths)
+    tables: dict[str, Columns] = {}
+    named = []
+    for a, b in pairs:
+        one = _measured(_column(first.scores, a, paths[0]))
+        other = _measured(_column(second.scores, b, paths[1]))
+        shared = [reward for reward in one if reward in other]
+        if all(np.array_equal(one[r], other[r]) for r in shared):
+            continue
+        named.append((f"{labels[0]}:{a}", f"{labels[1]}:{b}"))
+        tables |= {named[-1][0]: one, named[-1][1]: other}
+    return compare(tables, named)
+
+
+def _column(scores: Mapping[str, Columns], name: str, path: Path) -> Columns:
+    if name not in scores:
+        raise ValueError(f"{path} has no system {name!r}{nearest(name, list(scores))}")
+    return scores[name]
+
+
+def _measured(columns: Columns) -> Columns:
+    """Without the prompts at which a reward was not measured: the same ones for all systems of
+    an evaluation, since they depend on the number of prompts alone."""
+    return {reward: values[~np.isnan(values)] for reward, values in columns.items()}
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Names of two evaluations: what first differs in their paths, from the end."""
+    parts = [evaluation_path(path).resolve().with_suffix("").parts for path in paths]
+    for one, other in zip(*(reversed(p) for p in parts), strict=False):
+        if one != other:
+            return [one, other]
+    return ["1", "2"]

@@ -1,0 +1,120 @@
+"""`tiltflow doctor`: looking before training."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tiltflow.config.load import load_config
+from tiltflow.setup.build import device_of
+from tiltflow.setup.checks import Finding, Subject, findings
+from tiltflow.setup.planner import GIB, OVERHEAD, Plan
+from tiltflow.tasks.planning import (
+    fastest,
+    is_auto,
+    plan_recipe,
+    reward_models,
+    sentence,
+    with_graphs,
+)
+
+PACKAGES = ("tiltflow", "torch", "diffusers", "transformers", "peft", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def examine(
+    recipe: str | None, overrides: Sequence[str], console: Console, memory: float | None = None
+) -> None:
+    """Prints versions and device; with a recipe, what each check of it says, and a plan.
+
+    `memory` is the device's in GiB; None takes that of this machine's, if it has one.
+
+    Raises:
+        ValueError: in one sentence, what is wrong with the recipe, after everything is printed.
+    """
+    if memory is not None and not math.isfinite(memory):
+        raise ValueError(f"--memory is {memory}, but it should be a number of GiB")
+    for name, value in versions().items():
+        console.print(f"{name} {value}")
+    console.print(f"device {device_of('auto')}, {torch.get_num_threads()} threads")
+    if recipe is not None:
+        cfg = load_config(recipe, overrides)
+        found = list(findings(Subject(cfg)))
+        for finding in found:
+            console.print(f"{finding.name}: {_verdict(finding).removeprefix(f'{finding.name}: ')}")
+        groups = "" if cfg.stage == "cold_start" else f" in groups of {cfg.tilt.group_size}"
+        failed = {finding.name: finding for finding in found if finding.failed}
+        order = ", in order" if not failed else ""
+        console.print(
+            f"{recipe}: {cfg.stage}, {cfg.train.steps} steps of {cfg.train.batch_size} samples"
+            f"{groups}{order}"
+        )
+        if cfg.model.path != "mixture" and not {"model", "weights", "adapters"} & set(failed):
+            have = memory or device_memory()
+            if is_auto(cfg):
+                room = None if have is None else have * GIB
+                parts, made = fastest(cfg, room)
+                cfg, made = with_graphs(cfg, parts, made, room)
+                console.print(sentence(parts, made, room, cfg.tilt.keep_graph is True))
+            models, unknown = reward_models(cfg)
+            show_plan(plan_recipe(cfg), have, console)
+            if models:
+                console.print(
+                    "of reward models the weights are counted, and for what they compute with as "
+                    "much again as the largest has"
+                )
+            if unknown:
+                console.print(f"not counted, for its size is not known: {', '.join(unknown)}")
+        if len(failed) == 1:
+            raise ValueError(next(str(finding.error) for finding in failed.values()))
+        if failed:
+            raise ValueError(f"{recipe}: {len(failed)} checks failed ({', '.join(failed)})")
+
+
+def _verdict(finding: Finding) -> str:
+    if not finding.seen:
+        return "not looked at"
+    if finding.error is None:
+        return "ok"
+    return f"not yet: {finding.error}" if finding.note else str(finding.error)
+
+
+def device_memory() -> float | None:
+    """The memory of this machine's GPU in GiB, if it has one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory / GIB
+
+
+def show_plan(made: Plan, memory: float | None, console: Console) -> None:
+    """The plan as a table in GiB, and whether it fits into `memory` GiB."""
+    table = Table(title="memory on the device")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for name, size in made.held.items():
+        table.add_row(name, f"{size / GIB:.2f}")
+    for name, size in made.phases.items():
+        table.add_row(f"while in: {name}", f"{size / GIB:.2f}", style="dim")
+    table.add_row("peak of an iteration", f"{made.peak / GIB:.2f}", style="bold")
+    table.add_row("while encoding prompts", f"{made.encoding / GIB:.2f}")
+    table.add_row("allowed for CUDA and its allocator", f"{OVERHEAD / GIB:.2f}")
+    console.print(table)
+    if memory is not None:
+        verdict = "fits" if made.fits(memory * GIB) else "does not fit"
+        console.print(f"{verdict} into {memory:.1f} GiB")

@@ -1,0 +1,324 @@
+"""`tiltflow sample` and `tiltflow evaluate`: images and figures of a model and its LoRAs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from tiltflow.core.disk import writing
+from tiltflow.core.distributed import ALONE, Ranks, ranks_of_job
+from tiltflow.core.paths import resolve_path
+from tiltflow.core.precision import attention_of, autocast_dtype
+from tiltflow.data.prompts import Prompt
+from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
+from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
+from tiltflow.evaluation.report import SIGNIFICANT, beside
+from tiltflow.evaluation.scores import Diversity, Evaluation, SaveImages, evaluate_systems
+from tiltflow.rewards.base import Reward, at_once_of, load_reward
+from tiltflow.rewards.zoo.clip_family import CLIPScore
+from tiltflow.setup.build import device_of
+from tiltflow.tasks.progress import SystemsProgress, progress_bar
+from tiltflow.tasks.request import Request, prepare, say_settled
+from tiltflow.tasks.systems import TEACHER
+
+
+def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
+    """One PNG a prompt in `out`, from the furthest-trained system that was given.
+
+    Under torchrun the prompts are split over the ranks.
+
+    Raises:
+        ValueError: if `out` is a file, an image is not finite, or as `prepare`.
+        OSError: naming the image that could not be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, but the images go into a folder")
+    with ranks_of_job(device_of(request.device)) as ranks:
+        _sample_images(request, out, console, ranks)
+        if ranks.main:
+            _say_older(out, len(request.prompts), console)
+    return [out / f"{row:05d}.png" for row in range(len(request.prompts))]
+
+
+def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) -> None:
+    say_settled(request, console)
+    loaded, sampler = prepare(request, ranks)
+    system = sampler.systems(loaded, teacher=not loaded.students)[-1 if loaded.students else 0]
+    out.mkdir(parents=True, exist_ok=True)
+    mine = range(len(request.prompts))[ranks.share(len(request.prompts))]
+    with progress_bar(console) as bar, _attention(request):
+        report = SystemsProgress(bar, [system.name], console)
+        for start in range(0, len(mine), request.batch):
+            rows = mine[start : start + request.batch]
+            images = (system.sample(list(rows)) * 255).round().byte().permute(0, 2, 3, 1)
+            for row, pixels in zip(rows, images.cpu().numpy(), strict=True):
+                _save_png(pixels, out / f"{row:05d}.png")
+            report(system.name, start + len(rows), len(mine))
+    ranks.total([0.0])  # all images are there when rank 0 says so
+
+
+def _say_older(out: Path, count: int, console: Console) -> None:
+    """A line if there are numbered images in `out` beyond the `count` that were made: those of an
+    earlier call with more prompts, which stay, for nobody asked to remove them."""
+    names = sorted(path.stem for path in out.glob("*.png"))
+    older = [name for name in names if re.fullmatch(r"\d{5,}", name) and int(name) >= count]
+    if older:
+        more = f" and {len(older) - 1} more" if len(older) > 1 else ""
+        console.print(
+            f"{out / older[0]}.png{more} in this folder are not of these prompts, but of an "
+            "earlier call",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+
+
+def _save_png(pixels: NDArray[np.uint8], file: Path) -> None:
+    with writing(file):
+        Image.fromarray(pixels).save(file)
+
+
+def _attention(request: Request) -> AbstractContextManager[None]:
+    """As in training; without autocast the networks' own, which diffusers' pipelines use too."""
+    device = device_of(request.device)
+    mixed = autocast_dtype(request.autocast, device)
+    return attention_of(device, mixed) if mixed else nullcontext()
+
+
+def load_rewards(rewards: Mapping[str, str | None], device: str) -> list[Reward]:
+    return [
+        load_reward(name, path=path, device=str(device_of(device)))
+        for name, path in rewards.items()
+    ]
+
+
+def evaluate(
+    request: Request,
+    console: Console,
+    ranks: Ranks = ALONE,
+    take: Take = make_anew,
+    save_images: SaveImages | None = None,
+) -> Evaluation:
+    """Scores the teacher and the students; every student is compared with the systems before it."""
+    loaded, sampler = prepare(request, ranks)
+    systems = sampler.systems(loaded)
+    rewards = load_rewards(request.rewards, request.device)
+    names = [s.name for s in systems]
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
+    with progress_bar(console) as bar, _attention(request):
+        result = evaluate_systems(
+            systems,
+            request.prompts,
+            rewards,
+            request.batch,
+            SystemsProgress(bar, names, console),
+            comparisons=pairs,
+            diversity=_diversity(rewards) if request.diversity else None,
+            take=take,
+            save_images=save_images,
+            ranks=ranks,
+        )
+    result.summary["rewards_at_once"] = {reward.name: at_once_of(reward) for reward in rewards}
+    return result
+
+
+def evaluate_to(
+    path: Path, request: Request, console: Console, keep_images: bool = False
+) -> Evaluation:
+    """`evaluate`, written to `path` (an evaluation.json) and beside it.
+
+    While it runs, what is done lies in `NAME.parts/`; the same request for the same path goes on
+    from there. With `keep_images`, every image is `NAME.images/SYSTEM/NNNNN.png`; these take the
+    place of an earlier evaluation's when all of them are there.
+
+    Under torchrun the prompts are split over the ranks, which go on if they are as many as before.
+
+    Raises:
+        ValueError: before anything loads, if `path` is a folder, or one cannot be made for it.
+    """
+    check_target(path)
+    what, folder = asked(request), path.with_suffix(".images") if keep_images else None
+    say_settled(request, console)
+    with ranks_of_job(device_of(request.device)) as ranks:
+        place = {"rank": ranks.rank, "ranks": ranks.size}
+        chunks = Chunks(path.with_suffix(".parts"), what | place | {"keep_images": keep_images})
+        if len(chunks):
+            console.print(f"going on with {len(chunks)} batches of an earlier run")
+        made = path.with_suffix(".parts") / f"images-{digest(what)}"
+        save_images = partial(save_pngs, made) if folder else None
+        result = evaluate(request, console, ranks, chunks.take, save_images)
+        result.summary["asked"] = what
+        if ranks.main:
+            save(result, request.prompts, path)
+            if folder:
+                save_prompts(made, request.prompts)
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
+            elif path.with_suffix(".images").is_dir():
+                console.print(f"{path.with_suffix('.images')} is of an earlier evaluation")
+        ranks.total([0.0])  # what rank 0 has written makes the chunks superfluous
+        chunks.clear()
+    return result
+
+
+def digest(what: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits for what was asked."""
+    text = json.dumps(what, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def check_target(path: Path) -> None:
+    """Raises ValueError if figures cannot go into `path`: it, or what is above, is in the way."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, but --json names the file that the figures go into")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(
+            f"{path} cannot be written: {above} is no folder, or one without the right"
+        )
+
+
+def asked(request: Request) -> dict[str, Any]:
+    """What the figures of a request depend on, as JSON; weights by the files that hold them.
+
+    The code of rewards of one's own, and what a reward server runs, are not seen here.
+    """
+    plain = ("tilt", "teacher_steps", "guidance", "seed", "batch", "autocast", "diversity")
+    chosen = request.settled
+    settled = ("steps", "eta", "dtype", "resolution", "max_sequence_length")
+    prompts = json.dumps([[p.text, p.metadata] for p in request.prompts], default=str)
+    return {
+        **{name: getattr(request, name) for name in plain},
+        **{name: getattr(chosen, name) for name in settled},
+        "student_guidance": chosen.guidance,
+        "device": device_of(request.device).type,
+        "model": place_of(resolve_path(request.model)),
+        "generator": place_of(request.generator_path and resolve_path(request.generator_path)),
+        "few_step": place_of(request.few_step),
+        "tilt_lora": place_of(request.tilt_lora),
+        "rewards": {
+            name: place_of(path and resolve_path(path)) for name, path in request.rewards.items()
+        },
+        "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
+        "versions": {name: version(name) for name in ("tiltflow", "torch", "diffusers")},
+    }
+
+
+def save_pngs(folder: Path, system: str, rows: Sequence[int], pixels: NDArray[np.uint8]) -> None:
+    """Images (B, H, W, 3) as `folder`/SYSTEM/NNNNN.png."""
+    (folder / system).mkdir(parents=True, exist_ok=True)
+    for row, image in zip(rows, pixels, strict=True):
+        _save_png(image, folder / system / f"{row:05d}.png")
+
+
+def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """The prompts of the images in `folder`, one a line, in `prompts.txt`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [" ".join(prompt.text.split()) for prompt in prompts]
+    (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _diversity(rewards: Sequence[Reward]) -> Diversity:
+    """Diversity in the features of the last CLIP among the rewards (the held-out one), and the
+    distance to the teacher's images in the same."""
+    clips = [reward for reward in rewards if isinstance(reward, CLIPScore)]
+    if not clips:
+        raise ValueError("--diversity measures distances in a CLIP: add --reward clipscore")
+    return Diversity(clips[-1].image_features, reference=TEACHER)
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """The table of an evaluation, a column a system, and its comparisons, in the terminal."""
+    systems = summary["systems"]
+    table = Table(title=f"{summary['prompts']} prompts, mean ± half the 95% interval")
+    table.add_column("", no_wrap=True)
+    for name in systems:
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_row("NFE", *(str(system["nfe"]) for system in systems.values()))
+    for reward in next(iter(systems.values()))["scores"]:
+        table.add_row(reward, *(_cell(s["scores"].get(reward)) for s in systems.values()))
+    for name in beside(systems):
+        table.add_row(name, *(_cell(system.get(name)) for system in systems.values()))
+    console.print(table)
+    show_comparisons(summary["comparisons"], console)
+
+
+def show_categories(summary: Mapping[str, Any], console: Console) -> None:
+    """For each reward, the means by category of prompt and their mean; nothing without any."""
+    categories = summary.get("categories")
+    if not categories:
+        return
+    for reward in next(iter(summary["systems"].values()))["category_means"]:
+        table = Table(title=f"{reward} by category (prompts)")
+        table.add_column("system", no_wrap=True, min_width=14)
+        for name, category in categories.items():
+            table.add_column(f"{name} ({category['prompts']})", justify="right")
+        table.add_column("mean of categories", justify="right")
+        for system, figures in summary["systems"].items():
+            cells = [f"{c['systems'][system][reward]['mean']:.4f}" for c in categories.values()]
+            table.add_row(system, *cells, f"{figures['category_means'][reward]:.4f}")
+        console.print(table)
+
+
+def show_comparisons(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Each comparison in a line, with what may be said of it.
+
+    Judged, as in the report, by the p-value after Holm's correction for the number of rows.
+    """
+    for row in rows:
+        p = row.get("p_holm", row["p_value"])
+        if p >= SIGNIFICANT:
+            verdict = "no significant difference"
+        else:
+            verdict = f"{row['a']} is {'higher' if row['difference'] > 0 else 'lower'}"
+        parts = [f"{row['difference']:+.4f} {_range(row['ci95'])}"]
+        if "bootstrap_ci95" in row:
+            parts.append(f"bootstrap {_range(row['bootstrap_ci95'])}")
+        if "win_rate" in row:
+            parts.append(f"wins {row['win_rate']:.0%} of {row['n']}")
+        parts.append(f"p = {row['p_value']:.2g}")
+        if "p_holm" in row:
+            parts.append(f"corrected {p:.2g}")
+        console.print(
+            f"{row['a']} − {row['b']} on {row['reward']}: {', '.join(parts)}: {verdict}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _range(interval: Sequence[float]) -> str:
+    return f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+
+
+def _cell(score: Mapping[str, Any] | float | None) -> str:
+    if score is None:
+        return "–"
+    if isinstance(score, float):
+        return f"{score:.4f}"
+    low, high = score["ci95"]
+    half = f"{(high - low) / 2:.3f}".removeprefix("0")  # four systems fit into 80 columns
+    return f"{score['mean']:.3f} ±{half}"
+
+
+def save(evaluation: Evaluation, prompts: Sequence[Prompt], path: Path) -> None:
+    """`evaluation.json`, and the scores by prompt beside it."""
+    with writing(scores_path(path)):
+        write_scores(scores_path(path), evaluation, prompts)
+    with writing(path):
+        write_evaluation(path, evaluation.summary)

@@ -1,0 +1,253 @@
+"""What a recipe holds in memory, and `model.gradient_checkpointing=auto`: the fastest plan that
+fits the device, kept in the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.config.load import RunConfig
+from tiltflow.config.schema import AUTO, CHECKPOINTED
+from tiltflow.core.disk import write_whole
+from tiltflow.core.distributed import Ranks
+from tiltflow.core.paths import resolve_path
+from tiltflow.models.pipelines.meta import text_encoders
+from tiltflow.rewards.sizes import reward_memory
+from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
+from tiltflow.setup.model_checks import meta_of
+from tiltflow.setup.planner import GIB, Job, Plan, TiltJob, plan
+
+
+def plan_recipe(cfg: RunConfig) -> Plan:
+    """What a recipe will hold in memory, from configurations alone, reward models included.
+
+    Raises:
+        ValueError: if there is no directory of the pipeline and it is no published one.
+    """
+    model = cfg.model
+    make = partial(meta_of, cfg)
+    backbone = make()
+    lora = cfg.adapters.kind == "lora"
+    settings = adapter_settings(cfg, backbone) if lora else None
+    tilt = None
+    if cfg.stage == "tilt":
+        backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
+        chunk = cfg.tilt.decode_chunk or cfg.train.micro
+        steps = cfg.tilt.reward_steps if backprop else 0
+        fresh = cfg.tilt.fake_score_start == "fresh"
+        graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + 1
+        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs)
+    chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
+    job = Job(
+        batch=cfg.train.batch_size,
+        micro=cfg.train.micro,
+        steps=cfg.sampler.steps,
+        guidance=backbone.guidance if model.guidance is None else model.guidance,
+        consistency=chosen.consistency > 0,
+        adapters=settings,
+        checkpointing=model.checkpointed,
+        tilt=tilt,
+        fused=cfg.run.device != "cpu",
+        boundaries=fake_scores(cfg),
+        keep_graph=chosen.keep_graph is True,
+    )
+    encoders = sum(
+        p.numel() for e in text_encoders(resolve_path(model.path)).values() for p in e.parameters()
+    )
+    made = plan(make, job, encoders * DTYPES[model.dtype].itemsize)
+    models, _ = reward_models(cfg)
+    if not models:
+        return made
+    phases = {**made.phases, "scoring": made.phases.get("scoring", 0) + max(models.values())}
+    return replace(made, held={**made.held, **models}, phases=phases)
+
+
+def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
+    """The bytes of the weights of the reward models that a run loads, by what they are, and the
+    rewards whose size is not known before they load.
+
+    What one computes with is allowed for in a plan's scoring, as much again as its weights: a round
+    figure, for a ViT and eight images more than enough.
+
+    Raises:
+        ValueError: as `reward_memory`.
+    """
+    held, unknown = {}, []
+    for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
+        for name, size in reward_memory(table).items():
+            if size is None:
+                unknown.append(f"{kind} {name}")
+            elif size:
+                held[f"{kind} {name}"] = size
+    return held, unknown
+
+
+FILE = "plan.json"
+USED = 0.95
+"""Of a device's memory, what a plan may take by its own count."""
+
+
+def device_bytes(device: torch.device) -> float | None:
+    """The memory of a run's device; None where it is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu":
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
+def is_auto(cfg: RunConfig) -> bool:
+    return cfg.model.gradient_checkpointing == AUTO
+
+
+def with_checkpointing(cfg: RunConfig, parts: tuple[str, ...], keep: bool = False) -> RunConfig:
+    """The config with these parts recomputed, checked as a whole again; `keep` is what an open
+    `tilt.keep_graph` becomes."""
+    other = "tilt" if cfg.stage == "cold_start" else "cold_start"
+    values = cfg.model_dump(mode="json", exclude={other})
+    values["model"]["gradient_checkpointing"] = list(parts)
+    if _keep_is_open(cfg):
+        values["tilt"]["keep_graph"] = keep
+    return RunConfig.model_validate_json(json.dumps(values))
+
+
+def _keep_is_open(cfg: RunConfig) -> bool:
+    return cfg.stage == "tilt" and cfg.tilt.keep_graph == AUTO
+
+
+def choices(cfg: RunConfig) -> Iterator[tuple[str, ...]]:
+    """What may be recomputed, the least work first; what the rest of the config refuses left out.
+
+    The work is counted in passes of the network: of stage 1 the fake score's three an iteration and
+    the generator's one in `generator_every`; of stage 2 the fake score's three an update and one a
+    trained step of the generator. The decoder is less than a pass.
+    """
+    if cfg.stage == "cold_start":
+        work = {"fake_score": 3.0, "generator": 1 / cfg.cold_start.generator_every}
+    else:
+        steps = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
+        work = {"decoder": 0.5, "generator": steps, "fake_score": 3.0 * cfg.tilt.fake_score_updates}
+    found = [parts for n in range(len(work) + 1) for parts in combinations(sorted(work), n)]
+    for parts in sorted(found, key=lambda each: sum(work[part] for part in each)):
+        try:
+            with_checkpointing(cfg, parts)
+        except ValueError:
+            continue
+        yield parts
+
+
+def fastest(
+    cfg: RunConfig, memory: float | None, planned: Callable[[RunConfig], Plan] = plan_recipe
+) -> tuple[tuple[str, ...], Plan | None]:
+    """The parts to recompute in `memory` bytes, and the plan; all where memory is not known.
+
+    Where nothing fits, the choice is the one that needs least: the run may be lucky, and the
+    message of a run that is not says what else helps.
+    """
+    if cfg.model.path == "mixture":
+        return (), None
+    every = tuple(part for part in CHECKPOINTED if part != "decoder" or cfg.stage == "tilt")
+    if memory is None:
+        return every, None
+    made = None
+    for parts in choices(cfg):
+        made = planned(with_checkpointing(cfg, parts))
+        if made.fits(USED * memory):
+            return parts, made
+    return every, made
+
+
+def with_graphs(
+    cfg: RunConfig,
+    parts: tuple[str, ...],
+    made: Plan | None,
+    memory: float | None,
+    planned: Callable[[RunConfig], Plan] = plan_recipe,
+) -> tuple[RunConfig, Plan | None]:
+    """The config with these parts recomputed, whose plan is `made`; and where `tilt.keep_graph` is
+    `auto`, with the graphs kept if they fit as well."""
+    plain = with_checkpointing(cfg, parts)
+    if not _keep_is_open(cfg) or made is None or memory is None:
+        return plain, made
+    keeps = with_checkpointing(cfg, parts, keep=True)
+    larger = planned(keeps)
+    return (keeps, larger) if larger.fits(USED * memory) else (plain, made)
+
+
+def chosen(
+    cfg: RunConfig,
+    out: Path,
+    goes_on: bool,
+    memory: float | None,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> RunConfig:
+    """The config as it is built: `auto` replaced by the run's plan, or by a new one, in one line.
+
+    A run that goes on has the plan that it began with, so that its numbers are the same.
+
+    Raises:
+        ValueError: if that needs more memory than the device has, unless `run.replan`.
+    """
+    if not is_auto(cfg):
+        return cfg
+    kept = _kept(out) if goes_on else None
+    if kept is not None and not _too_large(kept, memory):
+        parts = tuple(kept["gradient_checkpointing"])
+        return with_checkpointing(cfg, parts, kept.get("keep_graph", False))
+    if kept is not None and not cfg.run.replan:
+        assert memory is not None
+        raise ValueError(
+            f"the plan of {out} needs {kept['bytes'] / GIB:.1f} GiB and this device has "
+            f"{memory / GIB:.1f} GiB: go on where it began, or give run.replan=true, which makes "
+            "another plan"
+        )
+    order = list(choices(cfg))
+    parts, made = fastest(cfg, memory)
+    parts = order[ranks.from_main(order.index(parts))] if parts in order else parts
+    built, made = with_graphs(cfg, parts, made, memory)
+    keep = bool(ranks.from_main(int(built.tilt.keep_graph is True)))
+    again = "planned anew: " if kept is not None else ""
+    say(f"{again}{sentence(parts, made, memory, keep)}")
+    if unknown := reward_models(cfg)[1]:
+        say(f"not counted, for its size is not known: {', '.join(unknown)}")
+    if ranks.main:
+        size = made.peak if made is not None else 0
+        values = {"gradient_checkpointing": list(parts), "keep_graph": keep, "bytes": size}
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
+    return with_checkpointing(cfg, parts, keep)
+
+
+def sentence(
+    parts: tuple[str, ...], made: Plan | None, memory: float | None, keep: bool = False
+) -> str:
+    """Which plan it is, in one line."""
+    what = f"recomputes {', '.join(parts)}" if parts else "recomputes nothing"
+    what += " and keeps the rollout's graphs" if keep else ""
+    if made is None or memory is None:
+        return f"gradient_checkpointing=auto {what}"
+    size, whole = made.peak / GIB, memory / GIB
+    return f"gradient_checkpointing=auto {what}: {size:.1f} GiB of the device's {whole:.1f}"
+
+
+def _kept(out: Path) -> dict[str, Any] | None:
+    """The plan that the run in `out` began with."""
+    file = out / FILE
+    if not file.is_file():
+        return None
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
+
+
+def _too_large(kept: dict[str, Any], memory: float | None) -> bool:
+    return memory is not None and kept["bytes"] > memory

@@ -1,0 +1,243 @@
+"""`tiltflow report`: the HTML page of one run or of several."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tiltflow.config.recipe_source import read_recipe, recipe_text
+from tiltflow.core.metrics import read_metrics
+from tiltflow.data.prompts import Prompt
+from tiltflow.evaluation.files import read_evaluation
+from tiltflow.evaluation.report import Sheet, write_report
+from tiltflow.evaluation.scores import KEPT_IMAGES, Evaluation
+from tiltflow.evaluation.statistics import holm
+from tiltflow.evaluation.watch.history import FILE, read_history
+from tiltflow.evaluation.watch_figures import Watched
+from tiltflow.tasks.doctor import versions
+from tiltflow.tasks.evaluate import save_pngs, save_prompts
+
+IMAGES = "evaluation.images"
+"""A folder beside evaluation.json: SYSTEM/NNNNN.png, and prompts.txt."""
+
+NOTICE = "notice.txt"
+"""In a run directory, or the one above it: a sentence for the top of every page of its figures."""
+
+
+def write_evaluation_report(
+    out: Path,
+    evaluation: Evaluation,
+    prompts: Sequence[Prompt],
+    stages: Mapping[str, Path],
+    notice: str = "",
+) -> Path:
+    """Keeps the first images beside the evaluation and writes `report.html` from what is there,
+    with `notice` above everything else."""
+    folder = out / IMAGES
+    count = 0
+    for system, images in evaluation.images.items():
+        count = max(count, len(images))
+        save_pngs(folder, system, range(len(images)), images)
+    if count:
+        save_prompts(folder, prompts[:count])
+    return _write([out, *stages.values()], out, notice)
+
+
+def write_run_report(runs: Sequence[Path], out: Path | None) -> Path:
+    """One page of run directories, side by side: what was evaluated, the watch, curves, samples.
+
+    A directory whose sub-directories are runs (the demo's) counts as these. Without `out`, the page
+    of one run lies in it, and that of several beside the first, under their names.
+
+    Raises:
+        ValueError: if a directory holds no run, or something in it cannot be read.
+    """
+    found: list[Path] = []
+    for run in runs:
+        inner = [p for p in (run / "cold_start", run / "tilt") if (p / "config.yaml").is_file()]
+        if not inner and not (run / "config.yaml").is_file():
+            raise ValueError(f"{run} is no run directory (it has no config.yaml)")
+        found += [run, *inner]
+    return _write(found, out or _place(runs))
+
+
+def _place(runs: Sequence[Path]) -> Path:
+    """Where a page goes that was given no place: no run's own is overwritten by that of several."""
+    if len(runs) == 1:
+        return runs[0]
+    names = re.sub(r"[^\w.-]+", "_", "_".join(_names(list(dict.fromkeys(runs))).values()))
+    called = names if len(names) <= 100 else f"of_{len(runs)}_runs"
+    return runs[0].absolute().parent / f"report_{called}.html"
+
+
+def _write(folders: Sequence[Path], out: Path, notice: str = "") -> Path:
+    folders = list({f.absolute(): f for f in folders}.values())
+    evaluation, grids, prompts = _evaluations([f for f in folders if _evaluated(f)])
+    runs = [f for f in folders if (f / "metrics.jsonl").is_file()]
+    names = _names(runs)
+    rows = {names[r]: read_metrics(r / "metrics.jsonl") for r in runs}
+    texts = {names[r]: recipe_text(str(r / "config.yaml")) for r in runs}
+    settings = {names[r]: read_recipe(str(r / "config.yaml")) for r in runs}
+    return write_report(
+        out,
+        title="tiltflow: " + " and ".join(dict.fromkeys(f.name for f in _tops(folders))),
+        evaluation=evaluation,
+        curves=rows,
+        grids=grids,
+        prompts=prompts,
+        config=texts,
+        versions=versions(),
+        watch={
+            names[r]: Watched(
+                read_history(r / FILE), _rules(r, settings[names[r]]), _ended(rows[names[r]])
+            )
+            for r in runs
+            if (r / FILE).is_file()
+        },
+        sheets=[sheet for r in runs for sheet in _sheets(r, names[r])],
+        together=_together(settings),
+        notice=notice or " ".join(dict.fromkeys(filter(None, map(_notice, folders)))),
+    )
+
+
+def _notice(folder: Path) -> str:
+    """What is to be said of the figures in a folder, a run's or the demo's that it belongs to."""
+    for place in (folder, folder.absolute().parent):
+        if (place / NOTICE).is_file():
+            return (place / NOTICE).read_text(encoding="utf-8").strip()
+    return ""
+
+
+def _tops(folders: Sequence[Path]) -> list[Path]:
+    """The folders that lie in no other of them."""
+    return [f for f in folders if not any(other in f.parents for other in folders)]
+
+
+def _ended(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The sentence with which the watch ended the run, or nothing."""
+    said = [str(row["watch/ended"]) for row in rows if "watch/ended" in row]
+    return said[-1] if said else ""
+
+
+def _rules(run: Path, settings: Mapping[str, Any]) -> dict[str, float | None]:
+    """The thresholds of the watch's rules, as the run's config has them.
+
+    Raises:
+        ValueError: if they are no numbers, in a config that was edited.
+    """
+    watch = settings.get("watch")
+    rules = watch.get("rules") if isinstance(watch, dict) else None
+    rules = {} if rules is None else rules
+    numbers = isinstance(rules, dict) and all(
+        rule is None or (isinstance(rule, int | float) and math.isfinite(rule))
+        for rule in rules.values()
+    )
+    if not numbers:
+        raise ValueError(f"{run / 'config.yaml'}: watch.rules should hold numbers by name")
+    return rules
+
+
+def _sheets(run: Path, name: str) -> list[Sheet]:
+    """The first and the last sheet of samples that a run drew."""
+    files = sorted((run / "samples").glob("step-*.png"))
+    return [
+        Sheet(name, int(file.stem.removeprefix("step-")), _pixels(file))
+        for file in dict.fromkeys([*files[:1], *files[-1:]])
+    ]
+
+
+def _together(settings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The runs of one stage, where there are several."""
+    stages: dict[str, list[str]] = {}
+    for name, values in settings.items():
+        stages.setdefault(str(values.get("stage")), []).append(name)
+    return [names for names in stages.values() if len(names) > 1]
+
+
+def _evaluated(folder: Path) -> bool:
+    return (folder / "evaluation.json").is_file()
+
+
+def _evaluations(
+    folders: Sequence[Path],
+) -> tuple[dict[str, Any], dict[str, list[np.ndarray]], list[str]]:
+    """The folders' evaluations as one, with the kept images by system and their prompts.
+
+    Of several, a system is called by its folder, too, unless it has the same scores in every
+    folder (the teacher, as a rule). Images are shown of those folders whose prompts are the
+    first's, and categories where all have the same ones.
+    """
+    merged: dict[str, Any] = {"prompts": 0, "systems": {}, "comparisons": [], "categories": {}}
+    grids: dict[str, list[np.ndarray]] = {}
+    prompts: list[str] = []
+    names = _names(folders)
+    tables = {folder: read_evaluation(folder) for folder in folders}
+    categories = {folder: table.get("categories", {}) for folder, table in tables.items()}
+    sizes = [{name: c["prompts"] for name, c in found.items()} for found in categories.values()]
+    if any(size != sizes[0] for size in sizes):
+        categories = {folder: {} for folder in folders}
+    for folder, found in tables.items():
+        called = {}
+        for system, values in found["systems"].items():
+            same = all(t["systems"].get(system) == values for t in tables.values())
+            called[system] = system if same else f"{system}, {names[folder]}"
+            merged["systems"][called[system]] = values
+        for category, table in categories[folder].items():
+            into = merged["categories"].setdefault(category, table | {"systems": {}})
+            into["systems"] |= {called[s]: v for s, v in table["systems"].items()}
+        for row in found["comparisons"]:
+            renamed = row | {"a": called[row["a"]], "b": called[row["b"]]}
+            if renamed not in merged["comparisons"]:
+                merged["comparisons"].append(renamed)
+        images, texts = _images(folder / IMAGES, found)
+        if not prompts or texts == prompts:
+            prompts = texts
+            grids |= {called[system]: kept for system, kept in images.items()}
+    if not folders:
+        return {}, {}, []
+    if len(folders) > 1:  # one table, so one correction for the number of its comparisons
+        adjusted = holm([row["p_value"] for row in merged["comparisons"]])
+        for row, p in zip(merged["comparisons"], adjusted, strict=True):
+            row["p_holm"] = p
+    merged["prompts"] = " and ".join(dict.fromkeys(str(t["prompts"]) for t in tables.values()))
+    return merged, grids, prompts
+
+
+def _names(runs: Sequence[Path]) -> dict[Path, str]:
+    """A run's name: its folder's, with as many of the parents' as tell it from the others."""
+
+    def last(run: Path, parts: int) -> str:
+        return "/".join(run.absolute().parts[-parts:])
+
+    names = {}
+    for run in runs:
+        parts = 1
+        while sum(last(other, parts) == last(run, parts) for other in runs) > 1:
+            parts += 1
+        names[run] = last(run, parts)
+    return names
+
+
+def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarray]], list[str]]:
+    """The kept images by system, in the evaluation's order, and their prompts."""
+    if not (folder / "prompts.txt").is_file():
+        return {}, []
+    grids = {}
+    for system in evaluation["systems"]:
+        files = sorted((folder / system).glob("*.png"))[:KEPT_IMAGES]
+        if files:
+            grids[system] = [_pixels(f) for f in files]
+    return grids, (folder / "prompts.txt").read_text().splitlines()
+
+
+def _pixels(file: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(file).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is no image that can be read") from error

@@ -1,0 +1,189 @@
+"""What `tiltflow sample` and `evaluate` are asked for, settled and loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tiltflow.core.distributed import ALONE, Ranks
+from tiltflow.core.paths import embedding_cache, resolve_path
+from tiltflow.core.precision import autocast_dtype
+from tiltflow.core.randomness import Randomness
+from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
+from tiltflow.data.embeddings import BATCH, EncodedPrompts, distinct
+from tiltflow.data.prompts import Prompt
+from tiltflow.models.backbone import Backbone, Parts
+from tiltflow.models.families import check_pipeline, load_backbone, local_pipeline
+from tiltflow.models.pipelines.fingerprint import encoder_facts
+from tiltflow.models.pipelines.meta import meta_backbone
+from tiltflow.models.pipelines.weights import check_weights
+from tiltflow.setup.build import DTYPES, device_of
+from tiltflow.tasks.choices import Choices, Dtype, settle
+from tiltflow.tasks.systems import Loaded, Sampler, load_students
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample from, and how; None is settled by `Request.settled`."""
+
+    model: str
+    prompts: Sequence[Prompt]
+    few_step: Path | None = None
+    tilt_lora: Path | None = None
+    tilt: float = 1.0
+    steps: int | None = None
+    eta: float | None = None
+    teacher_steps: int = 50
+    guidance: float | None = None
+    """The teacher's; None is the model's own."""
+    student_guidance: float | None = None
+    seed: int = 0
+    batch: int = 64
+    device: str = "auto"
+    dtype: Dtype | None = None
+    autocast: str | None = None
+    """As `model.autocast` of a run: bf16, auto or None."""
+    resolution: int | None = None
+    max_sequence_length: int | None = None
+    generator_path: str | None = None
+    cache: str | None = None
+    """As `data.cache` of a run."""
+    rewards: Mapping[str, str | None] = field(default_factory=dict)
+    """Names of rewards, each with the path of its weights or None."""
+    diversity: bool = False
+
+    @cached_property
+    def settled(self) -> Choices:
+        """How the students are sampled, by the contract of their export.
+
+        Raises:
+            ValueError: if `tilt` is outside [0, 1], a number is not finite, or a LoRA folder or its
+                contract cannot be read.
+        """
+        self._check()
+        asked = {
+            "steps": self.steps,
+            "eta": self.eta,
+            "guidance": self.student_guidance,
+            "resolution": self.resolution,
+            "max_sequence_length": self.max_sequence_length,
+        }
+        second = self.generator_path
+        return settle(asked, self.dtype, self.model, second, self.few_step, self.tilt_lora)
+
+    def _check(self) -> None:
+        """Raises ValueError for what is wrong whatever the model is."""
+        if not 0 <= self.tilt <= 1:
+            raise ValueError(f"--tilt is {self.tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
+        for option, value in (
+            ("--guidance", self.guidance), ("--student-guidance", self.student_guidance)
+        ):  # fmt: skip
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{option} is {value}, which is no finite number")
+        if self.model == "mixture":
+            raise ValueError("the mixture backbone has no images to sample; use tiltflow train")
+
+
+def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
+    """Encodes the prompts, and then loads the rest of the model and its LoRAs.
+
+    Raises:
+        ValueError: as `Request.settled` and `check_request`, or if anything does not load.
+    """
+    check_request(request)
+    with ranks.main_first():  # the others find the prompts in the cache
+        encoded = _encoded(request)
+    backbone = _backbone(request, "image")
+    backbone.thaw()  # type: ignore[attr-defined]
+    mixed = autocast_dtype(request.autocast, backbone.device)
+    chosen = request.settled
+    loaded = load_students(
+        backbone, request.few_step, request.tilt_lora, request.tilt, mixed, chosen.guidance
+    )
+    guidance = backbone.guidance if request.guidance is None else request.guidance
+    sampler = Sampler(
+        encoded,
+        Randomness(request.seed),
+        chosen.steps,
+        chosen.eta,
+        request.teacher_steps,
+        guidance,
+    )
+    return loaded, sampler
+
+
+def check_request(request: Request) -> None:
+    """Whether the weight files are the networks', and the LoRAs finite and this model's, before
+    any weight of the model loads: the students are made once in shape only.
+
+    Raises:
+        ValueError: as `check_pipeline`, `check_weights`, `meta_backbone` and `load_students`.
+    """
+    path = local_pipeline(resolve_path(request.model))
+    second = request.generator_path
+    family = check_pipeline(path)
+    check_weights(path)
+    generator = local_pipeline(resolve_path(second)) if second else None
+    if generator is not None:
+        check_pipeline(generator, family)
+        check_weights(generator, ["transformer"])
+    if request.few_step or request.tilt_lora:
+        shapes = meta_backbone(path, generator_path=generator, **_settings(request))
+        load_students(shapes, request.few_step, request.tilt_lora)
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    """What a backbone of the request is made with, whatever holds its weights."""
+    chosen = request.settled
+    return {
+        "dtype": DTYPES[chosen.dtype],
+        "resolution": chosen.resolution,
+        "max_sequence_length": chosen.max_sequence_length,
+    }
+
+
+def _backbone(request: Request, parts: Parts) -> Backbone:
+    second = request.generator_path
+    return load_backbone(
+        resolve_path(request.model),
+        generator_path=resolve_path(second) if second else None,
+        device=device_of(request.device),
+        parts=parts,
+        **_settings(request),
+    )
+
+
+def _encoded(request: Request) -> EncodedPrompts:
+    """The prompts through the text encoders, which are dropped, or out of the embedding cache.
+
+    As many at a time as there are, up to `BATCH`, as a pipeline's call would: a matrix product
+    rounds by its size, and that is part of the cache's key.
+    """
+    batch = max(1, min(BATCH, len(distinct(request.prompts))))
+    root = embedding_cache(request.cache)
+    cache = None
+    if root is not None:
+        path, chosen = local_pipeline(resolve_path(request.model)), request.settled
+        check_pipeline(path)
+        facts = encoder_facts(
+            path,
+            dtype=chosen.dtype,
+            device=device_of(request.device).type,
+            max_sequence_length=chosen.max_sequence_length,
+            batch_size=batch,
+        )
+        cache = EmbeddingCache(root, EncoderKey(request.model, facts))
+    sets = [list(request.prompts)]
+    return encoded_sets(cache, sets, lambda: _backbone(request, "text"), batch_size=batch)[0]
+
+
+def say_settled(request: Request, console: Console) -> None:
+    """The lines that say where the request is not as the student was trained."""
+    for note in request.settled.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,249 @@
+"""`tiltflow train`: one run directory from one recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from tiltflow.config.load import PromptSets, RunConfig, dump_config
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.disk import write_whole
+from tiltflow.core.distributed import Ranks, ranks_of_job
+from tiltflow.core.errors import NonFiniteError
+from tiltflow.core.run_lock import RunLock, refuse_if_held
+from tiltflow.evaluation.watch.probes import FixedPrompts
+from tiltflow.evaluation.watch.watch import Watch
+from tiltflow.setup.assemble import build_rewards
+from tiltflow.setup.build import Build, attention_for, build_stage, device_of
+from tiltflow.setup.checks import check_run
+from tiltflow.setup.manifest import manifest_of
+from tiltflow.setup.run_directory import start_of, with_absolute_paths
+from tiltflow.tasks.choices import base_of_start
+from tiltflow.tasks.export import export_checkpoint
+from tiltflow.tasks.failures import explained, resume_command
+from tiltflow.tasks.planning import chosen, device_bytes, is_auto
+from tiltflow.tasks.progress import progress_bar
+from tiltflow.tasks.watching import build_watch, held_out, look
+from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
+    """Images (N, 3, H, W) in [0, 1] as one PNG."""
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    n, h, w, _ = pixels.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * h, columns * w, 3), 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        r, c = divmod(i, columns)
+        sheet[r * h : (r + 1) * h, c * w : (c + 1) * w] = picture
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path)
+
+
+def run_training(cfg: RunConfig, console: Console) -> Path:
+    """Trains what the config says and returns the run directory.
+
+    Under torchrun every rank calls this; rank 0 speaks and writes.
+
+    Raises:
+        ValueError: if the directory already holds a run and `run.resume` is false, or there is
+            nothing to resume; and whatever the config's files have wrong.
+        MemoryError, OSError: out of memory or disk, with what helps.
+        PeerLost: if another rank is gone.
+    """
+    out, device = Path(cfg.run.out), device_of(cfg.run.device)
+    refuse_if_held(out)
+    start_of(cfg, out)  # an early word; what counts is what the lock's holder finds
+    sets = check_run(cfg)
+    attention = attention_for(cfg, device)
+    job = ranks_of_job(device, cfg.run.rank_timeout)
+    with job as ranks, attention, explained(cfg, ranks.size), _locked(out, ranks) as hold:
+        return _run(cfg, sets, out, hold, console if ranks.main else Console(quiet=True), ranks)
+
+
+@contextmanager
+def _locked(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Rank 0's lock of the run directory, which the others wait for; checks that it still holds.
+
+    Raises:
+        ValueError: on every rank, if another process has the directory.
+    """
+    with ExitStack() as stack:
+        refused: ValueError | None = None
+        check: Callable[[], None] = lambda: None  # noqa: E731
+        if ranks.main:
+            try:
+                check = stack.enter_context(RunLock(out)).check
+            except ValueError as error:
+                refused = error
+        if ranks.any(refused is not None):
+            raise refused or ValueError(f"rank 0 has not been given the run directory {out}")
+        yield check
+
+
+def _run(
+    cfg: RunConfig,
+    sets: PromptSets,
+    out: Path,
+    hold: Callable[[], None],
+    console: Console,
+    ranks: Ranks,
+) -> Path:
+    start = start_of(cfg, out)
+    if ranks.from_main(start or 0) != (start or 0):
+        raise ValueError(f"the ranks see different files in {out}: it must be on a shared disk")
+
+    def say(line: str) -> None:
+        console.print(line, style="dim", markup=False)
+
+    memory = device_bytes(device_of(cfg.run.device)) if is_auto(cfg) else None
+    planned = chosen(cfg, out, start is not None, memory, ranks, say)
+    build = build_stage(planned, say, sets=sets, ranks=ranks)
+    few_step = build.stage.roles.state().get("few_step")
+    manifest = manifest_of(cfg, sets, few_step)
+    _say_other_base(cfg, manifest, say)
+    settings = LoopSettings(
+        steps=cfg.train.steps,
+        log_every=cfg.log.every,
+        save_every=cfg.checkpoint.every,
+        keep=cfg.checkpoint.keep,
+        tensorboard=cfg.log.tensorboard,
+        wandb=cfg.log.wandb,
+        stop_on_alarm=cfg.watch.stop,
+        facts=build.facts | {"manifest": manifest},
+        skip=cfg.train.skip_nonfinite,
+        resume_from=cfg.run.resume_from,
+    )
+    with progress_bar(console) as bar:
+        task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start or 0, note="")
+
+        def progress(step: int, metrics: dict[str, float]) -> None:
+            _show(bar, task, step, metrics, console)
+
+        def begin() -> None:
+            if ranks.main:
+                _write_config(cfg, out)
+
+        plain = Hooks(progress=progress, notice=say, begin=begin, before_save=hold)
+        hooks, watch = _hooks(cfg, build, out, start or 0, plain, console, ranks)
+        done = train(build.stage, out, settings, hooks, start is not None, ranks)
+    if watch is not None and watch.alarmed and cfg.watch.stop:
+        console.print(
+            f"the watch ended the run; checkpoints/latest is step {done}, the last without an "
+            "alarm (docs/watch.md says how to go on)"
+        )
+    elif done < cfg.train.steps:
+        command = resume_command(out, ranks.size)
+        said = f"stopped at step {done} and saved; go on with: {command}"
+        console.print(said, soft_wrap=True)
+        return out
+    if ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
+        export_checkpoint(cfg, load_checkpoint(out), out / "export")
+    return out
+
+
+def _say_other_base(
+    cfg: RunConfig, manifest: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """A line if stage 2 starts from an adapter of other weights than those it will train on."""
+    start = Path(cfg.model.few_step) if cfg.model.few_step else None
+    if start is None or not start.is_dir():
+        return  # nothing, or a run that goes on from its own copy
+    there, here = base_of_start(start), manifest["generator_base"] or manifest["base"]
+    if there not in (None, here):
+        say(
+            f"warning: model.few_step {start} was trained on a base whose weights have the hash "
+            f"{str(there)[:12]}, but those here have {here[:12]}"
+        )
+
+
+def _write_config(cfg: RunConfig, out: Path) -> None:
+    """`config.yaml` in one step: a full disk or a kill leaves the old one whole.
+
+    Going on, and the checkpoint to go on from, are not asked for again by who starts from this
+    file; and its paths mean the same from every directory.
+    """
+    run = cfg.run.model_copy(update={"resume": False, "resume_from": "latest"})
+    resolved = with_absolute_paths(cfg).model_copy(update={"run": run})
+    write_whole(out / "config.yaml", dump_config(resolved))
+
+
+def _hooks(
+    cfg: RunConfig,
+    build: Build,
+    out: Path,
+    start: int,
+    plain: Hooks,
+    console: Console,
+    ranks: Ranks,
+) -> tuple[Hooks, Watch | None]:
+    """`plain` hooks, and sample grids, held-out rewards and the watch, all on the same fixed
+    prompts and noise."""
+    watched = cfg.watch.rewards
+    pictures = cfg.log.samples_every > 0 and len(build.backbone.latent_shape) == 3
+    if build.fixed is None or not (pictures or watched):
+        return plain, None
+    prompts = build.fixed.prompts
+    fixed = FixedPrompts(
+        build.fixed,
+        build.backbone.few_step_sigmas(cfg.sampler.steps),
+        cfg.sampler.eta,
+        min(cfg.train.micro, 64),
+        ranks,
+    )
+    ema = build.stage.roles.ema
+
+    def sample(done: int) -> None:
+        if pictures:
+            try:
+                images = fixed.images(ema, min(cfg.log.samples, len(prompts)))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {done}: {error}") from error
+            if ranks.main:
+                save_grid(images, out / "samples" / f"step-{done:06d}.png")
+
+    hooks = replace(
+        plain,
+        sample=sample,
+        sample_every=cfg.log.samples_every if pictures else 0,
+        watch_every=cfg.watch.every if watched else 0,
+    )
+    if not watched:
+        return hooks, None
+    if cfg.stage == "tilt":
+        watch = build_watch(cfg, build, fixed, out, start, console, ranks)
+        seeing = replace(
+            hooks, watch=lambda done: look(watch, done, console), good=lambda: watch.good
+        )
+        return seeing, watch
+    rewards = build_rewards(watched, build.backbone.device)
+    n = min(cfg.watch.prompts, len(prompts))
+    # stage 1 has nothing to hack: figures, no rules, and hence no reference to measure first
+    looking = replace(
+        hooks,
+        watch=lambda done: Watched(held_out(fixed, ema, rewards, n)),
+        good=lambda: 0,
+    )
+    return looking, None
+
+
+SHOWN: Sequence[str] = ("generator/matching", "fake_score/ambient")
+
+
+def _show(bar: Progress, task, done: int, metrics: dict[str, float], console: Console) -> None:  # type: ignore[no-untyped-def]
+    """Moves the bar; where there is no terminal, prints a line instead."""
+    names = [n for n in metrics if n.startswith("reward/")] or [n for n in SHOWN if n in metrics]
+    note = "  ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in names)
+    bar.update(task, completed=done, note=note)
+    if not console.is_terminal:
+        left = bar.tasks[task].time_remaining
+        console.print(f"step {done}  {note}" + (f"  left {left:.0f} s" if left else ""))

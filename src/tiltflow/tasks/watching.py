@@ -1,0 +1,111 @@
+"""The watch of a run, put together from its config (docs/watch.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tiltflow.config.load import RunConfig
+from tiltflow.core.distributed import Ranks
+from tiltflow.evaluation.watch.history import FILE, History
+from tiltflow.evaluation.watch.probes import Features, FixedPrompts, Probes, ProbeSettings
+from tiltflow.evaluation.watch.rules import Rules
+from tiltflow.evaluation.watch.watch import Watch
+from tiltflow.models.roles import Role
+from tiltflow.rewards.combine import RewardMixture
+from tiltflow.rewards.zoo.clip_family import CLIPScore
+from tiltflow.setup.assemble import build_rewards
+from tiltflow.setup.build import Build
+from tiltflow.train.loop import Watched
+from tiltflow.train.tilt import Tilt
+
+
+def build_watch(
+    cfg: RunConfig,
+    build: Build,
+    fixed: FixedPrompts,
+    out: Path,
+    start: int,
+    console: Console,
+    ranks: Ranks,
+) -> Watch:
+    """The watch of a stage-2 run that starts at step `start`; its memory is `out`/watch.jsonl.
+
+    Every rank watches, rank 0 writes the memory down.
+    """
+    stage, chosen = build.stage, cfg.watch
+    assert isinstance(stage, Tilt)
+    backbone = build.backbone
+    held_out = build_rewards(chosen.rewards, backbone.device)
+    features = _features(cfg, build, held_out, stage.rewards)
+    if features is None:
+        console.print("watch: no reward is a CLIP and watch.clip is unset: diversity not measured")
+    settings = ProbeSettings(
+        samples=chosen.prompts,
+        groups=min(chosen.diversity_prompts, chosen.prompts),
+        draws=chosen.diversity_images,
+        teacher_samples=min(chosen.teacher_images, chosen.prompts),
+        teacher_sigmas=backbone.teacher_sigmas(chosen.teacher_steps),
+        guidance=stage.matching.guidance,
+        levels=chosen.levels,
+        cutoff=chosen.frequency,
+    )
+    probes = Probes(
+        fixed,
+        stage.roles,
+        held_out,
+        stage.rewards,
+        features,
+        settings,
+    )
+    return Watch(
+        probes.measure,
+        Rules(**chosen.rules.model_dump()),
+        stage.rewards.weights,
+        # as in the log, a run that died before its first save starts over
+        History(out / FILE, start if start else -1, write=ranks.main),
+    )
+
+
+def _features(
+    cfg: RunConfig, build: Build, held_out: RewardMixture, trained: RewardMixture
+) -> Features | None:
+    """What diversity is measured in: points as they are, images in a CLIP, None without one.
+
+    The CLIP is that of `watch.clip`, else of the last CLIP among the held-out rewards, else of
+    the last among the trained ones.
+    """
+    if len(build.backbone.latent_shape) != 3:
+        return lambda points: points
+    if cfg.watch.clip is not None:
+        return CLIPScore(cfg.watch.clip, device=build.backbone.device).image_features
+    for rewards in (held_out, trained):
+        clips: list[Any] = [
+            r.reward for r in rewards.rewards if hasattr(r.reward, "image_features")
+        ]
+        if clips:
+            features: Features = clips[-1].image_features
+            return features
+    return None
+
+
+def held_out(
+    fixed: FixedPrompts, role: Role, rewards: RewardMixture, count: int
+) -> dict[str, float]:
+    """The mean of each held-out reward on the fixed prompts and noise: all of it in stage 1."""
+    mine = fixed.ranks.spread(count)
+    images = fixed.images(role, count)[mine].to(role.backbone.device)
+    chosen = [fixed.encoded.prompts[i] for i in mine]
+    scores = rewards.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
+    whole = {name: fixed.ranks.collect(v.cpu(), count) for name, v in scores.items()}
+    return {f"held_out/{name}": float(values.mean()) for name, values in whole.items()}
+
+
+def look(watch: Watch, done: int, console: Console) -> Watched:
+    """One look, as the loop takes it; alarms go to the terminal, too."""
+    seen = watch(done)
+    for text in seen.alarms.values():
+        console.print(f"watch: step {done}: {text}", style="yellow", markup=False, highlight=False)
+    return Watched(watch.metrics(seen), seen.alarms)
