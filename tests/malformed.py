@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiltflow.cli.main import main as cli
+from tiltflow.cli import main as cli
 from tiltflow.core.checkpoint import save_checkpoint
 from tiltflow.core.disk import sha256
 

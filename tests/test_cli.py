@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tiltflow.cli.main import main as cli
+from tiltflow.cli import main as cli
 
 SRC = Path(__file__).parents[1] / "src"
 COMMANDS = (

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from tiltflow.cli.main import main as cli
+from tiltflow.cli import main as cli
 from tiltflow.rewards import load_reward
 from tiltflow.rewards.remote import wire
 from tiltflow.rewards.remote.limits import BODY_LIMIT

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from students import Student, request, sampled, student
 
-from tiltflow.cli.main import main as cli
+from tiltflow.cli import main as cli
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation import chunks
 from tiltflow.export.writing import load_lora
