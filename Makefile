@@ -37,7 +37,7 @@ lint: $(STAMP)
 	$(BIN)/mypy src
 	$(BIN)/lint-imports
 
-# what docs/benchmarks.md and docs/distributed.md report; the longer studies have a command of their own
+# what docs/lab/benchmarks.md and docs/distributed.md report; the longer studies have a command of their own
 bench: $(STAMP)
 	@for name in $(BENCHES); do echo "== $$name"; \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from tiltflow.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS: dict[str, type[BaseModel]] = {
     name: field.annotation
     for name, field in RunConfig.model_fields.items()

@@ -1,4 +1,4 @@
-"""In an iteration the host waits for the device nowhere but for the scores (docs/benchmarks.md)."""
+"""In an iteration the host waits for the device for the scores only (docs/lab/benchmarks.md)."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "method.md"
-CITED = re.compile(r"METHOD ((?:§\d+(?:[,–]| and)? ?)+)")
-PLACES = ("src", "tests", "docs", "benchmarks", "scripts")
+CITED = re.compile(r"METHOD\s+((?:§\d+(?:[,–]| and)?\s*)+)")
+PLACES = ("src", "tests", "docs", "benchmarks", "scripts", "examples")
 
 
 def cited() -> dict[int, Path]:

@@ -70,8 +70,8 @@ def test_stage_one_reaches_the_teachers_distribution(cold: Path) -> None:
 def test_stage_two_follows_the_exact_tilted_family(cold: Path, tmp_path: Path) -> None:
     """β > .3 at KL ≤ .01, and still so after three times the rollouts.
 
-    The share within three std falls by about .01 on the way (docs/evidence.md); the bound is .04,
-    as two draws of this size differ by up to .02.
+    The share within three std falls by about .01 on the way (docs/lab/evidence.md); the bound is
+    .04, as two draws of this size differ by up to .02.
     """
     arguments = [f"run.out={tmp_path / 'tilt'}", f"model.few_step={cold}", "run.device=cpu"]
     cfg = load_config("mixture_tilt", arguments)

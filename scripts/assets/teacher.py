@@ -166,7 +166,7 @@ def train_teacher(work: Path, batch: int = 128, seed: int = 33) -> None:
     """Flow matching (METHOD section 1) with caption dropout, and the second task of `PlaceHead`.
 
     Some captions are false, as those of images from the web are: the teacher is good, and what it
-    gets wrong is what a reward can put right (docs/demo_settings.md, "Which teacher").
+    gets wrong is what a reward can put right (docs/lab/demo_settings.md, "Which teacher").
     """
     torch.manual_seed(seed)
     steps, rate = GOING_ON if (work / "teacher").exists() else FRESH

@@ -1,4 +1,4 @@
-"""The LoRA layer that roles train: PEFT's, with its sum inside one product (docs/benchmarks.md)."""
+"""The LoRA layer that roles train: PEFT's, its sum inside one product (docs/lab/benchmarks.md)."""
 
 from __future__ import annotations
 
