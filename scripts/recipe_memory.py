@@ -3,7 +3,7 @@
     python scripts/recipe_memory.py            plans every recipe (minutes), writes both files
     python scripts/recipe_memory.py --table    writes the table from the figures that are there
 
-No weight is loaded: the planner runs a micro-batch on torch's meta device, at the published geometry.
+No weight is loaded: the planner runs a micro-batch on torch's meta device.
 """
 
 from __future__ import annotations

@@ -160,8 +160,8 @@ caption, then `clip` 1,000 more under attack and `clip_heldout` 600 without; and
 steps on the towers that came of it (AdamW 6e-4, the first quarter of a schedule of 2,400). In the
 fifth the transformer went on for 1,200 steps (AdamW 6e-4) in which {false:.0%} of the images had a
 caption that is wrong in one respect, as captions from the web are: docs/lab/demo_settings.md,
-"Which teacher", has the reason. Without `--reuse` the script trains everything afresh on today's world;
-that way has not been run to its end.
+"Which teacher", has the reason. Without `--reuse` the script trains everything afresh on
+today's world; that way has not been run to its end.
 """
 
 
