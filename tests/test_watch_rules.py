@@ -21,9 +21,9 @@ from tiltflow.evaluation.watch.history import (
     read_history,
 )
 from tiltflow.evaluation.watch.rules import Rules, above_zero, judge
-from tiltflow.evaluation.watch.spectrum import high_frequency_energy
 from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.families.mixture import GaussianMixture
+from tiltflow.models.spectrum import high_frequency_energy
 
 N = 96
 WEIGHTS = {"clip": 1.0}

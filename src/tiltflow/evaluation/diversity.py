@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from tiltflow.models.medium import Features, Medium
+from tiltflow.rewards.base import Reward
+
+
+def features_of(medium: Medium, rewards: Iterable[Reward]) -> Features | None:
+    """What samples are compared in: the medium's own features, else those of the last reward that
+    has `image_features` (a CLIP); None without one."""
+    if medium.features is not None:
+        return medium.features
+    found: Features | None = None
+    for reward in rewards:
+        found = getattr(reward, "image_features", found)
+    return found
 
 
 def pairwise_distance(features: Tensor) -> Tensor:

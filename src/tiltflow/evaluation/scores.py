@@ -17,13 +17,14 @@ from tiltflow.evaluation.categories import by_category, category_means
 from tiltflow.evaluation.chunks import Made, Take, make_anew
 from tiltflow.evaluation.diversity import cmmd, pairwise_distance, vendi_score
 from tiltflow.evaluation.statistics import bootstrap_ci, holm, mean_ci, paired_comparison
-from tiltflow.rewards.base import RANGE_TOLERANCE, Reward, checked
+from tiltflow.models.medium import Features, Medium, article
+from tiltflow.rewards.base import Reward, checked, medium_of
 
 DIVERSITY = "diversity"
 KEPT_IMAGES = 24
 
 Progress = Callable[[str, int, int], None]
-SaveImages = Callable[[str, Sequence[int], NDArray[np.uint8]], None]
+SaveImages = Callable[[str, Sequence[int], NDArray[np.generic]], None]
 
 
 class PromptLike(Protocol):
@@ -38,12 +39,12 @@ class PromptLike(Protocol):
 
 @dataclass(frozen=True)
 class System:
-    """Something that makes an image of a prompt in `nfe` evaluations of a network.
+    """Something that makes a sample of a prompt in `nfe` evaluations of a network.
 
-    `sample(indices)` gives the images (B, 3, H, W) in [0, 1] (or points (B, D)) of the prompts
-    with these indices; the noise depends on the index alone, so systems are compared on the same
-    noise. `redraw(indices, draw)`, where there is one, does the same from the noise number `draw`
-    = 0, 1, …; it is what diversity is measured on.
+    `sample(indices)` gives the samples (images: (B, 3, H, W) in [0, 1]) of the prompts with these
+    indices; the noise depends on the index alone, so systems are compared on the same noise.
+    `redraw(indices, draw)`, where there is one, does the same from the noise number `draw` = 0,
+    1, …; it is what diversity is measured on.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Diversity:
     With `reference`, a system's name, the CMMD of every other system's images to its images.
     """
 
-    features: Callable[[Tensor], Tensor]
+    features: Features
     prompts: int = 64
     images: int = 4
     reference: str | None = None
@@ -74,7 +75,7 @@ class Diversity:
 class Evaluation:
     """`summary` is the content of `evaluation.json`; `scores[system][reward]` are the values by
     prompt, (N,), or those of the prompts `measured[reward]` where it is there;
-    `images[system]` are the first images, (n, H, W, 3) uint8 (none for points).
+    `images[system]` are pictures of the first samples, (n, H, W, 3) uint8, where there are any.
     """
 
     summary: dict[str, Any]
@@ -106,14 +107,16 @@ def evaluate_systems(
     take: Take = make_anew,
     save_images: SaveImages | None = None,
     ranks: Ranks = ALONE,
+    medium: Medium | None = None,
 ) -> Evaluation:
     """Sample every system on every prompt, score with every reward, compare the named pairs.
 
-    Images are rounded to eight bits before they are scored, so the figures are those of the
-    saved files, and no more than `keep` of a system are held. `progress(system, done, total)` is
-    called after each batch, in images. `take` may keep the results of a batch, and give them back
-    in place of making them; `save_images(system, indices, pixels)` gets every batch that is made.
-    Both see this rank's batches only.
+    Samples of `medium` (None: the first reward's) are rounded as files hold them before they are scored (images: to eight
+    bits), so the figures are those of the saved files, and no more than `keep` of a system are
+    held. `progress(system, done, total)` is called after each batch, in samples. `take` may keep
+    the results of a batch, and give them back in place of making them;
+    `save_images(system, indices, encoded)` gets every batch that is made. Both see this rank's
+    batches only.
 
     Prompts are split over `ranks`; every rank returns all scores, and the images of its own part
     (rank 0 has the first ones).
@@ -123,7 +126,17 @@ def evaluate_systems(
             prompts, or a reward fails.
     """
     _check(systems, prompts, rewards, batch_size, comparisons)
-    job = _Job(prompts, rewards, batch_size, diversity, keep, take, save_images, ranks)
+    job = _Job(
+        prompts,
+        rewards,
+        batch_size,
+        diversity,
+        keep,
+        take,
+        save_images,
+        ranks,
+        medium or medium_of(rewards[0]),
+    )
     found = {system.name: job.measure(system, progress) for system in systems}
     scores = {name: measured.scores for name, measured in found.items()}
     categories = by_category([p.metadata for p in prompts], scores)
@@ -232,6 +245,7 @@ class _Job:
     take: Take
     save_images: SaveImages | None
     ranks: Ranks
+    medium: Medium
 
     @property
     def groups(self) -> list[int]:
@@ -282,21 +296,21 @@ class _Job:
     @torch.no_grad()
     def _scored(self, system: System, rows: list[int]) -> Made:
         """The scores of a batch, its features for CMMD, and those of its images that are kept."""
-        images, pixels = _rounded(system.name, system.sample(rows), len(rows))
+        images = self._rounded(system.name, system.sample(rows), len(rows))
         texts = [self.prompts[i].text for i in rows]
         metadata = [self.prompts[i].metadata for i in rows]
         made = {
             f"score/{reward.name}": checked(reward, images, texts, metadata).cpu()
             for reward in self.rewards
         }
-        if pixels is None:
-            return made
         if self.save_images is not None:
-            self.save_images(system.name, rows, pixels)
+            self.save_images(system.name, rows, self.medium.encode(images))
         if self.diversity is not None and self.diversity.reference is not None:
             made["features"] = self.diversity.features(images).float().cpu()
-        if rows[0] < self.keep:
-            made["pixels"] = torch.from_numpy(pixels[: self.keep - rows[0]])
+        draw = self.medium.sheet
+        if draw is not None and rows[0] < self.keep:
+            pictures = [draw(image, 1) for image in images[: self.keep - rows[0]].split(1)]
+            made["pixels"] = torch.from_numpy(np.stack(pictures))
         return made
 
     def _drawn(self, system: System, diversity: Diversity, report: Callable[[int], None]) -> Tensor:
@@ -314,23 +328,28 @@ class _Job:
     @torch.no_grad()
     def _redrawn(self, system: System, diversity: Diversity, rows: list[int], draw: int) -> Made:
         assert system.redraw is not None
-        images, _ = _rounded(system.name, system.redraw(rows, draw), len(rows))
+        images = self._rounded(system.name, system.redraw(rows, draw), len(rows))
         return {"features": diversity.features(images).float().cpu()}
 
+    def _rounded(self, name: str, samples: Tensor, count: int) -> Tensor:
+        """A system's samples as files hold them.
 
-def _rounded(name: str, images: Tensor, count: int) -> tuple[Tensor, NDArray[np.uint8] | None]:
-    """Images as eight bits hold them, and these bits (B, H, W, 3); points as they are."""
-    images = images.detach().float()
-    if len(images) != count:
-        raise ValueError(f"system {name!r} gave {len(images)} images for {count} prompts")
-    if images.ndim == 2:
-        return images, None
-    if not bool(torch.isfinite(images).all()):
-        raise ValueError(f"system {name!r} gave an image that is not finite")
-    if bool((images < -RANGE_TOLERANCE).any() | (images > 1 + RANGE_TOLERANCE).any()):
-        raise ValueError(f"system {name!r} gave an image outside [0, 1]")
-    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.float() / 255, pixels.permute(0, 2, 3, 1).cpu().numpy()
+        Raises:
+            ValueError: if they are too few, or not the medium's.
+        """
+        samples = samples.detach().float()
+        if len(samples) != count:
+            raise ValueError(
+                f"system {name!r} gave {len(samples)} {self.medium.name} for {count} prompts"
+            )
+        try:
+            fault = self.medium.check(samples)
+        except ValueError as error:
+            raise ValueError(f"system {name!r}: its medium {error}") from error
+        if fault is not None:
+            what = fault.what if fault.finite else f"{self.medium.one} that is not finite"
+            raise ValueError(f"system {name!r} gave {article(what)} {what}")
+        return self.medium.rounded(samples)
 
 
 def _spread(total: int, wanted: int) -> list[int]:

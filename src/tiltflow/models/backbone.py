@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tiltflow.models.medium import Medium
+
 Parts = Literal["all", "text", "image"]
 Base = Literal["device", "host", "empty"]
 """Where the frozen transformer is put: on the device; in main memory, to be sharded from there; or
@@ -87,6 +89,8 @@ class Backbone(Protocol):
     family: str
     device: torch.device
     latent_shape: tuple[int, ...]
+    medium: Medium
+    """What its samples are; `decode` gives these."""
     guidance: float
     """The teacher's guidance scale unless the recipe says otherwise."""
 
@@ -118,7 +122,7 @@ class Backbone(Protocol):
         """The prompts' conditioning, on `device`."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] from latents, differentiable, fp32."""
+        """Samples of `medium` from latents, differentiable, fp32: images (B, 3, H, W) in [0, 1]."""
 
     def few_step_sigmas(self, steps: int) -> Tensor:
         """The (steps + 1,) fp32 grid of METHOD §1: σ₀ > … > σ_K = 0, on the CPU."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor
 from tiltflow.core.allocation import out_of_memory
 from tiltflow.core.interruption import Stopped
 from tiltflow.core.paths import nearest
+from tiltflow.core.registry import failure, find, made
+from tiltflow.models.medium import Fault, Medium, article, load_medium
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
-from tiltflow.rewards.own import dotted, failure, imported, made
 from tiltflow.rewards.remote.address import REMOTE, remote_settings
 
 ENTRY_POINTS = "tiltflow.rewards"
-RANGE_TOLERANCE = 1e-3  # decoders clamp to [0, 1]; a bf16 round trip may leave it by this much
 
 Metadata = Mapping[str, object]
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
@@ -42,9 +41,9 @@ class Reward(Protocol):
     as there are, for a reward that sees to it itself that no score depends on the others' images
     (`at_once_of` has the whole rule).
 
-    A reward of points instead of images ((B, D), any range) says so with `domain = "points"`. One
-    that waits for another machine says `elsewhere = True`: training calls it from another thread
-    and goes on meanwhile. It is not differentiable.
+    A reward of another medium than images says so with `domain`, the medium's name or dotted path:
+    "points" ((B, D), any range). One that waits for another machine says `elsewhere = True`:
+    training calls it from another thread and goes on meanwhile. It is not differentiable.
     """
 
     name: str
@@ -67,8 +66,7 @@ class FunctionReward:
         elsewhere: bool = False,
         at_once: int | None = None,
     ) -> None:
-        if domain not in ("images", "points"):
-            raise ValueError(f"reward {name!r}: domain must be images or points, not {domain!r}")
+        _domain(name, domain)
         if elsewhere and differentiable:
             raise ValueError(f"reward {name!r}: elsewhere, so it cannot be differentiable")
         self.function = function
@@ -89,14 +87,31 @@ def at_once_of(reward: Reward) -> int | None:
     """How many images `checked` calls a reward with; None: as many as there are.
 
     What `reward.at_once` says. Where it says nothing: 1, so that a score is a function of its own
-    image and prompt by construction; but None for points, and for a reward elsewhere.
+    image and prompt by construction; but None for points, and for a reward elsewhere (its medium
+    says it, `Medium.at_once`).
 
     Raises:
         ValueError: if it says something else than None or a whole number from 1.
     """
-    whole = getattr(reward, "domain", "images") == "points" or getattr(reward, "elsewhere", False)
-    said = getattr(reward, "at_once", None if whole else 1)
+    usual = None if getattr(reward, "elsewhere", False) else medium_of(reward).at_once
+    said = getattr(reward, "at_once", usual)
     return None if said is None else _sensible(reward.name, said)
+
+
+def medium_of(reward: Reward) -> Medium:
+    """The medium that a reward scores: its `domain`, images where it has none.
+
+    Raises:
+        ValueError: if there is no such medium.
+    """
+    return _domain(reward.name, getattr(reward, "domain", "images"))
+
+
+def _domain(name: str, domain: str) -> Medium:
+    try:
+        return load_medium(domain)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: domain: {error}") from error
 
 
 def _sensible(name: str, given: object) -> int:
@@ -127,9 +142,7 @@ def checked(
             RewardFailed, which is one, if it raises anything but a ValueError. Running out of
             memory, being stopped and being interrupted pass as they are.
     """
-    domain = getattr(reward, "domain", "images")
-    _check_shapes(reward.name, domain, images, prompts, metadata)
-    _check_values(reward.name, domain, images, prompts)
+    _check_samples(reward.name, medium_of(reward), images, prompts, metadata)
     promised = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
     images = (images if promised else images.detach()).float()
     size = at_once_of(reward) or max(len(images), 1)
@@ -166,32 +179,26 @@ def _called(
         raise ValueError(f"reward {reward.name!r}{where}: {error}") from error
 
 
-def _check_shapes(
-    name: str, domain: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+def _check_samples(
+    name: str,
+    medium: Medium,
+    samples: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
 ) -> None:
-    wrong = images.ndim != 2 if domain == "points" else images.ndim != 4 or images.shape[1] != 3
-    if wrong or 0 in images.shape[1:] or not images.is_floating_point():
-        wanted = "(B, D) float points" if domain == "points" else "(B, 3, H, W) float images"
+    try:
+        found: Fault | None = medium.check(samples)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r} {error}") from error
+    if not len(samples) == len(prompts) == len(metadata):
         raise ValueError(
-            f"reward {name!r} needs {wanted}, got {tuple(images.shape)} {_dtype(images)}"
-        )
-    if not len(images) == len(prompts) == len(metadata):
-        raise ValueError(
-            f"reward {name!r} got {len(images)} {domain}, {len(prompts)} prompts "
+            f"reward {name!r} got {len(samples)} {medium.name}, {len(prompts)} prompts "
             f"and {len(metadata)} metadata"
         )
-
-
-def _check_values(name: str, domain: str, images: Tensor, prompts: Sequence[str]) -> None:
-    # Of a row with a NaN in it both ends are NaN.
-    rows = images.detach().flatten(1)
-    low, high = rows.amin(1), rows.amax(1)
-    kind = domain.removesuffix("s")
-    bad = ~(torch.isfinite(low) & torch.isfinite(high))
-    _refuse(bad, prompts, f"reward {name!r} got a non-finite {kind}", NonFiniteScore)
-    if domain == "images":
-        beyond = (low < -RANGE_TOLERANCE) | (high > 1 + RANGE_TOLERANCE)
-        _refuse(beyond, prompts, f"reward {name!r} got an image outside [0, 1]")
+    if found is not None:
+        kind = ValueError if found.finite else NonFiniteScore
+        got = f"reward {name!r} got {article(found.what)} {found.what}"
+        _refuse(found.rows, prompts, got, kind)
 
 
 def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores: object) -> Tensor:
@@ -334,21 +341,9 @@ def target_of(name: str) -> Callable[..., Any]:
         ValueError: if there is none (names the nearest reward), it cannot be imported, or it is
             neither.
     """
-    target = dotted(name) if ":" in name else _entry(name)
+    target = find("reward", name, ENTRY_POINTS, BUILTIN, "function")
     if not callable(target):
         raise ValueError(f"reward {name!r} is neither a function nor a class")
-    return target
-
-
-def _entry(name: str) -> object:
-    points: dict[str, EntryPoint] = {p.name: p for p in entry_points(group=ENTRY_POINTS)}
-    if name not in points:
-        known = sorted({*BUILTIN, *points})
-        raise ValueError(
-            f"there is no reward {name!r}{nearest(name, known)} "
-            "(a reward of your own is 'package.module:function')"
-        )
-    target: object = imported(name, points[name].value, points[name].load)
     return target
 
 
@@ -369,7 +364,7 @@ def _from_target(
 ) -> Reward:
     if isinstance(target, type):
         places = {} if path is None else {"path": path}
-        reward = made(name, target, device=device, **places, **options)
+        reward = made("reward", name, target, device=device, **places, **options)
         if not isinstance(reward, Reward):
             raise ValueError(f"reward {name!r} needs a name, differentiable and a call")
         return reward

@@ -25,6 +25,7 @@ from tiltflow.models.compiled import compile_blocks
 from tiltflow.models.families import check_pipeline, load_backbone, local_pipeline
 from tiltflow.models.graphs import graphs_for
 from tiltflow.models.lora_files import read_adapter
+from tiltflow.models.medium import load_medium
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
@@ -100,6 +101,8 @@ def build_backbone(cfg: RunConfig, parts: Parts = "all", ranks: Ranks = ALONE) -
         fp8=model.base_storage == "fp8",
         base=base,
     )
+    if model.medium is not None:
+        backbone.medium = load_medium(model.medium)
     if isinstance(backbone, PipelineBackbone) and parts != "text":
         backbone.fuse()
         if "decoder" in model.checkpointed:

@@ -9,14 +9,12 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -26,11 +24,12 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
+from tiltflow.evaluation.diversity import features_of
 from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
 from tiltflow.evaluation.report import SIGNIFICANT, beside
-from tiltflow.evaluation.scores import Diversity, Evaluation, SaveImages, evaluate_systems
+from tiltflow.evaluation.scores import Diversity, Evaluation, evaluate_systems
+from tiltflow.models.medium import Medium
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
-from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.build import device_of
 from tiltflow.tasks.progress import SystemsProgress, progress_bar
 from tiltflow.tasks.request import Request, prepare, say_settled
@@ -38,7 +37,7 @@ from tiltflow.tasks.systems import TEACHER
 
 
 def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
-    """One PNG a prompt in `out`, from the furthest-trained system that was given.
+    """One file a prompt in `out`, a PNG of images, from the furthest-trained system given.
 
     Under torchrun the prompts are split over the ranks.
 
@@ -49,48 +48,60 @@ def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, but the images go into a folder")
     with ranks_of_job(device_of(request.device)) as ranks:
-        _sample_images(request, out, console, ranks)
+        medium = _sample_images(request, out, console, ranks)
         if ranks.main:
-            _say_older(out, len(request.prompts), console)
-    return [out / f"{row:05d}.png" for row in range(len(request.prompts))]
+            _say_older(out, len(request.prompts), medium, console)
+    return [_file(out, row, medium) for row in range(len(request.prompts))]
 
 
-def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) -> None:
+def _file(folder: Path, row: int, medium: Medium) -> Path:
+    return folder / f"{row:05d}{medium.suffix}"
+
+
+def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) -> Medium:
     say_settled(request, console)
     loaded, sampler = prepare(request, ranks)
     system = sampler.systems(loaded, teacher=not loaded.students)[-1 if loaded.students else 0]
+    medium = loaded.backbone.medium
     out.mkdir(parents=True, exist_ok=True)
     mine = range(len(request.prompts))[ranks.share(len(request.prompts))]
     with progress_bar(console) as bar, _attention(request):
         report = SystemsProgress(bar, [system.name], console)
         for start in range(0, len(mine), request.batch):
             rows = mine[start : start + request.batch]
-            images = (system.sample(list(rows)) * 255).round().byte().permute(0, 2, 3, 1)
-            for row, pixels in zip(rows, images.cpu().numpy(), strict=True):
-                _save_png(pixels, out / f"{row:05d}.png")
+            save_samples(
+                medium, out, rows, medium.encode(medium.rounded(system.sample(list(rows))))
+            )
             report(system.name, start + len(rows), len(mine))
     ranks.total([0.0])  # all images are there when rank 0 says so
+    return medium
 
 
-def _say_older(out: Path, count: int, console: Console) -> None:
-    """A line if there are numbered images in `out` beyond the `count` that were made: those of an
+def _say_older(out: Path, count: int, medium: Medium, console: Console) -> None:
+    """A line if there are numbered files in `out` beyond the `count` that were made: those of an
     earlier call with more prompts, which stay, for nobody asked to remove them."""
-    names = sorted(path.stem for path in out.glob("*.png"))
+    names = sorted(path.stem for path in out.glob(f"*{medium.suffix}"))
     older = [name for name in names if re.fullmatch(r"\d{5,}", name) and int(name) >= count]
     if older:
         more = f" and {len(older) - 1} more" if len(older) > 1 else ""
         console.print(
-            f"{out / older[0]}.png{more} in this folder are not of these prompts, but of an "
-            "earlier call",
+            f"{_file(out, int(older[0]), medium)}{more} in this folder are not of these prompts, "
+            "but of an earlier call",
             soft_wrap=True,
             markup=False,
             highlight=False,
         )
 
 
-def _save_png(pixels: NDArray[np.uint8], file: Path) -> None:
-    with writing(file):
-        Image.fromarray(pixels).save(file)
+def save_samples(
+    medium: Medium, folder: Path, rows: Sequence[int], encoded: NDArray[np.generic]
+) -> None:
+    """A batch of encoded samples as `folder`/NNNNN with the medium's ending."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, sample in zip(rows, encoded, strict=True):
+        file = _file(folder, row, medium)
+        with writing(file):
+            medium.save(sample, file)
 
 
 def _attention(request: Request) -> AbstractContextManager[None]:
@@ -112,14 +123,22 @@ def evaluate(
     console: Console,
     ranks: Ranks = ALONE,
     take: Take = make_anew,
-    save_images: SaveImages | None = None,
+    folder: Path | None = None,
 ) -> Evaluation:
-    """Scores the teacher and the students; every student is compared with the systems before it."""
+    """Scores the teacher and the students; every student is compared with the systems before it.
+
+    With `folder`, every sample is saved as `folder`/SYSTEM/NNNNN.
+    """
     loaded, sampler = prepare(request, ranks)
     systems = sampler.systems(loaded)
     rewards = load_rewards(request.rewards, request.device)
-    names = [s.name for s in systems]
+    names, medium = [s.name for s in systems], loaded.backbone.medium
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
+
+    def save_batch(system: str, rows: Sequence[int], encoded: NDArray[np.generic]) -> None:
+        assert folder is not None
+        save_samples(medium, folder / system, rows, encoded)
+
     with progress_bar(console) as bar, _attention(request):
         result = evaluate_systems(
             systems,
@@ -128,10 +147,11 @@ def evaluate(
             request.batch,
             SystemsProgress(bar, names, console),
             comparisons=pairs,
-            diversity=_diversity(rewards) if request.diversity else None,
+            diversity=_diversity(medium, rewards) if request.diversity else None,
             take=take,
-            save_images=save_images,
+            save_images=save_batch if folder else None,
             ranks=ranks,
+            medium=medium,
         )
     result.summary["rewards_at_once"] = {reward.name: at_once_of(reward) for reward in rewards}
     return result
@@ -160,8 +180,7 @@ def evaluate_to(
         if len(chunks):
             console.print(f"going on with {len(chunks)} batches of an earlier run")
         made = path.with_suffix(".parts") / f"images-{digest(what)}"
-        save_images = partial(save_pngs, made) if folder else None
-        result = evaluate(request, console, ranks, chunks.take, save_images)
+        result = evaluate(request, console, ranks, chunks.take, made if folder else None)
         result.summary["asked"] = what
         if ranks.main:
             save(result, request.prompts, path)
@@ -219,13 +238,6 @@ def asked(request: Request) -> dict[str, Any]:
     }
 
 
-def save_pngs(folder: Path, system: str, rows: Sequence[int], pixels: NDArray[np.uint8]) -> None:
-    """Images (B, H, W, 3) as `folder`/SYSTEM/NNNNN.png."""
-    (folder / system).mkdir(parents=True, exist_ok=True)
-    for row, image in zip(rows, pixels, strict=True):
-        _save_png(image, folder / system / f"{row:05d}.png")
-
-
 def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """The prompts of the images in `folder`, one a line, in `prompts.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,13 +245,13 @@ def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _diversity(rewards: Sequence[Reward]) -> Diversity:
-    """Diversity in the features of the last CLIP among the rewards (the held-out one), and the
-    distance to the teacher's images in the same."""
-    clips = [reward for reward in rewards if isinstance(reward, CLIPScore)]
-    if not clips:
+def _diversity(medium: Medium, rewards: Sequence[Reward]) -> Diversity:
+    """Diversity in the medium's features, or those of the last CLIP among the rewards (the held-out
+    one), and the distance to the teacher's samples in the same."""
+    features = features_of(medium, rewards)
+    if features is None:
         raise ValueError("--diversity measures distances in a CLIP: add --reward clipscore")
-    return Diversity(clips[-1].image_features, reference=TEACHER)
+    return Diversity(features, reference=TEACHER)
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:

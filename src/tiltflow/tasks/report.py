@@ -20,8 +20,9 @@ from tiltflow.evaluation.scores import KEPT_IMAGES, Evaluation
 from tiltflow.evaluation.statistics import holm
 from tiltflow.evaluation.watch.history import FILE, read_history
 from tiltflow.evaluation.watch_figures import Watched
+from tiltflow.models import medium
 from tiltflow.tasks.doctor import versions
-from tiltflow.tasks.evaluate import save_pngs, save_prompts
+from tiltflow.tasks.evaluate import save_prompts, save_samples
 
 IMAGES = "evaluation.images"
 """A folder beside evaluation.json: SYSTEM/NNNNN.png, and prompts.txt."""
@@ -43,7 +44,7 @@ def write_evaluation_report(
     count = 0
     for system, images in evaluation.images.items():
         count = max(count, len(images))
-        save_pngs(folder, system, range(len(images)), images)
+        save_samples(medium.IMAGES, folder / system, range(len(images)), images)
     if count:
         save_prompts(folder, prompts[:count])
     return _write([out, *stages.values()], out, notice)

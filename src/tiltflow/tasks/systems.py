@@ -144,7 +144,7 @@ class Sampler:
         """
         self._check(role, "latent", latents, rows)
         images = _decode(role, latents)
-        self._check(role, "image", images, rows)
+        self._check(role, role.backbone.medium.one, images, rows)
         return images
 
     def _check(self, role: Role, what: str, made: Tensor, rows: Sequence[int]) -> None:

@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,6 +19,8 @@ from tiltflow.core.errors import NonFiniteError
 from tiltflow.core.run_lock import RunLock, refuse_if_held
 from tiltflow.evaluation.watch.probes import FixedPrompts
 from tiltflow.evaluation.watch.watch import Watch
+from tiltflow.models.medium import IMAGES
+from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build, attention_for, build_stage, device_of
 from tiltflow.setup.checks import check_run
@@ -35,18 +34,8 @@ from tiltflow.tasks.progress import progress_bar
 from tiltflow.tasks.watching import build_watch, held_out, look
 from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
 
-
-def save_grid(images: torch.Tensor, path: Path, columns: int = 8) -> None:
-    """Images (N, 3, H, W) in [0, 1] as one PNG."""
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    n, h, w, _ = pixels.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * h, columns * w, 3), 255, np.uint8)
-    for i, picture in enumerate(pixels):
-        r, c = divmod(i, columns)
-        sheet[r * h : (r + 1) * h, c * w : (c + 1) * w] = picture
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+COLUMNS = 8
+"""Samples side by side in a run's pictures."""
 
 
 def run_training(cfg: RunConfig, console: Console) -> Path:
@@ -146,7 +135,7 @@ def _run(
         said = f"stopped at step {done} and saved; go on with: {command}"
         console.print(said, soft_wrap=True)
         return out
-    if ranks.main and hasattr(build.backbone, "pipe") and cfg.adapters.kind == "lora":
+    if ranks.main and isinstance(build.backbone, PipelineBackbone) and cfg.adapters.kind == "lora":
         export_checkpoint(cfg, load_checkpoint(out), out / "export")
     return out
 
@@ -189,7 +178,8 @@ def _hooks(
     """`plain` hooks, and sample grids, held-out rewards and the watch, all on the same fixed
     prompts and noise."""
     watched = cfg.watch.rewards
-    pictures = cfg.log.samples_every > 0 and len(build.backbone.latent_shape) == 3
+    medium = build.backbone.medium
+    pictures = cfg.log.samples_every > 0 and medium.sheet is not None
     if build.fixed is None or not (pictures or watched):
         return plain, None
     prompts = build.fixed.prompts
@@ -209,7 +199,11 @@ def _hooks(
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {done}: {error}") from error
             if ranks.main:
-                save_grid(images, out / "samples" / f"step-{done:06d}.png")
+                assert medium.sheet is not None
+                picture = medium.sheet(medium.rounded(images), COLUMNS)
+                file = out / "samples" / f"step-{done:06d}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                IMAGES.save(picture, file)
 
     hooks = replace(
         plain,

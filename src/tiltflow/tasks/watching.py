@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from tiltflow.config.load import RunConfig
 from tiltflow.core.distributed import Ranks
+from tiltflow.evaluation.diversity import features_of
 from tiltflow.evaluation.watch.history import FILE, History
-from tiltflow.evaluation.watch.probes import Features, FixedPrompts, Probes, ProbeSettings
+from tiltflow.evaluation.watch.probes import FixedPrompts, Probes, ProbeSettings
 from tiltflow.evaluation.watch.rules import Rules
 from tiltflow.evaluation.watch.watch import Watch
+from tiltflow.models.medium import Features
 from tiltflow.models.roles import Role
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.rewards.zoo.clip_family import CLIPScore
@@ -72,23 +73,15 @@ def build_watch(
 def _features(
     cfg: RunConfig, build: Build, held_out: RewardMixture, trained: RewardMixture
 ) -> Features | None:
-    """What diversity is measured in: points as they are, images in a CLIP, None without one.
+    """What diversity is measured in: the medium's own features, or a CLIP's; None without one.
 
     The CLIP is that of `watch.clip`, else of the last CLIP among the held-out rewards, else of
     the last among the trained ones.
     """
-    if len(build.backbone.latent_shape) != 3:
-        return lambda points: points
-    if cfg.watch.clip is not None:
+    medium = build.backbone.medium
+    if cfg.watch.clip is not None and medium.features is None:
         return CLIPScore(cfg.watch.clip, device=build.backbone.device).image_features
-    for rewards in (held_out, trained):
-        clips: list[Any] = [
-            r.reward for r in rewards.rewards if hasattr(r.reward, "image_features")
-        ]
-        if clips:
-            features: Features = clips[-1].image_features
-            return features
-    return None
+    return features_of(medium, (item.reward for item in (*trained.rewards, *held_out.rewards)))
 
 
 def held_out(

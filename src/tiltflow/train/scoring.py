@@ -12,6 +12,7 @@ from torch import Tensor
 from tiltflow.core.background import Background
 from tiltflow.data.prompts import Prompt
 from tiltflow.method.reward_backprop import reward_gradient
+from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.rewards.base import NonFiniteScore, checked
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.train.optim import NonFiniteError
@@ -45,10 +46,11 @@ class Scorer:
     chunk: int
     rounded: bool = False
     """Whether scores are of images in 8 bits, as files hold them; gradients never are."""
+    medium: Medium = IMAGES
 
     def shown(self, images: Tensor) -> Tensor:
         """The images that are scored."""
-        return (images.detach() * 255).round().clamp(0, 255) / 255 if self.rounded else images
+        return self.medium.rounded(images) if self.rounded else images
 
     def begin(self, x0: Tensor, prompts: Sequence[Prompt], backprop: bool) -> Scoring:
         """Scores this rank's samples x0 (b, ...) by the rewards that compute here, and has those

@@ -133,6 +133,7 @@ class Tilt:
             self.settings.reward_target,
             self.settings.decode_chunk,
             self.settings.round_images,
+            self.roles.generator.backbone.medium,
         )
 
     def _prompts(self, step: int) -> tuple[Grouped, list[Prompt]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,12 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.diversity import pairwise_distance
 from tiltflow.evaluation.watch.drift import log_velocity_gap
 from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement
-from tiltflow.evaluation.watch.spectrum import FLOOR, high_frequency_energy
 from tiltflow.method.sampling import numbered_noise, sample_few_step, sample_ode
 from tiltflow.models.backbone import Conditioning
+from tiltflow.models.medium import Features
 from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.combine import RewardMixture
 
-Features = Callable[[Tensor], Tensor]
 DRAW_OFFSET = 1_000_003
 """Between the noise numbers of a sample's successive draws."""
 
@@ -58,7 +57,7 @@ class FixedPrompts:
 
     @torch.no_grad()
     def images(self, role: Role, count: int) -> Tensor:
-        """Images (count, 3, H, W) in [0, 1] of the first samples, on the CPU.
+        """The first samples, decoded, (count, …), on the CPU.
 
         Raises:
             NonFiniteError: on every rank, naming the first prompt whose image is not finite: it
@@ -71,7 +70,8 @@ class FixedPrompts:
         finite = images.flatten(1).isfinite().all(1).tolist()
         if not all(finite):
             text = self.encoded.prompts[finite.index(False) % len(self.encoded)].text
-            raise NonFiniteError(f"the image that {role.name} made of {text!r} is not finite")
+            one = role.backbone.medium.one
+            raise NonFiniteError(f"the {one} that {role.name} made of {text!r} is not finite")
         return images
 
 
@@ -96,8 +96,8 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class Probes:
-    """Everything a measurement needs. `features` maps images (B, 3, H, W) in [0, 1] (or points
-    (B, D)) to (B, F), or is None where diversity is not measured.
+    """Everything a measurement needs. `features` maps samples to (B, F), or is None where
+    diversity is not measured.
     """
 
     fixed: FixedPrompts
@@ -115,7 +115,7 @@ class Probes:
         for rows in self.fixed.batches(range(self.settings.samples)):
             x0 = self.fixed.latents(self.roles.ema, rows)
             images = self.roles.ema.backbone.decode(x0)
-            found = self._scores(rows, images) | self._logarithms(rows, x0, images)
+            found = self._scores(rows, images) | self._measured(rows, x0, images)
             for name, column in found.items():
                 parts.setdefault(name, []).append(column.double().cpu())
             inside = sum(row < self.settings.groups for row in rows)
@@ -139,8 +139,9 @@ class Probes:
                 values |= {f"{group}/{name}": v for name, v in scores.items()}
         return values
 
-    def _logarithms(self, rows: Sequence[int], x0: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Drift, and of images the high-frequency energy: (B,) each, of anyone's samples."""
+    def _measured(self, rows: Sequence[int], x0: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Drift, and what the medium measures (of images the high-frequency energy): (B,) each, of
+        anyone's samples."""
         teacher = self.roles.teacher
         cond, _ = self.fixed.select(rows, teacher)
         levels = self.settings.levels
@@ -150,10 +151,8 @@ class Probes:
         ]
         field = teacher.field(cond, self.settings.guidance)
         values = {"drift": log_velocity_gap(x0, levels, noises, field)}
-        if images.ndim == 4:
-            energy = high_frequency_energy(images, self.settings.cutoff)
-            values["high_frequency"] = torch.log(energy + FLOOR)
-        return values
+        probes = teacher.backbone.medium.probes
+        return values | {name: of(images, self.settings.cutoff) for name, of in probes.items()}
 
     def _diversity(self, first: Tensor, features: Features) -> Array:
         """The mean pairwise cosine distance of each group's images; the first draw is given."""
@@ -173,6 +172,6 @@ class Probes:
             cond, _ = self.fixed.select(rows, role)
             sigmas, guidance = self.settings.teacher_sigmas, self.settings.guidance
             x0 = sample_ode(role, cond, rows, self.fixed.randomness, sigmas, guidance)
-            for name, values in self._logarithms(rows, x0, role.backbone.decode(x0)).items():
+            for name, values in self._measured(rows, x0, role.backbone.decode(x0)).items():
                 parts.setdefault(TEACHER + name, []).append(values.double().cpu())
         return {name: torch.cat(series).numpy() for name, series in parts.items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tiltflow.flow import broadcast, interpolate, raw_levels, shift_sigma
 from tiltflow.models.backbone import Conditioning
+from tiltflow.models.medium import POINTS, Medium
 
 SHIFT = 3.0
 FIT_STEPS, FIT_BATCH, FIT_LR = 1500, 256, 1e-2
@@ -299,7 +300,7 @@ def _fitted_student(
 
 
 class MixtureBackbone:
-    """The `Backbone` of a Gaussian mixture: latents are the points, and images too.
+    """The `Backbone` of a Gaussian mixture: latents are the points, and samples too.
 
     It has no prompts (every one conditions on nothing) and no guidance; generator and fake score
     are separate networks that start from an MLP fitted to the teacher, not adapters. A student
@@ -318,6 +319,7 @@ class MixtureBackbone:
         self.device = torch.device(device)
         self.mixture = (ring() if mixture is None else mixture).to(torch.float32).to(self.device)
         self.latent_shape: tuple[int, ...] = (self.mixture.dimensions,)
+        self.medium: Medium = POINTS
         self.fit_steps = fit_steps
         self.teacher_network = TeacherNetwork(self.mixture)
 
@@ -380,8 +382,8 @@ class MixtureBackbone:
         return Conditioning({"prompt": empty}, {"prompt": empty})
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The points themselves, (B, D): here rewards read points and not images."""
-        return latents
+        """What the medium makes of the points: themselves, (B, D), which rewards read."""
+        return self.medium.decode(latents)
 
     def few_step_sigmas(self, steps: int) -> Tensor:
         """Equal raw levels through the shift of 3: 1, .9, .75, .5, 0 for 4 steps (METHOD §1)."""

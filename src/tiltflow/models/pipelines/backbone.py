@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from tiltflow.flow import raw_levels
 from tiltflow.models.backbone import Base, Conditioning, Parts
+from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.models.pipelines.files import check_pipeline, read_json, side_file
 from tiltflow.models.pipelines.loading import load_pipeline
 from tiltflow.models.pipelines.storage import keep_in_fp8
@@ -109,6 +110,7 @@ class PipelineBackbone(ABC):
         if pipe is None:
             check_pipeline(path, self.family)
         self.path = str(path)
+        self.medium: Medium = IMAGES
         self.device = torch.device(device)
         transformer, vae = self._part_configs(pipe)
         self.geometry = self._geometry(transformer, vae, resolution)
@@ -279,7 +281,7 @@ class PipelineBackbone(ABC):
         """Images (B, 3, H, W) in [0, 1] from latents, differentiable, fp32."""
         z = self._to_vae(latents.float()).to(self.vae.dtype)
         images = self.vae.decode(z, return_dict=False)[0].float()
-        return (images / 2 + 0.5).clamp(0, 1)
+        return self.medium.decode(images)
 
     def checkpoint_decoder(self) -> None:
         """Has a differentiable `decode` keep the ends of the decoder's blocks, and compute the rest

@@ -1,4 +1,5 @@
-"""Rewards of one's own as code: imported, and made, or told in one sentence why not."""
+"""What is found by name: builtin, registered by another package, or a dotted path to one's own
+code; imported when it is asked for, or told in one sentence why not."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from tiltflow.core.allocation import out_of_memory
@@ -21,7 +23,30 @@ def failure(error: BaseException) -> str:
     return kind if said == kind else f"{kind}: {said}"
 
 
-def dotted(name: str) -> object:
+def find(kind: str, name: str, group: str, builtin: Iterable[str], own: str) -> object:
+    """What a name that is not builtin stands for: `package.module:name` is itself; any other is an
+    entry point of `group`.
+
+    Args:
+        kind: "reward", "medium", …, for errors; `own` says what one of one's own is.
+
+    Raises:
+        ValueError: if there is none (names the nearest), or it cannot be imported.
+    """
+    if ":" in name:
+        return dotted(kind, name)
+    points: dict[str, EntryPoint] = {p.name: p for p in entry_points(group=group)}
+    if name not in points:
+        known = sorted({*builtin, *points})
+        raise ValueError(
+            f"there is no {kind} {name!r}{nearest(name, known)} "
+            f"(a {kind} of your own is 'package.module:{own}')"
+        )
+    target: object = imported(kind, name, points[name].value, points[name].load)
+    return target
+
+
+def dotted(kind: str, name: str) -> object:
     """What `package.module:name` is; the current directory is looked into as well.
 
     It is on the path of `python -m tiltflow`, and not on that of the command `tiltflow`.
@@ -33,24 +58,24 @@ def dotted(name: str) -> object:
     here = os.getcwd()
     if "" not in sys.path and here not in sys.path:
         sys.path.insert(0, here)
-    module = imported(name, module_name, lambda: importlib.import_module(module_name))
+    module = imported(kind, name, module_name, lambda: importlib.import_module(module_name))
     try:
         target: object = functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise ValueError(
-            f"reward {name!r}: {module_name!r} has no {attribute!r}{nearest(attribute, public)}"
+            f"{kind} {name!r}: {module_name!r} has no {attribute!r}{nearest(attribute, public)}"
         ) from None
     return target
 
 
-def imported(name: str, module: str, load: Callable[[], Any]) -> Any:
+def imported(kind: str, name: str, module: str, load: Callable[[], Any]) -> Any:
     """What `load` imports.
 
     Raises:
-        ValueError: naming the reward, whatever the module raises or ends with.
+        ValueError: naming what was to be imported, whatever the module raises or ends with.
     """
-    start = f"reward {name!r}: cannot import {module!r}"
+    start = f"{kind} {name!r}: cannot import {module!r}"
     try:
         return load()
     except ImportError as error:
@@ -64,17 +89,17 @@ def imported(name: str, module: str, load: Callable[[], Any]) -> Any:
         raise ValueError(f"{start}, which raised {failure(error)}") from error
 
 
-def made(name: str, kind: type, **arguments: Any) -> Any:
+def made(kind: str, name: str, target: type, **arguments: Any) -> Any:
     """An instance of a class of one's own.
 
     Raises:
-        ValueError: naming the reward, whatever the constructor raises or ends with.
+        ValueError: naming it, whatever the constructor raises or ends with.
     """
     try:
-        return kind(**arguments)
+        return target(**arguments)
     except (TypeError, ValueError) as error:  # such as arguments that it does not take
-        raise ValueError(f"reward {name!r}: {first_sentence(error)}") from error
+        raise ValueError(f"{kind} {name!r}: {first_sentence(error)}") from error
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        raise ValueError(f"reward {name!r} cannot be made: {failure(error)}") from error
+        raise ValueError(f"{kind} {name!r} cannot be made: {failure(error)}") from error
