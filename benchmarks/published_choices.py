@@ -127,7 +127,7 @@ def evaluate(cfg: Any, build: Any) -> dict[str, list[float]]:
     from tiltflow.method.sampling import sample_few_step
     from tiltflow.setup.assemble import build_rewards
 
-    backbone, rewards = build.backbone, build_rewards(cfg.watch.rewards, build.backbone.device)
+    backbone, rewards = build.backbone, build_rewards(cfg.watch.rewards, build.backbone)
     sigmas, found = backbone.few_step_sigmas(4), {name: [] for name in REWARDS}
     for start in range(0, len(build.fixed), 43):
         rows = list(range(start, min(start + 43, len(build.fixed))))

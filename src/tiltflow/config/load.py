@@ -275,6 +275,12 @@ def check_model_files(config: RunConfig) -> None:
         ValueError: naming the key, the path and what is missing.
     """
     model = config.model
+    if model.medium is not None:
+        from tiltflow.models.medium import (
+            load_medium,  # torch, which reading a recipe does not need
+        )
+
+        load_medium(model.medium)
     if model.path == "mixture":
         return
     for key, path in (("model.path", model.path), ("model.generator_path", model.generator_path)):

@@ -18,7 +18,7 @@ from tiltflow.evaluation.chunks import Made, Take, make_anew
 from tiltflow.evaluation.diversity import cmmd, pairwise_distance, vendi_score
 from tiltflow.evaluation.statistics import bootstrap_ci, holm, mean_ci, paired_comparison
 from tiltflow.models.medium import Features, Medium, article
-from tiltflow.rewards.base import Reward, checked, medium_of
+from tiltflow.rewards.base import Reward, check_medium, checked, medium_of
 
 DIVERSITY = "diversity"
 KEPT_IMAGES = 24
@@ -111,10 +111,10 @@ def evaluate_systems(
 ) -> Evaluation:
     """Sample every system on every prompt, score with every reward, compare the named pairs.
 
-    Samples of `medium` (None: the first reward's) are rounded as files hold them before they are scored (images: to eight
-    bits), so the figures are those of the saved files, and no more than `keep` of a system are
-    held. `progress(system, done, total)` is called after each batch, in samples. `take` may keep
-    the results of a batch, and give them back in place of making them;
+    Samples of `medium` (None: the first reward's) are rounded as files hold them before they are
+    scored (images: to eight bits), so the figures are those of the saved files, and no more than
+    `keep` of a system are held. `progress(system, done, total)` is called after each batch, in
+    samples. `take` may keep the results of a batch, and give them back in place of making them;
     `save_images(system, indices, encoded)` gets every batch that is made. Both see this rank's
     batches only.
 
@@ -126,17 +126,9 @@ def evaluate_systems(
             prompts, or a reward fails.
     """
     _check(systems, prompts, rewards, batch_size, comparisons)
-    job = _Job(
-        prompts,
-        rewards,
-        batch_size,
-        diversity,
-        keep,
-        take,
-        save_images,
-        ranks,
-        medium or medium_of(rewards[0]),
-    )
+    of = medium or medium_of(rewards[0])
+    check_medium(rewards, of)
+    job = _Job(prompts, rewards, batch_size, diversity, keep, take, save_images, ranks, of)
     found = {system.name: job.measure(system, progress) for system in systems}
     scores = {name: measured.scores for name, measured in found.items()}
     categories = by_category([p.metadata for p in prompts], scores)

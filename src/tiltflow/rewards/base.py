@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -105,6 +105,20 @@ def medium_of(reward: Reward) -> Medium:
         ValueError: if there is no such medium.
     """
     return _domain(reward.name, getattr(reward, "domain", "images"))
+
+
+def check_medium(rewards: Iterable[Reward], medium: Medium) -> None:
+    """Passes rewards that score samples of `medium`.
+
+    Raises:
+        ValueError: naming the first that scores those of another.
+    """
+    for reward in rewards:
+        other = medium_of(reward)
+        if other.name != medium.name:
+            raise ValueError(
+                f"reward {reward.name!r} scores {other.name}, but here {medium.name} are generated"
+            )
 
 
 def _domain(name: str, domain: str) -> Medium:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tiltflow.config.load import RewardConfig, RunConfig
@@ -16,7 +15,7 @@ from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.data.prompts import PromptSampler
 from tiltflow.models.backbone import Backbone
 from tiltflow.models.roles import Roles
-from tiltflow.rewards.base import load_reward
+from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.cold_start import ColdStart
@@ -35,11 +34,16 @@ def make_stage(
     return make(cfg, backbone, encoded, roles, sigmas, share)
 
 
-def build_rewards(table: dict[str, RewardConfig], device: torch.device) -> RewardMixture:
-    """Loads every reward of a config table; weights and back-propagation as configured."""
-    loaded = []
+def build_rewards(table: dict[str, RewardConfig], backbone: Backbone) -> RewardMixture:
+    """Loads every reward of a config table; weights and back-propagation as configured.
+
+    Raises:
+        ValueError: if one does not load, or scores another medium than the backbone's.
+    """
+    loaded, device = [], str(backbone.device)
     for name, reward in table.items():
-        made = load_reward(name, path=reward.path, device=str(device), options=reward.options)
+        made = load_reward(name, path=reward.path, device=device, options=reward.options)
+        check_medium([made], backbone.medium)
         loaded.append(Weighted(made, reward.weight, reward.backprop))
     return RewardMixture(loaded)
 
@@ -144,5 +148,5 @@ def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
         round_images=tilt.round_images,
         keep_graph=tilt.keep_graph is True,
     )
-    rewards = build_rewards(cfg.rewards, backbone.device)
+    rewards = build_rewards(cfg.rewards, backbone)
     return Tilt(**_common(cfg, *parts), rewards=rewards, settings=settings)

@@ -219,7 +219,7 @@ def _hooks(
             hooks, watch=lambda done: look(watch, done, console), good=lambda: watch.good
         )
         return seeing, watch
-    rewards = build_rewards(watched, build.backbone.device)
+    rewards = build_rewards(watched, build.backbone)
     n = min(cfg.watch.prompts, len(prompts))
     # stage 1 has nothing to hack: figures, no rules, and hence no reference to measure first
     looking = replace(

@@ -39,7 +39,7 @@ def build_watch(
     stage, chosen = build.stage, cfg.watch
     assert isinstance(stage, Tilt)
     backbone = build.backbone
-    held_out = build_rewards(chosen.rewards, backbone.device)
+    held_out = build_rewards(chosen.rewards, backbone)
     features = _features(cfg, build, held_out, stage.rewards)
     if features is None:
         console.print("watch: no reward is a CLIP and watch.clip is unset: diversity not measured")
