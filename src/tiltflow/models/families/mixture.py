@@ -307,8 +307,7 @@ class MixtureBackbone:
     is fitted once a process and seed, in about three seconds on one core.
     """
 
-    family = "mixture"
-    guidance = 1.0
+    family, guidance = "mixture", 1.0
 
     def __init__(
         self,
