@@ -14,11 +14,13 @@ from backbone_helpers import load
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import BUILDERS
 
-from tiltflow.models.pipelines.files import CLASSES, check_pipeline
+from tiltflow.models.family import family_named
+from tiltflow.models.pipelines.files import check_pipeline
 from tiltflow.models.pipelines.weights import check_values, check_weights, largest
 
 Tiny = Callable[[str], Path]
 FAMILY = {"sd3m": "sd3", "flux_dev": "flux", "klein": "flux2"}
+CLASSES = {family: family_named(family).networks for family in FAMILY.values()}
 PARTS = [(name, part) for name, family in FAMILY.items() for part in CLASSES[family]]
 
 

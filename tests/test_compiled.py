@@ -63,7 +63,7 @@ def test_compiled_blocks_give_the_same_gradients(
                 for parameter in role.parameters.values():
                     parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         if compiled:
-            assert compile_blocks(backbone.student_base, BACKEND) > 0
+            assert compile_blocks(backbone.student_base, BACKEND, backbone.record.blocks) > 0
         found.append(gradients(roles, *arguments_of(backbone)))
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
@@ -81,7 +81,7 @@ def test_roles_with_as_many_adapters_share_a_compilation(
         build("sd35m", tmp_path / "sd35m"), device="cpu", max_sequence_length=8
     )
     roles = adapter_roles(backbone, SETTINGS, seed=0, boundaries=4)
-    compile_blocks(backbone.student_base, BACKEND)
+    compile_blocks(backbone.student_base, BACKEND, backbone.record.blocks)
     assert config.recompile_limit == before + VARIANTS and config.fail_on_recompile_limit_hit
     torch._dynamo.reset()
     x, sigma, cond = arguments_of(backbone)

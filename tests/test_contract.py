@@ -17,6 +17,7 @@ from students import PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, stu
 
 from tiltflow.data.prompts import Prompt
 from tiltflow.export.contract import Contract, parse_contract, plain_rewards, read_contract
+from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.tasks.choices import settle
@@ -156,8 +157,8 @@ def test_without_a_contract_the_files_say(made: Student, tmp_path: Path) -> None
     half = Path(shutil.copytree(made.model, tmp_path / "half"))
     file = half / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
-    assert settle({}, None, str(half)).dtype == "bf16"
-    assert settle({}, "fp32", str(half)).dtype == "fp32"
+    assert settle({}, None, Pipelines(str(half))).dtype == "bf16"
+    assert settle({}, "fp32", Pipelines(str(half))).dtype == "fp32"
 
 
 @pytest.mark.parametrize(

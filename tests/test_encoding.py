@@ -83,7 +83,7 @@ def test_parts_of_a_pipeline(tiny_pipeline: Tiny, name: str) -> None:
     assert same(dict(cond.positive), dict(expected.positive))
     assert same(dict(cond.negative), dict(expected.negative))
     assert text.vae is None and all(p.is_meta for p in text.transformer.parameters())
-    assert all(getattr(image.pipe, part) is None for part in image.text_encoders)
+    assert all(getattr(image.pipe, part) is None for part in image.record.text_encoders)
     with pytest.raises(RuntimeError, match="text encoders were freed"):
         image.encode(TEXTS[:2])
     x, sigma = torch.ones(2, *image.latent_shape), torch.tensor([0.9, 0.4])

@@ -222,7 +222,7 @@ def tilt(
 def test_a_lora_of_another_model_is_found_before_weights_load(
     plain: Path, tmp_path: Path, tilt: Callable[..., Any]
 ) -> None:
-    assert check_run(tilt(plain)).train
+    assert check_run(tilt(plain)).prompts.train
 
     def widen(table: dict[str, torch.Tensor]) -> None:
         for key in table:
@@ -261,4 +261,4 @@ def test_a_run_is_looked_at_by_its_headers(
     assert {n: (v.shape, v.device.type) for n, v in found.few_step.items()} == {
         n: (v.shape, "meta") for n, v in weights.items()
     }
-    assert check_run(tilt(tmp_path / "run")).train
+    assert check_run(tilt(tmp_path / "run")).prompts.train

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tiltflow.config.load import RunConfig, list_recipes, load_config
+from tiltflow.models.family import published
 from tiltflow.models.pipelines.meta import META, meta_backbone, pipeline_configs, text_encoders
-from tiltflow.models.pipelines.published import PUBLISHED
 from tiltflow.models.roles import AdapterSettings, adapter_roles
 
 DOCS = Path(__file__).parents[1] / "docs" / "backbones.md"
@@ -96,12 +96,10 @@ def test_every_recipe_names_a_published_pipeline() -> None:
         for stage in ("cold_start", "tilt"):
             model = recipe(f"{name}_{stage}").model
             for path in (model.path, model.generator_path):
-                assert path is None or path in PUBLISHED
-    klein = PUBLISHED["black-forest-labs/FLUX.2-klein-4B"]
-    assert (
-        klein["is_distilled"]
-        and not PUBLISHED["black-forest-labs/FLUX.2-klein-base-4B"]["is_distilled"]
-    )
+                assert path is None or published(path) is not None
+    for name, distilled in (("klein-4B", True), ("klein-base-4B", False)):
+        klein = published(f"black-forest-labs/FLUX.2-{name}")
+        assert klein is not None and klein.configs["is_distilled"] == distilled
 
 
 def test_text_encoders_have_their_published_sizes() -> None:

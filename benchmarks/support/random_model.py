@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,13 +21,11 @@ from tiltflow.config.load import RunConfig, load_config
 from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.data.prompts import Prompt
 from tiltflow.export.writing import save_adapter
-from tiltflow.models.backbone import Conditioning
-from tiltflow.models.families.flux2 import Flux2Backbone
-from tiltflow.models.families.sd3 import SD3Backbone
+from tiltflow.models.backbone import Conditioning, Loading
+from tiltflow.models.family import family_named
 from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.meta import META, meta_backbone, meta_pipeline, pipeline_configs
-from tiltflow.models.pipelines.published import PUBLISHED
-from tiltflow.models.pipelines.storage import input_dtype
 from tiltflow.models.roles import adapter_roles
 from tiltflow.setup import build as building
 from tiltflow.setup.build import DTYPES, Build, adapter_settings, build_stage
@@ -41,8 +39,8 @@ from tiltflow.tasks.planning import (
 )
 
 MODELS = {
-    "sd35m": ("stabilityai/stable-diffusion-3.5-medium", "sd35m", 128, SD3Backbone),
-    "klein": ("black-forest-labs/FLUX.2-klein-base-4B", "flux2_klein_4b", 128, Flux2Backbone),
+    "sd35m": ("stabilityai/stable-diffusion-3.5-medium", "sd35m", 128, "sd3"),
+    "klein": ("black-forest-labs/FLUX.2-klein-base-4B", "flux2_klein_4b", 128, "flux2"),
 }
 """A model's id, its recipes, how many text tokens its long encoder gives, and its backbone."""
 TOY = {
@@ -156,14 +154,17 @@ class RandomModel:
             if part not in self.weights:
                 self.weights[part] = _draw(network, self.device, seed=len(self.weights))
             network.load_state_dict(self.weights[part], assign=True)
-        return MODELS[self.name][3](
-            self.path,
-            device=self.device,
-            dtype=dtype,
+        family = family_named(MODELS[self.name][3])
+        loading = Loading(
+            self.device,
+            dtype,
             resolution=cfg.model.resolution,
             max_sequence_length=cfg.model.max_sequence_length,
-            pipe=pipe,
         )
+        made: PipelineBackbone = family.backbone_class()(
+            family, Pipeline(self.path), loading, pipe=pipe
+        )
+        return made
 
     def shapes(self, cfg: RunConfig) -> PipelineBackbone:
         """The same model on the meta device."""
@@ -176,7 +177,7 @@ class RandomModel:
 
     def _encoded(self, backbone: PipelineBackbone, prompts: list[Prompt]) -> EncodedPrompts:
         random = torch.Generator().manual_seed(2)
-        dtype = input_dtype(backbone.teacher_base)
+        dtype = backbone.input_dtype(backbone.teacher_base)
 
         def table(rows: int) -> dict[str, Tensor]:
             return {
@@ -227,12 +228,13 @@ def random_model(name: str, device: torch.device, toy: bool, folder: Path) -> It
     if not toy:
         yield made
         return
-    published = PUBLISHED[MODELS[name][0]]
+    hub_id, family = MODELS[name][0], family_named(MODELS[name][3])
+    published = family.published[hub_id]
     small = {
         part: {**config, **TOY.get(config.get("_class_name", ""), {})}
         if isinstance(config, dict)
         else config
-        for part, config in published.items()
+        for part, config in published.configs.items()
     }
-    with patch.dict(PUBLISHED, {made.path: small}):
+    with patch.dict(family.published, {made.path: replace(published, configs=small)}):
         yield made

@@ -29,7 +29,8 @@ from tiltflow.config.schema import RewardConfig, Rewards, RunConfig, plain_weigh
 from tiltflow.core.latest import steps_in
 from tiltflow.core.paths import resolve_path
 from tiltflow.data.prompts import Prompt, load_prompts
-from tiltflow.models.pipelines.files import HUB_ID, check_pipeline
+from tiltflow.models.pipelines.directory import HUB_ID, Pipelines
+from tiltflow.models.pipelines.files import check_directory
 from tiltflow.rewards.remote.address import refuse_secrets
 
 __all__ = [
@@ -268,8 +269,10 @@ def validate_files(config: RunConfig) -> PromptSets:
     return read_prompts(config)
 
 
-def check_model_files(config: RunConfig) -> None:
+def check_model_files(config: RunConfig, pipelines: Pipelines | None = None) -> None:
     """That the pipelines of the model are there and whole, or could be on the hub.
+
+    `pipelines` are the config's, where something has been read of them already.
 
     Raises:
         ValueError: naming the key, the path and what is missing.
@@ -281,11 +284,21 @@ def check_model_files(config: RunConfig) -> None:
         )
 
         load_medium(model.medium)
-    if model.path == "mixture":
+    if not model.has_files:
         return
-    for key, path in (("model.path", model.path), ("model.generator_path", model.generator_path)):
-        if path is not None:
-            _check_pipeline(key, path, model.family)
+    pipelines = pipelines or model.pipelines
+    for key, path, name in (
+        ("model.path", model.path, "model"),
+        ("model.generator_path", model.generator_path, "generator"),
+    ):
+        here = pipelines.here(name)
+        if path is not None and here is None:
+            _require_hub_id(key, path)
+        elif here is not None:
+            try:
+                check_directory(here)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
 
 
 def check_reward_files(config: RunConfig) -> None:
@@ -304,17 +317,6 @@ def _require_hub_id(key: str, path: str) -> None:
     """Refuses a path that does not exist and could not be `organisation/name` on the hub."""
     if not HUB_ID.fullmatch(path):
         raise ValueError(f"{key} {path} does not exist, and is no hub id (organisation/name)")
-
-
-def _check_pipeline(key: str, path: str, family: str | None = None) -> None:
-    folder = Path(resolve_path(path))
-    if not folder.exists():
-        _require_hub_id(key, path)
-        return
-    try:
-        check_pipeline(folder, family)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
 
 
 class Later(ValueError):

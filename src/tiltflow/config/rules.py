@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tiltflow.models.family import graph_families, has_files
 from tiltflow.rewards.remote.address import REMOTE, remote_settings
 
 if TYPE_CHECKING:
@@ -53,21 +54,26 @@ def _check_cold_start(config: RunConfig) -> None:
 def _check_model(model: ModelConfig) -> None:
     if model.resolution is not None and model.resolution % 8:
         raise ValueError(f"model.resolution is {model.resolution}, which is no multiple of 8")
-    if model.family == "mixture" and model.path != "mixture":
+    if model.has_files:
+        return
+    if has_files(model.path):
+        family = model.family
         raise ValueError(
-            f"model.family mixture needs model.path mixture (no files), not {model.path}"
+            f"model.family {family} needs model.path {family} (no files), not {model.path}"
         )
-    if model.path == "mixture" and model.compile:
-        raise ValueError("model.compile is for pipelines, not for the mixture")
-    if model.path == "mixture" and model.family not in (None, "mixture"):
-        raise ValueError(f"model.path mixture needs model.family mixture, not {model.family}")
+    if model.compile:
+        raise ValueError(f"model.compile is for pipelines, not for the {model.path}")
+    if model.family not in (None, model.path):
+        raise ValueError(
+            f"model.path {model.path} needs model.family {model.path}, not {model.family}"
+        )
 
 
 def _check_graphs(config: RunConfig) -> None:
     """What is recorded must lie where it is, be launched by hand otherwise, and read no host."""
     key, model = "model.graphs true", config.model
-    if model.path == "mixture" or model.family in ("flux", "flux2"):
-        raise ValueError(f"{key} is for pipelines of family sd3")
+    if not model.graphable:
+        raise ValueError(f"{key} is for pipelines of family {', '.join(graph_families())}")
     if model.compile:
         raise ValueError(f"{key} and model.compile true exclude each other: set one of them")
     if config.adapters.kind != "lora" or config.run.sharding != "replicated":
@@ -76,8 +82,8 @@ def _check_graphs(config: RunConfig) -> None:
 
 def _check_base_storage(config: RunConfig) -> None:
     key = f"model.base_storage {config.model.base_storage}"
-    if config.model.path == "mixture":
-        raise ValueError(f"{key} is for pipelines, not for the mixture")
+    if not config.model.has_files:
+        raise ValueError(f"{key} is for pipelines, not for the {config.model.path}")
     if config.adapters.kind != "lora":
         raise ValueError(f"{key} is for the frozen base of LoRAs, so adapters.kind is lora")
     if config.run.sharding != "replicated":

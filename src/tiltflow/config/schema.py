@@ -21,6 +21,8 @@ from tiltflow.core.limits import (
     MOST_TOKENS,
 )
 from tiltflow.core.paths import home_for_tilde
+from tiltflow.models.family import HOW_TO_ADD, family_named, family_names, has_files
+from tiltflow.models.pipelines.directory import Pipelines
 
 Positive = Annotated[int, Field(ge=1, le=FAR)]
 Count = Annotated[int, Field(ge=0, le=FAR)]
@@ -80,6 +82,16 @@ Checkpointed = Annotated[
 ]
 
 
+def known_family(name: str) -> str:
+    """A family's name, or `module:RECORD`, which is imported where it is needed."""
+    if ":" not in name and name not in family_names():
+        raise ValueError(f"be one of {', '.join(family_names())}; {HOW_TO_ADD}")
+    return name
+
+
+FamilyName = Annotated[Text, AfterValidator(known_family)]
+
+
 class ModelConfig(Section):
     """`base_storage`: what the frozen base is kept in, unset is `dtype`. `compile`: its blocks.
     `graphs`: passes of training are recorded once and replayed as CUDA graphs; `auto` wherever that
@@ -94,7 +106,7 @@ class ModelConfig(Section):
 
     path: Place
     generator_path: Place | None = None
-    family: Literal["sd3", "flux", "flux2", "mixture"] | None = None
+    family: FamilyName | None = None
     medium: Text | None = None
     resolution: Side | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -108,6 +120,21 @@ class ModelConfig(Section):
     gradient_checkpointing: Checkpointed = False
     compile: bool = False
     graphs: bool | Literal["auto"] = False
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the model is a pipeline's directory, and not of a family without files."""
+        return has_files(self.path, self.family)
+
+    @property
+    def graphable(self) -> bool:
+        """Whether the family is not one that is known by name to take no `model.graphs`."""
+        return self.has_files and (self.family is None or family_named(self.family).graphs)
+
+    @property
+    def pipelines(self) -> Pipelines:
+        """The directories, nothing of them read yet; to be handed on where more than one reads."""
+        return Pipelines(self.path, self.generator_path, self.family)
 
     @property
     def checkpointed(self) -> frozenset[str]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from tiltflow.core.paths import PACKAGED
 from tiltflow.models.lora_files import lora_file
-from tiltflow.models.pipelines.files import HUB_ID
+from tiltflow.models.pipelines.directory import HUB_ID
 
 CONTRACT_FILE = "contract.json"
 CONTRACT_KEY = "tiltflow"

@@ -24,7 +24,7 @@ from tiltflow.core.sentences import first_sentence
 from tiltflow.export.contract import CONTRACT_KEY, Contract
 from tiltflow.export.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
-from tiltflow.models.pipelines.files import SIDE_FILE, TOKEN_PATCH, absent_parts
+from tiltflow.models.pipelines.directory import SIDE_FILE, Pipeline
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.scheduler import CPSFlowMatchScheduler
 
@@ -121,23 +121,24 @@ def baked(
 
 
 def few_step_scheduler(
-    model: Path, family: str, eta: float, steps: int | None = None
+    model: Pipeline, eta: float, steps: int | None = None
 ) -> CPSFlowMatchScheduler:
     """The students' scheduler, made from the own scheduler of the pipeline in `model`.
 
     Raises:
         ValueError: if the pipeline's scheduler is one that CPS cannot follow.
     """
-    config = CPSFlowMatchScheduler.load_config(model, subfolder="scheduler")
+    family = model.family
+    config = {**model.json("scheduler/scheduler_config.json"), **family.student_schedule}
     try:
         return CPSFlowMatchScheduler.from_config(
-            config, eta=eta, patch=TOKEN_PATCH[family], steps=steps
+            config, eta=eta, patch=family.token_patch, steps=steps
         )
     except ValueError as error:
         raise ValueError(f"the scheduler in {model} cannot be a student's: {error}") from error
 
 
-def check_exportable(model: Path, family: str, steps: int, eta: float, out: Path) -> None:
+def check_exportable(model: Pipeline, steps: int, eta: float, out: Path) -> None:
     """Whether what a run trains on the pipeline in `model` can be exported to `out`, before it is.
 
     Raises:
@@ -145,7 +146,7 @@ def check_exportable(model: Path, family: str, steps: int, eta: float, out: Path
             fall from 1 to 0, or `out` is a folder that an export cannot replace.
     """
     check_export_folder(out)
-    scheduler = few_step_scheduler(model, family, eta, steps)
+    scheduler = few_step_scheduler(model, eta, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, of a division by 0: what comes of it is seen
         dynamic = scheduler.config.use_dynamic_shifting
@@ -161,7 +162,7 @@ def check_exportable(model: Path, family: str, steps: int, eta: float, out: Path
 
 def save_merged(
     pipeline: type[DiffusionPipeline],
-    model: Path,
+    model: Pipeline,
     student: LoraWeights | FullWeights,
     scheduler: CPSFlowMatchScheduler,
     dtype: torch.dtype,
@@ -176,7 +177,7 @@ def save_merged(
         ValueError: if the weights are not this transformer's.
     """
     pipe: Any = pipeline.from_pretrained(
-        str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **absent_parts(model)
+        str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **model.absent
     )
     if isinstance(student, LoraWeights):
         for name, (folder, _) in student.folders.items():
@@ -186,13 +187,13 @@ def save_merged(
         pipe.fuse_lora(components=["transformer"], adapter_names=names, safe_fusing=True)
         pipe.unload_lora_weights()
     else:
-        _load_full(pipe.transformer, student.weights, model)
+        _load_full(pipe.transformer, student.weights, str(model))
     pipe.scheduler = scheduler
     pipe.save_pretrained(out)
     for file in out.rglob("*.json"):
         _without_origin(file)
-    if (model / SIDE_FILE).is_file():
-        shutil.copy(model / SIDE_FILE, out / SIDE_FILE)
+    if model.has(SIDE_FILE):
+        shutil.copy(model.root / SIDE_FILE, out / SIDE_FILE)
 
 
 def _without_origin(file: Path) -> None:
@@ -203,7 +204,7 @@ def _without_origin(file: Path) -> None:
         file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _load_full(transformer: nn.Module, weights: Mapping[str, Tensor], model: Path) -> None:
+def _load_full(transformer: nn.Module, weights: Mapping[str, Tensor], model: str) -> None:
     """A run's parameters into a transformer; its buffers are its own."""
     here = {name: p.shape for name, p in transformer.named_parameters()}
     odd = sorted(set(here) ^ set(weights)) or [n for n in here if here[n] != weights[n].shape]

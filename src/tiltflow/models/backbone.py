@@ -12,10 +12,31 @@ from torch import Tensor, nn
 from tiltflow.models.medium import Medium
 
 Parts = Literal["all", "text", "image"]
+"""What of a pipeline is loaded: everything, what encodes prompts, or everything else."""
 Base = Literal["device", "host", "empty"]
 """Where the frozen transformer is put: on the device; in main memory, to be sharded from there; or
 there without values, which another rank has (`distributed.shard`)."""
-"""What of a pipeline is loaded: everything, what encodes prompts, or everything else."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a pipeline is loaded.
+
+    `dtype` is the frozen weights' (velocities and images are fp32 all the same), `vae_dtype` the
+    autoencoder's, by default `dtype`. `resolution` is the image's side in pixels, None the model's
+    own. `max_sequence_length` are text tokens (of the longest encoder); None is the side file's
+    value, else the pipeline's own default. `fp8` keeps the transformer's matrices in 8 bits
+    (`keep_in_fp8`).
+    """
+
+    device: torch.device | str
+    dtype: torch.dtype = torch.float32
+    vae_dtype: torch.dtype | None = None
+    resolution: int | None = None
+    max_sequence_length: int | None = None
+    parts: Parts = "all"
+    fp8: bool = False
+    base: Base = "device"
 
 
 @dataclass(frozen=True)

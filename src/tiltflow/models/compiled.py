@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-# Diffusers' own list of these classes is empty.
-REPEATED = {"SD3Transformer2DModel": ("JointTransformerBlock", "FusedBlock")}
 VARIANTS = 32
 """Of one block's code: with or without gradient, sizes of a batch, the block's place, and what
 adapters are stacked, not which (`low_rank.FusedLinear`). Measured 8 in stage 1 with a fake score
 for each of 4 boundaries, 15 in stage 2."""
 
 
-def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
+def compile_blocks(
+    network: nn.Module, backend: str = "inductor", repeated: Sequence[str] = ()
+) -> int:
     """Compiles every repeated block of a diffusers transformer in place; how many there were.
+
+    `repeated` are the blocks' classes, where diffusers' own list has none (`Family.blocks`).
 
     To be called when all adapters are on it. One compilation serves all blocks of a kind under all
     roles with as many adapters. torch's limit on recompilations, which counts for the whole
@@ -25,8 +29,8 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> int:
         ValueError: if the network names no repeated blocks.
     """
     kind = type(network).__name__
-    repeated = REPEATED.get(kind) or getattr(network, "_repeated_blocks", None)
-    blocks = [m for m in network.modules() if type(m).__name__ in (repeated or ())]
+    names = repeated or getattr(network, "_repeated_blocks", None) or ()
+    blocks = [m for m in network.modules() if type(m).__name__ in names]
     if not blocks:
         raise ValueError(f"model.compile: a {kind} has no repeated blocks to compile")
     config = torch._dynamo.config

@@ -15,18 +15,21 @@ import torch
 from tiltflow.config.load import PromptSets, RunConfig, read_prompts
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.distributed import ALONE, Ranks, shard
-from tiltflow.core.paths import embedding_cache, resolve_path
+from tiltflow.core.paths import embedding_cache
 from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
 from tiltflow.data.embeddings import BATCH, EncodedPrompts
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.backbone import Backbone, Base, Parts
 from tiltflow.models.compiled import compile_blocks
-from tiltflow.models.families import check_pipeline, load_backbone, local_pipeline
+from tiltflow.models.families import load_backbone
+from tiltflow.models.family import graph_families
 from tiltflow.models.graphs import graphs_for
 from tiltflow.models.lora_files import read_adapter
 from tiltflow.models.medium import load_medium
 from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.directory import Pipelines
+from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
 from tiltflow.setup.assemble import make_stage
@@ -79,19 +82,26 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def build_backbone(cfg: RunConfig, parts: Parts = "all", ranks: Ranks = ALONE) -> Backbone:
+def build_backbone(
+    cfg: RunConfig,
+    parts: Parts = "all",
+    ranks: Ranks = ALONE,
+    pipelines: Pipelines | None = None,
+) -> Backbone:
     """The model of a config, or only what encodes its prompts, or only the rest.
 
-    A transformer that the ranks will share stays in rank 0's main memory.
+    A transformer that the ranks will share stays in rank 0's main memory. `pipelines` are the
+    config's, where something has been read of them already.
     """
     model = cfg.model
+    pipelines = pipelines or model.pipelines
     base: Base = "device"
     if _sharded(cfg, ranks):
         base = "host" if ranks.main else "empty"
     backbone = load_backbone(
-        resolve_path(model.path),
-        family="mixture" if model.path == "mixture" else model.family,
-        generator_path=resolve_path(model.generator_path) if model.generator_path else None,
+        pipelines.model if model.has_files else model.path,
+        family=model.family,
+        generator_path=pipelines.generator if model.has_files else model.generator_path,
         device=device_of(cfg.run.device),
         dtype=DTYPES[model.dtype],
         vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
@@ -114,6 +124,7 @@ def encode_sets(
     cfg: RunConfig,
     sets: Sequence[Sequence[Prompt]],
     progress: Callable[[str], None] = lambda message: None,
+    pipelines: Pipelines | None = None,
 ) -> list[EncodedPrompts]:
     """Prompt sets with their embeddings: each text encoded once, and only if the cache lacks it.
 
@@ -122,17 +133,19 @@ def encode_sets(
     Raises:
         ValueError: if a set is empty, the model does not load, or the cache cannot be written.
     """
-    root = None if cfg.model.path == "mixture" else embedding_cache(cfg.data.cache)
-    cache = EmbeddingCache(root, encoder_key(cfg)) if root is not None else None
-    return encoded_sets(cache, sets, partial(build_backbone, cfg, "text"), notice=progress)
+    pipelines = pipelines or cfg.model.pipelines
+    root = embedding_cache(cfg.data.cache) if cfg.model.has_files else None
+    cache = EmbeddingCache(root, encoder_key(cfg, pipelines)) if root is not None else None
+    load = partial(build_backbone, cfg, "text", pipelines=pipelines)
+    return encoded_sets(cache, sets, load, notice=progress)
 
 
-def encoder_key(cfg: RunConfig) -> EncoderKey:
+def encoder_key(cfg: RunConfig, pipelines: Pipelines | None = None) -> EncoderKey:
     """What the embeddings of a config's prompts depend on besides their texts."""
-    path = local_pipeline(resolve_path(cfg.model.path))
-    check_pipeline(path, cfg.model.family)
+    pipeline = (pipelines or cfg.model.pipelines).model
+    check_directory(pipeline)
     facts = encoder_facts(
-        path,
+        pipeline,
         dtype=cfg.model.dtype,
         device=device_of(cfg.run.device).type,
         max_sequence_length=cfg.model.max_sequence_length,
@@ -262,9 +275,13 @@ def _recorded(cfg: RunConfig, backbone: Backbone) -> bool:
         ValueError: if it is asked for and the model's family reads from the host in its passes.
     """
     model = cfg.model
-    if model.graphs is True and backbone.family != "sd3":
-        raise ValueError(f"model.graphs true is for pipelines of family sd3, not {backbone.family}")
-    free = backbone.family == "sd3" and not model.compile and cfg.run.sharding == "replicated"
+    able = isinstance(backbone, PipelineBackbone) and backbone.record.graphs
+    if model.graphs is True and not able:
+        known = ", ".join(graph_families())
+        raise ValueError(
+            f"model.graphs true is for pipelines of family {known}, not {backbone.family}"
+        )
+    free = able and not model.compile and cfg.run.sharding == "replicated"
     return model.graphs is True or (model.graphs == "auto" and free)
 
 
@@ -273,26 +290,28 @@ def build_stage(
     progress: Callable[[str], None] = lambda message: None,
     *,
     sets: PromptSets | None = None,
+    pipelines: Pipelines | None = None,
     ranks: Ranks = ALONE,
 ) -> Build:
     """Encodes the prompts, loads the rest of the model, and puts one rank's stage together.
 
-    `sets` are the config's prompts where they have been read already.
+    `sets` are the config's prompts, and `pipelines` its directories, where they have been read
+    already.
 
     Raises:
         ValueError: if the batch does not go round the ranks; and whatever does not load.
     """
     share = _share(cfg, ranks)
-    sets = sets or read_prompts(cfg)
+    sets, pipelines = sets or read_prompts(cfg), pipelines or cfg.model.pipelines
     count = max(
         cfg.log.samples if cfg.log.samples_every else 0,
         cfg.watch.prompts if cfg.watch.rewards else 0,
     )
     chosen = [sets.train, sets.fixed[:count]] if count else [sets.train]
     with ranks.main_first():  # the others find the prompts in the cache
-        encoded, *fixed = encode_sets(cfg, chosen, progress)
+        encoded, *fixed = encode_sets(cfg, chosen, progress, pipelines)
     progress(f"loading {cfg.model.path}")
-    backbone = build_backbone(cfg, "image", ranks)
+    backbone = build_backbone(cfg, "image", ranks, pipelines)
     start = starting_point(cfg)
     roles = build_roles(cfg, backbone, start)
     _place(cfg, backbone, roles, ranks)
@@ -340,4 +359,5 @@ def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> No
         every = [roles.teacher, roles.generator, roles.fake_score, roles.ema, roles.reference]
         singles = [one for role in every if role for one in role.singles]
         for network in {id(role.network): role.network for role in singles}.values():
-            compile_blocks(network)
+            blocks = backbone.record.blocks if isinstance(backbone, PipelineBackbone) else ()
+            compile_blocks(network, repeated=blocks)

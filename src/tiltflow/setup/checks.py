@@ -20,10 +20,11 @@ from tiltflow.config.load import (
     read_prompts,
 )
 from tiltflow.core.metrics import check_sinks
-from tiltflow.core.paths import check_folder, embedding_cache, resolve_path
+from tiltflow.core.paths import check_folder, embedding_cache
 from tiltflow.export.folder import check_export_folder
 from tiltflow.export.writing import check_exportable
-from tiltflow.models.families import check_pipeline
+from tiltflow.models.pipelines.directory import Pipelines
+from tiltflow.models.pipelines.files import check_directory
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
@@ -45,6 +46,11 @@ class Subject:
         """
         return read_prompts(self.cfg)
 
+    @cached_property
+    def pipelines(self) -> Pipelines:
+        """The model's directories, whose files are read once."""
+        return self.cfg.model.pipelines
+
 
 @dataclass(frozen=True)
 class Check:
@@ -61,7 +67,7 @@ class Check:
 def _check_cache(cfg: RunConfig) -> None:
     """That embeddings can be kept; a folder that is there may be one that is only read."""
     folder = embedding_cache(cfg.data.cache)
-    if folder is None or folder.is_dir() or cfg.model.path == "mixture":
+    if folder is None or folder.is_dir() or not cfg.model.has_files:
         return
     try:
         check_folder("data.cache", folder)
@@ -75,40 +81,46 @@ def _check_prompts_fit(on: Subject) -> None:
     check_prompts_fit(on.cfg.watch.rewards, on.prompts.fixed[: on.cfg.watch.prompts])
 
 
-def check_export(cfg: RunConfig) -> None:
+def check_export(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
     """Whether what a run of this config trains can be exported into its directory at its end.
 
     Raises:
         ValueError: as `check_exportable`.
     """
-    if cfg.model.path == "mixture":
+    if not cfg.model.has_files:
         return
-    out, model = Path(cfg.run.out) / "export", Path(resolve_path(cfg.model.path))
+    out, model = Path(cfg.run.out) / "export", (pipelines or cfg.model.pipelines).here("model")
     check_export_folder(out)
-    if model.exists():  # else it is the hub's to give
-        family = check_pipeline(model, cfg.model.family)
-        check_exportable(model, family, cfg.sampler.steps, cfg.sampler.eta, out)
+    if model is not None:  # else it is the hub's to give
+        check_directory(model)
+        check_exportable(model, cfg.sampler.steps, cfg.sampler.eta, out)
 
 
 CHECKS: tuple[Check, ...] = (
     Check("device", lambda on: device_of(on.cfg.run.device)),
     Check("packages", lambda on: check_sinks(on.cfg.log.tensorboard, on.cfg.log.wandb)),
-    Check("model", lambda on: check_model_files(on.cfg)),
-    Check("weights", lambda on: check_model(on.cfg), needs=("model",)),
+    Check("model", lambda on: check_model_files(on.cfg, on.pipelines)),
+    Check("weights", lambda on: check_model(on.cfg, on.pipelines), needs=("model",)),
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("rewards", lambda on: check_reward_imports([*on.cfg.rewards, *on.cfg.watch.rewards])),
     Check("prompts", lambda on: on.prompts),
     Check("prompts and rewards", _check_prompts_fit, needs=("rewards", "prompts")),
     Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
-    Check("adapters", lambda on: check_adapters(on.cfg), needs=("model", "weights", "stage 1")),
+    Check(
+        "adapters",
+        lambda on: check_adapters(on.cfg, on.pipelines),
+        needs=("model", "weights", "stage 1"),
+    ),
     Check(
         "room on the disk",
-        lambda on: check_disk_room(on.cfg),
+        lambda on: check_disk_room(on.cfg, on.pipelines),
         needs=("model", "run directory", "adapters"),
     ),
     Check("embedding cache", lambda on: _check_cache(on.cfg)),
-    Check("export", lambda on: check_export(on.cfg), needs=("model", "run directory")),
+    Check(
+        "export", lambda on: check_export(on.cfg, on.pipelines), needs=("model", "run directory")
+    ),
 )
 
 
@@ -146,8 +158,8 @@ def findings(subject: Subject) -> Iterator[Finding]:
             yield Finding(check.name)
 
 
-def check_run(cfg: RunConfig) -> PromptSets:
-    """Goes through the list up to the first thing that is wrong; gives the prompts that were read.
+def check_run(cfg: RunConfig) -> Subject:
+    """Goes through the list up to the first thing that is wrong; gives what was read on the way.
 
     Raises:
         ValueError: in one sentence, what is wrong.
@@ -156,4 +168,4 @@ def check_run(cfg: RunConfig) -> PromptSets:
     for found in findings(subject):
         if found.error is not None:
             raise found.error
-    return subject.prompts
+    return subject

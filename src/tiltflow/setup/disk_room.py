@@ -14,23 +14,21 @@ import shutil
 from pathlib import Path
 
 from tiltflow.config.schema import RunConfig
-from tiltflow.core.paths import resolve_path
-from tiltflow.models.pipelines.files import weight_files
-from tiltflow.models.pipelines.headers import header_shapes
+from tiltflow.models.pipelines.directory import Pipelines
 
 FP32 = 4
 MOMENTS = 2
 """What AdamW keeps beside each trained number."""
 
 
-def check_disk_room(cfg: RunConfig) -> None:
+def check_disk_room(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
     """That what the run will write has room; a pipeline of the hub and the mixture pass unseen.
 
     Raises:
         ValueError: with what is free, what is needed, and what needs less.
     """
     out = Path(cfg.run.out)
-    needed, count = run_bytes(cfg), kept_checkpoints(cfg)
+    needed, count = run_bytes(cfg, pipelines), kept_checkpoints(cfg)
     there = _size(out / "checkpoints") + _size(out / "export")
     place = out.absolute()
     while not place.is_dir():
@@ -44,15 +42,13 @@ def check_disk_room(cfg: RunConfig) -> None:
         )
 
 
-def run_bytes(cfg: RunConfig) -> int:
+def run_bytes(cfg: RunConfig, pipelines: Pipelines | None = None) -> int:
     """What a run has on the disk at its fullest: checkpoints, one more while it is written, and
     the export; 0 where the model's files are not at hand."""
-    folder = Path(resolve_path(cfg.model.path)) / "transformer"
-    if cfg.model.path == "mixture" or not folder.is_dir():
+    model = (pipelines or cfg.model.pipelines).here("model") if cfg.model.has_files else None
+    if model is None:
         return 0
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in weight_files(folder, "diffusion_pytorch_model"):
-        shapes |= header_shapes(folder / name)
+    shapes = {name: entry.shape for name, entry in model.header("transformer").items()}
     role = FP32 * trained_numbers(cfg, shapes)
     scores = cfg.sampler.steps if cfg.train.fake_scores == "per_boundary" else 1
     roles = 1 + 1 + scores  # generator, its average, fake scores

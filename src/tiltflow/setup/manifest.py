@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tiltflow.config.load import PromptSets, RunConfig
-from tiltflow.core.paths import resolve_path
+from tiltflow.config.schema import ModelConfig
 from tiltflow.data.prompts import Prompt
-from tiltflow.models.families import check_pipeline, local_pipeline
+from tiltflow.models.pipelines.directory import Pipelines
+from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import (
     adapter_fingerprint,
     encoders_fingerprint,
@@ -20,7 +21,9 @@ from tiltflow.models.roles import State
 from tiltflow.setup.run_directory import with_absolute_paths
 
 
-def manifest_of(cfg: RunConfig, sets: PromptSets, few_step: State | None) -> dict[str, Any]:
+def manifest_of(
+    cfg: RunConfig, sets: PromptSets, few_step: State | None, pipelines: Pipelines | None = None
+) -> dict[str, Any]:
     """A run's manifest, as JSON holds it. `few_step` are the weights that stage 2 stands on.
 
     Raises:
@@ -29,27 +32,26 @@ def manifest_of(cfg: RunConfig, sets: PromptSets, few_step: State | None) -> dic
     model, other = cfg.model, "tilt" if cfg.stage == "cold_start" else "cold_start"
     return {
         "seed": cfg.run.seed,
-        "family": _family(model.path, model.family),
-        "base": _base(model.path),
-        "generator_base": _base(model.generator_path) if model.generator_path else None,
+        **_of_model(model, pipelines or model.pipelines),
         "few_step": adapter_fingerprint(few_step) if few_step else None,
-        "encoders": None if model.path == "mixture" else encoders_fingerprint(_root(model.path)),
         "prompts": _of_prompts(sets.train),
         "eval_prompts": _of_prompts(sets.fixed),
         "config": with_absolute_paths(cfg).model_dump(mode="json", exclude={other}),
     }
 
 
-def _family(path: str, family: str | None) -> str:
-    return "mixture" if path == "mixture" else check_pipeline(_root(path), family)
-
-
-def _base(path: str) -> str:
-    return "mixture" if path == "mixture" else pipeline_fingerprint(_root(path))
-
-
-def _root(path: str) -> Any:
-    return local_pipeline(resolve_path(path))
+def _of_model(model: ModelConfig, pipelines: Pipelines) -> dict[str, str | None]:
+    """The family's name, and which weights its pipelines hold."""
+    if not model.has_files:
+        name = model.path
+        return {"family": name, "base": name, "generator_base": None, "encoders": None}
+    generator = pipelines.generator
+    return {
+        "family": check_directory(pipelines.model).name,
+        "base": pipeline_fingerprint(pipelines.model),
+        "generator_base": None if generator is None else pipeline_fingerprint(generator),
+        "encoders": encoders_fingerprint(pipelines.model),
+    }
 
 
 def _of_prompts(prompts: Sequence[Prompt]) -> str:

@@ -14,27 +14,30 @@ from tiltflow.config.load import RunConfig
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
 from tiltflow.core.paths import resolve_path
+from tiltflow.models.family import published
 from tiltflow.models.lora_files import read_adapter
 from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.directory import Pipeline, Pipelines
 from tiltflow.models.pipelines.headers import header_shapes
 from tiltflow.models.pipelines.meta import META, meta_backbone
-from tiltflow.models.pipelines.published import PUBLISHED
 from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.setup.build import DTYPES, Start, build_roles, starting_point
 
 
-def meta_of(cfg: RunConfig) -> PipelineBackbone:
-    """The backbone that `build_backbone` makes, without weights.
+def meta_of(cfg: RunConfig, pipelines: Pipelines | None = None) -> PipelineBackbone:
+    """The backbone that `build_backbone` makes, without weights; what is only on the hub is taken
+    as it was published.
 
     Raises:
         ValueError: as `meta_backbone`.
     """
     model = cfg.model
-    second = model.generator_path
+    pipelines, second = pipelines or model.pipelines, model.generator_path
+    there = None if second is None else pipelines.here("generator") or resolve_path(second)
     return meta_backbone(
-        resolve_path(model.path),
-        generator_path=None if second is None else resolve_path(second),
+        pipelines.here("model") or Pipeline(resolve_path(model.path), model.family),
+        generator_path=there,
         dtype=DTYPES[model.dtype],
         vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
         resolution=model.resolution,
@@ -43,7 +46,7 @@ def meta_of(cfg: RunConfig) -> PipelineBackbone:
     )
 
 
-def check_model(cfg: RunConfig) -> None:
+def check_model(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
     """Whether the weight files are the networks', and resolution, text length and grids are right.
 
     A pipeline that is still on the hub is looked at as far as its published configuration goes.
@@ -51,31 +54,33 @@ def check_model(cfg: RunConfig) -> None:
     Raises:
         ValueError: naming the key, and what is wrong.
     """
-    if not _here(cfg):
+    pipelines = pipelines or cfg.model.pipelines
+    if not _here(cfg, pipelines):
         return
-    for key, path, parts in (
-        ("model.path", cfg.model.path, None),
-        ("model.generator_path", cfg.model.generator_path, ["transformer"]),
+    for key, name, parts in (
+        ("model.path", "model", None),
+        ("model.generator_path", "generator", ["transformer"]),
     ):
-        root = None if path is None else Path(resolve_path(path))
-        if root is not None and root.is_dir():
+        pipeline = pipelines.here(name)
+        if pipeline is not None:
             try:
-                check_weights(root, parts)
+                check_weights(pipeline, parts)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
-    backbone = meta_of(cfg)
+    backbone = meta_of(cfg, pipelines)
     backbone.few_step_sigmas(cfg.sampler.steps)
     if cfg.stage == "tilt":
         backbone.teacher_sigmas(cfg.watch.teacher_steps)
 
 
-def check_adapters(cfg: RunConfig) -> None:
+def check_adapters(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
     """Whether the adapters, and those that stage 2 starts from, go on the model.
 
     Raises:
         ValueError: naming what does not fit.
     """
-    if not _here(cfg):
+    pipelines = pipelines or cfg.model.pipelines
+    if not _here(cfg, pipelines):
         return
     start = None
     if cfg.model.few_step is not None:
@@ -83,7 +88,7 @@ def check_adapters(cfg: RunConfig) -> None:
         resumed = cfg.run.resume and not place.exists()
         start = starting_point(cfg) if resumed else start_shapes(place)
     with META:
-        build_roles(cfg, meta_of(cfg), start)
+        build_roles(cfg, meta_of(cfg, pipelines), start)
 
 
 def start_shapes(run: Path) -> Start:
@@ -114,7 +119,8 @@ def start_shapes(run: Path) -> Start:
     return Start(ema, fake, AdapterSettings(**adapters) if adapters else None)
 
 
-def _here(cfg: RunConfig) -> bool:
+def _here(cfg: RunConfig, pipelines: Pipelines) -> bool:
     """Whether there is a configuration to look at: a directory, or a published one."""
-    path = cfg.model.path
-    return path != "mixture" and (Path(resolve_path(path)).is_dir() or path in PUBLISHED)
+    if not cfg.model.has_files:
+        return False
+    return pipelines.here("model") is not None or published(cfg.model.path) is not None

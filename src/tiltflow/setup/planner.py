@@ -30,7 +30,7 @@ from tiltflow.models.backbone import Conditioning
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.kernel_shapes import fused_kernels
 from tiltflow.models.pipelines.meta import META
-from tiltflow.models.pipelines.storage import FP8, input_dtype
+from tiltflow.models.pipelines.storage import FP8
 from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles, copy_roles
 
 GIB = 2**30
@@ -343,7 +343,7 @@ def _latent_bytes(backbone: PipelineBackbone) -> int:
 
 
 def _conditioning(backbone: PipelineBackbone, rows: int) -> Conditioning:
-    dtype = input_dtype(backbone.teacher_base)
+    dtype = backbone.input_dtype(backbone.teacher_base)
     side = {
         key: torch.empty(rows, *shape, dtype=dtype, device=META)
         for key, shape in backbone.conditioning_shapes().items()

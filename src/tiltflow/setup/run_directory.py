@@ -69,7 +69,7 @@ def with_absolute_paths(cfg: RunConfig) -> RunConfig:
         return {n: r.model_copy(update={"path": _absolute(r.path)}) for n, r in table.items()}
 
     model, data, watch = cfg.model, cfg.data, cfg.watch
-    paths = ("generator_path", "few_step") if model.path == "mixture" else _MODEL_PATHS
+    paths = _MODEL_PATHS if model.has_files else ("generator_path", "few_step")
     cache = data.cache
     changes = {
         "model": model.model_copy(update={n: _absolute(getattr(model, n)) for n in paths}),

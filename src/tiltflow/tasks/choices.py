@@ -12,11 +12,9 @@ from safetensors.torch import load_file
 
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
-from tiltflow.core.paths import resolve_path
 from tiltflow.export.contract import Contract, read_contract
-from tiltflow.models.families import local_pipeline
 from tiltflow.models.lora_files import lora_file
-from tiltflow.models.pipelines.files import pipeline_index, weight_files
+from tiltflow.models.pipelines.directory import INDEX, Pipeline, Pipelines
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 
 Dtype = Literal["fp32", "bf16"]
@@ -51,8 +49,7 @@ class Choices:
 def settle(
     asked: Mapping[str, Any],
     dtype: Dtype | None,
-    model: str,
-    generator: str | None = None,
+    pipelines: Pipelines,
     few_step: Path | None = None,
     tilt_lora: Path | None = None,
 ) -> Choices:
@@ -68,10 +65,9 @@ def settle(
     """
     if tilt_lora is not None and few_step is None:
         raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
-    root = local_pipeline(resolve_path(model))
-    base = local_pipeline(resolve_path(generator)) if generator else root
+    root, base = pipelines.model.root, pipelines.base
     below, above = (read_contract(f) if f is not None else None for f in (few_step, tilt_lora))
-    merged = read_contract(root) if (root / "model_index.json").is_file() else None
+    merged = read_contract(root) if pipelines.model.has(INDEX) else None
     contract = above or below or merged
     notes = []
     if above and below and any(getattr(above, key) != getattr(below, key) for key in OPTIONS):
@@ -91,9 +87,9 @@ def settle(
     return Choices(**values, dtype=chosen, notes=tuple(f"warning: {note}" for note in notes))
 
 
-def _other_base(contract: Contract, base: Path) -> list[str]:
+def _other_base(contract: Contract, base: Pipeline) -> list[str]:
     """A line if the LoRA was trained on other weights than those at hand."""
-    if not (base / "model_index.json").is_file():
+    if not base.has(INDEX):
         return []  # what is wrong with it is said when it is loaded
     here, there = pipeline_fingerprint(base), contract.base.hash
     if here == there:
@@ -135,15 +131,14 @@ def _other_few_step(tilt: Contract, folder: Path) -> list[str]:
     return [f"the tilt was trained on another few-step adapter than the one in {folder}"]
 
 
-def files_dtype(root: Path) -> Dtype:
+def files_dtype(pipeline: Pipeline) -> Dtype:
     """bf16 if the transformer's file holds that, else fp32, which holds everything.
 
     Raises:
-        ValueError: as `pipeline_index`.
+        ValueError: as `Pipeline.index`.
     """
-    pipeline_index(root)
-    folder = root / "transformer"
-    file = folder / weight_files(folder, "diffusion_pytorch_model")[0]
+    assert pipeline.index is not None
+    file = pipeline.root / "transformer" / pipeline.weight_files("transformer")[0]
     if not file.is_file():
         return "fp32"  # what is missing is said when it is loaded
     try:

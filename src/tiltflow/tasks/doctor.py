@@ -65,7 +65,7 @@ def examine(
             f"{recipe}: {cfg.stage}, {cfg.train.steps} steps of {cfg.train.batch_size} samples"
             f"{groups}{order}"
         )
-        if cfg.model.path != "mixture" and not {"model", "weights", "adapters"} & set(failed):
+        if cfg.model.has_files and not {"model", "weights", "adapters"} & set(failed):
             have = memory or device_memory()
             if is_auto(cfg):
                 room = None if have is None else have * GIB

@@ -15,8 +15,9 @@ def encode_recipe(cfg: RunConfig, console: Console) -> None:
     Raises:
         ValueError: if there is nothing to encode, `data.cache` is off, or a file is not in order.
     """
-    if cfg.model.path == "mixture":
-        raise ValueError("the mixture has no text encoder, so there is nothing to encode")
+    if not cfg.model.has_files:
+        name = cfg.model.path
+        raise ValueError(f"the {name} has no text encoder, so there is nothing to encode")
     root = embedding_cache(cfg.data.cache)
     if root is None:
         raise ValueError("data.cache is off, so there is nowhere to put the embeddings")

@@ -11,7 +11,6 @@ import diffusers
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
-from tiltflow.core.paths import resolve_path
 from tiltflow.evaluation.files import read_evaluation
 from tiltflow.export.card import Card, model_card
 from tiltflow.export.contract import (
@@ -33,18 +32,13 @@ from tiltflow.export.writing import (
     few_step_scheduler,
     save_merged,
 )
-from tiltflow.models.families import check_pipeline, local_pipeline
+from tiltflow.models.family import Family
 from tiltflow.models.pipelines.backbone import PipelineBackbone
-from tiltflow.models.pipelines.files import absent_parts
+from tiltflow.models.pipelines.directory import Pipeline, Pipelines
+from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.setup.build import DTYPES
-
-PIPELINES = {
-    "sd3": "StableDiffusion3Pipeline",
-    "flux": "FluxPipeline",
-    "flux2": "Flux2KleinPipeline",
-}
 
 
 def export_run(run: Path, out: Path, merged: bool = False, tilt: float = 1.0) -> list[Path]:
@@ -62,8 +56,8 @@ def export_run(run: Path, out: Path, merged: bool = False, tilt: float = 1.0) ->
         raise ValueError(f"--tilt is {tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
     check_export_folder(out)
     cfg = load_config(str(run / "config.yaml"))
-    if cfg.model.path == "mixture":
-        raise ValueError("the mixture backbone has no pipeline to export for")
+    if not cfg.model.has_files:
+        raise ValueError(f"the {cfg.model.path} backbone has no pipeline to export for")
     evaluation = read_evaluation(run) if (run / "evaluation.json").is_file() else None
     return export_checkpoint(cfg, load_checkpoint(run), out, merged, tilt, evaluation)
 
@@ -75,19 +69,21 @@ def export_checkpoint(
     merged: bool = False,
     tilt: float = 1.0,
     evaluation: dict[str, Any] | None = None,
+    pipelines: Pipelines | None = None,
 ) -> list[Path]:
-    """What `export_run` writes, from a checkpoint at hand; the paths in `out`.
+    """What `export_run` writes, from a checkpoint at hand; the paths in `out`. `pipelines` are the
+    config's, where something has been read of them already.
 
     An earlier export in `out` is replaced as a whole, when the new one is.
     """
-    source = Source.of(cfg)
+    source = Source.of(pipelines or cfg.model.pipelines)
     lora = bool(checkpoint.state.get("adapters"))
     if not lora and not merged:
         exported_adapters(checkpoint.state)  # says why there are none
     contract = contract_of(cfg, checkpoint, source)
     with replacing(out) as part:
         folders = export_adapters(checkpoint, source.pipeline, part, contract) if lora else []
-        scheduler = few_step_scheduler(source.model, source.family, contract.eta, contract.steps)
+        scheduler = few_step_scheduler(source.model, contract.eta, contract.steps)
         scheduler.save_pretrained(part / "scheduler")
         paths = [*folders, part / "scheduler"]
         if merged:
@@ -100,17 +96,17 @@ def export_checkpoint(
             paths.append(part / "merged")
         for folder in (*folders, part):
             _write(folder, contract)
-        absent = sorted(set(absent_parts(source.base)) - set(source.pipeline._optional_components))
+        absent = sorted(set(source.base.absent) - set(source.pipeline._optional_components))
         card = Card(
             contract=contract,
-            call=_call(contract),
+            call=call_of(contract, source.family),
             folders=[folder.name for folder in folders],
             merged=merged,
             absent=absent,
             evaluation=evaluation,
         )
         (part / "README.md").write_text(model_card(card), encoding="utf-8")
-        licence = licence_file(source.base)
+        licence = licence_file(source.base.root)
         if licence is not None:
             shutil.copyfile(licence, part / licence.name)
         paths.append(part / "README.md")
@@ -122,18 +118,16 @@ class Source:
     """The pipelines of a config on this machine: `model` is the teacher's, `base` the one that the
     student's weights belong to (klein's second, else the same)."""
 
-    model: Path
-    base: Path
-    family: str
+    model: Pipeline
+    base: Pipeline
+    family: Family
     pipeline: Any
 
     @classmethod
-    def of(cls, cfg: RunConfig) -> Source:
-        model = local_pipeline(resolve_path(cfg.model.path))
-        family = check_pipeline(model, cfg.model.family)
-        second = cfg.model.generator_path
-        base = local_pipeline(resolve_path(second)) if second else model
-        return cls(model, base, family, getattr(diffusers, PIPELINES[family]))
+    def of(cls, pipelines: Pipelines) -> Source:
+        family = check_directory(pipelines.model)
+        kind = getattr(diffusers, str(family.pipeline))
+        return cls(pipelines.model, pipelines.base, family, kind)
 
 
 def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contract:
@@ -148,9 +142,9 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
     setting = cfg.model.generator_path or cfg.model.path
     return Contract(
         stage=cfg.stage,
-        family=source.family,
-        pipeline=PIPELINES[source.family],
-        base=base_facts(setting, source.base, pipeline_fingerprint(source.base)),
+        family=source.family.name,
+        pipeline=str(source.family.pipeline),
+        base=base_facts(setting, source.base.root, pipeline_fingerprint(source.base)),
         steps=cfg.sampler.steps,
         sigmas=tuple(backbone.few_step_sigmas(cfg.sampler.steps).tolist()),
         eta=cfg.sampler.eta,
@@ -176,23 +170,23 @@ def student_guidance(cfg: RunConfig, backbone: PipelineBackbone) -> float:
     (FLUX.1-dev's own scale), else 1.0, a pass without."""
     if cfg.model.student_guidance is not None:
         return cfg.model.student_guidance
-    if getattr(backbone, "guidance_distilled", False):
-        return float(backbone.embedded_guidance)  # type: ignore[attr-defined]
-    return 1.0
+    return backbone.student_guidance
 
 
 def _write(folder: Path, contract: Contract) -> None:
     (folder / CONTRACT_FILE).write_text(contract.text() + "\n", encoding="utf-8")
 
 
-def _call(contract: Contract) -> dict[str, Any]:
+def call_of(contract: Contract, family: Family) -> dict[str, Any]:
     """The arguments with which the pipeline's call is the student."""
+    length = {"max_sequence_length": contract.max_sequence_length} if family.takes_length else {}
     return {
         "num_inference_steps": contract.steps,
-        "guidance_scale": contract.guidance,
+        family.guidance_argument: contract.guidance - family.guidance_offset,
         "height": contract.resolution,
         "width": contract.resolution,
-        "max_sequence_length": contract.max_sequence_length,
+        **length,
+        **family.call,
     }
 
 

@@ -49,7 +49,7 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
     if rows > 1:
         tips.append(f"train.micro_batch_size={rows // 2} (now {rows})")
     recomputed = set(CHECKPOINTED) - ({"decoder"} if cfg.stage == "cold_start" else set())
-    if not recomputed <= model.checkpointed and model.path != "mixture":
+    if not recomputed <= model.checkpointed and model.has_files:
         tips.append("model.gradient_checkpointing=true")
     if cfg.stage == "cold_start" and cfg.cold_start.keep_graph:
         tips.append("cold_start.keep_graph=false")
@@ -60,7 +60,7 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
         tips.append(f"tilt.decode_chunk={chunk // 2} (now {chunk})")
     if model.dtype == "fp32":
         tips.append("model.dtype=bf16")
-    if cfg.adapters.kind == "copies" and model.path != "mixture":
+    if cfg.adapters.kind == "copies" and model.has_files:
         tips.append("adapters.kind=lora")
     elif ranks > 1 and cfg.run.sharding == "replicated" and model.base_storage is None:
         tips.append("run.sharding=fsdp2")
@@ -72,7 +72,7 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
 
 
 def _base_can_shrink(cfg: RunConfig) -> bool:
-    lora = cfg.adapters.kind == "lora" and cfg.model.path != "mixture"
+    lora = cfg.adapters.kind == "lora" and cfg.model.has_files
     return lora and cfg.run.sharding == "replicated" and cfg.model.base_storage is None
 
 

@@ -152,7 +152,7 @@ def fastest(
     Where nothing fits, the choice is the one that needs least: the run may be lucky, and the
     message of a run that is not says what else helps.
     """
-    if cfg.model.path == "mixture":
+    if not cfg.model.has_files:
         return (), None
     every = tuple(part for part in CHECKPOINTED if part != "decoder" or cfg.stage == "tilt")
     if memory is None:

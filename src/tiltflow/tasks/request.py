@@ -12,14 +12,17 @@ from typing import Any
 from rich.console import Console
 
 from tiltflow.core.distributed import ALONE, Ranks
-from tiltflow.core.paths import embedding_cache, resolve_path
+from tiltflow.core.paths import embedding_cache
 from tiltflow.core.precision import autocast_dtype
 from tiltflow.core.randomness import Randomness
 from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
 from tiltflow.data.embeddings import BATCH, EncodedPrompts, distinct
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.backbone import Backbone, Parts
-from tiltflow.models.families import check_pipeline, load_backbone, local_pipeline
+from tiltflow.models.families import load_backbone
+from tiltflow.models.family import has_files
+from tiltflow.models.pipelines.directory import Pipelines
+from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.pipelines.weights import check_weights
@@ -52,11 +55,18 @@ class Request:
     resolution: int | None = None
     max_sequence_length: int | None = None
     generator_path: str | None = None
+    family: str | None = None
+    """As `model.family` of a run: a name or `module:RECORD`; None reads it off the directory."""
     cache: str | None = None
     """As `data.cache` of a run."""
     rewards: Mapping[str, str | None] = field(default_factory=dict)
     """Names of rewards, each with the path of its weights or None."""
     diversity: bool = False
+
+    @cached_property
+    def pipelines(self) -> Pipelines:
+        """The directories, whose files are read once."""
+        return Pipelines(self.model, self.generator_path, self.family)
 
     @cached_property
     def settled(self) -> Choices:
@@ -74,8 +84,7 @@ class Request:
             "resolution": self.resolution,
             "max_sequence_length": self.max_sequence_length,
         }
-        second = self.generator_path
-        return settle(asked, self.dtype, self.model, second, self.few_step, self.tilt_lora)
+        return settle(asked, self.dtype, self.pipelines, self.few_step, self.tilt_lora)
 
     def _check(self) -> None:
         """Raises ValueError for what is wrong whatever the model is."""
@@ -86,8 +95,10 @@ class Request:
         ):  # fmt: skip
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{option} is {value}, which is no finite number")
-        if self.model == "mixture":
-            raise ValueError("the mixture backbone has no images to sample; use tiltflow train")
+        if not has_files(self.model, self.family):
+            raise ValueError(
+                f"the {self.model} backbone has no images to sample; use tiltflow train"
+            )
 
 
 def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
@@ -125,16 +136,15 @@ def check_request(request: Request) -> None:
     Raises:
         ValueError: as `check_pipeline`, `check_weights`, `meta_backbone` and `load_students`.
     """
-    path = local_pipeline(resolve_path(request.model))
-    second = request.generator_path
-    family = check_pipeline(path)
-    check_weights(path)
-    generator = local_pipeline(resolve_path(second)) if second else None
+    model, generator = request.pipelines.model, request.pipelines.generator
+    family = check_directory(model)
+    check_weights(model)
     if generator is not None:
-        check_pipeline(generator, family)
+        generator.asked = generator.asked or family.name
+        check_directory(generator)
         check_weights(generator, ["transformer"])
     if request.few_step or request.tilt_lora:
-        shapes = meta_backbone(path, generator_path=generator, **_settings(request))
+        shapes = meta_backbone(model, generator_path=generator, **_settings(request))
         load_students(shapes, request.few_step, request.tilt_lora)
 
 
@@ -149,10 +159,9 @@ def _settings(request: Request) -> dict[str, Any]:
 
 
 def _backbone(request: Request, parts: Parts) -> Backbone:
-    second = request.generator_path
     return load_backbone(
-        resolve_path(request.model),
-        generator_path=resolve_path(second) if second else None,
+        request.pipelines.model,
+        generator_path=request.pipelines.generator,
         device=device_of(request.device),
         parts=parts,
         **_settings(request),
@@ -169,10 +178,10 @@ def _encoded(request: Request) -> EncodedPrompts:
     root = embedding_cache(request.cache)
     cache = None
     if root is not None:
-        path, chosen = local_pipeline(resolve_path(request.model)), request.settled
-        check_pipeline(path)
+        chosen = request.settled
+        check_directory(request.pipelines.model)
         facts = encoder_facts(
-            path,
+            request.pipelines.model,
             dtype=chosen.dtype,
             device=device_of(request.device).type,
             max_sequence_length=chosen.max_sequence_length,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from tiltflow.config.load import PromptSets, RunConfig, dump_config
+from tiltflow.config.load import RunConfig, dump_config
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.disk import write_whole
 from tiltflow.core.distributed import Ranks, ranks_of_job
@@ -23,7 +23,7 @@ from tiltflow.models.medium import IMAGES
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build, attention_for, build_stage, device_of
-from tiltflow.setup.checks import check_run
+from tiltflow.setup.checks import Subject, check_run
 from tiltflow.setup.manifest import manifest_of
 from tiltflow.setup.run_directory import start_of, with_absolute_paths
 from tiltflow.tasks.choices import base_of_start
@@ -52,11 +52,11 @@ def run_training(cfg: RunConfig, console: Console) -> Path:
     out, device = Path(cfg.run.out), device_of(cfg.run.device)
     refuse_if_held(out)
     start_of(cfg, out)  # an early word; what counts is what the lock's holder finds
-    sets = check_run(cfg)
+    subject = check_run(cfg)
     attention = attention_for(cfg, device)
     job = ranks_of_job(device, cfg.run.rank_timeout)
     with job as ranks, attention, explained(cfg, ranks.size), _locked(out, ranks) as hold:
-        return _run(cfg, sets, out, hold, console if ranks.main else Console(quiet=True), ranks)
+        return _run(subject, out, hold, console if ranks.main else Console(quiet=True), ranks)
 
 
 @contextmanager
@@ -80,13 +80,13 @@ def _locked(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
 
 
 def _run(
-    cfg: RunConfig,
-    sets: PromptSets,
+    subject: Subject,
     out: Path,
     hold: Callable[[], None],
     console: Console,
     ranks: Ranks,
 ) -> Path:
+    cfg = subject.cfg
     start = start_of(cfg, out)
     if ranks.from_main(start or 0) != (start or 0):
         raise ValueError(f"the ranks see different files in {out}: it must be on a shared disk")
@@ -96,9 +96,11 @@ def _run(
 
     memory = device_bytes(device_of(cfg.run.device)) if is_auto(cfg) else None
     planned = chosen(cfg, out, start is not None, memory, ranks, say)
-    build = build_stage(planned, say, sets=sets, ranks=ranks)
+    build = build_stage(
+        planned, say, sets=subject.prompts, pipelines=subject.pipelines, ranks=ranks
+    )
     few_step = build.stage.roles.state().get("few_step")
-    manifest = manifest_of(cfg, sets, few_step)
+    manifest = manifest_of(cfg, subject.prompts, few_step, subject.pipelines)
     _say_other_base(cfg, manifest, say)
     settings = LoopSettings(
         steps=cfg.train.steps,
@@ -135,8 +137,8 @@ def _run(
         said = f"stopped at step {done} and saved; go on with: {command}"
         console.print(said, soft_wrap=True)
         return out
-    if ranks.main and isinstance(build.backbone, PipelineBackbone) and cfg.adapters.kind == "lora":
-        export_checkpoint(cfg, load_checkpoint(out), out / "export")
+    if ranks.main and cfg.model.has_files and cfg.adapters.kind == "lora":
+        export_checkpoint(cfg, load_checkpoint(out), out / "export", pipelines=subject.pipelines)
     return out
 
 

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from tiltflow.core.transfer import to_device
 from tiltflow.models.backbone import Conditioning
+from tiltflow.models.family import Family
 from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
-from tiltflow.models.pipelines.storage import input_dtype
+from tiltflow.models.pipelines.published import FLUX
+
+FAMILY = Family(
+    name="flux",
+    backbone="tiltflow.models.families.flux:FluxBackbone",
+    pipeline="FluxPipeline",
+    title="FLUX.1",
+    networks={
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+    },
+    required=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    token_patch=2,
+    # Attention projections of both streams; single blocks have one stream and no output.
+    lora_targets=(
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    ),
+    published=FLUX,
+)  # fmt: skip
 
 
 class FluxBackbone(PipelineBackbone):
@@ -28,18 +47,12 @@ class FluxBackbone(PipelineBackbone):
     guidance with the empty prompt, like other families, and 1.0 by default.
     """
 
-    family = "flux"
-    pipeline_class = FluxPipeline
-    transformer_class = FluxTransformer2DModel
-    vae_class = AutoencoderKL
-    text_encoders = ("text_encoder", "text_encoder_2")
     default_guidance = 3.5
     default_sequence = 512
     axes = 3
     packing = 4
 
-    def __init__(self, path: str | Path, **options: Any) -> None:
-        super().__init__(path, **options)
+    def _begin(self) -> None:
         self.guidance_distilled = bool(self.pipe.transformer.config.guidance_embeds)
         self.embedded_guidance = self.guidance
         """The scale given to a guidance-distilled network when none is asked for: published 3.5."""
@@ -65,6 +78,11 @@ class FluxBackbone(PipelineBackbone):
         """1 where guidance is an input of the network."""
         return 1 if self.guidance_distilled else super().passes(guidance)
 
+    @property
+    def student_guidance(self) -> float:
+        """The scale of a guidance-distilled network; otherwise 1.0, a pass without."""
+        return self.embedded_guidance if self.guidance_distilled else 1.0
+
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """T5's tokens; CLIP's pooled output."""
         config = self.pipe.transformer.config
@@ -81,7 +99,7 @@ class FluxBackbone(PipelineBackbone):
         cond: Mapping[str, Tensor],
         scale: float | None = None,
     ) -> Tensor:
-        dtype, (_, _, height, width) = input_dtype(network), x.shape
+        dtype, (_, _, height, width) = self.input_dtype(network), x.shape
         context = cond["prompt_embeds"].to(dtype)
         level = (sigma.float() * TIMESTEPS).to(dtype) / TIMESTEPS  # rounded as the pipeline does
         given = None if scale is None else torch.full_like(sigma, scale, dtype=torch.float32)
@@ -123,9 +141,3 @@ class FluxBackbone(PipelineBackbone):
 
     def _to_vae(self, latents: Tensor) -> Tensor:
         return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-
-    def lora_targets(self) -> str | list[str]:
-        """Attention projections of both streams; single blocks have one stream and no output."""
-        image = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
-        text = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
-        return image + text

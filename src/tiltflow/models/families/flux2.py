@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
 from tiltflow.core.transfer import to_device
 from tiltflow.models.backbone import Conditioning
-from tiltflow.models.pipelines.backbone import (
-    TIMESTEPS,
-    PipelineBackbone,
-    part_config,
-)
-from tiltflow.models.pipelines.files import check_pipeline, pipeline_index, read_json
-from tiltflow.models.pipelines.loading import load_part
-from tiltflow.models.pipelines.storage import input_dtype, keep_in_fp8
-from tiltflow.models.pipelines.weights import check_weights
+from tiltflow.models.family import Family
+from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
+from tiltflow.models.pipelines.published import KLEIN
 
-TWIN_KEYS = ("in_channels", "out_channels", "joint_attention_dim")
-"""What two transformers must share to work on the same latents and prompts."""
+# A regular expression, because `to_out` is a module in single blocks but a list in double ones, so
+# that no list of name endings fits both. The single blocks' query, key, value and MLP are one
+# matrix.
+_IMAGE, _TEXT = r"to_q|to_k|to_v|to_out\.0", "add_q_proj|add_k_proj|add_v_proj|to_add_out"
+_DOUBLE = rf"transformer_blocks\.\d+\.attn\.({_IMAGE}|{_TEXT})"
+
+FAMILY = Family(
+    name="flux2",
+    backbone="tiltflow.models.families.flux2:Flux2Backbone",
+    pipeline="Flux2KleinPipeline",
+    title="klein",
+    networks={
+        "transformer": "Flux2Transformer2DModel",
+        "vae": "AutoencoderKLFlux2",
+        "text_encoder": "Qwen3ForCausalLM",
+    },
+    chat_template=True,
+    lora_targets=rf"({_DOUBLE}|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out))",
+    twin=("in_channels", "out_channels", "joint_attention_dim"),
+    published=KLEIN,
+)
 
 HIDDEN_STATES = (9, 18, 27)
 """Of the text encoder: what the pipeline's call puts side by side as a prompt's embedding."""
@@ -37,58 +46,24 @@ class Flux2Backbone(PipelineBackbone):
     pipeline's own noise is: (128, side/16, side/16). Guidance is classifier-free, and only for
     klein-base; the distilled klein takes none.
 
-    Args:
-        generator_path: a pipeline directory whose transformer the generator starts from, that is
-            the distilled klein when `path` is klein-base; None starts it from the teacher. Only
-            its transformer is loaded: text encoder and autoencoder are `path`'s.
-        generator: that transformer, made already.
+    `generator` is the distilled klein where `pipeline` is klein-base.
 
     Raises:
-        ValueError: also if `generator_path` is no FLUX.2-klein of the same size, or `path` is the
+        ValueError: also if `generator` is no FLUX.2-klein of the same size, or `pipeline` is the
             distilled one of the two.
     """
 
-    family = "flux2"
-    pipeline_class = Flux2KleinPipeline
-    transformer_class = Flux2Transformer2DModel
-    vae_class = AutoencoderKLFlux2
-    text_encoders = ("text_encoder",)
     default_guidance = 4.0
     default_sequence = 512
     axes = 4
     packing = 4
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        generator_path: str | Path | None = None,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        generator: nn.Module | None = None,
-        **options: Any,
-    ) -> None:
-        if options.get("pipe") is None:
-            check_pipeline(path, self.family)
-            self._check_encoder(path)
-        if generator_path is not None:
-            self._check_generator(path, generator_path)
-        super().__init__(path, device=device, dtype=dtype, **options)
+    def _begin(self) -> None:
         self.step_distilled = bool(self.pipe.config.is_distilled)
         if self.step_distilled:
             self.guidance = 1.0
         if self.parts != "text" and not self.vae.bn.running_var.is_meta:
             self._check_variance()
-        self.generator_transformer = self.transformer
-        if generator_path is not None and self.parts != "text":
-            empty = options.get("base") == "empty"
-            generator = load_part(Path(generator_path), "transformer", dtype, empty)
-        if generator is not None:
-            if options.get("fp8"):
-                keep_in_fp8(generator, dtype, str(generator_path))
-            self.generator_transformer = generator.requires_grad_(False).eval()
-            if options.get("base", "device") == "device":
-                generator.to(self.device)
         self._positions: dict[tuple[int, ...], Tensor] = {}
 
     def _check_variance(self) -> None:
@@ -99,40 +74,28 @@ class Flux2Backbone(PipelineBackbone):
                 "which it divides by the root of"
             )
 
-    @staticmethod
-    def _check_encoder(path: str | Path) -> None:
-        config = read_json(Path(path) / "text_encoder" / "config.json")
+    def _check_parts(self) -> None:
+        config = self.pipeline.config("text_encoder")
         layers = config.get("num_hidden_layers", 0)
         if layers < HIDDEN_STATES[-1]:
             raise ValueError(
-                f"the text encoder in {path} has {layers} layers, but klein is conditioned on the "
-                f"hidden states {', '.join(map(str, HIDDEN_STATES))}"
+                f"the text encoder in {self.path} has {layers} layers, but klein is conditioned on "
+                f"the hidden states {', '.join(map(str, HIDDEN_STATES))}"
             )
-        width = part_config(path, "transformer", Flux2Transformer2DModel)["joint_attention_dim"]
+        width = self.part_config(self.pipeline, "transformer")["joint_attention_dim"]
         hidden = config.get("hidden_size", 0)
         if width != len(HIDDEN_STATES) * hidden:
             raise ValueError(
-                f"the transformer in {path} has joint_attention_dim={width}, which is not "
+                f"the transformer in {self.path} has joint_attention_dim={width}, which is not "
                 f"{len(HIDDEN_STATES)} × hidden_size={hidden} of its text encoder"
             )
 
-    def _check_generator(self, path: str | Path, generator_path: str | Path) -> None:
-        check_pipeline(generator_path, self.family)
-        if pipeline_index(Path(path)).get("is_distilled"):
+    def _check_teacher(self) -> None:
+        if self.pipeline.index.get("is_distilled"):
             raise ValueError(
-                f"the teacher in {path} is step-distilled: with model.generator_path set, "
+                f"the teacher in {self.path} is step-distilled: with model.generator_path set, "
                 "model.path must be klein-base"
             )
-        teacher, generator = (
-            part_config(p, "transformer", self.transformer_class) for p in (path, generator_path)
-        )
-        for key in TWIN_KEYS:
-            if teacher[key] != generator[key]:
-                raise ValueError(
-                    f"the transformer in {generator_path} has {key}={generator[key]} but the one "
-                    f"in {path} has {teacher[key]}: take two kleins of one size"
-                )
-        check_weights(Path(generator_path), ["transformer"])
 
     def _latent_shape(self, channels: int) -> tuple[int, ...]:
         side = self.geometry.latent // self.geometry.patch
@@ -140,10 +103,6 @@ class Flux2Backbone(PipelineBackbone):
 
     def _mu(self, steps: int) -> float:
         return compute_empirical_mu(image_seq_len=self.geometry.tokens, num_steps=steps)
-
-    @property
-    def student_base(self) -> nn.Module:
-        return self.generator_transformer
 
     def velocity(
         self,
@@ -173,7 +132,7 @@ class Flux2Backbone(PipelineBackbone):
     def _forward(
         self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]
     ) -> Tensor:
-        dtype, context = input_dtype(network), cond["prompt_embeds"]
+        dtype, context = self.input_dtype(network), cond["prompt_embeds"]
         level = (sigma.float() * TIMESTEPS).to(dtype) / TIMESTEPS  # rounded as the pipeline does
         v = network(
             hidden_states=self.pipe._pack_latents(x).to(dtype),
@@ -216,14 +175,3 @@ class Flux2Backbone(PipelineBackbone):
         mean = norm.running_mean.view(1, -1, 1, 1).float()
         variance = norm.running_var.view(1, -1, 1, 1) + self.vae.config.batch_norm_eps
         return self.pipe._unpatchify_latents(latents * variance.sqrt().float() + mean)
-
-    def lora_targets(self) -> str | list[str]:
-        """Attention projections of both streams, and of the single blocks, whose query, key, value
-        and MLP are one matrix.
-
-        A regular expression, because `to_out` is a module in single blocks but a list in double
-        ones, so that no list of name endings fits both.
-        """
-        image, text = r"to_q|to_k|to_v|to_out\.0", "add_q_proj|add_k_proj|add_v_proj|to_add_out"
-        double = rf"transformer_blocks\.\d+\.attn\.({image}|{text})"
-        return rf"({double}|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out))"

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+from tiltflow.models.family import Family
 from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
-from tiltflow.models.pipelines.files import absent_parts
 from tiltflow.models.pipelines.fused import fuse_blocks
-from tiltflow.models.pipelines.storage import input_dtype
+from tiltflow.models.pipelines.published import SD3
+
+FAMILY = Family(
+    name="sd3",
+    backbone="tiltflow.models.families.sd3:SD3Backbone",
+    pipeline="StableDiffusion3Pipeline",
+    title="SD3",
+    networks={
+        "transformer": "SD3Transformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    },
+    required=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    absent_encoders=True,
+    # Attention projections of the image and the text stream.
+    lora_targets=(
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    ),
+    blocks=("JointTransformerBlock", "FusedBlock"),  # diffusers' own list of them is empty
+    graphs=True,
+    published=SD3,
+)  # fmt: skip
 
 
 class SD3Backbone(PipelineBackbone):
@@ -29,18 +51,12 @@ class SD3Backbone(PipelineBackbone):
         ValueError: also if the transformer's pooled input has no room for an absent CLIP's output.
     """
 
-    family = "sd3"
-    pipeline_class = StableDiffusion3Pipeline
-    transformer_class = SD3Transformer2DModel
-    vae_class = AutoencoderKL
-    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     default_guidance = 7.0
     default_sequence = 256
     packing = 1
 
-    def __init__(self, path: str | Path, **options: Any) -> None:
-        super().__init__(path, **options)
-        if any(getattr(self.pipe, name) is not None for name in self.text_encoders):
+    def _begin(self) -> None:
+        if any(getattr(self.pipe, name) is not None for name in self.record.text_encoders):
             self._stand_in()
 
     def _stand_in(self) -> None:
@@ -58,7 +74,8 @@ class SD3Backbone(PipelineBackbone):
         if there == ["text_encoder_2"]:
             pipe.tokenizer_max_length = pipe.tokenizer_2.model_max_length
         tokenizer = pipe.tokenizer or pipe.tokenizer_2 or pipe.tokenizer_3
-        dtype = next(e.dtype for e in map(pipe.components.get, self.text_encoders) if e is not None)
+        encoders = map(pipe.components.get, self.record.text_encoders)
+        dtype = next(encoder.dtype for encoder in encoders if encoder is not None)
         for name in absent:
             setattr(pipe, name, ZeroTower(width, dtype))
             setattr(pipe, clips[name], tokenizer)  # the pipeline counts tokens, and no more
@@ -66,8 +83,7 @@ class SD3Backbone(PipelineBackbone):
 
     def _shortest_sequence(self) -> int:
         """Where T5 is absent its tokens are zeros, and may be none."""
-        root = Path(self.path)
-        return 0 if root.is_dir() and "text_encoder_3" in absent_parts(root) else 1
+        return 0 if "text_encoder_3" in self.pipeline.absent else 1
 
     def _patch(self, transformer: Mapping[str, Any]) -> int:
         return int(transformer["patch_size"])
@@ -90,7 +106,7 @@ class SD3Backbone(PipelineBackbone):
     def _forward(
         self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]
     ) -> Tensor:
-        dtype = input_dtype(network)
+        dtype = self.input_dtype(network)
         return network(
             hidden_states=x.to(dtype),
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
@@ -115,16 +131,10 @@ class SD3Backbone(PipelineBackbone):
 
     def teacher_sigmas(self, steps: int) -> Tensor:
         """The grid of the pipeline's own call: the scheduler's, which is not the few-step one."""
-        return self._schedule(steps, raw=False)
+        return self._schedule(self.scheduler, steps, raw=False)
 
     def fuse(self) -> int:
         return fuse_blocks(self.transformer)
-
-    def lora_targets(self) -> str | list[str]:
-        """Attention projections of the image and the text stream."""
-        image = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
-        text = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
-        return image + text
 
 
 class ZeroTower(nn.Module):

@@ -1,4 +1,4 @@
-"""What SD3, FLUX.1 and FLUX.2 share: loading, geometry, grids, guidance, decoding.
+"""What the families of diffusers pipelines share: loading, geometry, grids, guidance, decoding.
 
 A family adds the call of its transformer, the call of its text encoders and the way from its
 latents to the autoencoder's. Latents are plain (B, C, H, W) everywhere outside `_forward`.
@@ -10,80 +10,47 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
+import diffusers
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from tiltflow.flow import raw_levels
-from tiltflow.models.backbone import Base, Conditioning, Parts
+from tiltflow.models.backbone import Conditioning, Loading
+from tiltflow.models.family import Family
 from tiltflow.models.medium import IMAGES, Medium
-from tiltflow.models.pipelines.files import check_pipeline, read_json, side_file
-from tiltflow.models.pipelines.loading import load_pipeline
-from tiltflow.models.pipelines.storage import keep_in_fp8
+from tiltflow.models.pipelines.directory import Pipeline
+from tiltflow.models.pipelines.files import check_directory
+from tiltflow.models.pipelines.geometry import Geometry, grid, odd
+from tiltflow.models.pipelines.loading import load_part, load_pipeline
+from tiltflow.models.pipelines.storage import input_dtype, keep_in_fp8
+from tiltflow.models.pipelines.weights import check_weights
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
-
-
-LEVEL_KEYS = (
-    "shift", "shift_terminal", "invert_sigmas", "use_dynamic_shifting", "base_shift", "max_shift",
-    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-)  # fmt: skip
-"""Of a scheduler's configuration: what the levels depend on."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of an image: `side` pixels, `factor` pixels a latent cell, `patch` cells a token."""
-
-    side: int
-    factor: int
-    patch: int
-
-    @property
-    def latent(self) -> int:
-        """The side in cells of the autoencoder's latent."""
-        return self.side // self.factor
-
-    @property
-    def tokens(self) -> int:
-        """The length of the image's token sequence."""
-        return (self.side // (self.factor * self.patch)) ** 2
 
 
 class PipelineBackbone(ABC):
     """A diffusers pipeline's parts behind the `Backbone` protocol; weights are frozen.
 
     Args:
-        path: a directory that the family's pipeline saved.
-        device: where everything runs.
-        dtype: the frozen weights' precision; velocities and images are fp32 all the same.
-        vae_dtype: the autoencoder's precision, by default `dtype`.
-        resolution: image side in pixels; None is the model's own.
-        max_sequence_length: text tokens (of the longest encoder); None is the side file's value,
-            else the pipeline's own default.
-        parts: "text" loads what `encode` needs and no more, "image" everything else.
-        fp8: whether the transformer's matrices are kept in 8 bits, see `keep_in_fp8`.
-        base: where the transformer is put, see `Base`.
-        pipe: a pipeline made already, in place of loading the one in `path`.
+        family: the record of the family.
+        pipeline: a directory that the family's pipeline saved.
+        loading: precision, sizes, parts.
+        generator: a directory whose transformer the generator starts from, for families that take
+            one (`Family.twin`); None starts it from the teacher. Only its transformer is loaded.
+        pipe: a pipeline made already, in place of loading the one in `pipeline`; with
+            `generator_network`, made already too.
 
     Raises:
         ValueError: before weights load, if the directory is not a complete pipeline of the family,
-            the resolution does not fit the model, or its parts are not of one model.
+            the resolution does not fit the model, its parts are not of one model, or those of
+            `generator` are not of the same size.
     """
 
-    family: str
-    pipeline_class: ClassVar[Any]
-    transformer_class: ClassVar[Any]
-    vae_class: ClassVar[Any]
-    text_encoders: ClassVar[tuple[str, ...]]
     default_guidance: ClassVar[float]
     default_sequence: ClassVar[int]
     longest_sequence: ClassVar[int] = 512
@@ -95,76 +62,112 @@ class PipelineBackbone(ABC):
 
     def __init__(
         self,
-        path: str | Path,
+        family: Family,
+        pipeline: Pipeline,
+        loading: Loading,
+        generator: Pipeline | None = None,
         *,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        vae_dtype: torch.dtype | None = None,
-        resolution: int | None = None,
-        max_sequence_length: int | None = None,
-        parts: Parts = "all",
-        fp8: bool = False,
-        base: Base = "device",
         pipe: Any = None,
+        generator_network: nn.Module | None = None,
     ) -> None:
+        self.record, self.family, self.pipeline = family, family.name, pipeline
+        self.path = str(pipeline)
         if pipe is None:
-            check_pipeline(path, self.family)
-        self.path = str(path)
+            check_directory(pipeline)
+            self._check_parts()
+        if generator is not None:
+            self._check_generator(generator)
         self.medium: Medium = IMAGES
-        self.device = torch.device(device)
+        self.device = torch.device(loading.device)
         transformer, vae = self._part_configs(pipe)
-        self.geometry = self._geometry(transformer, vae, resolution)
+        self.geometry = self._geometry(transformer, vae, loading.resolution)
         self.resolution = self.geometry.side
         self.latent_shape = self._latent_shape(int(transformer["in_channels"]))
-        side = side_file(Path(path))
-        self.guidance = float(side.get("guidance", self.default_guidance))
-        self.sequence = int(side.get("max_sequence_length", self.default_sequence))
-        if max_sequence_length is not None:
-            self.sequence = max_sequence_length
-        shortest = self._shortest_sequence()
-        if not shortest <= self.sequence <= self.longest_sequence:
-            raise ValueError(
-                f"model.max_sequence_length={self.sequence} must be from {shortest} "
-                f"to {self.longest_sequence}, the limit of {self.pipeline_class.__name__}"
-            )
+        self.guidance = float(pipeline.side.get("guidance", self.default_guidance))
+        self.sequence = self._sequence(loading)
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
-        self.parts = parts
-        self.pipe = pipe = pipe or self._load(dtype, vae_dtype or dtype, base)
-        if fp8 and parts != "text":
-            keep_in_fp8(pipe.transformer, dtype, self.path)
-        for name in self._networks():
-            network = getattr(pipe, name).requires_grad_(False).eval()
-            if name != "transformer" or base == "device":
-                network.to(self.device)
-        self.transformer: nn.Module = pipe.transformer
-        self.vae = pipe.vae
-        self.scheduler = pipe.scheduler
+        self.parts = loading.parts
+        self.pipe = pipe or self._load(loading)
+        self.transformer: nn.Module = self.pipe.transformer
+        self.vae = self.pipe.vae
+        self.scheduler = self.pipe.scheduler
+        self._freeze(loading)
+        self._begin()
+        self.generator_transformer = self.transformer
+        """What the generator starts from."""
+        if generator is not None and self.parts != "text":
+            empty = loading.base == "empty"
+            generator_network = load_part(generator, "transformer", loading.dtype, empty)
+        if generator_network is not None:
+            self._take_generator(generator_network, str(generator), loading)
+
+    def _sequence(self, loading: Loading) -> int:
+        found = int(self.pipeline.side.get("max_sequence_length", self.default_sequence))
+        if loading.max_sequence_length is not None:
+            found = loading.max_sequence_length
+        shortest = self._shortest_sequence()
+        if not shortest <= found <= self.longest_sequence:
+            raise ValueError(
+                f"model.max_sequence_length={found} must be from {shortest} "
+                f"to {self.longest_sequence}, the limit of {self.record.pipeline}"
+            )
+        return found
 
     def _part_configs(self, pipe: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The transformer's and the autoencoder's, without loading them."""
         if pipe is not None:
             return dict(pipe.transformer.config), dict(pipe.vae.config)
-        return (
-            part_config(self.path, "transformer", self.transformer_class),
-            part_config(self.path, "vae", self.vae_class),
-        )
+        transformer, vae = (self.part_config(self.pipeline, p) for p in ("transformer", "vae"))
+        return transformer, vae
 
-    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype, base: Base) -> Any:
+    def part_config(self, pipeline: Pipeline, part: str) -> dict[str, Any]:
+        """A part's configuration without loading it: its config.json over its class's defaults."""
+        kind = getattr(diffusers, self.record.networks[part])
+        parameters = inspect.signature(kind.__init__).parameters.items()
+        return {**{name: p.default for name, p in parameters}, **pipeline.config(part)}
+
+    def _load(self, loading: Loading) -> Any:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         pipe = load_pipeline(
-            self.pipeline_class,
-            self.path,
-            transformer_class=self.transformer_class,
-            encoders=self.text_encoders,
-            parts=self.parts,
-            dtype=dtype,
-            vae_dtype=vae_dtype,
-            empty=base == "empty",
+            self.pipeline,
+            parts=loading.parts,
+            dtype=loading.dtype,
+            vae_dtype=loading.vae_dtype or loading.dtype,
+            empty=loading.base == "empty",
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def _freeze(self, loading: Loading) -> None:
+        if loading.fp8 and self.parts != "text":
+            keep_in_fp8(self.transformer, loading.dtype, self.path)
+        for name in self._networks():
+            network = getattr(self.pipe, name).requires_grad_(False).eval()
+            if name != "transformer" or loading.base == "device":
+                network.to(self.device)
+
+    def _take_generator(self, network: nn.Module, where: str, loading: Loading) -> None:
+        if loading.fp8:
+            keep_in_fp8(network, loading.dtype, where)
+        self.generator_transformer = network.requires_grad_(False).eval()
+        if loading.base == "device":
+            network.to(self.device)
+
+    def _check_generator(self, generator: Pipeline) -> None:
+        check_directory(generator)
+        self._check_teacher()
+        teacher, other = (
+            self.part_config(pipeline, "transformer") for pipeline in (self.pipeline, generator)
+        )
+        for key in self.record.twin:
+            if teacher[key] != other[key]:
+                raise ValueError(
+                    f"the transformer in {generator} has {key}={other[key]} but the one "
+                    f"in {self.path} has {teacher[key]}: take two {self.record.title}s of one size"
+                )
+        check_weights(generator, ["transformer"])
 
     # ---- what a family adds
 
@@ -186,18 +189,32 @@ class PipelineBackbone(ABC):
     def _to_vae(self, latents: Tensor) -> Tensor:
         """fp32 latents as the autoencoder's decoder takes them."""
 
-    @abstractmethod
-    def lora_targets(self) -> str | list[str]:
-        """The modules that adapters go on by default (METHOD §6)."""
+    def _check_parts(self) -> None:  # noqa: B027
+        """Raises ValueError where the parts' configurations do not go together; by default what
+        `_geometry` and the networks themselves find is all."""
+
+    def _begin(self) -> None:  # noqa: B027
+        """What a family does when its pipeline is loaded."""
+
+    def _check_teacher(self) -> None:  # noqa: B027
+        """Raises ValueError where the model cannot teach another generator than its own."""
 
     def _networks(self) -> list[str]:
         """The pipeline's parts that have weights here."""
-        text = [name for name in self.text_encoders if getattr(self.pipe, name) is not None]
+        encoders = self.record.text_encoders
+        text = [name for name in encoders if getattr(self.pipe, name) is not None]
         return text if self.parts == "text" else [*text, "transformer", "vae"]
 
     def _shortest_sequence(self) -> int:
         """The fewest text tokens: none at all is no length that a tokenizer cuts to."""
         return 1
+
+    def _factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels a latent cell."""
+        return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+    def _latent_channels(self, vae: Mapping[str, Any]) -> int:
+        return int(vae["latent_channels"])
 
     def _patch(self, transformer: Mapping[str, Any]) -> int:
         return 2
@@ -228,7 +245,7 @@ class PipelineBackbone(ABC):
 
     @property
     def student_base(self) -> nn.Module:
-        return self.transformer
+        return self.generator_transformer
 
     @property
     def teacher_base(self) -> nn.Module:
@@ -260,6 +277,20 @@ class PipelineBackbone(ABC):
     def passes(self, guidance: float) -> int:
         """How many passes of the network one velocity with `guidance` takes."""
         return 1 if guidance == 1.0 else 2
+
+    @property
+    def student_guidance(self) -> float:
+        """What a student is called with unless the recipe says otherwise: 1.0 is a pass without."""
+        return 1.0
+
+    def lora_targets(self) -> str | list[str]:
+        """The modules that adapters go on by default (METHOD §6)."""
+        chosen = self.record.lora_targets
+        return chosen if isinstance(chosen, str) else list(chosen)
+
+    def input_dtype(self, network: nn.Module) -> torch.dtype:
+        """The precision that a transformer's inputs are given in."""
+        return input_dtype(network, self.record.input_weight)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -295,23 +326,19 @@ class PipelineBackbone(ABC):
 
     def few_step_sigmas(self, steps: int) -> Tensor:
         """Equal raw levels 1, ..., 1/K through the pipeline's own scheduler, then 0 (METHOD §1)."""
-        return self._schedule(steps, raw=True)
+        changes = self.record.student_schedule
+        own = self.scheduler
+        if changes:
+            own = diffusers.FlowMatchEulerDiscreteScheduler.from_config({**own.config, **changes})
+        return self._schedule(own, steps, raw=True)
 
     def teacher_sigmas(self, steps: int) -> Tensor:
         """The grid of the pipeline's own call with this number of steps."""
-        return self._schedule(steps, raw=True)
+        return self._schedule(self.scheduler, steps, raw=True)
 
-    def _schedule(self, steps: int, raw: bool) -> Tensor:
-        levels = raw_levels(steps)
-        dynamic = self.scheduler.config.use_dynamic_shifting
-        shift: dict[str, Any] = {"mu": self._mu(steps)} if dynamic else {}
-        if raw:
-            shift["sigmas"] = levels
-        with np.errstate(all="ignore"):  # what comes of it is looked at
-            self.scheduler.set_timesteps(steps, device="cpu", **shift)
-        levels = self.scheduler.sigmas.clone()
-        self._check_grid(levels)
-        return levels
+    def _schedule(self, scheduler: Any, steps: int, raw: bool) -> Tensor:
+        mu = self._mu(steps) if scheduler.config.use_dynamic_shifting else None
+        return grid(scheduler, steps, raw, mu, self.path)
 
     def new_copy(self, of: str, seed: int) -> nn.Module:
         """A separate trainable fp32 copy of a base; `seed` is for families that draw weights.
@@ -326,7 +353,7 @@ class PipelineBackbone(ABC):
 
     def free_text_encoders(self) -> None:
         """Drops what only `encode` needs."""
-        for name in self.text_encoders:
+        for name in self.record.text_encoders:
             setattr(self.pipe, name, None)
 
     def thaw(self) -> None:
@@ -341,22 +368,10 @@ class PipelineBackbone(ABC):
 
     # ---- checks
 
-    def _check_grid(self, levels: Tensor) -> None:
-        """Whether noise levels fall from at most 1 to 0: a NaN does neither."""
-        if bool((levels[:-1] > levels[1:]).all()) and levels[0] <= 1 and levels[-1] == 0:
-            return
-        given = {k: v for k, v in self.scheduler.config.items() if k in LEVEL_KEYS and v}
-        raise ValueError(
-            f"the scheduler in {self.path} makes of {len(levels) - 1} steps the levels "
-            f"{', '.join(f'{level:.3g}' for level in levels[:4].tolist())}, …, which do not fall "
-            f"from 1 to 0: see {', '.join(f'{k}={v}' for k, v in given.items())} in its "
-            "scheduler_config.json"
-        )
-
     def _geometry(
         self, transformer: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
     ) -> Geometry:
-        channels, latent = transformer["in_channels"], vae["latent_channels"]
+        channels, latent = transformer["in_channels"], self._latent_channels(vae)
         if channels != self.packing * latent:
             raise ValueError(
                 f"the transformer in {self.path} takes {channels} channels but the autoencoder "
@@ -365,12 +380,12 @@ class PipelineBackbone(ABC):
         if "shift_factor" in vae and vae["shift_factor"] is None:
             raise ValueError(f"the autoencoder in {self.path} has no shift_factor, which it needs")
         axes, each = transformer.get("axes_dims_rope"), transformer.get("attention_head_dim")
-        if axes is not None and (sum(axes) != each or len(axes) != self.axes or _odd(axes)):
+        if axes is not None and (sum(axes) != each or len(axes) != self.axes or odd(axes)):
             raise ValueError(
                 f"the transformer in {self.path} has axes_dims_rope={axes}, which are not "
                 f"{self.axes} even numbers that add up to its attention_head_dim={each}"
             )
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        factor = self._factor(vae)
         patch = self._patch(transformer)
         side = self._default_latent(transformer) * factor if resolution is None else resolution
         cells = self._max_cells(transformer)
@@ -382,14 +397,3 @@ class PipelineBackbone(ABC):
                 f"for the model in {self.path}"
             )
         return Geometry(side, factor, patch)
-
-
-def _odd(numbers: Sequence[int]) -> bool:
-    return any(number % 2 for number in numbers)
-
-
-def part_config(path: str | Path, part: str, model: Any) -> dict[str, Any]:
-    """A part's configuration without loading it: its config.json over its class's defaults."""
-    parameters = inspect.signature(model.__init__).parameters.items()
-    saved = read_json(Path(path) / part / "config.json")
-    return {**{name: p.default for name, p in parameters}, **saved}

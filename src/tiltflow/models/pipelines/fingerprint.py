@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.disk import sha256
-from tiltflow.models.pipelines.files import pipeline_index, read_json, side_file, weight_files
+from tiltflow.models.pipelines.directory import Pipeline
 
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers")
 
@@ -27,7 +27,7 @@ BLOCKS, BLOCK = 64, 2**20
 
 
 def encoder_facts(
-    root: Path,
+    pipeline: Pipeline,
     *,
     dtype: str,
     device: str,
@@ -40,9 +40,9 @@ def encoder_facts(
     alike. So does a batch of another size.
     """
     if max_sequence_length is None:
-        max_sequence_length = side_file(root).get("max_sequence_length")
+        max_sequence_length = pipeline.side.get("max_sequence_length")
     # In the place of an encoder that SD3 lacks are zeros, as many as the transformer takes.
-    transformer = read_json(root / "transformer" / "config.json")
+    transformer = pipeline.config("transformer")
     widths = ("joint_attention_dim", "pooled_projection_dim")
     facts: dict[str, str | int | None] = {
         "dtype": dtype,
@@ -52,26 +52,27 @@ def encoder_facts(
         **{name: transformer[name] for name in widths if name in transformer},
         **{f"{name} version": version(name) for name in LIBRARIES},
     }
-    for part, entry in sorted(pipeline_index(root).items()):
+    for part, entry in sorted(pipeline.index.items()):
         if part == "_class_name":
             facts[part] = str(entry)
         elif part.startswith(("text_encoder", "tokenizer")):
             facts[part] = str(entry)
-            for file in _files(root / part):
+            for file in _files(pipeline, part):
                 facts[f"{part}/{file.name}"] = sha256(file)
     return facts
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(pipeline: Pipeline, part: str) -> list[Path]:
     """The files of a part that loading it reads; none if the part is absent."""
+    folder = pipeline.root / part
     if not folder.is_dir():
         return []
-    if folder.name.startswith("tokenizer"):
+    if part.startswith("tokenizer"):
         return sorted(file for file in folder.iterdir() if file.is_file())
-    return [folder / name for name in ("config.json", *weight_files(folder, "model"))]
+    return [folder / name for name in ("config.json", *pipeline.weight_files(part))]
 
 
-def pipeline_fingerprint(root: Path) -> str:
+def pipeline_fingerprint(place: str | Path | Pipeline) -> str:
     """64 hexadecimal digits for the weights that a pipeline directory trains and decodes with.
 
     They depend on the contents of transformer and vae (configuration and weight files), on the
@@ -83,37 +84,40 @@ def pipeline_fingerprint(root: Path) -> str:
     Raises:
         ValueError: if a file that loading needs is not there, or is no JSON object.
     """
-    facts: dict[str, object] = {"class": pipeline_index(root).get("_class_name")}
-    facts["scheduler"] = _settings(root / "scheduler" / "scheduler_config.json")
+    pipeline = Pipeline.of(place)
+    facts: dict[str, object] = {"class": pipeline.index.get("_class_name")}
+    facts["scheduler"] = _settings(pipeline, "scheduler/scheduler_config.json")
     for part in ("transformer", "vae"):
-        folder = root / part
-        facts[part] = _settings(folder / "config.json")
-        for name in weight_files(folder, "diffusion_pytorch_model"):
-            facts[f"{part}/{name}"] = _content(folder / name)
+        facts |= _part_facts(pipeline, part)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def encoders_fingerprint(root: Path) -> str | None:
+def encoders_fingerprint(pipeline: Pipeline) -> str | None:
     """64 hexadecimal digits for a pipeline's text encoders, as `pipeline_fingerprint` takes them;
     None where there are none, as beside a cache of embeddings."""
     facts: dict[str, object] = {}
-    for part in sorted(pipeline_index(root)):
-        folder = root / part
-        if part.startswith("text_encoder") and folder.is_dir():
-            facts[part] = _settings(folder / "config.json")
-            for name in weight_files(folder, "model"):
-                facts[f"{part}/{name}"] = _content(folder / name)
+    for part in sorted(pipeline.index):
+        if part.startswith("text_encoder") and (pipeline.root / part).is_dir():
+            facts |= _part_facts(pipeline, part)
     if not facts:
         return None
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _settings(file: Path) -> dict[str, object]:
+def _part_facts(pipeline: Pipeline, part: str) -> dict[str, object]:
+    facts: dict[str, object] = {part: _settings(pipeline, f"{part}/config.json")}
+    for name in pipeline.weight_files(part):
+        facts[f"{part}/{name}"] = _content(pipeline.root / part / name)
+    return facts
+
+
+def _settings(pipeline: Pipeline, name: str) -> dict[str, object]:
     """A part's configuration without the notes of the library that wrote it."""
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
-    kept = read_json(file)
-    return {k: v for k, v in kept.items() if k == "_class_name" or not k.startswith("_")}
+    if not pipeline.has(name):
+        raise ValueError(f"{pipeline.root / name} is missing")
+    return {
+        k: v for k, v in pipeline.json(name).items() if k == "_class_name" or not k.startswith("_")
+    }
 
 
 def _content(file: Path) -> str:

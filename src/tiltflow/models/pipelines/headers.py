@@ -100,22 +100,28 @@ def part_header(folder: Path, files: Sequence[str], listed: Mapping[str, str]) -
     return found
 
 
-def check_sizes(folder: Path, config: Mapping[str, Any], found: Mapping[str, Entry]) -> None:
+def check_sizes(
+    folder: Path,
+    config: Mapping[str, Any],
+    found: Mapping[str, Entry],
+    depths: Sequence[str] = DEPTHS,
+    widths: Sequence[str] = WIDTHS,
+) -> None:
     """Whether the depths and widths of a part's configuration are those of its weights.
 
     Raises:
         ValueError: if a size is no size of the weights.
     """
     sizes = {size for entry in found.values() for size in entry.shape}
-    for key in DEPTHS:
+    for key in depths:
         depth = config.get(key, 0)
         if not isinstance(depth, int) or depth > len(found):
             raise ValueError(f"{folder} has {len(found)} weights, but {key} is {depth!r}")
-    widths: dict[str, Any] = {key: config[key] for key in WIDTHS if config.get(key) is not None}
+    given: dict[str, Any] = {key: config[key] for key in widths if config.get(key) is not None}
     heads, each = config.get("num_attention_heads"), config.get("attention_head_dim")
     if isinstance(heads, int) and isinstance(each, int):
-        widths["num_attention_heads × attention_head_dim"] = heads * each
-    for key, value in widths.items():
+        given["num_attention_heads × attention_head_dim"] = heads * each
+    for key, value in given.items():
         for width in value if isinstance(value, list) else [value]:
             if width not in sizes:
                 raise ValueError(f"{folder} has no weight of the size {key}={width!r}")

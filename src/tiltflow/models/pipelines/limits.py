@@ -89,18 +89,23 @@ NULLABLE = (
 """What may be null: a class's default, a formula, or what a later check has a sentence for."""
 
 
-def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
+def check_numbers(
+    file: Path, config: Mapping[str, Any], more: Mapping[str, tuple[int, int]] | None = None
+) -> None:
     """Whether every number, flag and choice that is known by name is within its bounds.
+
+    `more` are whole numbers beside those of `WHOLE`, which stay as they are.
 
     Raises:
         ValueError: naming the file, the key, its value and the bounds.
     """
+    whole = {**(more or {}), **WHOLE}
     for key, value in config.items():
-        if value is None and (key in NULLABLE or key not in WHOLE | REAL):
+        if value is None and (key in NULLABLE or key not in whole | REAL):
             continue
         said = f"{file} has {key}={shown(value)}, which is"
-        if key in WHOLE:
-            _check_whole(said, key, value)
+        if key in whole:
+            _check_whole(said, key, value, *whole[key])
         elif key in REAL:
             low, high = REAL[key]
             if not is_number(value) or not low <= value <= high:
@@ -111,8 +116,7 @@ def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
             raise ValueError(f"{said} none of {', '.join(CHOICES[key])}")
 
 
-def _check_whole(said: str, key: str, value: Any) -> None:
-    low, high = WHOLE[key]
+def _check_whole(said: str, key: str, value: Any, low: int, high: int) -> None:
     if key in LISTS or (key in EITHER and isinstance(value, list)):
         if not isinstance(value, list) or len(value) > LONGEST or (key in LISTS and not value):
             raise ValueError(f"{said} no list of 1 to {LONGEST} whole numbers")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 
 from tiltflow.core.sentences import first_sentence
-from tiltflow.models.pipelines.files import absent_parts, pipeline_index, read_json
+from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.weights import check_values, check_weights
 
 
 def load_pipeline(
-    pipeline_class: Any,
-    path: str | Path,
+    pipeline: Pipeline,
     *,
-    transformer_class: Any,
-    encoders: tuple[str, ...],
     parts: str,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
@@ -36,30 +33,30 @@ def load_pipeline(
         ValueError: if a part cannot be loaded, or its files do not hold its weights and no others,
             all of them finite.
     """
-    root = Path(path)
-    given: dict[str, Any] = dict(absent_parts(root))
-    present = [name for name in encoders if name not in given]
+    family, given = pipeline.family, dict[str, Any](pipeline.absent)
+    present = [name for name in family.text_encoders if name not in given]
     networks = {"text": [*present, "transformer"], "image": ["transformer", "vae"]}
-    check_weights(root, networks.get(parts, [*present, "transformer", "vae"]))
+    check_weights(pipeline, networks.get(parts, [*present, "transformer", "vae"]))
     if parts == "image":
         given |= {name: None for part in present for name in (part, _tokenizer(part))}
     else:
-        given |= {part: load_part(root, part, dtype) for part in present}
+        given |= {part: load_part(pipeline, part, dtype) for part in present}
     if parts == "text":
         given |= {
             "vae": None,
-            "transformer": _without_weights(root / "transformer", transformer_class),
+            "transformer": _without_weights(pipeline, "transformer"),
         }
     else:
-        given["transformer"] = load_part(root, "transformer", dtype, empty)
-        given["vae"] = load_part(root, "vae", vae_dtype)
+        given["transformer"] = load_part(pipeline, "transformer", dtype, empty)
+        given["vae"] = load_part(pipeline, "vae", vae_dtype)
+    kind = getattr(diffusers, str(family.pipeline))
     try:
-        return pipeline_class.from_pretrained(str(root), local_files_only=True, **given)
+        return kind.from_pretrained(str(pipeline.root), local_files_only=True, **given)
     except Exception as error:
-        raise ValueError(f"{root} cannot be loaded: {first_sentence(error)}") from error
+        raise ValueError(f"{pipeline} cannot be loaded: {first_sentence(error)}") from error
 
 
-def load_part(root: Path, part: str, dtype: torch.dtype, empty: bool = False) -> nn.Module:
+def load_part(pipeline: Pipeline, part: str, dtype: torch.dtype, empty: bool = False) -> nn.Module:
     """One network, frozen, of the class that the pipeline's index names.
 
     `empty` gives a diffusers model of `dtype` whose weights have no values yet: no file is read,
@@ -69,12 +66,12 @@ def load_part(root: Path, part: str, dtype: torch.dtype, empty: bool = False) ->
         ValueError: if it cannot be loaded, or a weight is missing or of another shape (the
             libraries would put random numbers in its place), too many, or not finite.
     """
-    library, name = pipeline_index(root)[part]
+    folder = pipeline.root / part
     if empty:
-        return _without_values(root / part, getattr(importlib.import_module(library), name), dtype)
+        return _without_values(pipeline, part, dtype)
     try:
-        network, info = getattr(importlib.import_module(library), name).from_pretrained(
-            str(root),
+        network, info = _class_of(pipeline, part).from_pretrained(
+            str(pipeline.root),
             subfolder=part,
             dtype=dtype,
             use_safetensors=True,
@@ -84,17 +81,22 @@ def load_part(root: Path, part: str, dtype: torch.dtype, empty: bool = False) ->
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a directory can make of two libraries
-        raise ValueError(f"{root / part} cannot be loaded: {first_sentence(error)}") from error
+        raise ValueError(f"{folder} cannot be loaded: {first_sentence(error)}") from error
     for key in ("missing_keys", "mismatched_keys"):  # by names and shapes: `check_weights`
         wrong = sorted(map(str, info[key]))
         if wrong:
-            raise ValueError(f"{root / part} cannot be loaded: {wrong[0]} did not go in")
-    check_values(network, str(root / part))
+            raise ValueError(f"{folder} cannot be loaded: {wrong[0]} did not go in")
+    check_values(network, str(folder))
     return network.requires_grad_(False).eval()
 
 
-def _without_values(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
-    network = _without_weights(folder, kind)
+def _class_of(pipeline: Pipeline, part: str) -> Any:
+    library, name = pipeline.index[part]
+    return getattr(importlib.import_module(library), name)
+
+
+def _without_values(pipeline: Pipeline, part: str, dtype: torch.dtype) -> nn.Module:
+    network = _without_weights(pipeline, part)
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             made = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
@@ -105,9 +107,9 @@ def _without_values(folder: Path, kind: Any, dtype: torch.dtype) -> nn.Module:
     return network.eval()
 
 
-def _without_weights(folder: Path, kind: Any) -> nn.Module:
+def _without_weights(pipeline: Pipeline, part: str) -> nn.Module:
     with init_empty_weights():
-        network: nn.Module = kind.from_config(read_json(folder / "config.json"))
+        network: nn.Module = _class_of(pipeline, part).from_config(dict(pipeline.config(part)))
     return network
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tiltflow.models.family import Published
+
 _CLIP_L = {
     "_class_name": "CLIPTextModelWithProjection",
     "hidden_size": 768,
@@ -35,7 +37,7 @@ _T5_XXL = {
     "feed_forward_proj": "gated-gelu",
     "vocab_size": 32128,
 }
-_QWEN3_4B = {
+QWEN3_4B = {
     "_class_name": "Qwen3ForCausalLM",
     "hidden_size": 2560,
     "intermediate_size": 9728,
@@ -46,7 +48,7 @@ _QWEN3_4B = {
     "vocab_size": 151936,
     "tie_word_embeddings": True,
 }
-_QWEN3_8B = _QWEN3_4B | {
+_QWEN3_8B = QWEN3_4B | {
     "hidden_size": 4096,
     "intermediate_size": 12288,
     "tie_word_embeddings": False,
@@ -117,32 +119,50 @@ def _klein(
     }
 
 
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(pos_embed_max_size=192),
-    "stabilityai/stable-diffusion-3.5-medium": _sd3(
-        pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13))
-    ),
-    "black-forest-labs/FLUX.1-dev": {
-        "_class_name": "FluxPipeline",
-        "transformer": {
-            "_class_name": "FluxTransformer2DModel",
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": True,
-        },
-        "vae": _vae(0.3611, 0.1159),
-        "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
-        "text_encoder": _CLIP_L | {"_class_name": "CLIPTextModel"},
-        "text_encoder_2": _T5_XXL,
+_SD35 = _sd3(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13)))
+_FLUX_DEV = {
+    "_class_name": "FluxPipeline",
+    "transformer": {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
     },
-    "black-forest-labs/FLUX.2-klein-base-4B": _klein(5, 20, 24, _QWEN3_4B, False),
-    "black-forest-labs/FLUX.2-klein-4B": _klein(5, 20, 24, _QWEN3_4B, True),
-    "black-forest-labs/FLUX.2-klein-base-9B": _klein(8, 24, 32, _QWEN3_8B, False),
-    "black-forest-labs/FLUX.2-klein-9B": _klein(8, 24, 32, _QWEN3_8B, True),
+    "vae": _vae(0.3611, 0.1159),
+    "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
+    "text_encoder": _CLIP_L | {"_class_name": "CLIPTextModel"},
+    "text_encoder_2": _T5_XXL,
 }
-"""Pipelines by hub id: their class, and each part's configuration with its class."""
+
+_COMMUNITY = ("other", "stabilityai-ai-community", "LICENSE.md")
+_KLEIN_9B = ("other", "flux-non-commercial-license", "LICENSE.md")
+
+SD3 = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": Published(
+        _sd3(pos_embed_max_size=192), *_COMMUNITY, gated=True
+    ),
+    "stabilityai/stable-diffusion-3.5-medium": Published(_SD35, *_COMMUNITY, gated=True),
+}
+FLUX = {
+    "black-forest-labs/FLUX.1-dev": Published(
+        _FLUX_DEV, "other", "flux-1-dev-non-commercial-license", "LICENSE.md", gated=True
+    ),
+}
+KLEIN = {
+    "black-forest-labs/FLUX.2-klein-base-4B": Published(
+        _klein(5, 20, 24, QWEN3_4B, False), "apache-2.0"
+    ),
+    "black-forest-labs/FLUX.2-klein-4B": Published(_klein(5, 20, 24, QWEN3_4B, True), "apache-2.0"),
+    "black-forest-labs/FLUX.2-klein-base-9B": Published(
+        _klein(8, 24, 32, _QWEN3_8B, False), *_KLEIN_9B, gated=True
+    ),
+    "black-forest-labs/FLUX.2-klein-9B": Published(
+        _klein(8, 24, 32, _QWEN3_8B, True), *_KLEIN_9B, gated=True
+    ),
+}
+"""Pipelines by hub id: their class, each part's configuration with its class, their licence."""

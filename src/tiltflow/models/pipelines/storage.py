@@ -32,13 +32,14 @@ def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> None:
             )
 
 
-def input_dtype(network: nn.Module) -> torch.dtype:
-    """The precision of a transformer's frozen weights, which its inputs are given in.
+def input_dtype(network: nn.Module, module: str = "context_embedder") -> torch.dtype:
+    """The precision of a transformer's frozen weights, which its inputs are given in; `module` is
+    one that takes an input.
 
     Not `network.dtype`: that is of whatever parameter comes first, be it an adapter's. It is right
     where weights are kept in 8 bits: what they are cast to.
     """
-    weight = network.get_submodule("context_embedder").weight
+    weight = network.get_submodule(module).weight
     assert isinstance(weight, Tensor)
     if weight.dtype == FP8:
         computed = network.dtype

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from tiltflow.core.sentences import first_sentence
-from tiltflow.models.pipelines.files import pipeline_index, read_json, read_part
+from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.headers import FLOATS, Entry
 
 META = torch.device("meta")
@@ -51,23 +51,23 @@ def meta_model(config: Mapping[str, Any]) -> nn.Module:
     return model.to(META).requires_grad_(False).eval()
 
 
-def check_weights(root: Path, parts: Sequence[str] | None = None) -> None:
+def check_weights(place: str | Path | Pipeline, parts: Sequence[str] | None = None) -> None:
     """Whether each network of a pipeline (or those of `parts`) has its weights and no others.
 
-    The directory has passed `check_pipeline`.
+    The directory has passed `check_pipeline`. What has been looked at is not looked at again.
 
     Raises:
         ValueError: naming the folder and the weight that is missing, unknown, of another shape or
             no floating-point number; or if the configuration describes no such network.
     """
-    index = pipeline_index(root)
-    for part, entry in index.items():
-        if not isinstance(entry, list) or not any(entry) or (parts and part not in parts):
+    pipeline = Pipeline.of(place)
+    for part, kind in pipeline.networks.items():
+        if (parts and part not in parts) or part in pipeline.held:
             continue
-        if part in ("transformer", "vae") or part.startswith("text_encoder"):
-            config = {**read_json(root / part / "config.json"), "_class_name": entry[1]}
-            known = _described(root / part, json.dumps(config, sort_keys=True))
-            _check_network(root / part, str(entry[1]), known, read_part(root, part))
+        folder, config = pipeline.root / part, {**pipeline.config(part), "_class_name": kind}
+        known = _described(folder, json.dumps(config, sort_keys=True))
+        _check_network(folder, kind, known, pipeline.header(part))
+        pipeline.held.add(part)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,195 @@
+"""What a model family is to the rest of the program, and where families are found.
+
+A record says what must be known before any network is made: the classes of a pipeline's parts,
+which of them may be absent, what its call takes, what a run may ask of it. What its networks do is
+in the backbone that the record names. Nothing here imports torch, and a family's module is
+imported when one of its pipelines, or its record, is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from tiltflow.core.sentences import first_sentence
+
+BUILTIN: dict[str, tuple[str | None, str]] = {
+    "sd3": ("StableDiffusion3Pipeline", "tiltflow.models.families.sd3:FAMILY"),
+    "flux": ("FluxPipeline", "tiltflow.models.families.flux:FAMILY"),
+    "flux2": ("Flux2KleinPipeline", "tiltflow.models.families.flux2:FAMILY"),
+    "mixture": (None, "tiltflow.models.families:MIXTURE"),
+}
+"""By name: the diffusers pipeline (None: the family needs no files), and the record's place."""
+
+GROUP = "tiltflow.families"
+"""Entry points of other packages: `name = "module:RECORD"`."""
+
+HOW_TO_ADD = "a family can be added from outside as model.family=module:RECORD (docs/backbones.md)"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A pipeline on the hub: its parts' configurations, for looking before downloading, and the
+    licence that an export's card names (`licence` is the hub's identifier)."""
+
+    configs: Mapping[str, Any]
+    licence: str
+    licence_name: str | None = None
+    licence_link: str | None = None
+    gated: bool = False
+    """Whether the hub asks for an agreement before it gives the files."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family. `networks` are the classes of a pipeline's networks by the parts' names."""
+
+    name: str
+    backbone: str
+    """`module:Class` of what makes its networks velocities."""
+    pipeline: str | None = None
+    """The diffusers pipeline; None for a family that needs no files."""
+    title: str = ""
+    """What one model is called in a sentence."""
+    networks: Mapping[str, str] = field(default_factory=dict)
+    required: tuple[str, ...] = ("text_encoder", "tokenizer")
+    """Besides transformer, vae and scheduler: the parts that the pipeline cannot do without."""
+    absent_encoders: bool = False
+    """Whether text encoders may be null in the index, as long as there is one."""
+    chat_template: bool = False
+    """Whether prompts go through the tokenizer's chat template."""
+    schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
+    """What the teacher's pipeline may come with."""
+    whole: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Whole numbers of its configurations that no other family has, with their bounds."""
+    depths: tuple[str, ...] = ()
+    """Of these, numbers of layers: no more than there are weights."""
+    widths: tuple[str, ...] = ()
+    """Of these, sizes that some weight has along some dimension."""
+    token_patch: int = 1
+    """How many latent cells wide a token of the pipeline's own latents is (1: they are no tokens,
+    or one a cell)."""
+    lora_targets: str | tuple[str, ...] = ()
+    """The modules that adapters go on by default (METHOD §6), as PEFT takes them."""
+    no_gradient: tuple[str, ...] = ()
+    """Ends of the names of adapted modules whose result nothing reads, so that their adapters have
+    no gradient by construction."""
+    input_weight: str = "context_embedder"
+    """A module of the transformer whose weight has the type that inputs are given in."""
+    blocks: tuple[str, ...] = ()
+    """Classes of repeated blocks for `model.compile`; empty is diffusers' own list."""
+    graphs: bool = False
+    """Whether a pass reads nothing from the host, so that `model.graphs` can record it."""
+    twin: tuple[str, ...] = ()
+    """What two transformers must share for `model.generator_path`; empty: it takes none."""
+    guidance_argument: str = "guidance_scale"
+    guidance_offset: float = 0.0
+    """How much less the pipeline's argument is than a guidance scale of 1 = one pass."""
+    takes_length: bool = True
+    """Whether the pipeline's call takes `max_sequence_length`."""
+    call: Mapping[str, object] = field(default_factory=dict)
+    """Further arguments that the pipeline's call needs to give what was trained."""
+    student_schedule: Mapping[str, object] = field(default_factory=dict)
+    """What of the scheduler's configuration the few-step grid overrides: a grid is the pipeline's
+    own scheduler's for K equal raw levels, with these."""
+    published: Mapping[str, Published] = field(default_factory=dict)
+    """Pipelines by hub id."""
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return tuple(part for part in self.networks if part.startswith("text_encoder"))
+
+    def backbone_class(self) -> Any:
+        """What `backbone` names, imported: a subclass of `PipelineBackbone`, or of a family without
+        files a `Backbone` that takes a device."""
+        return _at(self.backbone)
+
+
+def family_named(name: str) -> Family:
+    """A family by its name, or by `module:RECORD` from anywhere.
+
+    Raises:
+        ValueError: if there is none of the name, or no record at the place.
+    """
+    if name in BUILTIN:
+        return _record(BUILTIN[name][1])
+    if ":" in name:
+        return _record(name)
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return _record(entry.value)
+    raise ValueError(f"model.family {name!r} is none of {', '.join(family_names())}; {HOW_TO_ADD}")
+
+
+def family_names() -> list[str]:
+    """The names that `model.family` knows, without what a recipe may give as `module:RECORD`."""
+    return [*BUILTIN, *(entry.name for entry in entry_points(group=GROUP))]
+
+
+def families() -> list[Family]:
+    """Every family with files that has a name. Imports all of them."""
+    return [f for f in map(family_named, family_names()) if f.pipeline is not None]
+
+
+def pipeline_classes() -> list[str]:
+    """The diffusers pipelines of the families that have a name."""
+    others = (_record(entry.value).pipeline for entry in entry_points(group=GROUP))
+    kinds = (*(kind for kind, _ in BUILTIN.values()), *others)
+    return [kind for kind in kinds if kind is not None]
+
+
+def graph_families() -> list[str]:
+    """Those that `model.graphs` is for."""
+    return [family.name for family in families() if family.graphs]
+
+
+def family_of_class(pipeline: str) -> Family | None:
+    """The family whose pipelines are of this diffusers class, or None."""
+    for kind, place in BUILTIN.values():
+        if kind == pipeline:
+            return _record(place)
+    others = (_record(entry.value) for entry in entry_points(group=GROUP))
+    return next((f for f in others if f.pipeline == pipeline), None)
+
+
+def has_files(path: str | None, family: str | None = None) -> bool:
+    """Whether a model is a pipeline's directory; False for a family that needs none, which is
+    asked for by its name."""
+    return all(BUILTIN.get(name or "", ("", ""))[0] is not None for name in (path, family))
+
+
+def published(hub_id: str) -> Published | None:
+    """What is known of a pipeline on the hub without its files."""
+    return next((f.published[hub_id] for f in families() if hub_id in f.published), None)
+
+
+@functools.cache
+def _record(place: str) -> Family:
+    found = _at(place)
+    if not isinstance(found, Family):
+        raise ValueError(f"model.family: {place} is no tiltflow.models.family.Family")
+    return found
+
+
+def _at(place: str) -> Any:
+    """What `module:name` is; the current directory is looked into as well.
+
+    Raises:
+        ValueError: if the module cannot be imported or has no such name.
+    """
+    module, _, name = place.partition(":")
+    here = os.getcwd()
+    if "" not in sys.path and here not in sys.path:  # it is not on the installed command's path
+        sys.path.insert(0, here)
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except Exception as error:  # whatever a module of someone's own raises
+        raise ValueError(
+            f"model.family: {place} cannot be imported: {first_sentence(error)}"
+        ) from error

@@ -1,0 +1,73 @@
+"""The sizes of an image, and the noise levels that a scheduler makes of a number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tiltflow.flow import raw_levels
+
+LEVEL_KEYS = (
+    "shift", "shift_terminal", "invert_sigmas", "use_dynamic_shifting", "base_shift", "max_shift",
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+)  # fmt: skip
+"""Of a scheduler's configuration: what the levels depend on."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of an image: `side` pixels, `factor` pixels a latent cell, `patch` cells a token."""
+
+    side: int
+    factor: int
+    patch: int
+
+    @property
+    def latent(self) -> int:
+        """The side in cells of the autoencoder's latent."""
+        return self.side // self.factor
+
+    @property
+    def tokens(self) -> int:
+        """The length of the image's token sequence."""
+        return (self.side // (self.factor * self.patch)) ** 2
+
+
+def odd(numbers: Sequence[int]) -> bool:
+    """Whether one of them is odd."""
+    return any(number % 2 for number in numbers)
+
+
+def grid(scheduler: Any, steps: int, raw: bool, mu: float | None, where: str) -> Tensor:
+    """The (steps + 1,) fp32 levels of a scheduler, on the CPU: of equal `raw` levels 1, …, 1/K, or
+    of its own. `mu` is for a shift by resolution, `where` the pipeline's directory.
+
+    Raises:
+        ValueError: if they do not fall from at most 1 to 0.
+    """
+    levels = raw_levels(steps)
+    shift: dict[str, Any] = {} if mu is None else {"mu": mu}
+    if raw:
+        shift["sigmas"] = levels
+    with np.errstate(all="ignore"):  # what comes of it is looked at
+        scheduler.set_timesteps(steps, device="cpu", **shift)
+    made: Tensor = scheduler.sigmas.clone()
+    _check(scheduler, made, where)
+    return made
+
+
+def _check(scheduler: Any, levels: Tensor, where: str) -> None:
+    """Whether noise levels fall from at most 1 to 0: a NaN does neither."""
+    if bool((levels[:-1] > levels[1:]).all()) and levels[0] <= 1 and levels[-1] == 0:
+        return
+    given = {k: v for k, v in scheduler.config.items() if k in LEVEL_KEYS and v}
+    raise ValueError(
+        f"the scheduler in {where} makes of {len(levels) - 1} steps the levels "
+        f"{', '.join(f'{level:.3g}' for level in levels[:4].tolist())}, …, which do not fall "
+        f"from 1 to 0: see {', '.join(f'{k}={v}' for k, v in given.items())} in its "
+        "scheduler_config.json"
+    )
