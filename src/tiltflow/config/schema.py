@@ -85,7 +85,8 @@ Checkpointed = Annotated[
 def known_family(name: str) -> str:
     """A family's name, or `module:RECORD`, which is imported where it is needed."""
     if ":" not in name and name not in family_names():
-        raise ValueError(f"be one of {', '.join(family_names())}; {HOW_TO_ADD}")
+        *others, last = map(repr, family_names())
+        raise ValueError(f"be {', '.join(others)} or {last}; {HOW_TO_ADD}")
     return name
 
 
