@@ -9,15 +9,12 @@ imported when one of its pipelines, or its record, is asked for.
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
-from tiltflow.core.sentences import first_sentence
+from tiltflow.core.registry import dotted
 
 BUILTIN: dict[str, tuple[str | None, str]] = {
     "sd3": ("StableDiffusion3Pipeline", "tiltflow.models.families.sd3:FAMILY"),
@@ -108,7 +105,7 @@ class Family:
     def backbone_class(self) -> Any:
         """What `backbone` names, imported: a subclass of `PipelineBackbone`, or of a family without
         files a `Backbone` that takes a device."""
-        return _at(self.backbone)
+        return dotted("backbone", self.backbone)
 
 
 def family_named(name: str) -> Family:
@@ -171,25 +168,7 @@ def published(hub_id: str) -> Published | None:
 
 @functools.cache
 def _record(place: str) -> Family:
-    found = _at(place)
+    found = dotted("model.family", place)
     if not isinstance(found, Family):
         raise ValueError(f"model.family: {place} is no tiltflow.models.family.Family")
     return found
-
-
-def _at(place: str) -> Any:
-    """What `module:name` is; the current directory is looked into as well.
-
-    Raises:
-        ValueError: if the module cannot be imported or has no such name.
-    """
-    module, _, name = place.partition(":")
-    here = os.getcwd()
-    if "" not in sys.path and here not in sys.path:  # it is not on the installed command's path
-        sys.path.insert(0, here)
-    try:
-        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except Exception as error:  # whatever a module of someone's own raises
-        raise ValueError(
-            f"model.family: {place} cannot be imported: {first_sentence(error)}"
-        ) from error

@@ -20,7 +20,6 @@ from tiltflow.core.run_lock import RunLock, refuse_if_held
 from tiltflow.evaluation.watch.probes import FixedPrompts
 from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.medium import IMAGES
-from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build, attention_for, build_stage, device_of
 from tiltflow.setup.checks import Subject, check_run
