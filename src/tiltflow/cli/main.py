@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import Abort, TyperException
 
+from tiltflow.cli.desk import desk
 from tiltflow.cli.options import (
     Debug,
     Device,
@@ -304,6 +305,9 @@ def doctor(
     from tiltflow.tasks.doctor import examine
 
     examine(recipe, overrides or [], console, memory)
+
+
+app.command(epilog="Example: tiltflow desk runs/demo")(desk)
 
 
 def main() -> None:

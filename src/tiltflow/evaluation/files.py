@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tiltflow.core.disk import write_whole
+from tiltflow.evaluation.categories import category_of
 from tiltflow.evaluation.scores import Evaluation, PromptLike
 
 NAME = re.compile(r"[A-Za-z0-9][\w .=:@-]*")
@@ -67,10 +68,12 @@ class _Evaluation(_Part):
 @dataclass(frozen=True)
 class StoredScores:
     """The scores of an evaluation: `scores[system][reward]` are values (N,) by prompt, not a
-    number where a prompt was not measured; `prompts` are the N texts."""
+    number where a prompt was not measured; `prompts` are the N texts, `categories` theirs, None
+    where there is none."""
 
     prompts: tuple[str, ...]
     scores: dict[str, dict[str, NDArray[np.float64]]]
+    categories: tuple[str | None, ...] = ()
 
 
 def write_evaluation(path: str | Path, summary: Mapping[str, Any]) -> None:
@@ -89,12 +92,14 @@ def scores_path(path: Path) -> Path:
 
 
 def write_scores(path: Path, evaluation: Evaluation, prompts: Sequence[PromptLike]) -> None:
-    """Write `path`, one JSON object a prompt: {"prompt": TEXT, "scores": {SYSTEM: {REWARD: x}}}.
+    """Write `path`, one JSON object a prompt: {"prompt": TEXT, "scores": {SYSTEM: {REWARD: x}}},
+    with its "category" where it has one.
 
     What was measured on some of the prompts only (diversity) stands at these.
     """
     rows: list[dict[str, Any]] = [
         {"prompt": prompt.text, "scores": {system: {} for system in evaluation.scores}}
+        | ({} if (category := category_of(prompt.metadata)) is None else {"category": category})
         for prompt in prompts
     ]
     for system, table in evaluation.scores.items():
@@ -114,11 +119,13 @@ def read_scores(path: Path) -> StoredScores:
     """
     if not path.is_file():
         raise ValueError(f"there are no scores at {path}: run tiltflow evaluate again")
-    rows = []
+    rows, categories = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
+            category = row.get("category")
             rows.append((str(row["prompt"]), {s: dict(t) for s, t in row["scores"].items()}))
+            categories.append(None if category is None else str(category))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number} holds no scores of an evaluation") from error
     names = {s: dict.fromkeys(r for _, table in rows for r in table.get(s, {})) for s in _all(rows)}
@@ -129,7 +136,7 @@ def read_scores(path: Path) -> StoredScores:
         }
         for system, rewards in names.items()
     }
-    return StoredScores(tuple(text for text, _ in rows), scores)
+    return StoredScores(tuple(text for text, _ in rows), scores, tuple(categories))
 
 
 def _all(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

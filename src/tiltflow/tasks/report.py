@@ -72,7 +72,7 @@ def _place(runs: Sequence[Path]) -> Path:
     """Where a page goes that was given no place: no run's own is overwritten by that of several."""
     if len(runs) == 1:
         return runs[0]
-    names = re.sub(r"[^\w.-]+", "_", "_".join(_names(list(dict.fromkeys(runs))).values()))
+    names = re.sub(r"[^\w.-]+", "_", "_".join(run_names(list(dict.fromkeys(runs))).values()))
     called = names if len(names) <= 100 else f"of_{len(runs)}_runs"
     return runs[0].absolute().parent / f"report_{called}.html"
 
@@ -81,7 +81,7 @@ def _write(folders: Sequence[Path], out: Path, notice: str = "") -> Path:
     folders = list({f.absolute(): f for f in folders}.values())
     evaluation, grids, prompts = _evaluations([f for f in folders if _evaluated(f)])
     runs = [f for f in folders if (f / "metrics.jsonl").is_file()]
-    names = _names(runs)
+    names = run_names(runs)
     rows = {names[r]: read_metrics(r / "metrics.jsonl") for r in runs}
     texts = {names[r]: recipe_text(str(r / "config.yaml")) for r in runs}
     settings = {names[r]: read_recipe(str(r / "config.yaml")) for r in runs}
@@ -177,7 +177,7 @@ def _evaluations(
     merged: dict[str, Any] = {"prompts": 0, "systems": {}, "comparisons": [], "categories": {}}
     grids: dict[str, list[np.ndarray]] = {}
     prompts: list[str] = []
-    names = _names(folders)
+    names = run_names(folders)
     tables = {folder: read_evaluation(folder) for folder in folders}
     categories = {folder: table.get("categories", {}) for folder, table in tables.items()}
     sizes = [{name: c["prompts"] for name, c in found.items()} for found in categories.values()]
@@ -210,7 +210,7 @@ def _evaluations(
     return merged, grids, prompts
 
 
-def _names(runs: Sequence[Path]) -> dict[Path, str]:
+def run_names(runs: Sequence[Path]) -> dict[Path, str]:
     """A run's name: its folder's, with as many of the parents' as tell it from the others."""
 
     def last(run: Path, parts: int) -> str:

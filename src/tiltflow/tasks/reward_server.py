@@ -38,7 +38,7 @@ def serve(
             f"a reward server needs {error.name} (pip install 'tiltflow[server]')"
         ) from error
     token = token_for(host)
-    sockets = _bound(host, port)
+    sockets = bound(host, port)
     scorer = Scorer(load_rewards(rewards, device), device_of(device), batch, limits)
     server = make_server(make_app(scorer, token, limits), limits)
     place = f"[{host}]" if ":" in host else host
@@ -53,9 +53,13 @@ def serve(
     console.print("stopped")
 
 
-def _bound(host: str, port: int) -> list[socket.socket]:
+def bound(host: str, port: int) -> list[socket.socket]:
     """Sockets at every address of the host. They do not listen yet: a client that comes while the
-    rewards load is told that nobody is there, and waits."""
+    rewards load is told that nobody is there, and waits.
+
+    Raises:
+        ValueError: if the host is unknown or the port taken.
+    """
     sockets = []
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(

@@ -50,7 +50,7 @@ def changes(state: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str
         if key == "encoders" and None in (before.get(key), here[key]):
             continue  # not kept by earlier versions, or not needed beside cached embeddings
         _same(name, before.get(key), here[key])
-    old, new = _flat(before["config"]), _flat(here["config"])
+    old, new = by_key(before["config"]), by_key(here["config"])
     found = {
         name: f"{_short(old.get(name))} → {_short(new.get(name))}"
         for name in dict.fromkeys([*new, *old])
@@ -83,12 +83,12 @@ def _same(name: str, before: object, here: object) -> None:
         raise ValueError(f"its {name} is {_short(before)}, but here it is {_short(here)}")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def by_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= by_key(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -1,0 +1,208 @@
+"""The desk's application: what the page asks for, over the files of the runs it was given.
+
+Starlette, because this is a dozen addresses with parameters, files and errors, which it does well;
+the reward server has two and none of these. Connections and their limits are the same gate's
+(`rewards/remote/gate.py`), who may ask is `guard.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from tiltflow.desk import runs
+from tiltflow.desk.guard import Guard
+from tiltflow.desk.images import thumbnail
+from tiltflow.desk.sets import Choice, Table, group, load_table, look
+from tiltflow.desk.sources import Place, Sources, find_sources
+
+PAGE = Path(__file__).parent / "page"
+LOGS = 64
+"""Logs that are kept in memory: the runs that were looked at last."""
+BODY = 16_384
+"""Bytes of a request's body."""
+PATIENCE = 10.0
+"""Seconds for a request's body."""
+
+
+class Desk:
+    """The runs and evaluations under the given paths, looked for anew with every overview."""
+
+    def __init__(self, given: Sequence[Path]) -> None:
+        self.given = list(given)
+        self.sources: Sources = find_sources(self.given)
+        self._logs: OrderedDict[str, runs.Log] = OrderedDict()
+
+    def overview(self) -> dict[str, Any]:
+        """Every run and every set of comparable evaluations, in short."""
+        self.sources = find_sources(self.given)
+        listed = [
+            {"id": place.id, "name": place.name, **runs.summary(place.path)}
+            for place in self.sources.runs.values()
+        ]
+        sets = [
+            {"id": key, "name": ", ".join(place.name for place in places)}
+            for key, places in group(self.sources.evaluations).items()
+        ]
+        return {"runs": listed, "sets": sets}
+
+    def run(self, id: str) -> Place:
+        """Raises KeyError if there is none of that id."""
+        return self.sources.runs[id]
+
+    def view(self, id: str) -> dict[str, Any]:
+        """A run in full."""
+        place = self.run(id)
+        log = self._logs.pop(id, None) or runs.Log(place.path / "metrics.jsonl")
+        self._logs[id] = log
+        while len(self._logs) > LOGS:
+            self._logs.popitem(last=False)
+        return {"id": id, "name": place.name, **runs.view(place.path, log)}
+
+    def table(self, id: str) -> Table:
+        """A set of comparable evaluations. Raises KeyError if there is none of that id."""
+        return load_table(group(self.sources.evaluations)[id])
+
+
+def make_app(desk: Desk, host: str, port: int, token: str) -> ASGIApp:
+    """The application behind its guard."""
+    answers = Answers(desk)
+    routes = [
+        Route("/", answers.page),
+        Route("/api/overview", answers.overview),
+        Route("/api/run/{id}", answers.run),
+        Route("/api/run/{id}/sample/{step:int}", answers.sample),
+        Route("/api/set/{id}", answers.set),
+        Route("/api/set/{id}/rows", answers.rows),
+        Route("/api/set/{id}/image/{column:int}/{row:int}", answers.image),
+        Mount("/page", StaticFiles(directory=PAGE)),
+    ]
+    handlers = {KeyError: _missing, ValueError: _wrong, HTTPException: _refused}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), host, port, token)
+
+
+class Answers:
+    """One method an address. Those that read files are plain functions, which Starlette calls in
+    threads."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def page(self, request: Request) -> Response:
+        return FileResponse(PAGE / "index.html", media_type="text/html")
+
+    def overview(self, request: Request) -> Response:
+        return JSONResponse(self.desk.overview())
+
+    def run(self, request: Request) -> Response:
+        return JSONResponse(self.desk.view(request.path_params["id"]))
+
+    def sample(self, request: Request) -> Response:
+        run = self.desk.run(request.path_params["id"]).path
+        return _picture(request, runs.sample_file(run, request.path_params["step"]))
+
+    def set(self, request: Request) -> Response:
+        table = self.desk.table(request.path_params["id"])
+        return JSONResponse(
+            {
+                "systems": [column.name for column in table.columns],
+                "images": [column.images.is_dir() for column in table.columns],
+                "rewards": table.rewards,
+                "categories": sorted({c for c in table.categories if c is not None}),
+                "prompts": len(table.prompts),
+            }
+        )
+
+    def rows(self, request: Request) -> Response:
+        table = self.desk.table(request.path_params["id"])
+        return JSONResponse(look(table, _choice(request.query_params)))
+
+    def image(self, request: Request) -> Response:
+        table, column = self.desk.table(request.path_params["id"]), request.path_params["column"]
+        if column >= len(table.columns):
+            raise KeyError(column)
+        return _picture(request, table.columns[column].image(request.path_params["row"]))
+
+
+def _choice(asked: Mapping[str, str]) -> Choice:
+    """Raises ValueError if the query of a page of rows is none."""
+    systems = json.loads(asked["systems"]) if "systems" in asked else None
+    if systems is not None and not all(isinstance(s, str) for s in systems):
+        raise ValueError("systems is a list of names")
+    page = int(asked.get("page", "0"))
+    if not 0 <= page < 10**6:
+        raise ValueError("there is no such page")
+    return Choice(
+        asked.get("reward", ""),
+        asked.get("baseline", ""),
+        None if systems is None else tuple(systems),
+        asked.get("category"),
+        asked.get("order") == "differ",
+        page,
+    )
+
+
+def _picture(request: Request, file: Path) -> Response:
+    """A file's image: small with ?side=PIXELS, else the file itself. A browser keeps it for as
+    long as the file is the same one."""
+    if not file.is_file():
+        raise KeyError(file.name)
+    about = file.stat()
+    side = request.query_params.get("side")
+    tag = f'"{about.st_mtime_ns:x}-{about.st_size:x}-{side}"'
+    kept = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=kept)
+    if side is None:
+        return FileResponse(file, media_type="image/png", headers=kept)
+    if not side.isascii() or not side.isdigit() or len(side) > 4:
+        raise ValueError("side is a number of pixels")
+    return Response(thumbnail(file, int(side)), media_type="image/webp", headers=kept)
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    """The JSON object that a request carries.
+
+    Raises:
+        ValueError: if it is none, longer than `BODY` or not there within `PATIENCE`.
+    """
+    body = b""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > BODY:
+                    raise ValueError("what is written here is short")
+        found = json.loads(body)
+    except TimeoutError:
+        raise ValueError("the body of the request did not come in time") from None
+    except RecursionError:
+        raise ValueError("the body is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("what is written here is a JSON object")
+    return found
+
+
+async def _missing(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "there is no such thing here (any more)"}, 404)
+
+
+async def _wrong(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)[:500]}, 422)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    return JSONResponse({"error": "there is nothing at this address"}, status)

@@ -1,0 +1,135 @@
+// A small line chart: series over a common x, drawn as SVG, read off by pointer or arrow keys.
+import { h, number, s } from "./dom.js";
+
+const W = 360, H = 170, LEFT = 48, RIGHT = 10, TOP = 10, BOTTOM = 24;
+
+// At most five round numbers that span [low, high].
+export function ticks(low, high, most = 4) {
+  if (!(high > low)) return [low];
+  const rough = (high - low) / most;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((m) => m >= rough);
+  const found = [];
+  for (let k = Math.ceil(low / step); k * step <= high + step * 1e-9; k++) found.push(k * step);
+  return found;
+}
+
+function range(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  if (!Number.isFinite(low)) return [0, 1];
+  const room = (high - low || Math.abs(high) || 1) * 0.06;
+  return [low - room, high + room];
+}
+
+// series: [{name, colour, points: [[x, y], ...], low?, high?, dashed?}] with bands where low and
+// high (arrays of y) are given; options: {title, x, at?, span?}. `at` marks a place on the x axis.
+export function chart(series, options) {
+  const shown = series.filter((each) => each.points.length);
+  const xs = shown.flatMap((each) => each.points.map((p) => p[0]));
+  const ys = shown.flatMap((each) => [...each.points.map((p) => p[1]), ...(each.low ?? []), ...(each.high ?? [])]);
+  const [x0, x1] = options.span ?? (xs.length ? [Math.min(...xs), Math.max(...xs, Math.min(...xs) + 1e-9)] : [0, 1]);
+  const [y0, y1] = range(ys);
+  const sx = (x) => LEFT + ((x - x0) / (x1 - x0 || 1)) * (W - LEFT - RIGHT);
+  const sy = (y) => H - BOTTOM - ((y - y0) / (y1 - y0 || 1)) * (H - TOP - BOTTOM);
+  const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, class: "chart", "aria-hidden": "true" });
+  for (const y of ticks(y0, y1)) {
+    svg.append(
+      s("line", { x1: LEFT, x2: W - RIGHT, y1: sy(y), y2: sy(y), class: "grid" }),
+      s("text", { x: LEFT - 6, y: sy(y) + 3.5, class: "tick", "text-anchor": "end" }, number(y, 3)),
+    );
+  }
+  for (const x of ticks(x0, x1, 5)) {
+    svg.append(s("text", { x: sx(x), y: H - 7, class: "tick", "text-anchor": "middle" }, number(x, 6)));
+  }
+  svg.append(s("line", { x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM, class: "axis" }));
+  for (const each of shown) draw(svg, each, sx, sy);
+  if (options.at !== undefined) {
+    svg.append(s("line", { x1: sx(options.at), x2: sx(options.at), y1: TOP, y2: H - BOTTOM, class: "at" }));
+  }
+  const cursor = s("line", { y1: TOP, y2: H - BOTTOM, class: "cursor", visibility: "hidden" });
+  svg.append(cursor);
+  return framed(svg, cursor, shown, options, { x0, x1, sx });
+}
+
+function draw(svg, each, sx, sy) {
+  const path = each.points.map(([x, y], i) => `${i ? "L" : "M"}${sx(x).toFixed(1)} ${sy(y).toFixed(1)}`);
+  if (each.low) {
+    const up = each.points.map(([x], i) => `${sx(x).toFixed(1)} ${sy(each.high[i]).toFixed(1)}`);
+    const down = each.points.map(([x], i) => `${sx(x).toFixed(1)} ${sy(each.low[i]).toFixed(1)}`).reverse();
+    const band = s("polygon", { points: [...up, ...down].join(" "), class: "band" });
+    band.style.fill = each.colour;
+    svg.append(band);
+  }
+  const line = s("path", { d: path.join(""), class: each.dashed ? "line dashed" : "line" });
+  line.style.stroke = each.colour;
+  svg.append(line);
+  if (each.points.length <= 16) {
+    for (const [x, y] of each.points) {
+      const dot = s("circle", { cx: sx(x), cy: sy(y), r: 2.4 });
+      dot.style.fill = each.colour;
+      svg.append(dot);
+    }
+  }
+}
+
+function framed(svg, cursor, shown, options, { x0, x1, sx }) {
+  const read = h("div", { class: "readout" });
+  const places = [...new Set(shown.flatMap((each) => each.points.map((p) => p[0])))].sort((a, b) => a - b);
+  let at = places.length - 1;
+  const show = (index) => {
+    at = Math.max(0, Math.min(places.length - 1, index));
+    const x = places[at];
+    if (x === undefined) return;
+    cursor.setAttribute("x1", sx(x));
+    cursor.setAttribute("x2", sx(x));
+    const parts = shown.map((each) => {
+      const near = each.points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
+      return h("span", {}, swatch(each), ` ${shown.length > 1 ? each.name + " " : ""}${number(near[1])}`);
+    });
+    read.replaceChildren(h("span", {}, `${options.x ?? "step"} ${number(x, 6)}`), ...parts);
+  };
+  const rest = () => {
+    cursor.setAttribute("visibility", "hidden");
+    show(places.length - 1);
+  };
+  const point = (event) => {
+    const box = svg.getBoundingClientRect();
+    const x = x0 + (((event.clientX - box.left) / box.width) * W - LEFT) / (W - LEFT - RIGHT) * (x1 - x0);
+    const near = places.reduce((best, p, i) => (Math.abs(p - x) < Math.abs(places[best] - x) ? i : best), 0);
+    cursor.setAttribute("visibility", "visible");
+    show(near);
+  };
+  const key = (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
+    if (move === undefined) return;
+    event.preventDefault();
+    cursor.setAttribute("visibility", "visible");
+    show(Number.isFinite(move) ? at + move : move < 0 ? 0 : places.length - 1);
+  };
+  show(at);
+  const latest = shown.map((each) => `${each.name} ${number(each.points.at(-1)[1])}`).join(", ");
+  return h(
+    "figure",
+    { class: "card", onpointermove: point, onpointerleave: rest },
+    h("figcaption", {}, options.title),
+    h(
+      "div",
+      {
+        class: "plot", tabindex: "0", role: "img", onkeydown: key, onblur: rest,
+        "aria-label": `${options.title}: ${latest || "nothing yet"}. Arrow keys read values off.`,
+      },
+      svg,
+    ),
+    read,
+  );
+}
+
+export function swatch(each) {
+  const mark = h("i", { class: each.dashed ? "swatch dashed" : "swatch" });
+  mark.style.color = each.colour;
+  return mark;
+}

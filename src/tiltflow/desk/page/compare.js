@@ -1,0 +1,168 @@
+// Compare: systems as columns, prompts as rows, from the same noise.
+import { fill, get, h, labelled, number, s, select, signed } from "./dom.js";
+
+let about = null; // what the chosen set holds
+let look = null; // the page of rows on show
+const chosen = { set: "", reward: "", baseline: "", category: "", order: "", page: 0, off: new Set() };
+
+async function show(panel, overview) {
+  if (!overview.sets.length) {
+    return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to compare yet"),
+      h("p", {}, "Run ", h("code", {}, "tiltflow evaluate … --keep-images --json RUN/evaluation.json"), " and it appears here.")));
+  }
+  const known = overview.sets.map((set) => set.id);
+  if (!known.includes(chosen.set)) await open(known[0]);
+  await load();
+  draw(panel, overview);
+}
+
+async function open(id) {
+  about = await get(`/api/set/${id}`);
+  Object.assign(chosen, { set: id, page: 0, category: "", off: new Set() });
+  if (!about.rewards.includes(chosen.reward)) chosen.reward = about.rewards[0];
+  chosen.baseline = about.systems.find((name) => name.startsWith("ac_dmd")) ?? about.systems[0];
+}
+
+async function load() {
+  const systems = about.systems.filter((name) => !chosen.off.has(name));
+  const query = { reward: chosen.reward, baseline: chosen.baseline, page: chosen.page, systems: JSON.stringify(systems) };
+  if (chosen.category) query.category = chosen.category;
+  if (chosen.order) query.order = chosen.order;
+  look = await get(`/api/set/${chosen.set}/rows`, query);
+}
+
+function draw(panel, overview) {
+  const again = async (name, value) => {
+    const focused = document.activeElement?.closest("[data-control]")?.dataset.control;
+    if (name === "set") await open(value);
+    else chosen[name] = value;
+    if (name !== "page") chosen.page = 0;
+    await load();
+    draw(panel, overview);
+    if (focused) panel.querySelector(`[data-control="${focused}"] select, [data-control="${focused}"] button:not(:disabled)`)?.focus();
+  };
+  const control = (name, text, options) => {
+    const field = labelled(text, select(options, chosen[name], (value) => again(name, value)));
+    field.dataset.control = name;
+    return field;
+  };
+  const bar = h(
+    "div", { class: "toolbar" },
+    overview.sets.length > 1 ? control("set", "Evaluation", overview.sets.map((set) => [set.id, set.name])) : null,
+    control("reward", "Reward", about.rewards),
+    control("baseline", "Compared with", about.systems),
+    about.categories.length ? control("category", "Category", [["", "all"], ...about.categories]) : null,
+    control("order", "Order", [["", "as evaluated"], ["differ", "where systems differ most"]]),
+    systems(again),
+  );
+  fill(panel, bar, table(), pager(again));
+}
+
+function systems(again) {
+  const boxes = about.systems.map((name) =>
+    h("label", {}, h("input", {
+      type: "checkbox", checked: !chosen.off.has(name), disabled: name === chosen.baseline,
+      onchange: (event) => {
+        const off = new Set(chosen.off);
+        if (event.target.checked) off.delete(name);
+        else off.add(name);
+        again("off", off);
+      },
+    }), " ", h("bdi", {}, name)));
+  return h("fieldset", { class: "systems" }, h("legend", {}, "Systems"), boxes);
+}
+
+function table() {
+  const columns = look.columns;
+  const widest = Math.max(1e-9, ...columns.flatMap((c) => (c.difference ? c.difference.ci95.map(Math.abs) : [])));
+  const head = h("tr", {}, columns.map((column) =>
+    h("th", { scope: "col" }, h("bdi", { class: "name" }, column.name), h("small", {}, `${column.nfe} evaluations`),
+      figures(column, widest))));
+  const bodies = look.rows.map((row) =>
+    h("tbody", {},
+      h("tr", { class: "prompt" }, h("th", { scope: "rowgroup", colspan: String(columns.length) },
+        h("span", { dir: "auto" }, row.prompt), row.category ? h("small", { class: "chip" }, row.category) : null)),
+      h("tr", {}, columns.map((column) => cell(row, column)))));
+  const made = h("table", { class: "compare" },
+      h("caption", {}, `${chosen.reward}, ${look.count} of ${about.prompts} prompts. Below each system: its mean and 95% interval, then the paired difference to ${chosen.baseline}.`),
+      h("thead", {}, head), bodies);
+  made.style.setProperty("--columns", columns.length);
+  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "systems by prompt" }, made);
+}
+
+function figures(column, widest) {
+  if (!column.mean) return h("div", { class: "figures" }, "not measured here");
+  const [low, high] = column.mean.ci95;
+  const mean = h("span", {}, `${number(column.mean.value)} ± ${number((high - low) / 2, 2)}`);
+  if (!column.difference) return h("div", { class: "figures" }, mean, h("span", {}, "baseline"));
+  const { value, ci95, p_value: p, win_rate: wins } = column.difference;
+  const sure = ci95[0] > 0 ? "higher" : ci95[1] < 0 ? "lower" : "unclear";
+  const x = (v) => 60 + (v / widest) * 54;
+  const bar = s("svg", { viewBox: "0 0 120 14", class: `interval ${sure}`, "aria-hidden": "true" },
+    s("line", { x1: 60, x2: 60, y1: 0, y2: 14, class: "zero" }),
+    s("line", { x1: x(ci95[0]), x2: x(ci95[1]), y1: 7, y2: 7, class: "bar" }),
+    s("circle", { cx: x(value), cy: 7, r: 3.4 }));
+  return h("div", { class: "figures" }, mean, bar,
+    h("span", { class: sure }, `${signed(value)} [${signed(ci95[0])}, ${signed(ci95[1])}]`),
+    h("small", {}, `wins ${Math.round(wins * 100)}%, p = ${number(p, 2)}`));
+}
+
+function address(row, column, side) {
+  const path = `/api/set/${chosen.set}/image/${about.systems.indexOf(column.name)}/${row.row}`;
+  return side ? `${path}?side=${side}` : path;
+}
+
+function cell(row, column) {
+  const score = row.scores[column.name];
+  const others = Object.values(row.scores).filter((value) => value !== null);
+  const best = others.length > 1 && score === Math.max(...others) && Math.min(...others) < score;
+  const picture = column.images
+    ? h("button", { class: "picture", "aria-label": `${column.name}, full size: ${row.prompt}`, onclick: (event) => enlarge(row, column, event.currentTarget) },
+        h("img", { src: address(row, column, 192), alt: "", loading: "lazy", decoding: "async", width: 192, height: 192 }))
+    : h("div", { class: "picture none" }, "no image kept");
+  return h("td", {}, picture, h("span", { class: best ? "score best" : "score" }, number(score)));
+}
+
+function enlarge(row, column, opener) {
+  let at = look.columns.indexOf(column);
+  const picture = h("img", { class: "full" });
+  const name = h("h2", {});
+  const said = h("p", { class: "score" });
+  const set = (index) => {
+    at = (index + look.columns.length) % look.columns.length;
+    const shown = look.columns[at];
+    picture.src = address(row, shown);
+    picture.alt = `${shown.name}: ${row.prompt}`;
+    name.textContent = shown.name;
+    said.textContent = Object.keys(row.scores).includes(shown.name) ? `${chosen.reward} ${number(row.scores[shown.name])}` : "";
+  };
+  const dialog = h("dialog", {
+    "aria-label": "image in full size",
+    onclose: () => { dialog.remove(); opener.focus(); },
+    onclick: (event) => { if (event.target === dialog) dialog.close(); },
+    onkeydown: (event) => {
+      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (move) set(at + move);
+    },
+  },
+  h("div", { class: "lightbox" }, name, picture, h("p", { dir: "auto" }, row.prompt), said,
+    h("div", { class: "buttons" },
+      h("button", { onclick: () => set(at - 1) }, "← previous system"),
+      h("button", { onclick: () => set(at + 1) }, "next system →"),
+      h("button", { onclick: () => dialog.close() }, "close"))));
+  set(at);
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+function pager(again) {
+  if (look.pages < 2) return null;
+  const nav = h("nav", { class: "pager", "aria-label": "pages of prompts" },
+    h("button", { disabled: chosen.page === 0, onclick: () => again("page", chosen.page - 1) }, "← earlier"),
+    h("span", {}, `page ${chosen.page + 1} of ${look.pages}`),
+    h("button", { disabled: chosen.page + 1 >= look.pages, onclick: () => again("page", chosen.page + 1) }, "later →"));
+  nav.dataset.control = "page";
+  return nav;
+}
+
+export const compare = { show };

@@ -1,0 +1,183 @@
+// Runs: curves as they grow, samples as they come, settings and what differs in them.
+import { chart, swatch } from "./chart.js";
+import { colour, duration, fill, get, h } from "./dom.js";
+
+const picked = new Map(); // id -> index of its colour
+const steps = new Map(); // id -> the step whose samples are looked at; none: the latest
+let found = [];
+let drawn = "";
+
+const GROUPS = [
+  ["Held-out rewards", (n) => n.startsWith("held_out/")],
+  ["Trained rewards", (n) => n.startsWith("watch/trained/") || n.startsWith("reward/")],
+  ["Watch", (n) => n.startsWith("watch/")],
+  ["Losses", (n) => /\/(matching|ambient|consistency|reward_loss|loss)$/.test(n)],
+  ["Everything else", () => true],
+];
+
+function pick(id, on) {
+  if (!on) return picked.delete(id);
+  const taken = new Set(picked.values());
+  let index = 0;
+  while (taken.has(index)) index++;
+  picked.set(id, index);
+}
+
+async function show(panel, overview) {
+  if (!panel.firstChild) {
+    panel.append(
+      h("nav", { class: "list", "aria-label": "Runs" }),
+      h("div", { class: "body" }, ...["notes", "curves", "samples", "settings"].map((c) => h("div", { class: c }))),
+    );
+    if (overview.runs.length) pick(overview.runs.at(-1).id, true);
+  }
+  list(panel, overview);
+  found = await Promise.all([...picked.keys()].map((id) => get(`/api/run/${id}`)));
+  const state = JSON.stringify(found);
+  if (state === drawn) return; // nothing new: leave focus and scroll alone
+  drawn = state;
+  notes(panel.querySelector(".notes"));
+  curves(panel.querySelector(".curves"));
+  samples(panel.querySelector(".samples"));
+  settings(panel.querySelector(".settings"));
+}
+
+function list(panel, overview) {
+  const nav = panel.querySelector(".list");
+  const key = JSON.stringify([overview.runs, [...picked]]);
+  if (nav.dataset.key === key) return;
+  nav.dataset.key = key;
+  const focused = document.activeElement?.dataset?.run;
+  fill(
+    nav,
+    h("h2", {}, overview.runs.length === 1 ? "1 run" : `${overview.runs.length} runs`),
+    overview.runs.map((run) => {
+      const box = h("input", {
+        type: "checkbox", checked: picked.has(run.id), "data-run": run.id,
+        onchange: async (event) => {
+          pick(run.id, event.target.checked);
+          await show(panel, overview);
+        },
+      });
+      const mark = h("i", { class: "swatch" });
+      mark.style.color = picked.has(run.id) ? colour(picked.get(run.id)) : "var(--line)";
+      return h(
+        "label", { class: "run" }, box, mark, h("span", { class: "name", dir: "auto" }, run.name),
+        h("small", {}, `step ${run.step}${run.running ? ", running" : ""}${run.alarms ? `, ⚠ ${run.alarms} alarms` : ""}`),
+      );
+    }),
+  );
+  if (focused) nav.querySelector(`[data-run="${focused}"]`)?.focus();
+}
+
+function notes(place) {
+  fill(
+    place,
+    found.map((run) => {
+      const share = run.steps ? Math.min(1, run.step / run.steps) : 0;
+      const state = run.running ? `${duration(run.seconds_left)} left` : run.step >= run.steps ? "done" : "stopped";
+      const bar = h("progress", { max: 1, value: share, "aria-label": `progress of ${run.name}` });
+      bar.style.accentColor = colour(picked.get(run.id));
+      return h(
+        "div", { class: "state" },
+        h("h2", {}, swatch({ colour: colour(picked.get(run.id)) }), " ", h("bdi", {}, run.name)),
+        bar,
+        h("p", {}, `${run.stage}: step ${run.step} of ${run.steps ?? "?"}, ${duration(run.seconds_per_step)} a step, ${state}`),
+        run.notes.slice(-4).map(([step, name, text]) =>
+          h("p", { class: name.startsWith("alarm") || name === "watch/ended" ? "alarm" : "note" }, `Step ${step}: ${text}`)),
+      );
+    }),
+  );
+}
+
+function curves(place) {
+  const names = [...new Set(found.flatMap((run) => Object.keys(run.curves)))];
+  const left = new Set(names);
+  const open = new Map([...place.querySelectorAll("details")].map((d) => [d.dataset.group, d.open]));
+  fill(
+    place,
+    GROUPS.map(([title, belongs], index) => {
+      const mine = [...left].filter(belongs);
+      mine.forEach((name) => left.delete(name));
+      if (!mine.length) return null;
+      const charts = mine.sort().map((name) =>
+        chart(
+          found.filter((run) => run.curves[name]).map((run) => ({
+            name: run.name, colour: colour(picked.get(run.id)), points: run.curves[name],
+          })),
+          { title: name.replace("held_out/", "").replace("watch/trained/", "watched: ").replace("reward/", "batches: ").replace("watch/", "") },
+        ));
+      return h(
+        "details", { open: open.get(title) ?? index < 4, "data-group": title },
+        h("summary", {}, h("h2", {}, title)), h("div", { class: "cards" }, charts),
+      );
+    }).filter(Boolean),
+  );
+}
+
+function samples(place) {
+  const with_any = found.filter((run) => run.samples.length);
+  fill(
+    place,
+    with_any.length ? h("h2", {}, "Samples") : null,
+    h("div", { class: "sheets" }, with_any.map((run) => sheet(run))),
+  );
+}
+
+function sheet(run) {
+  const picture = h("img", { class: "sheet", decoding: "async" });
+  const link = h("a", { target: "_blank", rel: "noopener" }, picture);
+  const said = h("output", {});
+  const set = (index) => {
+    const step = run.samples[index];
+    const address = `/api/run/${run.id}/sample/${step}`;
+    picture.src = `${address}?side=640`;
+    picture.alt = `samples of ${run.name} after step ${step}`;
+    link.href = address;
+    said.textContent = `step ${step}`;
+  };
+  const wanted = steps.has(run.id) ? run.samples.indexOf(steps.get(run.id)) : -1;
+  const start = wanted < 0 ? run.samples.length - 1 : wanted;
+  const slider = h("input", {
+    type: "range", min: 0, max: run.samples.length - 1, "aria-label": `step of the samples of ${run.name}`,
+    oninput: (event) => {
+      const index = Number(event.target.value);
+      if (index === run.samples.length - 1) steps.delete(run.id);
+      else steps.set(run.id, run.samples[index]);
+      set(index);
+    },
+  });
+  slider.value = String(start);
+  set(start);
+  return h(
+    "figure", { class: "card" },
+    h("figcaption", {}, swatch({ colour: colour(picked.get(run.id)) }), " ", h("bdi", {}, run.name)),
+    link, h("div", { class: "slide" }, slider, said),
+  );
+}
+
+function settings(place) {
+  if (!found.length) return fill(place);
+  const keys = [...new Set(found.flatMap((run) => Object.keys(run.settings)))];
+  const differ = keys.filter((key) => new Set(found.map((run) => run.settings[key])).size > 1);
+  const open = place.querySelector("details")?.open ?? false;
+  fill(
+    place,
+    found.length > 1 ? [h("h2", {}, "What differs"), differ.length ? grid(differ) : h("p", {}, "Their settings are the same.")] : null,
+    h("details", { open }, h("summary", {}, h("h2", {}, "All settings")), grid(keys)),
+  );
+}
+
+function grid(keys) {
+  return h(
+    "div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "settings" },
+    h(
+      "table", { class: "plain" },
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "setting"), found.map((run) => h("th", { scope: "col" }, h("bdi", {}, run.name))))),
+      h("tbody", {}, keys.map((key) =>
+        h("tr", {}, h("th", { scope: "row" }, key), found.map((run) => h("td", { dir: "auto" }, run.settings[key] ?? "–"))))),
+    ),
+  );
+}
+
+export const runs = { show, live: true };

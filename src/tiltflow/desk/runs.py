@@ -1,0 +1,184 @@
+"""Training runs as the page shows them: curves that are read as they grow, samples, settings."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiltflow.config.recipe_source import read_recipe
+from tiltflow.core.disk import parse_json
+from tiltflow.core.run_lock import held_by_another
+from tiltflow.train.changes import by_key
+
+POINTS = 300
+"""Points of a curve that are kept, at least; twice as many at most."""
+NOTES = 100
+"""Sentences of a log that are kept: the latest."""
+TAIL = 65_536
+"""Bytes at the end of a log that the list of runs looks at."""
+PIECE = 1 << 20
+"""Bytes of a log that are read at a time."""
+SAMPLE = re.compile(r"step-(\d{6,})\.png")
+
+
+@dataclass
+class Curve:
+    """A metric over steps. When it has 2 × `POINTS` points, neighbours become their mean, so that
+    a log of any length takes the same memory; `each` are the lines that a point stands for."""
+
+    points: list[tuple[int, float]] = field(default_factory=list)
+    each: int = 1
+    _sum: float = 0.0
+    _count: int = 0
+
+    def add(self, step: int, value: float) -> None:
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count < self.each:
+            return
+        self.points.append((step, self._sum / self._count))
+        self._sum, self._count = 0.0, 0
+        if len(self.points) >= 2 * POINTS:
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [(later, (a + b) / 2) for (_, a), (later, b) in pairs]
+            self.each *= 2
+
+
+class Log:
+    """A run's metrics.jsonl: `refresh` reads what has been appended since the last time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self._read, self._file = 0, (0, 0)
+        self.step = 0
+        self.curves: dict[str, Curve] = {}
+        self.notes: list[tuple[int, str, str]] = []
+        """(step, name, sentence): alarms, and what was changed when the run went on."""
+
+    def refresh(self) -> None:
+        """Begins anew where the file is another one or has become shorter: a run that went on
+        from a checkpoint drops the lines after it."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if (about.st_dev, about.st_ino) != self._file or about.st_size < self._read:
+                self._forget()
+                self._file = (about.st_dev, about.st_ino)
+            file.seek(self._read)
+            rest = b""
+            while piece := file.read(PIECE):
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    self._take(line)
+                    self._read += len(line) + 1
+
+    def _take(self, line: bytes) -> None:
+        row = _row(line)
+        if row is None:
+            return
+        self.step = max(self.step, row["step"])
+        for name, value in row.items():
+            if isinstance(value, str):
+                self.notes = [*self.notes, (row["step"], name, value)][-NOTES:]
+            elif name != "step":
+                self.curves.setdefault(name, Curve()).add(row["step"], float(value))
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of a log, None if it is torn or holds something else: a page shows what there is."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+    plain = whole and all(isinstance(v, int | float | str) for v in row.values())
+    return row if plain else None
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """A run in the list, from the end of its log: its step, alarms at it, whether it goes on."""
+    log, step, alarms, modified = run / "metrics.jsonl", 0, 0, 0.0
+    if log.is_file():
+        with log.open("rb") as file:
+            about = os.fstat(file.fileno())
+            file.seek(max(0, about.st_size - TAIL))
+            for row in filter(None, map(_row, file.read(TAIL).split(b"\n"))):
+                step = max(step, row["step"])
+                alarms = int(row.get("watch/alarms", alarms))
+        modified = about.st_mtime
+    return {"step": step, "alarms": alarms, "modified": modified, "running": held_by_another(run)}
+
+
+def sample_steps(run: Path) -> list[int]:
+    """The steps after which a run drew samples."""
+    folder = run / "samples"
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(int(match[1]) for match in map(SAMPLE.fullmatch, names) if match)
+
+
+def sample_file(run: Path, step: int) -> Path:
+    return run / "samples" / f"step-{step:06d}.png"
+
+
+def settings(run: Path) -> dict[str, Any]:
+    """A run's resolved config by dotted key.
+
+    Raises:
+        ValueError: if it is no YAML.
+    """
+    return by_key(read_recipe(str(run / "config.yaml")))
+
+
+def view(run: Path, log: Log) -> dict[str, Any]:
+    """Everything of a run that the page shows."""
+    log.refresh()
+    chosen = settings(run)
+    steps, total = sample_steps(run), chosen.get("train.steps")
+    running = held_by_another(run)
+    pace = _pace(run, steps, log)
+    left = None
+    if running and pace is not None and isinstance(total, int):
+        left = pace * max(0, total - log.step)
+    return {
+        "step": log.step,
+        "steps": total,
+        "stage": chosen.get("stage"),
+        "running": running,
+        "seconds_per_step": pace,
+        "seconds_left": left,
+        "curves": {name: curve.points for name, curve in log.curves.items()},
+        "notes": log.notes,
+        "samples": steps,
+        "settings": {name: _text(value) for name, value in chosen.items()},
+        "trained": _names(chosen, "rewards."),
+        "held_out": _names(chosen, "watch.rewards."),
+    }
+
+
+def _names(chosen: Mapping[str, Any], prefix: str) -> list[str]:
+    keys = (key.removeprefix(prefix) for key in chosen if key.startswith(prefix))
+    return list(dict.fromkeys(key.rpartition(".")[0] or key for key in keys))
+
+
+def _pace(run: Path, steps: list[int], log: Log) -> float | None:
+    """Seconds an iteration, from the times of the latest two files whose step is known: a log has
+    no times in it, so that it is the same whoever ran it and when. None before there are two."""
+    marks = [(step, sample_file(run, step).stat().st_mtime) for step in steps[-2:]]
+    if log.path.is_file():
+        marks.append((log.step, log.path.stat().st_mtime))
+    later = [mark for mark in marks if mark[0] < marks[-1][0]]
+    if not later:
+        return None
+    (before, began), (after, ended) = later[0], marks[-1]
+    return (ended - began) / (after - before) if ended > began else None
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else repr(value)

@@ -1,0 +1,80 @@
+"""What a desk shows: the run directories and evaluations that it was given, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiltflow.evaluation.files import scores_path
+from tiltflow.tasks.report import run_names
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run directory, or an evaluation's JSON file, as the page names it.
+
+    `id` is a digest of the path: no path of this machine stands in an address.
+    """
+
+    id: str
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Sources:
+    """By id, in the order in which they were given."""
+
+    runs: dict[str, Place]
+    evaluations: dict[str, Place]
+
+
+def find_sources(given: Sequence[Path]) -> Sources:
+    """The runs and evaluations at the paths: run directories, folders of these (one level deep),
+    and evaluations by their JSON file or folder.
+
+    Raises:
+        ValueError: naming the first path at which there is none.
+    """
+    runs: list[Path] = []
+    evaluations: list[Path] = []
+    for path in given:
+        folders = [path] if path.is_dir() else []
+        if folders and not _is_run(path):
+            folders += sorted(p for p in path.iterdir() if _is_run(p))
+        found = [folder for folder in folders if _is_run(folder)]
+        scored = [path] if _is_evaluation(path) else [e for f in folders for e in _evaluations(f)]
+        if not found and not scored:
+            raise ValueError(
+                f"{path} holds nothing for a desk: no run directory (config.yaml) and no "
+                "evaluation (tiltflow evaluate --json)"
+            )
+        runs += found
+        evaluations += scored
+    return Sources(_places(runs), _places(evaluations))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
+
+
+def _is_evaluation(path: Path) -> bool:
+    return path.suffix == ".json" and path.is_file() and scores_path(path).is_file()
+
+
+def _evaluations(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.json")) if _is_evaluation(path)]
+
+
+def _places(paths: Iterable[Path]) -> dict[str, Place]:
+    """By id. An evaluation.json goes by its folder's name."""
+    shown = {(p.parent if p.name == "evaluation.json" else p): p for p in paths}
+    found = {_id(path): (shorter, path) for shorter, path in shown.items()}
+    named = run_names([shorter for shorter, _ in found.values()])
+    return {id: Place(id, named[shorter], path) for id, (shorter, path) in found.items()}
+
+
+def _id(path: Path) -> str:
+    return hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()

@@ -1,0 +1,137 @@
+"""Runs and evaluations for the desk's tests, and the desk itself on a free port."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tiltflow.desk.app import Desk, make_app
+from tiltflow.desk.serve import LIMITS
+from tiltflow.rewards.remote.gate import make_server
+from tiltflow.tasks.reward_server import bound
+
+TOKEN = "a-token-of-the-tests"
+ODD = ("<img src=x onerror=alert(1)> & <b>bold</b>", "a \"quoted\" 'cat'", "قطة زرقاء تحت شجرة")
+"""Prompts with markup, quotes and right-to-left text."""
+
+
+def make_run(folder: Path, steps: int = 40, stage: str = "tilt", rate: float = 1e-4) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"stage: {stage}\ntrain:\n  steps: {steps}\n  generator_lr: {rate}\n"
+        "rewards:\n  clipscore:\n    weight: 1.0\n"
+        "watch:\n  rewards:\n    shapes:\n      weight: 1.0\n"
+    )
+    (folder / "samples").mkdir()
+    for step in (0, steps):
+        save_image(folder / "samples" / f"step-{step:06d}.png", (step * 5, 90, 160), 64)
+    add_lines(folder, range(0, steps + 1, 10))
+    return folder
+
+
+def add_lines(run: Path, steps: Sequence[int]) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in steps:
+            row = {
+                "step": step,
+                "generator/matching": 1 / (1 + step),
+                "held_out/shapes": step / 100,
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def save_image(path: Path, colour: tuple[int, int, int], side: int = 32) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), colour).save(path)
+
+
+def make_evaluation(
+    file: Path,
+    scores: Mapping[str, Sequence[float]],
+    prompts: Sequence[str],
+    categories: Sequence[str] | None = None,
+    seed: int = 0,
+    images: bool = True,
+) -> Path:
+    """An evaluation.json of one reward, `shapes`, with its scores and images."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    systems = {
+        name: {"nfe": 4, "scores": {"shapes": {"mean": float(np.mean(v)), "ci95": [0, 1]}}}
+        for name, v in scores.items()
+    }
+    asked = {"prompts": "|".join(prompts), "seed": seed}
+    file.write_text(json.dumps({"prompts": len(prompts), "systems": systems, "asked": asked}))
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row = {"prompt": prompt, "scores": {s: {"shapes": v[i]} for s, v in scores.items()}}
+        rows.append(row | ({"category": categories[i]} if categories else {}))
+        for k, system in enumerate(scores if images else ()):
+            path = file.with_suffix(".images") / system / f"{i:05d}.png"
+            save_image(path, (40 * k, 7 * i % 256, 120))
+    file.with_suffix(".scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+class Client:
+    """Requests to a desk, with any headers."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.headers = {"Cookie": f"tiltflow_desk_{port}={TOKEN}"}
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(
+        self,
+        path: str,
+        headers: Mapping[str, str | None] | None = None,
+        body: object = None,
+        method: str | None = None,
+    ) -> tuple[HTTPResponse, bytes]:
+        """The answer and its body; a header that is None is left out."""
+        sent: dict[str, str | None] = dict(self.headers)
+        if body is not None:
+            sent |= {"Content-Type": "application/json", "Origin": self.address}
+        sent |= headers or {}
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        text = None if body is None else body if isinstance(body, bytes) else json.dumps(body)
+        connection.request(
+            method or ("GET" if body is None else "POST"),
+            path,
+            body=text,
+            headers={k: v for k, v in sent.items() if v is not None},
+        )
+        response = connection.getresponse()
+        return response, response.read()
+
+    def json(self, path: str, body: object = None) -> dict:
+        response, said = self.ask(path, body=body)
+        assert response.status == 200, said
+        return json.loads(said)
+
+
+@contextmanager
+def served(desk: Desk) -> Iterator[Client]:
+    """The desk behind its gate, on a thread."""
+    sockets = bound("127.0.0.1", 0)
+    port = sockets[0].getsockname()[1]
+    server = make_server(make_app(desk, "127.0.0.1", port, TOKEN), LIMITS)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield Client(port)
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,194 @@
+"""The desk's page in a real browser: every view, by mouse and by keyboard, at two widths."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, served
+
+from tiltflow.desk.app import Desk
+
+playwright = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
+]
+SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("desk")
+    make_run(place / "cold", stage="cold_start")
+    run = make_run(place / "tilt", rate=3e-4)
+    prompts = [*ODD, *(f"prompt {i}" for i in range(27))]
+    scores = {
+        "teacher": [(i * 7 % 10) / 10 for i in range(30)],
+        "ac_dmd": [(i * 3 % 10) / 20 for i in range(30)],
+        "rtdmd": [0.4 + (i * 3 % 10) / 20 for i in range(30)],
+    }
+    categories = ["colours" if i % 3 else "counting" for i in range(30)]
+    make_evaluation(run / "evaluation.json", scores, prompts, categories)
+    return place
+
+
+@pytest.fixture(scope="module")
+def client(place):
+    with served(Desk([place / "cold", place / "tilt"])) as client:
+        yield client
+
+
+@pytest.fixture(params=SIZES)
+def page(request, browser, client):
+    """The open page; at the end, that it was silent and asked nobody else for anything."""
+    width, height = SIZES[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height})
+    page = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda sent: asked.append(sent.url))
+    page.goto(f"{client.address}/?token={TOKEN}")
+    page.wait_for_selector("#runs .card")
+    yield page
+    assert said == []
+    assert all(url.startswith(client.address) for url in asked) and asked
+    context.close()
+
+
+def check(page) -> None:
+    """Nothing wider than the window, and no serious finding of axe-core."""
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    found = axe.Axe().run(page).response["violations"]
+    serious = [v for v in found if v["impact"] in ("serious", "critical")]
+    assert serious == [], [(v["id"], [n["html"] for n in v["nodes"]]) for v in serious]
+
+
+def open_view(page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+    page.wait_for_selector(f"#{name.lower()}:not([hidden]) > *")
+
+
+def test_the_token_leaves_the_address_and_a_reload_works(page, client):
+    assert page.url == f"{client.address}/#runs"
+    page.reload()
+    page.wait_for_selector("#runs .card")
+
+
+def test_runs_grow_while_one_looks(page, place):
+    assert page.locator(".state").count() == 1
+    page.get_by_role("checkbox", name="cold").check()
+    page.wait_for_selector(".state >> nth=1")
+    differing = page.locator(".settings table").first
+    assert "train.generator_lr" in differing.inner_text()
+    check(page)
+    before = page.locator(".readout").first.inner_text()
+    last = int(page.locator(".state p").first.inner_text().split("step ")[1].split()[0])
+    add_lines(place / "tilt", [last + 10])
+    page.wait_for_function(
+        "before => document.querySelector('.readout').innerText !== before", arg=before
+    )
+    assert f"step {last + 10}" in page.locator(".readout").first.inner_text()
+
+
+def test_samples_slide_through_the_steps(page):
+    slider = page.get_by_role("slider", name="step of the samples of tilt")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert "step 0" in page.locator(".slide").first.inner_text()
+    assert page.locator("img.sheet").first.get_attribute("src").endswith("/sample/0?side=640")
+
+
+def test_prompts_are_text(page):
+    open_view(page, "Compare")
+    for prompt in ODD:
+        assert page.locator(".prompt").get_by_text(prompt, exact=True).count() == 1
+    assert page.locator(".prompt img, .prompt b").count() == 0
+    check(page)
+
+
+def test_the_table_follows_what_is_chosen(page):
+    open_view(page, "Compare")
+    table = page.locator(".compare")
+    before = table.locator("thead").inner_text()
+    page.get_by_label("Compared with").select_option("teacher")
+    page.wait_for_function(
+        "t => document.querySelector('.compare thead').innerText !== t", arg=before
+    )
+    page.get_by_label("Category").select_option("counting")
+    page.wait_for_function("() => document.querySelector('caption').innerText.includes('10 of 30')")
+    page.get_by_label("Category").select_option("")
+    page.get_by_label("Order").select_option("differ")
+    page.wait_for_function("() => document.querySelector('.pager').innerText.includes('1 of 3')")
+    page.get_by_role("button", name="later").click()
+    page.wait_for_function("() => document.querySelector('.pager').innerText.includes('2 of 3')")
+    page.get_by_role("checkbox", name="rtdmd").uncheck()
+    page.wait_for_function("() => document.querySelectorAll('.compare thead th').length === 2")
+
+
+def test_pictures_are_small_until_asked_for(page):
+    open_view(page, "Compare")
+    page.wait_for_function("() => document.querySelector('.picture img').complete")
+    sources = page.locator(".picture img").evaluate_all("all => all.map(i => i.src)")
+    assert sources and all(source.endswith("?side=192") for source in sources)
+    page.locator(".picture").first.focus()
+    page.keyboard.press("Enter")
+    full = page.locator("dialog img.full")
+    assert "?" not in full.get_attribute("src")
+    assert page.locator("dialog h2").inner_text() == "teacher"
+    page.keyboard.press("ArrowRight")
+    assert page.locator("dialog h2").inner_text() == "ac_dmd"
+    check(page)
+    page.keyboard.press("Escape")
+    assert page.locator("dialog").count() == 0
+    assert page.evaluate("document.activeElement.className") == "picture"
+
+
+def test_the_keyboard_alone_goes_through_the_views(page):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "tab-runs"
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector(".compare")
+    assert page.evaluate("document.activeElement.id") == "tab-compare"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.tagName") == "SELECT"
+
+
+def test_a_page_of_another_origin_neither_reads_nor_writes(browser, client, tmp_path):
+    (tmp_path / "other").mkdir()
+    with served(Desk([make_run(tmp_path / "other" / "run")])) as other:
+        context = browser.new_context()
+        for each in (client, other):
+            page = context.new_page()
+            page.goto(f"{each.address}/?token={TOKEN}")
+            page.wait_for_selector("#runs .card")
+        # Now on the other desk's page, whose policy would stop it first: so from a bare one.
+        page.route("**/bare", lambda route: route.fulfill(body="<p>", content_type="text/html"))
+        page.goto(f"{other.address}/bare")
+        asked = (
+            "async ([address, options]) => fetch(address, options)"
+            ".then(r => r.text(), e => 'refused')"
+        )
+        read = {"credentials": "include"}
+        write = {**read, "method": "POST", "mode": "no-cors", "body": "{}"}
+        assert page.evaluate(asked, [f"{client.address}/api/overview", read]) == "refused"
+        assert page.evaluate(asked, [f"{client.address}/api/overview", write]) in ("", "refused")
+        wide = page.evaluate(
+            "address => new Promise(done => { const i = new Image(); i.onerror = () => done(0);"
+            " i.onload = () => done(i.width); i.src = address })",
+            f"{client.address}/page/icon.svg",
+        )
+        assert wide == 0
+        context.close()
