@@ -98,7 +98,7 @@ def test_runs_grow_while_one_looks(page, place):
     last = int(page.locator(".state p").first.inner_text().split("step ")[1].split()[0])
     add_lines(place / "tilt", [last + 10])
     page.wait_for_function(
-        "before => document.querySelector('.readout').innerText !== before", arg=before
+        "before => document.querySelector('.readout')?.innerText !== before", arg=before
     )
     assert f"step {last + 10}" in page.locator(".readout").first.inner_text()
 
@@ -125,15 +125,17 @@ def test_the_table_follows_what_is_chosen(page):
     before = table.locator("thead").inner_text()
     page.get_by_label("Compared with").select_option("teacher")
     page.wait_for_function(
-        "t => document.querySelector('.compare thead').innerText !== t", arg=before
+        "t => document.querySelector('.compare thead')?.innerText !== t", arg=before
     )
     page.get_by_label("Category").select_option("counting")
-    page.wait_for_function("() => document.querySelector('caption').innerText.includes('10 of 30')")
+    page.wait_for_function(
+        "() => document.querySelector('caption')?.innerText.includes('10 of 30')"
+    )
     page.get_by_label("Category").select_option("")
     page.get_by_label("Order").select_option("differ")
-    page.wait_for_function("() => document.querySelector('.pager').innerText.includes('1 of 3')")
+    page.wait_for_function("() => document.querySelector('.pager')?.innerText.includes('1 of 3')")
     page.get_by_role("button", name="later").click()
-    page.wait_for_function("() => document.querySelector('.pager').innerText.includes('2 of 3')")
+    page.wait_for_function("() => document.querySelector('.pager')?.innerText.includes('2 of 3')")
     page.get_by_role("checkbox", name="rtdmd").uncheck()
     page.wait_for_function("() => document.querySelectorAll('.compare thead th').length === 2")
 
