@@ -163,7 +163,7 @@ def test_a_real_full_disk_is_one_sentence(made: Student, tmp_path: Path) -> None
     """A limit on the size of files, which the system itself enforces, in a process of its own."""
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "import numpy as np; import tiltflow.export.folder as f\n"
+        "import numpy as np; from tiltflow.export import folder as f\n"
         "from safetensors.numpy import save_file\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

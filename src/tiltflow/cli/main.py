@@ -13,13 +13,17 @@ from typer.exceptions import Abort, TyperException
 
 from tiltflow.cli.desk import desk
 from tiltflow.cli.options import (
+    NO_PROMPT,
     Debug,
     Device,
+    Overrides,
+    Recipe,
     Rewards,
     SamplingOptions,
     named_rewards,
     option,
     place,
+    recipe_names,
     sampling_options,
     with_debug,
 )
@@ -36,7 +40,6 @@ app = typer.Typer(
     name="tiltflow",
     help="Distil a flow-matching text-to-image model to 4 steps and tilt it towards rewards.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -62,26 +65,21 @@ def everywhere(
     """Distil a flow-matching text-to-image model to 4 steps and tilt it towards rewards."""
 
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE...", help="settings that replace a recipe's"),
-]
-
-
 @app.command(
     epilog="Example: tiltflow train sd35m_cold_start model.path=DIR data.prompts=FILE run.out=DIR"
 )
 @with_debug
 def train(
-    recipe: Annotated[str, typer.Argument(help="a packaged recipe's name, or a .yaml file")],
+    recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
     """Train one stage: RECIPE with KEY=VALUE settings."""
-    from tiltflow.config.load import load_config
-    from tiltflow.tasks.train import run_training
+    from tiltflow.tasks import interface
+    from tiltflow.tasks.progress import Terminal
 
-    out = run_training(load_config(recipe, overrides or []), console)
-    console.print(f"run directory: {out}")
+    with Terminal(console, "dim") as callbacks:
+        run = interface.train(interface.load_recipe(recipe, *(overrides or [])), callbacks)
+    console.print(f"run directory: {run.path}")
 
 
 @app.command(epilog="Example: tiltflow demo --fast")
@@ -108,9 +106,20 @@ def sample(
     out: Annotated[Path, option("--out", "folder of the images")],
 ) -> None:
     """Images of a model with its LoRAs; without LoRAs, of the teacher."""
-    from tiltflow.tasks.evaluate import sample_images
+    from tiltflow.tasks import interface
+    from tiltflow.tasks.progress import Terminal
 
-    paths = sample_images(options.request(), out, console)
+    prompts = options.chosen_prompts()
+    if prompts is None:
+        raise ValueError(NO_PROMPT)
+    with Terminal(console) as callbacks:
+        paths = interface.sample(
+            options.model,
+            prompts,
+            out=out,
+            callbacks=callbacks,
+            **options.sampling(),
+        )
     console.print(f"{len(paths)} images in {out}")
 
 
@@ -139,27 +148,25 @@ def evaluate(
 
     Killed, it goes on where it was when the same is asked again.
     """
-    from tiltflow.evaluation.suites import suite_of
-    from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
-    from tiltflow.tasks import evaluate as command
+    from tiltflow.tasks import interface
+    from tiltflow.tasks.evaluate import show, show_categories
+    from tiltflow.tasks.progress import Terminal
 
-    chosen = suite_of(suite) if suite is not None else None
-    names = list(reward or (chosen.rewards if chosen else []))
-    if not names:
-        raise ValueError("give at least one --reward NAME, or a --suite")
-    request = options.request(
-        default_prompts=chosen.prompts if chosen else None,
-        count=count,
-        rewards=named_rewards(names),
-        diversity=diversity,
-    )
-    if chosen is not None:
-        chosen.check(request.prompts)
-    check_reward_imports(request.rewards)
-    check_prompts_fit(request.rewards, request.prompts)
-    result = command.evaluate_to(json_file, request, console, keep_images)
-    command.show(result.summary, console)
-    command.show_categories(result.summary, console)
+    with Terminal(console) as callbacks:
+        result = interface.evaluate(
+            options.model,
+            options.chosen_prompts(),
+            named_rewards(reward or []),
+            suite=suite,
+            count=count,
+            diversity=diversity,
+            out=json_file,
+            keep_images=keep_images,
+            callbacks=callbacks,
+            **options.sampling(),
+        )
+    show(result.summary, console)
+    show_categories(result.summary, console)
     console.print(f"figures: {json_file}")
 
 
@@ -262,16 +269,16 @@ def export(
     tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength in it, 0 to 1")] = 1.0,
 ) -> None:
     """LoRA folders, scheduler and model card for diffusers, from a run's latest checkpoint."""
-    from tiltflow.tasks.export import export_run
+    from tiltflow.tasks import interface
 
-    for path in export_run(run, out, merged, tilt):
+    for path in interface.export(run, out, merged=merged, tilt=tilt):
         console.print(f"wrote {path}")
 
 
 @app.command(epilog="Example: tiltflow encode demo_cold_start")
 @with_debug
 def encode(
-    recipe: Annotated[str, typer.Argument(help="a packaged recipe's name, or a .yaml file")],
+    recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
     """Encode a recipe's prompts into the embedding cache, where training finds them."""
@@ -284,7 +291,9 @@ def encode(
 @app.command(epilog="Example: tiltflow recipes")
 @with_debug
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="print this one")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="print this one", autocompletion=recipe_names)
+    ] = None,
 ) -> None:
     """The packaged recipes, or one of them in full."""
     from tiltflow.tasks.recipes import show_recipes
@@ -295,7 +304,9 @@ def recipes(
 @app.command(epilog="Example: tiltflow doctor demo_tilt --memory 24")
 @with_debug
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(help="check this recipe too")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="check this recipe too", autocompletion=recipe_names)
+    ] = None,
     overrides: Overrides = None,
     memory: Annotated[
         float | None, typer.Option("--memory", help="GiB of the GPU to plan for", min=0)

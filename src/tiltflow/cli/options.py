@@ -10,13 +10,18 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from tiltflow.core.limits import LARGEST_SEED, LONGEST_SIDE, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from tiltflow.core.paths import home_for_tilde
 from tiltflow.rewards.remote.address import refuse_secrets
+
+if TYPE_CHECKING:
+    from tiltflow.tasks.interface import Sampling
+
+NO_PROMPT = "give either --prompt TEXT or --prompts FILE"
 
 
 def place(text: str) -> Path:
@@ -32,6 +37,23 @@ def option(name: str, help: str) -> Any:
     """An option that is a path."""
     return typer.Option(name, help=help, parser=place, metavar="PATH")
 
+
+def recipe_names(incomplete: str) -> list[tuple[str, str]]:
+    """For the shell: the packaged recipes that begin so, each with a line about it."""
+    from tiltflow.tasks.recipes import summaries
+
+    return [each for each in summaries().items() if each[0].startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(help="a packaged recipe's name, or a .yaml file", autocompletion=recipe_names),
+]
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE...", help="settings that replace a recipe's"),
+]
 
 Debug = typer.Option("--debug", help="on an error, show where it was raised")
 
@@ -124,35 +146,26 @@ class SamplingOptions:
         str | None, typer.Option("--cache", help="where embeddings are kept, or off")
     ] = None
 
-    def request(
-        self, default_prompts: str | None = None, count: int | None = None, **more: Any
-    ) -> Any:
-        """The `Request` of these options and the first `count` prompts; `more` are fields of it
-        that only one command has.
+    def chosen_prompts(self) -> str | list[str] | None:
+        """The source of the prompts, or the one prompt in a list; None where neither is given.
 
         Raises:
-            ValueError: if there is no prompt, or a precision is unknown.
+            ValueError: if both are given, or the prompt is no text.
         """
-        from tiltflow.config.schema import Autocast
-        from tiltflow.data.prompts import Prompt, load_prompts
-        from tiltflow.setup.build import DTYPES
-        from tiltflow.tasks.evaluate import Request
-
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"--dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
-        if self.autocast not in (None, *get_args(Autocast)):
-            choices = ", ".join(get_args(Autocast))
-            raise ValueError(f"--autocast is {self.autocast!r}; it is one of {choices}")
-        source = self.prompts if self.prompts or self.prompt is not None else default_prompts
-        if (self.prompt is None) == (source is None):
-            raise ValueError("give either --prompt TEXT or --prompts FILE")
-        if self.prompt is not None and not _is_text(self.prompt):
+        if self.prompt is None:
+            return self.prompts or None
+        if self.prompts is not None:
+            raise ValueError(NO_PROMPT)
+        if not _is_text(self.prompt):
             raise ValueError("--prompt holds a byte that is not UTF-8")
-        chosen = load_prompts(source) if source is not None else [Prompt(str(self.prompt))]
+        return [self.prompt]
+
+    def sampling(self) -> Sampling:
+        """The rest, as the Python interface takes it."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        del given["prompt"]
-        given |= {"prompts": chosen[:count], "generator_path": given.pop("generator")}
-        return Request(**given, **more)
+        for name in ("model", "prompt", "prompts"):
+            del given[name]
+        return cast("Sampling", given | {"generator_path": given.pop("generator")})
 
 
 def _is_text(text: str) -> bool:

@@ -27,25 +27,17 @@ Columns = dict[str, NDArray[np.float64]]
 def run_compare(
     evaluations: Sequence[Path], systems: str | None, json_file: Path | None, console: Console
 ) -> None:
-    """Prints (and writes) the comparisons of one evaluation, or of two.
-
-    One: those that it was made with, or the pair `systems` ("A,B") of it, tested anew. Two: every
-    system that is in both, or A of the first against B of the second. The p-values are corrected
-    for the comparisons that are shown, so name the pair that the question is about.
+    """Prints (and writes) `comparisons`; of one evaluation as it is, its table, too. `systems` is
+    "A,B".
 
     Raises:
-        ValueError: if there are more than two, a system is in neither, the prompts of two
-            evaluations differ, or an evaluation has no scores by prompt.
+        ValueError: as `comparisons`, or if `systems` is no such pair.
     """
-    if not 1 <= len(evaluations) <= 2:
-        raise ValueError(f"compare takes one or two evaluations, not {len(evaluations)}")
     pair = _pair(systems)
-    summaries = [read_evaluation(path) for path in evaluations]
+    rows = comparisons(evaluations, pair)
     if len(evaluations) == 1 and pair is None:
-        show(summaries[0], console)
-        rows = summaries[0]["comparisons"]
+        show(read_evaluation(evaluations[0]), console)
     else:
-        rows = _one(evaluations[0], pair) if len(evaluations) == 1 else _two(evaluations, pair)
         show_comparisons(rows, console)
     if not rows:
         console.print("there is nothing to compare: the systems have equal scores, or are one")
@@ -58,6 +50,31 @@ def run_compare(
         write_evaluation(json_file, {"comparisons": rows})
 
 
+def comparisons(
+    evaluations: Sequence[Path], pair: tuple[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """The comparisons of one evaluation, or of two.
+
+    One: those that it was made with, or the two systems `pair` of it, tested anew. Two: every
+    system that is in both, or the first of `pair` in the first against the second in the second.
+    The p-values are corrected for the comparisons that come back, so name the pair that the
+    question is about.
+
+    Raises:
+        ValueError: if there are more than two, a system is in neither, the prompts of two
+            evaluations differ, or an evaluation has no scores by prompt.
+    """
+    if not 1 <= len(evaluations) <= 2:
+        raise ValueError(f"compare takes one or two evaluations, not {len(evaluations)}")
+    summaries = [read_evaluation(path) for path in evaluations]
+    if len(evaluations) == 2:
+        return _two(evaluations, pair)
+    if pair is not None:
+        return _one(evaluations[0], pair)
+    rows: list[dict[str, Any]] = summaries[0]["comparisons"]
+    return rows
+
+
 def _pair(systems: str | None) -> tuple[str, str] | None:
     if systems is None:
         return None
@@ -67,8 +84,7 @@ def _pair(systems: str | None) -> tuple[str, str] | None:
     return names[0], names[1]
 
 
-def _one(path: Path, pair: tuple[str, str] | None) -> list[dict[str, Any]]:
-    assert pair is not None
+def _one(path: Path, pair: tuple[str, str]) -> list[dict[str, Any]]:
     stored = read_scores(scores_path(evaluation_path(path)))
     tables = {name: _measured(_column(stored.scores, name, path)) for name in pair}
     return compare(tables, [pair])

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -27,16 +27,23 @@ from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
 from tiltflow.evaluation.diversity import features_of
 from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
 from tiltflow.evaluation.report import SIGNIFICANT, beside
-from tiltflow.evaluation.scores import Diversity, Evaluation, evaluate_systems
+from tiltflow.evaluation.scores import Diversity, Evaluation, System, evaluate_systems
 from tiltflow.models.medium import Medium
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
 from tiltflow.setup.build import device_of
-from tiltflow.tasks.progress import SystemsProgress, progress_bar
+from tiltflow.tasks.callbacks import SILENT, Callbacks
+from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.request import Request, prepare, say_settled
 from tiltflow.tasks.systems import TEACHER
 
 
 def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
+    """`sample_to` with its progress on a console."""
+    with Terminal(console) as callbacks:
+        return sample_to(request, out, callbacks)
+
+
+def sample_to(request: Request, out: Path, callbacks: Callbacks = SILENT) -> list[Path]:
     """One file a prompt in `out`, a PNG of images, from the furthest-trained system given.
 
     Under torchrun the prompts are split over the ranks.
@@ -48,48 +55,64 @@ def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, but the images go into a folder")
     with ranks_of_job(device_of(request.device)) as ranks:
-        medium = _sample_images(request, out, console, ranks)
+        callbacks = callbacks if ranks.main else SILENT
+        system, medium = _chosen_system(request, callbacks, ranks)
+        out.mkdir(parents=True, exist_ok=True)
+        for rows, encoded in _batches(system, medium, request, callbacks, ranks):
+            save_samples(medium, out, rows, encoded)
+        ranks.total([0.0])  # all samples are there when rank 0 says so
         if ranks.main:
-            _say_older(out, len(request.prompts), medium, console)
+            _say_older(out, len(request.prompts), medium, callbacks)
     return [_file(out, row, medium) for row in range(len(request.prompts))]
+
+
+def sampled(request: Request, callbacks: Callbacks = SILENT) -> NDArray[np.generic]:
+    """The samples of `sample_to` in memory, all of them in every process: images (N, H, W, 3)
+    uint8, points (N, D).
+
+    Raises:
+        ValueError: if there is no prompt, a sample is not finite, or as `prepare`.
+    """
+    system, medium = _chosen_system(request, callbacks, ALONE)
+    made = _batches(system, medium, request, callbacks, ALONE)
+    return np.concatenate([encoded for _, encoded in made])
 
 
 def _file(folder: Path, row: int, medium: Medium) -> Path:
     return folder / f"{row:05d}{medium.suffix}"
 
 
-def _sample_images(request: Request, out: Path, console: Console, ranks: Ranks) -> Medium:
-    say_settled(request, console)
+def _chosen_system(request: Request, callbacks: Callbacks, ranks: Ranks) -> tuple[System, Medium]:
+    """The furthest-trained system of a request, and what it makes."""
+    say_settled(request, callbacks)
     loaded, sampler = prepare(request, ranks)
-    system = sampler.systems(loaded, teacher=not loaded.students)[-1 if loaded.students else 0]
-    medium = loaded.backbone.medium
-    out.mkdir(parents=True, exist_ok=True)
+    systems = sampler.systems(loaded, teacher=not loaded.students)
+    return systems[-1 if loaded.students else 0], loaded.backbone.medium
+
+
+def _batches(
+    system: System, medium: Medium, request: Request, callbacks: Callbacks, ranks: Ranks
+) -> Iterator[tuple[range, NDArray[np.generic]]]:
+    """A rank's prompts by their numbers, and their encoded samples, batch by batch."""
     mine = range(len(request.prompts))[ranks.share(len(request.prompts))]
-    with progress_bar(console) as bar, _attention(request):
-        report = SystemsProgress(bar, [system.name], console)
+    callbacks.begin(system.name, 0, None)
+    with _attention(request):
         for start in range(0, len(mine), request.batch):
             rows = mine[start : start + request.batch]
-            save_samples(
-                medium, out, rows, medium.encode(medium.rounded(system.sample(list(rows))))
-            )
-            report(system.name, start + len(rows), len(mine))
-    ranks.total([0.0])  # all images are there when rank 0 says so
-    return medium
+            yield rows, medium.encode(medium.rounded(system.sample(list(rows))))
+            callbacks.progress(system.name, start + len(rows), len(mine))
 
 
-def _say_older(out: Path, count: int, medium: Medium, console: Console) -> None:
+def _say_older(out: Path, count: int, medium: Medium, callbacks: Callbacks) -> None:
     """A line if there are numbered files in `out` beyond the `count` that were made: those of an
     earlier call with more prompts, which stay, for nobody asked to remove them."""
     names = sorted(path.stem for path in out.glob(f"*{medium.suffix}"))
     older = [name for name in names if re.fullmatch(r"\d{5,}", name) and int(name) >= count]
     if older:
         more = f" and {len(older) - 1} more" if len(older) > 1 else ""
-        console.print(
+        callbacks.notice(
             f"{_file(out, int(older[0]), medium)}{more} in this folder are not of these prompts, "
-            "but of an earlier call",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
+            "but of an earlier call"
         )
 
 
@@ -120,7 +143,7 @@ def load_rewards(rewards: Mapping[str, str | None], device: str) -> list[Reward]
 
 def evaluate(
     request: Request,
-    console: Console,
+    callbacks: Callbacks = SILENT,
     ranks: Ranks = ALONE,
     take: Take = make_anew,
     folder: Path | None = None,
@@ -139,13 +162,15 @@ def evaluate(
         assert folder is not None
         save_samples(medium, folder / system, rows, encoded)
 
-    with progress_bar(console) as bar, _attention(request):
+    for name in names:
+        callbacks.begin(name, 0, None)
+    with _attention(request):
         result = evaluate_systems(
             systems,
             request.prompts,
             rewards,
             request.batch,
-            SystemsProgress(bar, names, console),
+            callbacks.progress,
             comparisons=pairs,
             diversity=_diversity(medium, rewards) if request.diversity else None,
             take=take,
@@ -160,6 +185,14 @@ def evaluate(
 def evaluate_to(
     path: Path, request: Request, console: Console, keep_images: bool = False
 ) -> Evaluation:
+    """`evaluated` with its progress on a console."""
+    with Terminal(console) as callbacks:
+        return evaluated(path, request, callbacks, keep_images)
+
+
+def evaluated(
+    path: Path, request: Request, callbacks: Callbacks = SILENT, keep_images: bool = False
+) -> Evaluation:
     """`evaluate`, written to `path` (an evaluation.json) and beside it.
 
     While it runs, what is done lies in `NAME.parts/`; the same request for the same path goes on
@@ -173,14 +206,15 @@ def evaluate_to(
     """
     check_target(path)
     what, folder = asked(request), path.with_suffix(".images") if keep_images else None
-    say_settled(request, console)
     with ranks_of_job(device_of(request.device)) as ranks:
+        callbacks = callbacks if ranks.main else SILENT
+        say_settled(request, callbacks)
         place = {"rank": ranks.rank, "ranks": ranks.size}
         chunks = Chunks(path.with_suffix(".parts"), what | place | {"keep_images": keep_images})
         if len(chunks):
-            console.print(f"going on with {len(chunks)} batches of an earlier run")
+            callbacks.notice(f"going on with {len(chunks)} batches of an earlier run")
         made = path.with_suffix(".parts") / f"images-{digest(what)}"
-        result = evaluate(request, console, ranks, chunks.take, made if folder else None)
+        result = evaluate(request, callbacks, ranks, chunks.take, made if folder else None)
         result.summary["asked"] = what
         if ranks.main:
             save(result, request.prompts, path)
@@ -189,7 +223,7 @@ def evaluate_to(
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
             elif path.with_suffix(".images").is_dir():
-                console.print(f"{path.with_suffix('.images')} is of an earlier evaluation")
+                callbacks.notice(f"{path.with_suffix('.images')} is of an earlier evaluation")
         ranks.total([0.0])  # what rank 0 has written makes the chunks superfluous
         chunks.clear()
     return result

@@ -19,10 +19,15 @@ def show_recipes(name: str | None, console: Console) -> None:
     if name is not None:
         console.print(recipe_text(name), highlight=False)
         return
-    names = list_recipes()
-    width = max(map(len, names))
-    for recipe in names:
-        console.print(f"{recipe:{width}}  {summary(recipe_text(recipe))}", highlight=False)
+    lines = summaries()
+    width = max(map(len, lines))
+    for recipe, line in lines.items():
+        console.print(f"{recipe:{width}}  {line}", highlight=False)
+
+
+def summaries() -> dict[str, str]:
+    """The packaged recipes' names, each with its `summary`."""
+    return {name: summary(recipe_text(name)) for name in list_recipes()}
 
 
 def summary(text: str) -> str:

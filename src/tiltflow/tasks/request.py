@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.core.paths import embedding_cache
 from tiltflow.core.precision import autocast_dtype
@@ -27,6 +25,7 @@ from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.setup.build import DTYPES, device_of
+from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.tasks.choices import Choices, Dtype, settle
 from tiltflow.tasks.systems import Loaded, Sampler, load_students
 
@@ -192,7 +191,7 @@ def _encoded(request: Request) -> EncodedPrompts:
     return encoded_sets(cache, sets, lambda: _backbone(request, "text"), batch_size=batch)[0]
 
 
-def say_settled(request: Request, console: Console) -> None:
+def say_settled(request: Request, callbacks: Callbacks) -> None:
     """The lines that say where the request is not as the student was trained."""
     for note in request.settled.notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        callbacks.notice(note)

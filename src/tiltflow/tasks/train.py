@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from tiltflow.config.load import RunConfig, dump_config
 from tiltflow.core.checkpoint import load_checkpoint
@@ -25,11 +24,12 @@ from tiltflow.setup.build import Build, attention_for, build_stage, device_of
 from tiltflow.setup.checks import Subject, check_run
 from tiltflow.setup.manifest import manifest_of
 from tiltflow.setup.run_directory import start_of, with_absolute_paths
+from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.choices import base_of_start
 from tiltflow.tasks.export import export_checkpoint
 from tiltflow.tasks.failures import explained, resume_command
 from tiltflow.tasks.planning import chosen, device_bytes, is_auto
-from tiltflow.tasks.progress import progress_bar
+from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.watching import build_watch, held_out, look
 from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
 
@@ -38,6 +38,16 @@ COLUMNS = 8
 
 
 def run_training(cfg: RunConfig, console: Console) -> Path:
+    """`train_run` with its progress on a console.
+
+    Raises:
+        as `train_run`.
+    """
+    with Terminal(console, "dim") as callbacks:
+        return train_run(cfg, callbacks)
+
+
+def train_run(cfg: RunConfig, callbacks: Callbacks = SILENT) -> Path:
     """Trains what the config says and returns the run directory.
 
     Under torchrun every rank calls this; rank 0 speaks and writes.
@@ -55,7 +65,7 @@ def run_training(cfg: RunConfig, console: Console) -> Path:
     attention = attention_for(cfg, device)
     job = ranks_of_job(device, cfg.run.rank_timeout)
     with job as ranks, attention, explained(cfg, ranks.size), _locked(out, ranks) as hold:
-        return _run(subject, out, hold, console if ranks.main else Console(quiet=True), ranks)
+        return _run(subject, out, hold, callbacks if ranks.main else SILENT, ranks)
 
 
 @contextmanager
@@ -82,7 +92,7 @@ def _run(
     subject: Subject,
     out: Path,
     hold: Callable[[], None],
-    console: Console,
+    callbacks: Callbacks,
     ranks: Ranks,
 ) -> Path:
     cfg = subject.cfg
@@ -90,9 +100,7 @@ def _run(
     if ranks.from_main(start or 0) != (start or 0):
         raise ValueError(f"the ranks see different files in {out}: it must be on a shared disk")
 
-    def say(line: str) -> None:
-        console.print(line, style="dim", markup=False)
-
+    say = callbacks.notice
     memory = device_bytes(device_of(cfg.run.device)) if is_auto(cfg) else None
     planned = chosen(cfg, out, start is not None, memory, ranks, say)
     build = build_stage(
@@ -113,28 +121,30 @@ def _run(
         skip=cfg.train.skip_nonfinite,
         resume_from=cfg.run.resume_from,
     )
-    with progress_bar(console) as bar:
-        task = bar.add_task(cfg.stage, total=cfg.train.steps, completed=start or 0, note="")
+    callbacks.begin(cfg.stage, start or 0, cfg.train.steps)
 
-        def progress(step: int, metrics: dict[str, float]) -> None:
-            _show(bar, task, step, metrics, console)
+    def begin() -> None:
+        if ranks.main:
+            _write_config(cfg, out)
 
-        def begin() -> None:
-            if ranks.main:
-                _write_config(cfg, out)
-
-        plain = Hooks(progress=progress, notice=say, begin=begin, before_save=hold)
-        hooks, watch = _hooks(cfg, build, out, start or 0, plain, console, ranks)
-        done = train(build.stage, out, settings, hooks, start is not None, ranks)
+    plain = Hooks(
+        progress=callbacks.metrics,
+        notice=say,
+        begin=begin,
+        before_save=hold,
+        saved=callbacks.checkpoint,
+    )
+    hooks, watch = _hooks(cfg, build, out, start or 0, plain, callbacks, ranks)
+    done = train(build.stage, out, settings, hooks, start is not None, ranks)
     if watch is not None and watch.alarmed and cfg.watch.stop:
-        console.print(
+        callbacks.stopped(
+            done,
             f"the watch ended the run; checkpoints/latest is step {done}, the last without an "
-            "alarm (docs/watch.md says how to go on)"
+            "alarm (docs/watch.md says how to go on)",
         )
     elif done < cfg.train.steps:
         command = resume_command(out, ranks.size)
-        said = f"stopped at step {done} and saved; go on with: {command}"
-        console.print(said, soft_wrap=True)
+        callbacks.stopped(done, f"stopped at step {done} and saved; go on with: {command}")
         return out
     if ranks.main and cfg.model.has_files and cfg.adapters.kind == "lora":
         export_checkpoint(cfg, load_checkpoint(out), out / "export", pipelines=subject.pipelines)
@@ -173,7 +183,7 @@ def _hooks(
     out: Path,
     start: int,
     plain: Hooks,
-    console: Console,
+    callbacks: Callbacks,
     ranks: Ranks,
 ) -> tuple[Hooks, Watch | None]:
     """`plain` hooks, and sample grids, held-out rewards and the watch, all on the same fixed
@@ -205,6 +215,7 @@ def _hooks(
                 file = out / "samples" / f"step-{done:06d}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 IMAGES.save(picture, file)
+                callbacks.samples(done, file)
 
     hooks = replace(
         plain,
@@ -215,9 +226,9 @@ def _hooks(
     if not watched:
         return hooks, None
     if cfg.stage == "tilt":
-        watch = build_watch(cfg, build, fixed, out, start, console, ranks)
+        watch = build_watch(cfg, build, fixed, out, start, callbacks.notice, ranks)
         seeing = replace(
-            hooks, watch=lambda done: look(watch, done, console), good=lambda: watch.good
+            hooks, watch=lambda done: look(watch, done, callbacks), good=lambda: watch.good
         )
         return seeing, watch
     rewards = build_rewards(watched, build.backbone)
@@ -229,16 +240,3 @@ def _hooks(
         good=lambda: 0,
     )
     return looking, None
-
-
-SHOWN: Sequence[str] = ("generator/matching", "fake_score/ambient")
-
-
-def _show(bar: Progress, task, done: int, metrics: dict[str, float], console: Console) -> None:  # type: ignore[no-untyped-def]
-    """Moves the bar; where there is no terminal, prints a line instead."""
-    names = [n for n in metrics if n.startswith("reward/")] or [n for n in SHOWN if n in metrics]
-    note = "  ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in names)
-    bar.update(task, completed=done, note=note)
-    if not console.is_terminal:
-        left = bar.tasks[task].time_remaining
-        console.print(f"step {done}  {note}" + (f"  left {left:.0f} s" if left else ""))

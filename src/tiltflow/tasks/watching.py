@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-from rich.console import Console
 
 from tiltflow.config.load import RunConfig
 from tiltflow.core.distributed import Ranks
@@ -19,6 +18,7 @@ from tiltflow.rewards.combine import RewardMixture
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build
+from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.train.loop import Watched
 from tiltflow.train.tilt import Tilt
 
@@ -29,7 +29,7 @@ def build_watch(
     fixed: FixedPrompts,
     out: Path,
     start: int,
-    console: Console,
+    say: Callable[[str], None],
     ranks: Ranks,
 ) -> Watch:
     """The watch of a stage-2 run that starts at step `start`; its memory is `out`/watch.jsonl.
@@ -42,7 +42,7 @@ def build_watch(
     held_out = build_rewards(chosen.rewards, backbone)
     features = _features(cfg, build, held_out, stage.rewards)
     if features is None:
-        console.print("watch: no reward is a CLIP and watch.clip is unset: diversity not measured")
+        say("watch: no reward is a CLIP and watch.clip is unset: diversity not measured")
     settings = ProbeSettings(
         samples=chosen.prompts,
         groups=min(chosen.diversity_prompts, chosen.prompts),
@@ -96,9 +96,9 @@ def held_out(
     return {f"held_out/{name}": float(values.mean()) for name, values in whole.items()}
 
 
-def look(watch: Watch, done: int, console: Console) -> Watched:
-    """One look, as the loop takes it; alarms go to the terminal, too."""
+def look(watch: Watch, done: int, callbacks: Callbacks) -> Watched:
+    """One look, as the loop takes it; the callbacks see its alarms, too."""
     seen = watch(done)
     for text in seen.alarms.values():
-        console.print(f"watch: step {done}: {text}", style="yellow", markup=False, highlight=False)
+        callbacks.alarm(done, text)
     return Watched(watch.metrics(seen), seen.alarms)

@@ -50,7 +50,8 @@ class Hooks:
 
     `good` is the last step at which the watch saw nothing wrong, None before its first look.
     `notice` gets a sentence for the user. `begin` comes when what there is to go on with has been
-    accepted, before anything is written; `before_save` may raise, and nothing is saved then.
+    accepted, before anything is written; `before_save` may raise, and nothing is saved then;
+    `saved` gets the step of a checkpoint and its directory.
     """
 
     progress: Callable[[int, dict[str, float]], None] = lambda done, metrics: None
@@ -60,6 +61,7 @@ class Hooks:
     notice: Callable[[str], None] = lambda line: None
     begin: Callable[[], None] = lambda: None
     before_save: Callable[[], None] = lambda: None
+    saved: Callable[[int, Path], None] = lambda done, path: None
     sample_every: int = 0
     watch_every: int = 0
 
@@ -252,7 +254,7 @@ def save(
     for name, updater in stage.updaters.items():
         tensors[f"optimizer_{name}"] = updater.state()
     state = {"step": done, "skipped": skips.count, **settings.facts}
-    save_checkpoint(run, done, tensors, state, settings.keep, hooks.good())
+    hooks.saved(done, save_checkpoint(run, done, tensors, state, settings.keep, hooks.good()))
 
 
 def _found(run: Path, settings: LoopSettings, ranks: Ranks) -> Checkpoint:

@@ -1,0 +1,263 @@
+"""What `import tiltflow` gives, and what the commands call. docs/python.md is its page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, get_args, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiltflow.config.load import RunConfig, load_config
+from tiltflow.config.schema import Autocast
+from tiltflow.data.prompts import Prompt, load_prompts
+from tiltflow.evaluation.scores import Evaluation
+from tiltflow.evaluation.suites import suite_of
+from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
+from tiltflow.setup.build import DTYPES
+from tiltflow.tasks.callbacks import SILENT, Callbacks
+from tiltflow.tasks.compare import comparisons
+from tiltflow.tasks.evaluate import evaluated, sample_to, sampled
+from tiltflow.tasks.export import export_run
+from tiltflow.tasks.request import Request
+from tiltflow.tasks.run import Run
+from tiltflow.tasks.train import train_run
+
+Prompts = str | Path | Sequence[str | Prompt]
+"""A prompt file or the name of a packaged set; or the prompts themselves, in a list."""
+
+
+class Sampling(TypedDict, total=False):
+    """How a model is sampled. What is left out is as the student was trained, or as said here."""
+
+    few_step: str | Path | None
+    """Stage-1 LoRA folder; without one, the teacher is sampled."""
+    tilt_lora: str | Path | None
+    """Stage-2 LoRA folder, on top of `few_step`."""
+    tilt: float
+    """Strength of stage 2, 0 to 1. Left out: 1."""
+    steps: int | None
+    """Sampling steps of the students."""
+    eta: float | None
+    """Stochasticity of the students' sampler, 0 to 1."""
+    seed: int
+    """Seed of the noise. Left out: 0."""
+    guidance: float | None
+    """The teacher's guidance scale."""
+    student_guidance: float | None
+    """The students' guidance scale."""
+    teacher_steps: int
+    """The teacher's steps. Left out: 50."""
+    batch: int
+    """Images at a time. Left out: 64."""
+    device: str
+    """cpu, cuda, cuda:1, mps or auto. Left out: auto."""
+    dtype: Any
+    """fp32 or bf16."""
+    autocast: str | None
+    """bf16 or auto: networks in mixed precision."""
+    resolution: int | None
+    """Image side in pixels."""
+    max_sequence_length: int | None
+    """Text tokens."""
+    generator_path: str | None
+    """The distilled pipeline that klein's LoRAs sit on."""
+    cache: str | None
+    """Where embeddings are kept, or off."""
+
+
+def load_recipe(recipe: str | Path, *overrides: str, **sections: object) -> RunConfig:
+    """A packaged recipe, a `.yaml` file, or a run's own `config.yaml`, with settings changed.
+
+    Settings are changed as on the command line, or by sections:
+
+        load_recipe("demo_tilt", "train.steps=20", run={"out": "runs/a"}, rewards={"shapes": 1.0})
+
+    A section's keys replace those of the recipe one by one, `rewards` as a whole.
+
+    Raises:
+        ValueError: in one sentence: an unknown recipe or key (the nearest is named), a value of
+            the wrong kind, or values that do not go together.
+    """
+    given = [f"{key}={_written(value)}" for key, value in _settings(sections)]
+    return load_config(str(recipe), [*overrides, *given])
+
+
+def _settings(sections: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for name, value in sections.items():
+        if isinstance(value, Mapping) and name != "rewards":
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
+
+
+def _written(value: object) -> str:
+    """A value as an override's YAML; JSON is that, too."""
+    return json.dumps(value, default=str)
+
+
+def recipes() -> dict[str, str]:
+    """The packaged recipes: each name with a line about it."""
+    from tiltflow.tasks.recipes import summaries
+
+    return summaries()
+
+
+def train(config: RunConfig, callbacks: Callbacks = SILENT) -> Run:
+    """Trains one stage, and returns its run directory. `Callbacks` sees how it goes.
+
+    Interrupted by SIGINT or SIGTERM it saves and returns; `Run.finished` tells. With
+    `run={"resume": "auto"}` in the config, the same call goes on from there, and the result is
+    equal bit for bit.
+
+    Raises:
+        ValueError: if the directory holds a run already, or a file that is named is not in order.
+        MemoryError, OSError: out of memory or disk, with what helps.
+    """
+    return Run(train_run(config, callbacks))
+
+
+@overload
+def sample(
+    model: str | Path,
+    prompts: Prompts,
+    *,
+    out: None = None,
+    callbacks: Callbacks = SILENT,
+    **how: Unpack[Sampling],
+) -> NDArray[np.generic]: ...
+
+
+@overload
+def sample(
+    model: str | Path,
+    prompts: Prompts,
+    *,
+    out: str | Path,
+    callbacks: Callbacks = SILENT,
+    **how: Unpack[Sampling],
+) -> list[Path]: ...
+
+
+def sample(
+    model: str | Path,
+    prompts: Prompts,
+    *,
+    out: str | Path | None = None,
+    callbacks: Callbacks = SILENT,
+    **how: Unpack[Sampling],
+) -> NDArray[np.generic] | list[Path]:
+    """One image a prompt, from the furthest-trained system that `how` names (`Sampling`).
+
+    Images come back as (N, H, W, 3) uint8. With `out` they go to files in that folder instead,
+    one at a time, and their paths come back; under torchrun the ranks share them.
+
+    Raises:
+        ValueError: if there is no prompt, a setting is out of range, or something does not load.
+    """
+    request = request_of(model, prompts, how)
+    if out is not None:
+        return sample_to(request, Path(out), callbacks)
+    return sampled(request, callbacks)
+
+
+def evaluate(
+    model: str | Path,
+    prompts: Prompts | None = None,
+    rewards: Sequence[str] | Mapping[str, str | None] = (),
+    *,
+    suite: str | None = None,
+    count: int | None = None,
+    diversity: bool = False,
+    out: str | Path = "evaluation.json",
+    keep_images: bool = False,
+    callbacks: Callbacks = SILENT,
+    **how: Unpack[Sampling],
+) -> Evaluation:
+    """Scores the teacher and the students that `how` names (`Sampling`) on the same prompts and
+    noise, with intervals and paired tests.
+
+    Args:
+        rewards: names, or names with the path of their weights.
+        suite: a packaged choice of rewards and, where it brings them, prompts.
+        count: the first so many prompts only.
+        diversity: also how much images of one prompt differ, and the distance to the teacher's.
+        out: the figures' file; the scores by prompt lie beside it, and with `keep_images` the
+            images. Killed, the same call goes on where it was.
+
+    Raises:
+        ValueError: if no reward or no prompt is given, or a reward cannot score a prompt.
+    """
+    chosen = suite_of(suite) if suite is not None else None
+    named = rewards if isinstance(rewards, Mapping) else dict.fromkeys(rewards)
+    named = named or dict.fromkeys(chosen.rewards if chosen else ())
+    if not named:
+        raise ValueError("give at least one --reward NAME, or a --suite")
+    if prompts is None and chosen is not None:
+        prompts = chosen.prompts
+    request = request_of(model, prompts, how, count=count, rewards=named, diversity=diversity)
+    if chosen is not None:
+        chosen.check(request.prompts)
+    check_reward_imports(request.rewards)
+    check_prompts_fit(request.rewards, request.prompts)
+    return evaluated(Path(out), request, callbacks, keep_images)
+
+
+def compare(
+    first: str | Path, second: str | Path | None = None, *, systems: tuple[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """The systems of one evaluation, or of two, against each other prompt by prompt.
+
+    Each row has `a`, `b`, `reward`, `difference` (a − b), `ci95`, `p_value` and, of several rows,
+    `p_holm`, corrected for their number. `systems` names two alone: of two evaluations, the first's
+    and the second's.
+
+    Raises:
+        ValueError: if a system is in neither, the prompts differ, or scores are missing.
+    """
+    paths = [Path(path) for path in (first, second) if path is not None]
+    return comparisons(paths, systems)
+
+
+def export(
+    run: str | Path | Run, out: str | Path, *, merged: bool = False, tilt: float = 1.0
+) -> list[Path]:
+    """LoRA folders, scheduler and model card for diffusers, from a run's latest checkpoint; with
+    `merged` also the whole pipeline, with stage 2 at the strength `tilt`. The paths written.
+
+    Raises:
+        ValueError: if `run` is no run directory, or its model has no pipeline.
+    """
+    path = run.path if isinstance(run, Run) else Path(run)
+    return export_run(path, Path(out), merged, tilt)
+
+
+def request_of(
+    model: str | Path,
+    prompts: Prompts | None,
+    how: Sampling,
+    *,
+    count: int | None = None,
+    **more: Any,
+) -> Request:
+    """The `Request` of these options and the first `count` prompts.
+
+    Raises:
+        ValueError: if there is no prompt, or a precision is unknown.
+    """
+    given: dict[str, Any] = dict(how)
+    for option, known in (("dtype", tuple(DTYPES)), ("autocast", get_args(Autocast))):
+        if given.get(option) not in (None, *known):
+            raise ValueError(f"--{option} is {given[option]!r}; it is one of {', '.join(known)}")
+    if prompts is None:
+        raise ValueError("give either --prompt TEXT or --prompts FILE")
+    if isinstance(prompts, str | Path):
+        chosen = load_prompts(str(prompts))
+    else:
+        chosen = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+    for folder in ("few_step", "tilt_lora"):
+        if given.get(folder) is not None:
+            given[folder] = Path(given[folder])
+    return Request(str(model), chosen[:count], **given, **more)
