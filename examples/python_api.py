@@ -40,9 +40,7 @@ def main(folder: Path) -> None:
     print(f"images {images.shape}, from {images.min()} to {images.max()}")
 
     figures = folder / "evaluation.json"
-    tiltflow.evaluate(
-        model, suite="shapes", count=12, teacher_steps=20, device="cpu", out=figures
-    )
+    tiltflow.evaluate(model, suite="shapes", count=12, teacher_steps=20, device="cpu", out=figures)
     for row in tiltflow.compare(figures, systems=("teacher", "teacher_4_step")):
         low, high = row["ci95"]
         print(f"{row['a']} − {row['b']} on {row['reward']}: [{low:.3f}, {high:.3f}]")

@@ -1,0 +1,257 @@
+"""`import tiltflow`: its names, what they do, and the commands' ease around them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import SRC
+
+import tiltflow
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "python.md"
+HEAVY = {"torch", "diffusers", "transformers", "pydantic", "peft", "numpy", "scipy", "rich"}
+
+
+class Seen(tiltflow.Callbacks):
+    """Everything that a training told its callbacks, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, object]] = []
+
+    def begin(self, name: str, done: int, total: int | None) -> None:
+        self.calls.append(("begin", (name, done, total)))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        assert values["generator/matching"] > 0
+        self.calls.append(("metrics", step))
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        assert path.is_dir()
+        self.calls.append(("checkpoint", step))
+
+    def samples(self, step: int, path: Path) -> None:
+        Image.open(path).verify()
+        self.calls.append(("samples", step))
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        self.calls.append((name, (done, total)))
+
+    def notice(self, text: str) -> None:
+        self.calls.append(("notice", text))
+
+    def stopped(self, step: int, text: str) -> None:
+        self.calls.append(("stopped", step))
+
+
+def mixture(out: Path, **train: object) -> tiltflow.RunConfig:
+    return tiltflow.load_recipe(
+        "mixture_cold_start",
+        "train.batch_size=4",
+        train={"steps": 4, **train},
+        log={"every": 2},
+        checkpoint={"every": 3},
+        run={"out": out, "device": "cpu"},
+    )
+
+
+def test_import_waits_for_no_library() -> None:
+    code = "import sys, tiltflow; dir(tiltflow); tiltflow.__version__; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+        env={"PYTHONPATH": str(SRC)},
+    )  # fmt: skip
+    assert not HEAVY & set(done.stdout.split())
+
+
+def test_every_name_is_there_documented_and_on_the_page() -> None:
+    assert set(tiltflow.__all__) <= set(dir(tiltflow))
+    page = PAGE.read_text(encoding="utf-8")
+    for name in tiltflow.__all__:
+        thing = getattr(tiltflow, name)
+        assert f"| `{name}" in page, name
+        if name == "__version__":
+            continue
+        assert len(inspect.getdoc(thing) or "") > 20, name
+        for part, member in vars(thing).items() if inspect.isclass(thing) else ():
+            if not part.startswith("_") and callable(member):
+                assert inspect.getdoc(member), f"{name}.{part}"
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        tiltflow.trian  # noqa: B018
+
+
+def test_type_checkers_see_what_is_loaded() -> None:
+    """Each name stands in `__all__`, in the table, and among the imports for type checkers."""
+    tree = ast.parse((SRC / "tiltflow" / "__init__.py").read_text())
+    imported = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tiltflow."):
+            imported |= {alias.name: node.module for alias in node.names}
+    homes = {name: f"tiltflow.{home}" for name, home in tiltflow._HOMES.items()}
+    assert imported == homes
+    assert set(homes) | {"__version__"} == set(tiltflow.__all__)
+
+
+def test_packages_do_not_take_the_place_of_functions() -> None:
+    code = (
+        "import tiltflow.train.loop, tiltflow.export.folder, tiltflow\n"
+        "from tiltflow import export, train\n"
+        "assert tiltflow.train is train and callable(train) and callable(export)\n"
+        "assert train.__module__ == 'tiltflow.tasks.interface'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(SRC)})
+
+
+def test_recipes_and_settings() -> None:
+    assert tiltflow.recipes()["mixture_cold_start"].startswith("Stage 1 on the closed-form")
+    config = tiltflow.load_recipe(
+        "mixture_tilt", "train.steps=7", rewards={"linear": 2.0}, watch={"every": 5},
+        train={"generator_lr": 1e-5, "betas": (0.0, 0.5)}, run={"out": Path("a b: c")},
+    )  # fmt: skip
+    assert (config.train.steps, config.train.generator_lr) == (7, 1e-5)
+    assert config.train.betas == (0.0, 0.5) and config.run.out == "a b: c"
+    assert {name: reward.weight for name, reward in config.rewards.items()} == {"linear": 2.0}
+    assert config.train.fake_score_lr == 1e-3  # the recipe's
+    with pytest.raises(ValueError, match=r"unknown key train\.stesp"):
+        tiltflow.load_recipe("mixture_tilt", train={"stesp": 1})
+
+
+def test_train_tells_its_callbacks_and_opens_the_run(tmp_path: Path) -> None:
+    seen = Seen()
+    run = tiltflow.train(mixture(tmp_path / "run"), seen)
+    assert seen.calls == [
+        ("notice", "loading mixture"), ("begin", ("cold_start", 0, 4)), ("metrics", 2),
+        ("checkpoint", 3), ("metrics", 4), ("checkpoint", 4),
+    ]  # fmt: skip
+    assert isinstance(run, tiltflow.Run) and run.finished and run.step == 4
+    assert [row["step"] for row in run.metrics] == [2, 4]
+    assert run.config.train.steps == 4 and run.export is None and run.evaluation is None
+    with pytest.raises(ValueError, match="already holds a run"):
+        tiltflow.train(mixture(tmp_path / "run"))
+    with pytest.raises(ValueError, match="is no run directory"):
+        tiltflow.Run(tmp_path)
+
+
+def test_callbacks_change_no_weight(tmp_path: Path) -> None:
+    from tiltflow.core.checkpoint import load_checkpoint
+
+    ends = []
+    for name, callbacks in (("seen", Seen()), ("silent", tiltflow.Callbacks())):
+        run = tiltflow.train(mixture(tmp_path / name), callbacks)
+        ends.append(load_checkpoint(run.path).tensors)
+    for group, tensors in ends[0].items():
+        assert all(torch.equal(value, ends[1][group][key]) for key, value in tensors.items())
+
+
+def test_what_a_callback_raises_ends_the_run_which_goes_on(tmp_path: Path) -> None:
+    class Enough(tiltflow.Callbacks):
+        def checkpoint(self, step: int, path: Path) -> None:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        tiltflow.train(mixture(tmp_path / "run"), Enough())
+    assert not tiltflow.Run(tmp_path / "run").finished
+    again = tiltflow.load_recipe(tmp_path / "run" / "config.yaml", run={"resume": True})
+    seen = Seen()
+    assert tiltflow.train(again, seen).finished
+    assert ("begin", ("cold_start", 3, 4)) in seen.calls
+
+
+def test_sample_evaluate_compare(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
+    model, seen = tiny_pipeline("sd35m"), Seen()
+    how: tiltflow.Sampling = {"device": "cpu", "teacher_steps": 2, "max_sequence_length": 16}
+    images = tiltflow.sample(model, ["a cat", "a dog"], callbacks=seen, **how)
+    assert images.dtype == np.uint8 and images.shape[0] == 2 and images.shape[-1] == 3
+    assert seen.calls[-1] == ("teacher", (2, 2))
+    paths = tiltflow.sample(model, ["a cat", "a dog"], out=tmp_path / "images", **how)
+    for path, image in zip(paths, images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), image)
+    figures = tmp_path / "evaluation.json"
+    found = tiltflow.evaluate(
+        model, ["a cat", "a dog", "a bird"], ["test_train:redness"], out=figures, **how
+    )
+    assert list(found.summary["systems"]) == ["teacher", "teacher_4_step"]
+    assert len(found.scores["teacher"]["test_train:redness"]) == 3
+    (row,) = tiltflow.compare(figures, systems=("teacher", "teacher_4_step"))
+    assert row["difference"] == pytest.approx(
+        np.mean(found.scores["teacher"]["test_train:redness"])
+        - np.mean(found.scores["teacher_4_step"]["test_train:redness"])
+    )
+    assert tiltflow.compare(figures) == found.summary["comparisons"]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda out: tiltflow.sample("./nowhere", ["x"]), "nowhere"),
+        (lambda out: tiltflow.sample("packaged:pipeline", ["x"], dtype="fp8"), "fp32, bf16"),
+        (lambda out: tiltflow.sample("packaged:pipeline", []), "no prompts"),
+        (lambda out: tiltflow.sample("packaged:pipeline", ["x"], tilt=2.0), "--tilt is 2.0"),
+        (lambda out: tiltflow.evaluate("packaged:pipeline", ["x"]), "at least one --reward"),
+        (lambda out: tiltflow.evaluate("packaged:pipeline", suite="shaeps"), "shapes"),
+        (lambda out: tiltflow.compare(out / "a.json"), "a.json"),
+        (lambda out: tiltflow.export(out, out / "x"), "no run directory"),
+        (lambda out: tiltflow.load_recipe("demo_tlit"), "demo_tilt"),
+    ],
+)
+def test_bad_input_is_a_value_error(
+    call: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        call(tmp_path)
+
+
+def completed(line: str) -> list[str]:
+    """What the shell is offered for the last word of a line."""
+    words = line.split(" ")
+    done = subprocess.run(
+        [sys.executable, "-m", "tiltflow"], check=True, capture_output=True, text=True,
+        env={
+            "PYTHONPATH": str(SRC), "PATH": os.environ["PATH"],
+            "_TILTFLOW_COMPLETE": "complete_bash",
+            "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1),
+        },
+    )  # fmt: skip
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("tiltflow train demo_", {"demo_cold_start", "demo_tilt"}),
+        ("tiltflow doctor mixture_t", {"mixture_tilt"}),
+        ("tiltflow sample --tea", {"--teacher-steps"}),
+        ("tiltflow eval", {"evaluate"}),
+    ],
+)
+def test_the_shell_completes(line: str, offered: set[str]) -> None:
+    assert set(completed(line)) == offered
+
+
+def run_example(name: str, folder: Path, *arguments: str) -> str:
+    """What an example prints, run from `folder`."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments], cwd=folder,
+        capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_example_python_api(tmp_path: Path) -> None:
+    said = run_example("python_api.py", tmp_path)
+    assert "step 200: matching loss" in said and "saved step-000200" in said
+    assert "images (2, 64, 64, 3)" in said
+    assert "teacher − teacher_4_step on shapes" in said
+    assert (tmp_path / "runs" / "python_api" / "evaluation.json").is_file()
