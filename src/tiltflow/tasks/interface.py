@@ -257,6 +257,8 @@ def request_of(
         chosen = load_prompts(str(prompts))
     else:
         chosen = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+    if not chosen:
+        raise ValueError("there is no prompt in the list")
     for folder in ("few_step", "tilt_lora"):
         if given.get(folder) is not None:
             given[folder] = Path(given[folder])
