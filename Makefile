@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 BENCHES := overhead speedup growth ranks reuse reward_batching kill_resume paper_model
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: venv demo test test-slow lint bench
+.PHONY: venv demo test test-slow lint docs bench
 
 venv: $(STAMP)
 
@@ -36,6 +36,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 	$(BIN)/lint-imports
+
+# site/, from the documents and docstrings; a broken link or a bare public name fails
+docs: $(STAMP)
+	$(BIN)/python scripts/build_site.py
 
 # what docs/lab/benchmarks.md and docs/distributed.md report; the longer studies have a command of their own
 bench: $(STAMP)

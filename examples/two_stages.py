@@ -1,6 +1,6 @@
 """Both stages of RTDMD on one page: eight Gaussians, an exact teacher, no config, no adapters.
 
-    python examples/two_stages.py        (half a minute on one core)
+    python examples/two_stages.py  (half a minute on one core)
 
 With eight Gaussians as the data the teacher's velocity is known in closed form, and so is the
 distribution that stage 2 should reach: p(x) exp(β x₁) / Z. Sections (§) are docs/method.md's.
@@ -38,8 +38,7 @@ def step(k, x):
 
 @torch.no_grad()
 def rollout(stop, noise):
-    """The states of the first `stop` steps, and the log-probability of each step taken."""
-    states, old = [torch.randn(B, 2)], []
+    states, old = [torch.randn(B, 2)], []  # and each step's log-probability
     for k in range(stop):
         mean, std = step(k, states[-1])
         states.append(mean + std * noise[k] if sigmas[k + 1] > 0 else mean)
@@ -62,8 +61,9 @@ def update(opt, loss):
 
 def learn_fake(x_s, s):
     """The fake score follows the generator: velocity matching, and consistency (§4)."""
-    t, delta = flow.renoise_level(s, torch.rand(B)), torch.randint(1, 201, (B,)) / 1000
-    draws = FakeScoreDraws(t, torch.randn(B, 2), delta, (torch.randn(B, 2), torch.randn(B, 2)))
+    t, noise = flow.renoise_level(s, torch.rand(B)), torch.randn(B, 2)
+    delta = torch.randint(1, 201, (B,)) / 1000
+    draws = FakeScoreDraws(t, noise, delta, (torch.randn(B, 2), torch.randn(B, 2)))
     update(opt_fake, fake_score_objective(fake, x_s, s, draws, 0.01, ETA)[0].mean())
 
 
