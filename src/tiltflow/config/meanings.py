@@ -21,7 +21,8 @@ MEANINGS = {
     "model.path": "pipeline directory or hub id; `packaged:pipeline` is the embedded model, "
     "`mixture` the closed form",
     "model.generator_path": "FLUX.2-klein's distilled base, from which the generator starts",
-    "model.family": "unset: read from the pipeline",
+    "model.family": "how a pipeline is read, by name; unset: found from its class",
+    "model.medium": "what is generated, by name; unset: what the model generates",
     "model.resolution": "side of the images in pixels; unset: the model's own",
     "model.dtype": "of the frozen base",
     "model.autocast": "mixed precision of the networks; `auto` leaves it out on CPUs without bf16",
