@@ -74,13 +74,22 @@ def staged(page: Path) -> Path:
 
 
 def with_links(page: Path) -> str:
-    """A page with its links to other documents as they are on the site."""
+    """A page with its links to files of the repository as they are on the site.
+
+    Raises:
+        ValueError: naming a link that leads nowhere.
+    """
 
     def moved(match: re.Match[str]) -> str:
-        target = (page.parent / match[2]).resolve()
-        if "://" in match[2] or not target.is_relative_to(ROOT):
+        if "://" in match[2]:
             return match[0]
+        target = (page.parent / match[2]).resolve()
+        if not target.is_file() or not target.is_relative_to(ROOT):
+            raise ValueError(f"{page.relative_to(ROOT)} links to {match[2]}, which is no file here")
         there, here = staged(target), staged(page).parent
+        if not there.exists():  # an example, say: the site has a copy
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(target, there)
         return match[1] + Path(os.path.relpath(there, here)).as_posix()
 
     return LINK.sub(moved, page.read_text(encoding="utf-8"))
