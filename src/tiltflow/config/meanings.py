@@ -25,7 +25,8 @@ MEANINGS = {
     "model.medium": "what is generated, by name; unset: what the model generates",
     "model.resolution": "side of the images in pixels; unset: the model's own",
     "model.dtype": "of the frozen base",
-    "model.autocast": "mixed precision of the networks; `auto` leaves it out on CPUs without bf16",
+    "model.autocast": "mixed precision of the networks; `auto` leaves it out on CPUs without bf16 "
+    "instructions",
     "model.vae_dtype": "of the autoencoder; unset: `dtype`",
     "model.base_storage": "keep the frozen base in 8 bits; unset: in `dtype`",
     "model.max_sequence_length": "text tokens; unset: the pipeline's own",
@@ -42,7 +43,8 @@ MEANINGS = {
     "adapters.alpha": "α: a LoRA acts at the strength α / rank",
     "adapters.targets": "names or expression of the adapted modules; unset: the family's",
     "adapters.init_std": "standard deviation of A at the start; unset: 1/rank",
-    "data.prompts": "file, folder, or `shapes-train`, `shapes-heldout`, `mixture`",
+    "data.prompts": "a txt, json, jsonl or parquet file, a folder of parquet files or of "
+    "`datasets`' save_to_disk, or `shapes-train`, `shapes-heldout`, `mixture`",
     "data.split": "which split of a folder",
     "data.eval_prompts": "prompts for held-out rewards and samples",
     "data.eval_split": "which split of that folder",
