@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         export,
         load_recipe,
         recipes,
+        register,
         sample,
         train,
     )
@@ -46,6 +47,7 @@ _HOMES = {
     "export": "tasks.interface",
     "load_recipe": "tasks.interface",
     "recipes": "tasks.interface",
+    "register": "tasks.interface",
     "sample": "tasks.interface",
     "train": "tasks.interface",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "export",
     "load_recipe",
     "recipes",
+    "register",
     "sample",
     "train",
 ]

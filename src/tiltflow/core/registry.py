@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
@@ -23,9 +24,47 @@ def failure(error: BaseException) -> str:
     return kind if said == kind else f"{kind}: {said}"
 
 
+_REGISTERED: dict[tuple[str, str], EntryPoint] = {}
+
+
+def register(kind: str, group: str, name: str, target: object) -> None:
+    """Gives a name, in this process, to what lies at `package.module:name`, or to an object of a
+    module (a function, a class), as an entry point of `group` would.
+
+    Raises:
+        ValueError: if the name is none, or stands for something else already; or if the object
+            cannot be found again by its module and name.
+    """
+    if not name or ":" in name:
+        raise ValueError(f"{name!r} is no name for a {kind}: it should be a word without a colon")
+    place = target if isinstance(target, str) else _place(kind, name, target)
+    if not re.fullmatch(r"[\w.]+:[\w.]+", place):
+        raise ValueError(f"{kind} {name!r}: {place!r} should read 'package.module:name'")
+    known = {point.name: point.value for point in entries(group)}
+    if known.get(name, place) != place:
+        raise ValueError(f"the {kind} {name!r} is registered already, as {known[name]}")
+    _REGISTERED[group, name] = EntryPoint(name, place, group)
+
+
+def _place(kind: str, name: str, target: object) -> str:
+    module, inside = getattr(target, "__module__", None), getattr(target, "__qualname__", "<none>")
+    if module is None or "<" in inside:
+        raise ValueError(
+            f"{kind} {name!r}: {target!r} has no place of its own in a module; define it there, or "
+            "give the place as 'package.module:name'"
+        )
+    return f"{module}:{inside}"
+
+
+def entries(group: str) -> list[EntryPoint]:
+    """What other packages and this process have registered in a group."""
+    here = [point for (of, _), point in _REGISTERED.items() if of == group]
+    return [*entry_points(group=group), *here]
+
+
 def find(kind: str, name: str, group: str, builtin: Iterable[str], own: str) -> object:
     """What a name that is not builtin stands for: `package.module:name` is itself; any other is an
-    entry point of `group`.
+    entry point of `group`, or registered here.
 
     Args:
         kind: "reward", "medium", …, for errors; `own` says what one of one's own is.
@@ -35,7 +74,7 @@ def find(kind: str, name: str, group: str, builtin: Iterable[str], own: str) -> 
     """
     if ":" in name:
         return dotted(kind, name)
-    points: dict[str, EntryPoint] = {p.name: p for p in entry_points(group=group)}
+    points: dict[str, EntryPoint] = {p.name: p for p in entries(group)}
     if name not in points:
         known = sorted({*builtin, *points})
         raise ValueError(

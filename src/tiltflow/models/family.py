@@ -11,10 +11,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any
 
-from tiltflow.core.registry import dotted
+from tiltflow.core.registry import dotted, entries
 
 BUILTIN: dict[str, tuple[str | None, str]] = {
     "sd3": ("StableDiffusion3Pipeline", "tiltflow.models.families.sd3:FAMILY"),
@@ -118,7 +117,7 @@ def family_named(name: str) -> Family:
         return _record(BUILTIN[name][1])
     if ":" in name:
         return _record(name)
-    for entry in entry_points(group=GROUP):
+    for entry in entries(GROUP):
         if entry.name == name:
             return _record(entry.value)
     raise ValueError(f"model.family {name!r} is none of {', '.join(family_names())}; {HOW_TO_ADD}")
@@ -126,7 +125,7 @@ def family_named(name: str) -> Family:
 
 def family_names() -> list[str]:
     """The names that `model.family` knows, without what a recipe may give as `module:RECORD`."""
-    return [*BUILTIN, *(entry.name for entry in entry_points(group=GROUP))]
+    return [*BUILTIN, *(entry.name for entry in entries(GROUP))]
 
 
 def families() -> list[Family]:
@@ -136,7 +135,7 @@ def families() -> list[Family]:
 
 def pipeline_classes() -> list[str]:
     """The diffusers pipelines of the families that have a name."""
-    others = (_record(entry.value).pipeline for entry in entry_points(group=GROUP))
+    others = (_record(entry.value).pipeline for entry in entries(GROUP))
     kinds = (*(kind for kind, _ in BUILTIN.values()), *others)
     return [kind for kind in kinds if kind is not None]
 
@@ -151,7 +150,7 @@ def family_of_class(pipeline: str) -> Family | None:
     for kind, place in BUILTIN.values():
         if kind == pipeline:
             return _record(place)
-    others = (_record(entry.value) for entry in entry_points(group=GROUP))
+    others = (_record(entry.value) for entry in entries(GROUP))
     return next((f for f in others if f.pipeline == pipeline), None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args, overload
 
@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.config.schema import Autocast
+from tiltflow.core import registry
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.scores import Evaluation
 from tiltflow.evaluation.suites import suite_of
+from tiltflow.models import family, medium
+from tiltflow.rewards import base as rewards_base
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import DTYPES
 from tiltflow.tasks.callbacks import SILENT, Callbacks
@@ -64,6 +67,8 @@ class Sampling(TypedDict, total=False):
     """Text tokens."""
     generator_path: str | None
     """The distilled pipeline that klein's LoRAs sit on."""
+    family: str | None
+    """Name of the model's family, or `module:RECORD`; left out, it is read off the directory."""
     cache: str | None
     """Where embeddings are kept, or off."""
 
@@ -263,3 +268,29 @@ def request_of(
         if given.get(folder) is not None:
             given[folder] = Path(given[folder])
     return Request(str(model), chosen[:count], **given, **more)
+
+
+KINDS: Mapping[str, tuple[str, Collection[str]]] = {
+    "family": (family.GROUP, family.BUILTIN),
+    "medium": (medium.ENTRY_POINTS, medium.BUILTIN),
+    "reward": (rewards_base.ENTRY_POINTS, rewards_base.BUILTIN),
+}
+"""What can be registered: the group of its entry points, and the names that are taken."""
+
+
+def register(kind: str, name: str, target: object) -> None:
+    """Gives your own reward, medium or model family a name that recipes of this process know.
+
+    `target` is a function or class of a module, or its place as "package.module:name", which is
+    imported when it is used. A run that others are to resume should name the place itself, or
+    your package an entry point (docs/rewards.md).
+
+    Raises:
+        ValueError: if there is no such kind, the name is taken, or `target` has no place.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r} to register: it is one of {', '.join(KINDS)}")
+    group, builtin = KINDS[kind]
+    if name in builtin:
+        raise ValueError(f"the {kind} {name!r} is a builtin one")
+    registry.register(kind, group, name, target)
