@@ -4,7 +4,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-BENCHES := overhead speedup growth ranks reuse reward_batching kill_resume paper_model
+BENCHES := startup overhead speedup growth ranks reuse reward_batching kill_resume paper_model
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .PHONY: venv demo test test-slow lint docs bench

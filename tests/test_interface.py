@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,10 @@ from PIL import Image
 from test_cli import SRC
 
 import tiltflow
+from tiltflow.core import registry
+from tiltflow.models.families import MIXTURE
+from tiltflow.models.family import family_named, family_names
+from tiltflow.models.medium import PointMedium, load_medium
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "python.md"
@@ -191,6 +197,63 @@ def test_sample_evaluate_compare(tiny_pipeline: Callable[[str], Path], tmp_path:
     assert tiltflow.compare(figures) == found.summary["comparisons"]
 
 
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is registered, and nothing stays."""
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+
+
+def always_one(
+    images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]
+) -> torch.Tensor:
+    return torch.ones(len(images))
+
+
+always_one.domain = "points"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("target", [always_one, f"{__name__}:always_one"])
+def test_a_registered_reward_is_a_reward_by_name(
+    target: object, fresh: None, tmp_path: Path
+) -> None:
+    tiltflow.register("reward", "one", target)
+    tiltflow.register("reward", "one", target)  # a cell that is run twice
+    cold = tiltflow.train(mixture(tmp_path / "cold"))
+    tilt = tiltflow.load_recipe(
+        "mixture_tilt", model={"few_step": cold.path}, rewards={"one": 1.0},
+        train={"steps": 1, "batch_size": 4}, tilt={"group_size": 2}, log={"every": 1},
+        run={"out": tmp_path / "tilt", "device": "cpu"},
+    )  # fmt: skip
+    assert tiltflow.train(tilt).metrics[-1]["reward/one"] == 1
+    with pytest.raises(ValueError, match="one' is registered already, as"):
+        tiltflow.register("reward", "one", "elsewhere:one")
+
+
+def test_media_and_families_are_registered_too(fresh: None) -> None:
+    tiltflow.register("medium", "dots", "tiltflow.models.medium:PointMedium")
+    assert isinstance(load_medium("dots"), PointMedium)
+    tiltflow.register("family", "again", "tiltflow.models.families:MIXTURE")
+    assert family_named("again") is MIXTURE and "again" in family_names()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "target", "said"),
+    [
+        ("rewrad", "a", "m:f", "no kind 'rewrad' to register: it is one of family, medium, rew"),
+        ("reward", "clipscore", "m:f", "'clipscore' is a builtin one"),
+        ("reward", "a:b", "m:f", "'a:b' is no name for a reward"),
+        ("reward", "a", "m", "'m' should read 'package.module:name'"),
+        ("reward", "a", lambda *given: None, "has no place of its own in a module"),
+        ("family", "a", MIXTURE, "has no place of its own in a module"),
+    ],
+)
+def test_what_cannot_be_registered(
+    kind: str, name: str, target: object, said: str, fresh: None
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        tiltflow.register(kind, name, target)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -248,6 +311,39 @@ def run_example(name: str, folder: Path, *arguments: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_example_own_reward(tmp_path: Path) -> None:
+    said = run_example("own_reward.py", tmp_path)
+    assert "step 2: warmth" in said and "tilt 0: warmth" in said and "tilt 1: warmth" in said
+
+
+def cells() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((ROOT / "examples" / "demo.ipynb").read_text())[
+        "cells"
+    ]
+    return found
+
+
+def test_the_notebook_is_stripped_and_is_python() -> None:
+    for cell in cells():
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            compile("".join(cell["source"]), "cell", "exec")
+
+
+@pytest.mark.long
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Its cells in order, as one program in a folder of its own."""
+    code = ["".join(cell["source"]) for cell in cells() if cell["cell_type"] == "code"]
+    (tmp_path / "demo.py").write_text("\n\n".join(code))
+    subprocess.run(
+        [sys.executable, "demo.py"], cwd=tmp_path, check=True,
+        env={**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert tiltflow.Run(tmp_path / "runs" / "notebook" / "tilt").finished
+    figures = json.loads((tmp_path / "runs" / "notebook" / "evaluation.json").read_text())
+    assert {"teacher", "ac_dmd", "rtdmd"} <= set(figures["systems"])
 
 
 def test_example_python_api(tmp_path: Path) -> None:
