@@ -58,11 +58,13 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             another number of them is warned of, and goes on.
         patch: for pipelines whose latents are token sequences (B, L, C): how many latent cells a
             token is wide, 2 for FLUX.1 and 1 for FLUX.2. Plain latents (B, C, H, W) ignore it.
+        size: height and width, in any unit, of the pictures that the student was trained for,
+            where they are not square: token sequences do not say their own.
         num_train_timesteps: this and all that follow are the parent's.
 
     Raises:
-        ValueError: if `eta` or `patch` is out of range, or the parent's own stochastic sampling
-            or inverted levels are asked for.
+        ValueError: if `eta`, `patch` or `size` is out of range, or the parent's own stochastic
+            sampling or inverted levels are asked for.
     """
 
     @register_to_config
@@ -71,6 +73,7 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         eta: float = 0.9,
         patch: int = 1,
         steps: int | None = None,
+        size: Sequence[int] | None = None,
         num_train_timesteps: int = 1000,
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
@@ -92,6 +95,7 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"patch is {patch}; it is 1 or more")
         if steps is not None and not 1 <= steps <= MOST_STEPS:
             raise ValueError(f"steps is {steps}; it goes from 1 to {MOST_STEPS}")
+        _check_size(size)
         if invert_sigmas or stochastic_sampling:
             raise ValueError("CPS has no inverted levels, and eta in place of stochastic_sampling")
         super().__init__(
@@ -110,16 +114,20 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             time_shift_type=time_shift_type,
             stochastic_sampling=stochastic_sampling,
         )
+        self._size: Sequence[int] | None = None
         self._next: list[Draw] | None = None
         self._draws: list[Draw] | None = None
 
-    def seed(self, seed: int, images: int | Sequence[int] = 1) -> list[torch.Generator]:
+    def seed(
+        self, seed: int, images: int | Sequence[int] = 1, size: Sequence[int] | None = None
+    ) -> list[torch.Generator]:
         """Seeds the next call of the pipeline, and only that; returns its `generator` argument.
 
         Args:
             seed: as in `tiltflow sample --seed`.
             images: how many images the call makes, or the images' numbers, which are their
                 places in `tiltflow sample --prompts`.
+            size: height and width of this call's pictures, where they are not the trained ones.
 
         Raises:
             ValueError: on a negative seed or number, no image, or more than `MOST_IMAGES`.
@@ -130,6 +138,8 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         if not numbers:
             raise ValueError("seed was asked for no image")
         randomness = Randomness(seed)
+        _check_size(size)
+        self._size = size
         self._next = [(randomness, n) for n in numbers]
         return [randomness.generator(SAMPLE_INIT, n) for n in numbers]
 
@@ -159,6 +169,8 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 stacklevel=2,
             )
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu)
+        if self._next is None:
+            self._size = None
         self._draws, self._next = self._next, None
 
     def step(
@@ -196,7 +208,8 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         assert self._draws is not None
         shape, tokens = tuple(sample.shape[1:]), sample.ndim == 3
         if tokens:
-            shape = latent_shape(shape[0], shape[1], self.config.patch)
+            size = self._size or self.config.size
+            shape = latent_shape(shape[0], shape[1], self.config.patch, size)
         z = torch.stack([r.normal(sample_step(k), n, shape) for r, n in self._draws])
         return pack(z, self.config.patch) if tokens else z
 
@@ -205,15 +218,28 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         raise NotImplementedError("a few-step student is sampled from noise, not from an image")
 
 
-def latent_shape(length: int, channels: int, patch: int) -> tuple[int, int, int]:
+def latent_shape(
+    length: int, channels: int, patch: int, size: Sequence[int] | None = None
+) -> tuple[int, int, int]:
     """The (C, H, W) latent behind a sequence of `length` tokens of `channels` channels.
 
-    A square one where `length` is a square, as `tiltflow sample` makes them; else one row of
-    tokens, which is as good a place for independent draws.
+    One of the proportions of `size`, if the tokens fill it; else a square one where `length` is a
+    square, as `tiltflow sample` makes them; else one row of tokens, which is as good a place for
+    independent draws.
     """
     side = math.isqrt(length)
     height, width = (side, side) if side**2 == length else (1, length)
+    if size is not None:
+        rows = max(1, math.isqrt(length * size[0] // size[1]))
+        columns = length // rows
+        if rows * columns == length and rows * size[1] == columns * size[0]:
+            height, width = rows, columns
     return channels // patch**2, height * patch, width * patch
+
+
+def _check_size(size: Sequence[int] | None) -> None:
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size is {size}; it is a height and a width")
 
 
 def pack(latent: Tensor, patch: int) -> Tensor:

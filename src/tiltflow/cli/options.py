@@ -16,6 +16,7 @@ import typer
 
 from tiltflow.core.limits import LARGEST_SEED, LONGEST_SIDE, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from tiltflow.core.paths import home_for_tilde
+from tiltflow.core.sizes import Resolution, both, parse_size
 from tiltflow.rewards.remote.address import refuse_secrets
 
 if TYPE_CHECKING:
@@ -127,6 +128,10 @@ class SamplingOptions:
             "--resolution", help="image side in pixels [as trained]", min=8, max=LONGEST_SIDE
         ),
     ] = None
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="of images that are not square", metavar="HEIGHTxWIDTH"),
+    ] = None
     max_sequence_length: Annotated[
         int | None,
         typer.Option(
@@ -165,7 +170,26 @@ class SamplingOptions:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("model", "prompt", "prompts"):
             del given[name]
+        given["resolution"] = self._resolution(given.pop("size"))
         return cast("Sampling", given | {"generator_path": given.pop("generator")})
+
+    def _resolution(self, size: str | None) -> Resolution | None:
+        """Of --resolution or --size.
+
+        Raises:
+            ValueError: if both are given, or the size is none.
+        """
+        if size is None:
+            return self.resolution
+        if self.resolution is not None:
+            raise ValueError("give either --resolution SIDE or --size HEIGHTxWIDTH")
+        try:
+            found = parse_size(size)
+        except ValueError as error:
+            raise ValueError(f"--size: {error}") from error
+        if max(both(found)) > LONGEST_SIDE:
+            raise ValueError(f"--size is {size}, but a side is at most {LONGEST_SIDE}")
+        return found
 
 
 def _is_text(text: str) -> bool:

@@ -192,7 +192,9 @@ def _candidates(prefix: str, mapping: bool) -> list[str]:
 
 def _sentence(error: ValidationError) -> str:
     """The first of pydantic's complaints as one sentence with the dotted key."""
-    first = error.errors()[0]
+    first, *others = error.errors()
+    if others and first["type"] == "int_type" and isinstance(first["input"], list | tuple):
+        first = others[0]  # of what is one number or two
     key = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):
         key = _leaf(first["loc"])
@@ -228,9 +230,12 @@ def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+TAGS = ("str", "constrained-str", "int", "constrained-int")
+
+
 def _is_tag(part: int | str) -> bool:
     """Whether pydantic put it into a location to say which member of a union it tried."""
-    return isinstance(part, int) or "[" in part or part in ("str", "constrained-str")
+    return isinstance(part, int) or "[" in part or part in TAGS
 
 
 @dataclass(frozen=True)

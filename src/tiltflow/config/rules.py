@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tiltflow.core.sizes import both, said
 from tiltflow.models.family import graph_families, has_files
 from tiltflow.rewards.remote.address import REMOTE, remote_settings
 
@@ -52,8 +53,8 @@ def _check_cold_start(config: RunConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    if model.resolution is not None and model.resolution % 8:
-        raise ValueError(f"model.resolution is {model.resolution}, which is no multiple of 8")
+    if model.resolution is not None and any(side % 8 for side in both(model.resolution)):
+        raise ValueError(f"model.resolution is {said(model.resolution)}, which is no multiple of 8")
     if model.has_files:
         return
     if has_files(model.path):

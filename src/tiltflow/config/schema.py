@@ -101,6 +101,7 @@ class ModelConfig(Section):
     `gradient_checkpointing`: of nothing, of all that has a backward pass, of these, or `auto`, as
     much as the device's memory asks for (`commands.planning`).
     `medium`: what is generated, by name or `package.module:name`; unset is the family's own.
+    `resolution`: a square's side in pixels, or [height, width].
     `guidance` is the teacher's, `student_guidance` generator's and fake score's; null is the
     model's own (for the student: what its network expects, without classifier-free guidance).
     """
@@ -109,7 +110,7 @@ class ModelConfig(Section):
     generator_path: Place | None = None
     family: FamilyName | None = None
     medium: Text | None = None
-    resolution: Side | None = None
+    resolution: Side | tuple[Side, Side] | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
     autocast: Autocast | None = None
     vae_dtype: Literal["fp32", "bf16"] | None = None

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tiltflow.core.sizes import said
 from tiltflow.export.contract import BaseModelFacts, Contract
 
 STAGES = {
@@ -47,7 +48,7 @@ def model_card(card: Card) -> str:
         f"Trained with tiltflow by {STAGES[contract.stage]}. Here are {holds}, `scheduler/`, the "
         "sampler that they were trained with, and `contract.json`, which says for what: "
         f"{steps} steps, η = {contract.eta:g}, guidance {contract.guidance:g}, "
-        f"{contract.resolution} pixels, {contract.max_sequence_length} text tokens.\n\n"
+        f"{said(contract.resolution)} pixels, {contract.max_sequence_length} text tokens.\n\n"
         + _base(contract),
         _usage(card),
         _recipe(contract.recipe),

@@ -29,6 +29,9 @@ _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.DOTALL)
 _LICENCE = re.compile(r"^license(?P<what>_name|_link)?:[ \t]*(?P<value>\S.*?)[ \t]*$", re.MULTILINE)
 
 
+Side = Annotated[int, Field(ge=1, le=16_384)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -65,7 +68,8 @@ class AdapterFacts(_Part):
 
 class Contract(_Part):
     """`sigmas` are the levels σ₀ > … > σ_K = 0; `guidance` is the student's own, 1.0 for one pass
-    without; `dtype` that of the base in training; `recipe` the settings worth telling."""
+    without; `resolution` the side of a square in pixels, or height and width; `dtype` that of the
+    base in training; `recipe` the settings worth telling."""
 
     format: Literal["tiltflow-contract-1"] = "tiltflow-contract-1"
     stage: Literal["cold_start", "tilt"]
@@ -76,7 +80,7 @@ class Contract(_Part):
     sigmas: tuple[float, ...]
     eta: Annotated[float, Field(ge=0, le=1)]
     guidance: float
-    resolution: Annotated[int, Field(ge=1, le=16_384)]
+    resolution: Side | tuple[Side, Side]
     max_sequence_length: Annotated[int, Field(ge=0, le=100_000)]
     dtype: Literal["fp32", "bf16"]
     adapters: dict[str, AdapterFacts] = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.core.sentences import first_sentence
+from tiltflow.core.sizes import Resolution
 from tiltflow.export.contract import CONTRACT_KEY, Contract
 from tiltflow.export.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
@@ -121,18 +122,23 @@ def baked(
 
 
 def few_step_scheduler(
-    model: Pipeline, eta: float, steps: int | None = None
+    model: Pipeline,
+    eta: float,
+    steps: int | None = None,
+    resolution: Resolution | None = None,
 ) -> CPSFlowMatchScheduler:
-    """The students' scheduler, made from the own scheduler of the pipeline in `model`.
+    """The students' scheduler, made from the own scheduler of the pipeline in `model`, for pictures
+    of `resolution` (None: square ones).
 
     Raises:
         ValueError: if the pipeline's scheduler is one that CPS cannot follow.
     """
     family = model.family
     config = {**model.json("scheduler/scheduler_config.json"), **family.student_schedule}
+    size = list(resolution) if isinstance(resolution, tuple) else None
     try:
         return CPSFlowMatchScheduler.from_config(
-            config, eta=eta, patch=family.token_patch, steps=steps
+            config, eta=eta, patch=family.token_patch, steps=steps, size=size
         )
     except ValueError as error:
         raise ValueError(f"the scheduler in {model} cannot be a student's: {error}") from error

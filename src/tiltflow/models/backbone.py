@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tiltflow.core.sizes import Resolution
 from tiltflow.models.medium import Medium
 
 Parts = Literal["all", "text", "image"]
@@ -23,16 +24,16 @@ class Loading:
     """How a pipeline is loaded.
 
     `dtype` is the frozen weights' (velocities and images are fp32 all the same), `vae_dtype` the
-    autoencoder's, by default `dtype`. `resolution` is the image's side in pixels, None the model's
-    own. `max_sequence_length` are text tokens (of the longest encoder); None is the side file's
-    value, else the pipeline's own default. `fp8` keeps the transformer's matrices in 8 bits
-    (`keep_in_fp8`).
+    autoencoder's, by default `dtype`. `resolution` is the image's side in pixels, or its height and
+    width; None is the model's own. `max_sequence_length` are text tokens (of the longest encoder);
+    None is the side file's value, else the pipeline's own default. `fp8` keeps the transformer's
+    matrices in 8 bits (`keep_in_fp8`).
     """
 
     device: torch.device | str
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype | None = None
-    resolution: int | None = None
+    resolution: Resolution | None = None
     max_sequence_length: int | None = None
     parts: Parts = "all"
     fp8: bool = False

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
+from tiltflow.core.sizes import Resolution, said
 from tiltflow.export.contract import Contract, read_contract
 from tiltflow.models.lora_files import lora_file
 from tiltflow.models.pipelines.directory import INDEX, Pipeline, Pipelines
@@ -40,7 +41,7 @@ class Choices:
     steps: int
     eta: float
     guidance: float | None
-    resolution: int | None
+    resolution: Resolution | None
     max_sequence_length: int | None
     dtype: Dtype
     notes: tuple[str, ...] = ()
@@ -78,7 +79,10 @@ def settle(
         if value is None:
             values[key] = DEFAULTS.get(key) if trained is None else trained
         elif trained is not None and value != trained:
-            notes.append(f"{OPTIONS[key]} is {value}, but the student was trained for {trained}")
+            option = "--size" if isinstance(value, tuple) else OPTIONS[key]
+            trained_for = said(trained) if key == "resolution" else trained
+            shown = said(value) if key == "resolution" else value
+            notes.append(f"{option} is {shown}, but the student was trained for {trained_for}")
     if contract and contract is not merged:
         notes += _other_base(contract, base)
     if above and few_step is not None:

@@ -11,6 +11,7 @@ import diffusers
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
+from tiltflow.core.sizes import both, said
 from tiltflow.evaluation.files import read_evaluation
 from tiltflow.export.card import Card, model_card
 from tiltflow.export.contract import (
@@ -83,7 +84,9 @@ def export_checkpoint(
     contract = contract_of(cfg, checkpoint, source)
     with replacing(out) as part:
         folders = export_adapters(checkpoint, source.pipeline, part, contract) if lora else []
-        scheduler = few_step_scheduler(source.model, contract.eta, contract.steps)
+        scheduler = few_step_scheduler(
+            source.model, contract.eta, contract.steps, contract.resolution
+        )
         scheduler.save_pretrained(part / "scheduler")
         paths = [*folders, part / "scheduler"]
         if merged:
@@ -180,11 +183,12 @@ def _write(folder: Path, contract: Contract) -> None:
 def call_of(contract: Contract, family: Family) -> dict[str, Any]:
     """The arguments with which the pipeline's call is the student."""
     length = {"max_sequence_length": contract.max_sequence_length} if family.takes_length else {}
+    height, width = both(contract.resolution)
     return {
         "num_inference_steps": contract.steps,
         family.guidance_argument: contract.guidance - family.guidance_offset,
-        "height": contract.resolution,
-        "width": contract.resolution,
+        "height": height,
+        "width": width,
         **length,
         **family.call,
     }
@@ -192,11 +196,13 @@ def call_of(contract: Contract, family: Family) -> dict[str, Any]:
 
 def _recipe(cfg: RunConfig, step: int) -> dict[str, Any]:
     """The settings that say how the student was made; no paths of this machine."""
-    train = cfg.train
+    train, resolution = cfg.train, cfg.model.resolution
     settings: dict[str, Any] = {
         "stage": cfg.stage,
         "iterations": step,
-        "resolution": cfg.model.resolution or "the model's own",
+        "resolution": said(resolution)
+        if isinstance(resolution, tuple)
+        else resolution or "the model's own",
         "sampler": f"{cfg.sampler.steps} steps, η = {cfg.sampler.eta}",
         "weights": f"LoRA, rank {cfg.adapters.rank}, α = {cfg.adapters.alpha}"
         if cfg.adapters.kind == "lora"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.config.schema import Autocast
 from tiltflow.core import registry
+from tiltflow.core.sizes import Resolution
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.scores import Evaluation
 from tiltflow.evaluation.suites import suite_of
@@ -61,8 +62,8 @@ class Sampling(TypedDict, total=False):
     """fp32 or bf16."""
     autocast: str | None
     """bf16 or auto: networks in mixed precision."""
-    resolution: int | None
-    """Image side in pixels."""
+    resolution: Resolution | None
+    """A square image's side in pixels, or (height, width)."""
     max_sequence_length: int | None
     """Text tokens."""
     generator_path: str | None

@@ -13,6 +13,7 @@ from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.core.paths import embedding_cache
 from tiltflow.core.precision import autocast_dtype
 from tiltflow.core.randomness import Randomness
+from tiltflow.core.sizes import Resolution
 from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
 from tiltflow.data.embeddings import BATCH, EncodedPrompts, distinct
 from tiltflow.data.prompts import Prompt
@@ -51,7 +52,7 @@ class Request:
     dtype: Dtype | None = None
     autocast: str | None = None
     """As `model.autocast` of a run: bf16, auto or None."""
-    resolution: int | None = None
+    resolution: Resolution | None = None
     max_sequence_length: int | None = None
     generator_path: str | None = None
     family: str | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tiltflow.core.sizes import Resolution
 from tiltflow.models.backbone import Backbone, Base, Loading, Parts
 from tiltflow.models.family import Family, families, family_named, has_files
 from tiltflow.models.pipelines.directory import Pipeline, Pipelines, local_pipeline
@@ -25,7 +26,7 @@ def load_backbone(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     vae_dtype: torch.dtype | None = None,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     max_sequence_length: int | None = None,
     parts: Parts = "all",
     fp8: bool = False,

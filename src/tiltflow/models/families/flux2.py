@@ -98,8 +98,7 @@ class Flux2Backbone(PipelineBackbone):
             )
 
     def _latent_shape(self, channels: int) -> tuple[int, ...]:
-        side = self.geometry.latent // self.geometry.patch
-        return (channels, side, side)
+        return (channels, *self.geometry.grid)
 
     def _mu(self, steps: int) -> float:
         return compute_empirical_mu(image_seq_len=self.geometry.tokens, num_steps=steps)

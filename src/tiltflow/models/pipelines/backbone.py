@@ -19,12 +19,13 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from tiltflow.core.sizes import Resolution
 from tiltflow.models.backbone import Conditioning, Loading
 from tiltflow.models.family import Family
 from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.files import check_directory
-from tiltflow.models.pipelines.geometry import Geometry, grid, odd
+from tiltflow.models.pipelines.geometry import Geometry, geometry_of, grid, odd
 from tiltflow.models.pipelines.loading import load_part, load_pipeline
 from tiltflow.models.pipelines.storage import input_dtype, keep_in_fp8
 from tiltflow.models.pipelines.weights import check_weights
@@ -81,7 +82,7 @@ class PipelineBackbone(ABC):
         self.device = torch.device(loading.device)
         transformer, vae = self._part_configs(pipe)
         self.geometry = self._geometry(transformer, vae, loading.resolution)
-        self.resolution = self.geometry.side
+        self.resolution = self.geometry.resolution
         self.latent_shape = self._latent_shape(int(transformer["in_channels"]))
         self.guidance = float(pipeline.side.get("guidance", self.default_guidance))
         self.sequence = self._sequence(loading)
@@ -228,7 +229,7 @@ class PipelineBackbone(ABC):
         return None
 
     def _latent_shape(self, channels: int) -> tuple[int, ...]:
-        return (channels // self.packing, self.geometry.latent, self.geometry.latent)
+        return (channels // self.packing, *self.geometry.latent)
 
     def _mu(self, steps: int) -> float:
         """The parameter of a resolution-dependent shift, by the pipeline's own formula."""
@@ -369,7 +370,7 @@ class PipelineBackbone(ABC):
     # ---- checks
 
     def _geometry(
-        self, transformer: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        self, transformer: Mapping[str, Any], vae: Mapping[str, Any], resolution: Resolution | None
     ) -> Geometry:
         channels, latent = transformer["in_channels"], self._latent_channels(vae)
         if channels != self.packing * latent:
@@ -387,13 +388,5 @@ class PipelineBackbone(ABC):
             )
         factor = self._factor(vae)
         patch = self._patch(transformer)
-        side = self._default_latent(transformer) * factor if resolution is None else resolution
-        cells = self._max_cells(transformer)
-        most = "" if cells is None else f" and at most {cells * factor * patch}"
-        too_large = cells is not None and side > cells * factor * patch
-        if side < 1 or side % (factor * patch) or too_large:
-            raise ValueError(
-                f"model.resolution={side} must be a positive multiple of {factor * patch}{most} "
-                f"for the model in {self.path}"
-            )
-        return Geometry(side, factor, patch)
+        size = self._default_latent(transformer) * factor if resolution is None else resolution
+        return geometry_of(size, factor, patch, self._max_cells(transformer), self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tiltflow.core.sizes import Resolution, both, plain, said
 from tiltflow.flow import raw_levels
 
 LEVEL_KEYS = (
@@ -20,21 +22,54 @@ LEVEL_KEYS = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of an image: `side` pixels, `factor` pixels a latent cell, `patch` cells a token."""
+    """Sizes of an image: `height` × `width` pixels, `factor` pixels a latent cell, `patch` cells a
+    token."""
 
-    side: int
+    height: int
+    width: int
     factor: int
     patch: int
 
     @property
-    def latent(self) -> int:
-        """The side in cells of the autoencoder's latent."""
-        return self.side // self.factor
+    def resolution(self) -> Resolution:
+        """As a config has it."""
+        return plain(self.height, self.width)
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """Height and width in cells of the autoencoder's latent."""
+        return self.height // self.factor, self.width // self.factor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width in tokens."""
+        cells = self.factor * self.patch
+        return self.height // cells, self.width // cells
 
     @property
     def tokens(self) -> int:
         """The length of the image's token sequence."""
-        return (self.side // (self.factor * self.patch)) ** 2
+        return math.prod(self.grid)
+
+
+def geometry_of(
+    resolution: Resolution, factor: int, patch: int, most: int | None, where: str
+) -> Geometry:
+    """The geometry of pictures of `resolution`; `most` tokens a side, if there is a bound.
+
+    Raises:
+        ValueError: if a side is no positive multiple of a token's, or too long.
+    """
+    token = factor * patch
+    for side in both(resolution):
+        if side < 1 or side % token or (most is not None and side > most * token):
+            each = "in both sides " if isinstance(resolution, tuple) else ""
+            bound = "" if most is None else f" and at most {most * token}"
+            raise ValueError(
+                f"model.resolution={said(resolution)} must be {each}a positive multiple of "
+                f"{token}{bound} for the model in {where}"
+            )
+    return Geometry(*both(resolution), factor, patch)
 
 
 def odd(numbers: Sequence[int]) -> bool:

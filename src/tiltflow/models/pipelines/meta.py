@@ -11,6 +11,7 @@ import diffusers
 import torch
 from torch import nn
 
+from tiltflow.core.sizes import Resolution
 from tiltflow.models.backbone import Loading
 from tiltflow.models.family import Family, family_of_class, published
 from tiltflow.models.pipelines.backbone import PipelineBackbone
@@ -56,7 +57,7 @@ def meta_backbone(
     generator_path: str | Path | Pipeline | None = None,
     dtype: torch.dtype = torch.float32,
     vae_dtype: torch.dtype | None = None,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     max_sequence_length: int | None = None,
     fp8: bool = False,
 ) -> PipelineBackbone:
