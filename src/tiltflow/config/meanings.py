@@ -23,7 +23,8 @@ MEANINGS = {
     "model.generator_path": "FLUX.2-klein's distilled base, from which the generator starts",
     "model.family": "how a pipeline is read, by name; unset: found from its class",
     "model.medium": "what is generated, by name; unset: what the model generates",
-    "model.resolution": "side of square images in pixels, or [height, width]; unset: the model's own",
+    "model.resolution": "side of square images in pixels, or [height, width]; unset: the model's "
+    "own",
     "model.dtype": "of the frozen base",
     "model.autocast": "mixed precision of the networks; `auto` leaves it out on CPUs without bf16 "
     "instructions",
