@@ -25,7 +25,8 @@ from rich.console import Console
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import latest_step
 from tiltflow.evaluation.watch.history import Measurement, read_history
-from tiltflow.evaluation.watch.rules import Rules, judge, standard_error
+from tiltflow.evaluation.watch.rules import judge, standard_error
+from tiltflow.evaluation.watch.settings import WatchRules
 from tiltflow.tasks.train import run_training
 
 ALLOWED = 0.1
@@ -70,7 +71,7 @@ def judged(history: Sequence[Measurement]) -> list[Measurement]:
     trained = [n.partition("/")[2] for n in history[0].values if n.startswith("trained/")]
     weights = dict.fromkeys(trained, 1.0)
     return [
-        replace(seen, alarms=judge(history[: i + 1], Rules(), weights) if i else {})
+        replace(seen, alarms=judge(history[: i + 1], WatchRules(), weights) if i else {})
         for i, seen in enumerate(history)
     ]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import latest_step, load_checkpoint
 from tiltflow.core.metrics import read_metrics
+from tiltflow.method.boundary import Boundary
 from tiltflow.models.roles import fit_to_boundaries
 from tiltflow.setup.build import Build, build_stage
 
@@ -55,15 +56,17 @@ def test_an_update_trains_the_fake_score_of_its_boundary_alone(tmp_path: Path) -
 def test_the_matching_gradient_takes_the_fake_score_of_its_boundary(tmp_path: Path) -> None:
     stage = built("cold_start", tmp_path).stage
     x = torch.randn(8, *stage.latent_shape, generator=torch.Generator().manual_seed(0))
-    cond, _ = stage.prompts.select([0] * 8, x.device)
+    cond, prompts = stage.prompts.select([0] * 8, x.device)
     s = stage.sigmas[3].expand(8)
-    before = stage.matching.gradient("m", 0, x, s, cond, 3)
+    before = stage.matching.gradient("m", 0, Boundary(x, s, 3, cond, prompts))
     with torch.no_grad():
         for name, parameter in stage.roles.fake_score.parameters.items():
             if boundary_of(name) != 3:
                 parameter.add_(0.1)
-    assert torch.equal(stage.matching.gradient("m", 0, x, s, cond, 3), before)
-    assert not torch.equal(stage.matching.gradient("m", 0, x, s, cond, 2), before)
+    assert torch.equal(stage.matching.gradient("m", 0, Boundary(x, s, 3, cond, prompts)), before)
+    assert not torch.equal(
+        stage.matching.gradient("m", 0, Boundary(x, s, 2, cond, prompts)), before
+    )
 
 
 def test_samples_of_several_boundaries_need_the_shared_one(tmp_path: Path) -> None:
@@ -79,10 +82,13 @@ def test_boundary_power_weighs_by_level(tmp_path: Path) -> None:
     plain = built("cold_start", tmp_path / "a").stage
     weighed = built("cold_start", tmp_path / "b", "train.boundary_power=1.5").stage
     x = torch.randn(8, *plain.latent_shape, generator=torch.Generator().manual_seed(0))
-    cond, _ = plain.prompts.select([0] * 8, x.device)
+    cond, prompts = plain.prompts.select([0] * 8, x.device)
     for k in range(1, K + 1):
         s = plain.sigmas[k].expand(8)
-        g, h = (stage.matching.gradient("m", 0, x, s, cond, k) for stage in (plain, weighed))
+        g, h = (
+            stage.matching.gradient("m", 0, Boundary(x, s, k, cond, prompts))
+            for stage in (plain, weighed)
+        )
         torch.testing.assert_close(h, g * (1 - float(plain.sigmas[k])) ** -1.5)
     assert torch.equal(h, g)
 

@@ -16,8 +16,9 @@ from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.optim import Guard
 from tiltflow.train.scoring import Scored, Scorer
+from tiltflow.train.settings import TiltConfig
+from tiltflow.train.terms import Epoch, Match, Policy, Pull, single
 from tiltflow.train.tilt import Counts, Tilt
-from tiltflow.train.tilt_settings import TiltSettings
 from tiltflow.train.updates import Share
 
 
@@ -64,21 +65,34 @@ def toy(**choices: Any) -> tuple[Tilt, Rollout, Role]:
     trajectory = Rollout(sigmas, states, empty, 0.9, records)
     gap = torch.tensor([[1.0, -2.0], [0.5, 0.25], [-1.0, 3.0], [2.0, 1.0]], dtype=torch.float64)
     reward = FakeReward()
+    settings = TiltConfig(group_size=2, subset=2, **choices)
+    # the trained steps are the first and the third
+    randomness = SimpleNamespace(permutation=lambda *a: torch.tensor([2, 0, 1]))
+    matching = SimpleNamespace(gradient=lambda *a: gap)
+    policy = Policy(settings, roles, randomness, stop=3)  # type: ignore[arg-type]
     stage = Tilt(
         roles=roles,
         prompts=None,  # type: ignore[arg-type]
         sampler=None,  # type: ignore[arg-type]
-        randomness=None,  # type: ignore[arg-type]
+        randomness=randomness,  # type: ignore[arg-type]
         rewards=RewardMixture([Weighted(reward, 1.0, True)]),
         fake=None,  # type: ignore[arg-type]
-        matching=SimpleNamespace(gradient=lambda *a: gap),  # type: ignore[arg-type]
+        matching=matching,  # type: ignore[arg-type]
         updater=Recorder(role),  # type: ignore[arg-type]
         sigmas=sigmas,
         latent_shape=(2,),
         eta=0.9,
         share=Share(4, 2),
         ema=Averaging(0.9),
-        settings=TiltSettings(group_size=2, subset=2, **choices),
+        settings=settings,
+        scorer=None,  # type: ignore[arg-type]
+        policy=policy,
+        terms=(
+            policy,
+            Match(settings, matching, randomness, 4),  # type: ignore[arg-type]
+            Pull(settings, single(3)),
+        ),
+        backprop=True,
     )
     return stage, trajectory, role
 
@@ -130,7 +144,9 @@ def test_the_generators_gradient_is_the_published_sum_or_the_mean(
         each = torch.tensor([4 / 3, 4 / 3, 0.0, 4 / 3], dtype=torch.float64)
         counts = Counts(each, torch.tensor(4 / 3))
     scored = Scored({}, torch.zeros(4), PULL)
-    stage._generator_update(0, trajectory, (0, 2), ADVANTAGES, ["p"] * 4, scored, counts, {})  # type: ignore[list-item]
+    epoch = Epoch(0, trajectory, ["p"] * 4, scored, ADVANTAGES)  # type: ignore[list-item]
+    spans = {term: term.spans(0) for term in stage.terms}
+    stage._generator_update(epoch, spans, counts, {})
     expected = by_hand(trajectory, role, each, policy, whole)
     for found, right in zip(stage.updater.found, expected, strict=True):  # type: ignore[attr-defined]
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-15)

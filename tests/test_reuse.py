@@ -40,18 +40,18 @@ def stage(tmp_path: Path, *more: str) -> ColdStart:
 def test_one_rollout_serves_every_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = stage(tmp_path, "cold_start.reuse=4", "cold_start.generator_every=10")
     rollouts, levels = [], []
-    real_rollout, real_update = updates.rollout, type(made.fake).update
+    real_rollout, real_update = updates.rollout, type(made.fake).accumulate
 
     def counted(*args, **kwargs):
         rollouts.append(kwargs["stop"])
         return real_rollout(*args, **kwargs)
 
-    def seen(self, step, draw, x_s, s, cond, prompts, boundary):
-        levels.append(round(float(s[0]), 6))
-        return real_update(self, step, draw, x_s, s, cond, prompts, boundary)
+    def seen(self, draw, at):
+        levels.append(round(float(at.s[0]), 6))
+        return real_update(self, draw, at)
 
     monkeypatch.setattr(updates, "rollout", counted)
-    monkeypatch.setattr(type(made.fake), "update", seen)
+    monkeypatch.setattr(type(made.fake), "accumulate", seen)
     for step in range(100):
         made.iteration(step)
     assert len(rollouts) == 30 and all(stop == 4 for stop in rollouts[0::3])

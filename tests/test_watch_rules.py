@@ -20,7 +20,8 @@ from tiltflow.evaluation.watch.history import (
     Measurement,
     read_history,
 )
-from tiltflow.evaluation.watch.rules import Rules, above_zero, judge
+from tiltflow.evaluation.watch.rules import above_zero, judge
+from tiltflow.evaluation.watch.settings import WatchRules
 from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.families.mixture import GaussianMixture
 from tiltflow.models.spectrum import high_frequency_energy
@@ -57,7 +58,7 @@ def run(at: Callable[[int], Measurement], looks: int = 10, **rules: float | None
     found = {}
     for step in range(looks):
         history.append(at(step))
-        alarms = judge(history, Rules(**{"agreement": None, **rules}), WEIGHTS)
+        alarms = judge(history, WatchRules(**{"agreement": None, **rules}), WEIGHTS)
         if alarms:
             found[step] = set(alarms)
     return found
@@ -107,7 +108,7 @@ def test_a_fall_counts_against_the_gain_and_only_while_a_trained_reward_rises() 
             for step, (h, t) in enumerate(zip(held_out, trained, strict=True))
         ]
 
-    rules = Rules(held_out_fall=0.25, agreement=None)
+    rules = WatchRules(held_out_fall=0.25, agreement=None)
     for held_out, trained, alarm in (
         ([0, 0.5, 1.0, 0.85], [0, 1, 2, 3], False),  # lost 15% of the gain
         ([0, 0.5, 1.0, 0.65], [0, 1, 2, 3], True),  # lost 35%
@@ -141,7 +142,7 @@ def _changes(seed: int, rise: float, common: float, changed: float = 1.0) -> lis
 
 
 class TestAgreement:
-    RULES = Rules(held_out_fall=None, agreement=0.4)
+    RULES = WatchRules(held_out_fall=None, agreement=0.4)
 
     def tripped(self, rise: float, common: float, changed: float = 1.0) -> int:
         runs = [_changes(seed, rise, common, changed) for seed in range(40)]
@@ -202,8 +203,8 @@ def test_an_initial_offset_of_the_spectrum_is_no_alarm() -> None:
         ([-far, -far - 1.2 * math.log(2)], True),  # yet more blurred
     ):
         history = [at(step, shift) for step, shift in enumerate(shifts)]
-        assert bool(judge(history, Rules(), WEIGHTS)) == alarm, shifts
-    message = judge([at(0, 0), at(1, -2)], Rules(), WEIGHTS)["high_frequency"]
+        assert bool(judge(history, WatchRules(), WEIGHTS)) == alarm, shifts
+    message = judge([at(0, 0), at(1, -2)], WatchRules(), WEIGHTS)["high_frequency"]
     assert re.search(r"0\.1[34] times", message) and "below both; blur" in message
 
 
@@ -220,7 +221,7 @@ def test_the_memory_resumes_exactly(tmp_path: Path) -> None:
 
     def watch(start: int) -> Watch:
         at = {step: m for step, m in enumerate(map(series(5, **shifts), range(8)))}
-        return Watch(lambda step, first: at[step], Rules(), WEIGHTS, History(path, start))
+        return Watch(lambda step, first: at[step], WatchRules(), WEIGHTS, History(path, start))
 
     whole = watch(-1)
     texts = [dict(whole(step).alarms) for step in range(8)]

@@ -7,56 +7,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tiltflow.config.rules import check_together
-from tiltflow.core.limits import (
-    FAR,
-    LARGEST_RANK,
-    LARGEST_SEED,
-    LONGEST_SIDE,
-    MOST_IMAGES,
-    MOST_SAMPLES,
-    MOST_STEPS,
-    MOST_TOKENS,
+from tiltflow.core.limits import LARGEST_RANK, LARGEST_SEED, MOST_IMAGES
+from tiltflow.core.settings import (
+    Count,
+    Images,
+    Level,
+    Place,
+    Positive,
+    Rate,
+    Section,
+    Side,
+    Steps,
+    Text,
+    Tokens,
 )
-from tiltflow.core.paths import home_for_tilde
+from tiltflow.evaluation.watch.settings import WatchRules
 from tiltflow.models.family import HOW_TO_ADD, family_named, family_names, has_files
 from tiltflow.models.pipelines.directory import Pipelines
-
-Positive = Annotated[int, Field(ge=1, le=FAR)]
-Count = Annotated[int, Field(ge=0, le=FAR)]
-Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
-Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
-Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
-Tokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
-Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Level = Annotated[float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-def _place(path: str) -> str:
-    """A path with the home directory for a leading `~`."""
-    if "\0" in path:
-        raise ValueError("have no null character in it")
-    try:
-        return home_for_tilde(path)
-    except ValueError as error:
-        raise ValueError("not begin with the ~ of a user who has no home directory") from error
-
-
-Place = Annotated[Text, AfterValidator(_place)]
-"""A path, a hub id or something packaged; the home directory stands for a leading `~`."""
-
-
-class Section(BaseModel):
-    """Frozen, and nothing is coerced: 4.0 is no integer, "4" is no number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
+from tiltflow.train.settings import ColdStartConfig, TiltConfig, TrainConfig
 
 Autocast = Literal["bf16", "auto"]
 """Mixed precision of the networks; `auto` is none on CPUs without bf16 instructions."""
@@ -177,96 +148,6 @@ class SamplerConfig(Section):
     eta: Annotated[float, Field(ge=0, le=1)] = 0.9
 
 
-class TrainConfig(Section):
-    """`batch_size` is global (stage 2: samples a rollout), `micro_batch_size` a rank's.
-
-    `fake_scores`: one for the samples of all boundaries, as published, or one for each boundary.
-    `boundary_power` p: the matching gradient at level s counts (1 − s)^−p times; 0 as published.
-    `skip_nonfinite` is how many steps a run may skip for a non-finite number before it stops.
-    `fake_score_weight_decay`: null is `weight_decay`. `ema_…`: `train/averaging.py`.
-    """
-
-    steps: Positive
-    batch_size: Samples
-    micro_batch_size: Samples | None = None
-    generator_lr: Rate
-    fake_score_lr: Rate
-    fake_scores: Literal["shared", "per_boundary"] = "shared"
-    boundary_power: Weight = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: Weight = 0.0
-    fake_score_weight_decay: Weight | None = None
-    clip: Rate = 1.0
-    ema: Beta = 0.99
-    ema_every: Literal["update", "iteration"] = "update"
-    ema_warmup: bool = False
-    ema_interval: Positive = 1
-    ema_repeats: Positive = 1
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: Count = 0
-    skip_nonfinite: Count = 0
-
-    @property
-    def micro(self) -> int:
-        """Samples that go through a network at once: all, or at most `micro_batch_size`."""
-        return min(self.micro_batch_size or self.batch_size, self.batch_size)
-
-
-class ColdStartConfig(Section):
-    """METHOD §4; `consistency_max_delta` is in thousandths of σ.
-
-    `reuse` is how many iterations one rollout serves: 1 as published, at most K.
-    `keep_graph`: the step that the generator's update differentiates is run once, and its graph
-    kept while the fake score is updated.
-    `fresh_boundary`: the generator's update has boundary samples of its own.
-    """
-
-    generator_every: Positive = 10
-    fresh_boundary: bool = False
-    reuse: Steps = 1
-    keep_graph: bool = False
-    consistency: Weight = 0.01
-    consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
-    consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200
-
-
-class TiltConfig(Section):
-    """METHOD §5; `subset` is M. `reward_steps`: the last steps that rewards go back through.
-
-    `reward_normalise`: every sample's reward gradient counts alike; as published, as it comes.
-    The settings from `kl_form` to `round_images` are explained at `train/tilt_settings.py`'s.
-    `fake_score_start`: stage 1's fake score trained on, or frozen under a fresh adapter.
-    `keep_graph`: the steps that the generator's update differentiates run once, their graphs kept
-    from the rollout; `auto` where `gradient_checkpointing=auto` finds the memory for it.
-    """
-
-    group_size: Annotated[int, Field(ge=2, le=MOST_SAMPLES)] = 24
-    subset: Steps = 2
-    clip_range: Rate = 1e-5
-    advantage_clip: Rate = 5.0
-    kl: Weight = 0.0
-    log_prob: Literal["unit", "gaussian"] = "unit"
-    kl_form: Literal["unit", "gaussian"] | None = None
-    policy_reduction: Literal["mean", "sum"] = "mean"
-    merge_same_prompts: bool = False
-    drop_zero_advantages: bool = False
-    round_images: bool = False
-    keep_graph: bool | Literal["auto"] = False
-    policy_weight: Weight = 1.0
-    matching_weight: Weight = 1e-3
-    reward_weight: Weight = 1e-4
-    reward_target: float = 3.0
-    reward_steps: Steps = 1
-    reward_normalise: bool = False
-    decode_chunk: Samples | None = None
-    match_steps: Literal["last", "random", "all"] = "last"
-    fake_score_start: Literal["continued", "fresh"] = "continued"
-    fake_score_updates: Steps = 1
-    consistency: Weight = 0.01
-    consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
-    consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200
-
-
 class RewardConfig(Section):
     """`backprop`: back-propagate it where it is differentiable. `options` go to the reward."""
 
@@ -283,17 +164,6 @@ def plain_weight(value: object) -> object:
 
 
 Rewards = dict[Text, Annotated[RewardConfig, BeforeValidator(plain_weight)]]
-
-
-class WatchRules(Section):
-    """When the watch warns (docs/watch.md); null switches a rule off."""
-
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
-    held_out_fall: Annotated[float, Field(ge=0)] | None = 0.25
-    agreement: Annotated[float, Field(gt=-1, lt=1)] | None = 0.4
-    diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.7
-    high_frequency: Annotated[float, Field(gt=1)] | None = 2.0
-    drift: Annotated[float, Field(gt=1)] | None = 1.5
 
 
 class WatchConfig(Section):

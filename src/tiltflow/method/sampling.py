@@ -18,6 +18,9 @@ from tiltflow.method.rollout import rollout
 from tiltflow.models.backbone import Conditioning
 from tiltflow.models.roles import Role
 
+DRAW_OFFSET = 1_000_003
+"""Between the noise numbers of a sample's successive draws."""
+
 
 def numbered_noise(
     randomness: Randomness, stream: str, numbers: Sequence[int], shape: tuple[int, ...]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tiltflow.models.adapters import AdapterSettings, add_adapter, call, frozen_below, load_weights
 from tiltflow.models.backbone import Backbone, Conditioning
 from tiltflow.models.graphs import Graphs, Work
-from tiltflow.models.switch import AdapterSwitch
+from tiltflow.models.switch import FEW_STEP, AdapterSwitch, stack_tilt
 
 State = dict[str, Tensor]
 Named = dict[str, dict[str, nn.Parameter]]
@@ -233,8 +233,7 @@ def adapter_roles(
     but the teacher are called with `guidance`, A starts with `init_std`, `graphs` record passes.
     """
     student, teacher = backbone.student_base, backbone.teacher_base
-    stack = ("few_step",) if few_step else ()
-    frozen = frozen_below(student, "few_step", *few_step) if few_step else None
+    frozen = frozen_below(student, FEW_STEP, *few_step) if few_step else None
     generator = add_adapter(student, "generator", settings, seed, True, init_std)
     ema = add_adapter(student, "ema", settings, seed, False, init_std)
     start = fit_to_boundaries(fake_score, boundaries) if fake_score is not None else None
@@ -253,16 +252,19 @@ def adapter_roles(
     def fake_below(name: str) -> Role:
         return role(f"few_step_{name}", teacher, (f"few_step_{name}",), below[name])
 
+    def stack(own: str) -> tuple[str, ...]:
+        return stack_tilt(own) if few_step else (own,)
+
     def fake(name: str) -> Role:
         under = (f"few_step_{name}",) if below else ()
         return role(name, teacher, (*under, name), fakes[name])
 
     roles = Roles(
         teacher=role("teacher", teacher, ()),
-        generator=role("generator", student, (*stack, "generator"), generator),
+        generator=role("generator", student, stack("generator"), generator),
         fake_score=_fake_score(fake, boundaries),
-        ema=role("ema", student, (*stack, "ema"), ema),
-        reference=role("reference", student, stack, frozen) if stack else None,
+        ema=role("ema", student, stack("ema"), ema),
+        reference=role("reference", student, (FEW_STEP,), frozen) if few_step else None,
         fake_score_below=_fake_score(fake_below, boundaries) if below else None,
     )
     roles.ema.load(roles.generator.state())

@@ -12,6 +12,19 @@ from torch import nn
 
 from tiltflow.models.low_rank import Copies, FusedLinear
 
+FEW_STEP, TILT = "few_step", "tilt"
+"""The adapters of stage 1 and stage 2, as exports name them."""
+
+
+def stack_tilt(own: str = TILT) -> tuple[str, ...]:
+    """The adapters of a tilted generator: stage 2's `own` on stage 1's, over one base.
+
+    What they compute is base + few_step + strength · tilt, each a product of its own, so that
+    neither the teacher nor the few-step student changes by the tilt, and `AdapterSwitch.scale`
+    turns it from 0 (stage 1's student) to 1 (as trained) and beyond.
+    """
+    return (FEW_STEP, own)
+
 
 class AdapterSwitch:
     """Flips the active adapters of a network, and nothing else.

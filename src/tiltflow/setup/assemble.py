@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
-
-from torch import Tensor
 
 from tiltflow.config.load import RewardConfig, RunConfig
 from tiltflow.core.distributed import Ranks
@@ -17,21 +14,28 @@ from tiltflow.models.backbone import Backbone
 from tiltflow.models.roles import Roles
 from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
+from tiltflow.train import objective, terms
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.cold_start import ColdStart
+from tiltflow.train.objective import make_objective
 from tiltflow.train.optim import Guard, Updater, constant, cosine
+from tiltflow.train.parts import Parts
+from tiltflow.train.scoring import Scorer
+from tiltflow.train.terms import Match, Policy, Pull, Span, make_terms
 from tiltflow.train.tilt import Tilt
-from tiltflow.train.tilt_settings import TiltSettings
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
 
 
 def make_stage(
     cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, share: Share
 ) -> ColdStart | Tilt:
-    """The stage of `cfg.stage`, on one rank's share."""
-    make = _cold_start if cfg.stage == "cold_start" else _tilt
-    sigmas = backbone.few_step_sigmas(cfg.sampler.steps)
-    return make(cfg, backbone, encoded, roles, sigmas, share)
+    """The stage of `cfg.stage`, on one rank's share.
+
+    Raises:
+        ValueError: if a term, an objective or a reward that the config names cannot be made.
+    """
+    parts = _parts(cfg, backbone, encoded, roles, share)
+    return _cold_start(cfg, parts) if cfg.stage == "cold_start" else _tilt(cfg, backbone, parts)
 
 
 def build_rewards(table: dict[str, RewardConfig], backbone: Backbone) -> RewardMixture:
@@ -59,94 +63,80 @@ def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks, guard: Guar
     return Updater(role, lr, train.betas, decay, train.clip, schedule, ranks, guard)
 
 
-def _common(
-    cfg: RunConfig,
-    backbone: Backbone,
-    encoded: EncodedPrompts,
-    roles: Roles,
-    sigmas: Tensor,
-    share: Share,
-) -> dict[str, Any]:
+def _parts(
+    cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, share: Share
+) -> Parts:
     """What both stages are made of."""
     randomness, eta, guard = Randomness(cfg.run.seed), cfg.sampler.eta, Guard()
     chosen = cfg.cold_start if cfg.stage == "cold_start" else cfg.tilt
-    fake = FakeScoreTrainer(
-        role=roles.fake_score,
-        updater=_updater(cfg, roles, "fake_score", share.ranks, guard),
-        randomness=randomness,
-        share=share,
-        eta=eta,
-        consistency=chosen.consistency,
-        form=chosen.consistency_form,
-        max_delta=chosen.consistency_max_delta,
-    )
     guidance = cfg.model.guidance if cfg.model.guidance is not None else backbone.guidance
-    return {
-        "roles": roles,
-        "prompts": encoded,
-        "sampler": PromptSampler(len(encoded), randomness),
-        "randomness": randomness,
-        "fake": fake,
-        "matching": Matching(
-            roles.teacher,
-            roles.fake_score,
-            randomness,
-            share,
-            guidance,
-            eta,
-            cfg.train.boundary_power,
+    train = cfg.train
+    return Parts(
+        roles=roles,
+        prompts=encoded,
+        sampler=PromptSampler(len(encoded), randomness),
+        randomness=randomness,
+        fake=FakeScoreTrainer(
+            role=roles.fake_score,
+            updater=_updater(cfg, roles, "fake_score", share.ranks, guard),
+            randomness=randomness,
+            share=share,
+            eta=eta,
+            consistency=chosen.consistency,
+            form=chosen.consistency_form,
+            max_delta=chosen.consistency_max_delta,
         ),
-        "updater": _updater(cfg, roles, "generator", share.ranks, guard),
-        "sigmas": to_device(sigmas, backbone.device),
-        "latent_shape": backbone.latent_shape,
-        "eta": eta,
-        "share": share,
-        "ema": Averaging(
-            cfg.train.ema,
-            cfg.train.ema_every,
-            cfg.train.ema_warmup,
-            cfg.train.ema_interval,
-            cfg.train.ema_repeats,
+        matching=Matching(
+            roles.teacher, roles.fake_score, randomness, share, guidance, eta, train.boundary_power
         ),
-    }
+        updater=_updater(cfg, roles, "generator", share.ranks, guard),
+        sigmas=to_device(backbone.few_step_sigmas(cfg.sampler.steps), backbone.device),
+        latent_shape=backbone.latent_shape,
+        eta=eta,
+        share=share,
+        ema=Averaging(
+            train.ema, train.ema_every, train.ema_warmup, train.ema_interval, train.ema_repeats
+        ),
+    )
 
 
-def _cold_start(cfg: RunConfig, *parts: Any) -> ColdStart:
+def _cold_start(cfg: RunConfig, parts: Parts) -> ColdStart:
     chosen = cfg.cold_start
-    return ColdStart(
-        **_common(cfg, *parts),
-        generator_every=chosen.generator_every,
-        reuse=chosen.reuse,
-        keep_graph=chosen.keep_graph,
-        fresh_boundary=chosen.fresh_boundary,
-    )
+    setting = objective.Setting(parts.roles, parts.randomness, parts.share, parts.matching)
+    follows = make_objective(chosen.objective, chosen.objective_options, setting)
+    return ColdStart(**vars(parts), settings=chosen, objective=follows)
 
 
-def _tilt(cfg: RunConfig, *parts: Any) -> Tilt:
-    backbone: Backbone = parts[0]
-    tilt = cfg.tilt
-    settings = TiltSettings(
-        group_size=tilt.group_size,
-        subset=tilt.subset,
-        clip_range=tilt.clip_range,
-        advantage_clip=tilt.advantage_clip,
-        kl=tilt.kl,
-        log_prob=tilt.log_prob,
-        policy_weight=tilt.policy_weight,
-        matching_weight=tilt.matching_weight,
-        reward_weight=tilt.reward_weight,
-        reward_target=tilt.reward_target,
-        reward_steps=tilt.reward_steps,
-        reward_normalise=tilt.reward_normalise,
-        match_steps=tilt.match_steps,
-        fake_score_updates=tilt.fake_score_updates,
-        decode_chunk=tilt.decode_chunk or cfg.train.micro,
-        policy_reduction=tilt.policy_reduction,
-        kl_form=tilt.kl_form,
-        merge_same_prompts=tilt.merge_same_prompts,
-        drop_zero_advantages=tilt.drop_zero_advantages,
-        round_images=tilt.round_images,
-        keep_graph=tilt.keep_graph is True,
+def _tilt(cfg: RunConfig, backbone: Backbone, parts: Parts) -> Tilt:
+    chosen, rewards = cfg.tilt, build_rewards(cfg.rewards, backbone)
+    roles, randomness, steps = parts.roles, parts.randomness, parts.steps
+    backprop = chosen.reward_weight > 0 and rewards.has_differentiable
+    first = steps - (chosen.reward_steps if backprop else 0)
+    bound = chosen.reward_weight if chosen.reward_normalise else None
+    policy = Policy(chosen, roles, randomness, stop=min(first, steps - 1))
+    setting = terms.Setting(
+        roles, randomness, parts.share, parts.matching, steps, parts.eta, parts.latent_shape,
+        parts.sigmas,
+    )  # fmt: skip
+    return Tilt(
+        **vars(parts),
+        settings=chosen,
+        rewards=rewards,
+        scorer=Scorer(
+            rewards,
+            backbone.decode,
+            parts.share,
+            chosen.reward_target,
+            chosen.decode_chunk or cfg.train.micro,
+            chosen.round_images,
+            backbone.medium,
+        ),
+        policy=policy,
+        terms=(
+            policy,
+            Match(chosen, parts.matching, randomness, steps),
+            Pull(chosen, Span(first, steps, bound) if backprop else None),
+            *make_terms(chosen.terms, setting),
+        ),
+        backprop=backprop,
     )
-    rewards = build_rewards(cfg.rewards, backbone)
-    return Tilt(**_common(cfg, *parts), rewards=rewards, settings=settings)

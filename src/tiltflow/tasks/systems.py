@@ -15,18 +15,16 @@ from tiltflow.core.randomness import Randomness
 from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.evaluation.scores import System
 from tiltflow.export.writing import load_lora
-from tiltflow.method.sampling import sample_few_step, sample_ode
+from tiltflow.method.sampling import DRAW_OFFSET, sample_few_step, sample_ode
 from tiltflow.models.backbone import Backbone, Conditioning
 from tiltflow.models.lora_files import adapter_keys
 from tiltflow.models.roles import Role
-from tiltflow.models.switch import AdapterSwitch
+from tiltflow.models.switch import FEW_STEP, TILT, AdapterSwitch, stack_tilt
 from tiltflow.scheduler import CPSFlowMatchScheduler
 
 TEACHER = "teacher"
 """The system that others are measured against: the teacher with all its steps."""
 
-DRAW_OFFSET = 1_000_003
-"""Between the noise numbers of an index's successive draws."""
 DECODED_AT_ONCE = 16
 """Images: more do not fit a CPU's caches (on the embedded model half as fast), nor a GPU's memory
 where images are large."""
@@ -69,19 +67,19 @@ def load_students(
         return Loaded(backbone, None, {"merged": made("merged", backbone, backbone.student_base)})
     if tilt is not None and few_step is None:
         raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
-    for name, folder in (("few_step", few_step), ("tilt", tilt)):
+    for name, folder in ((FEW_STEP, few_step), (TILT, tilt)):
         if folder is not None:
             _load(backbone, name, folder)
     teacher_switch = AdapterSwitch(backbone.teacher_base)
     student = backbone.student_base
     switch = teacher_switch if student is backbone.teacher_base else AdapterSwitch(student)
     if tilt is not None:
-        switch.scale("tilt", strength)
+        switch.scale(TILT, strength)
     students: dict[str, Role] = {}
     if few_step is not None:
-        students["ac_dmd"] = made("ac_dmd", backbone, student, ("few_step",), switch)
+        students["ac_dmd"] = made("ac_dmd", backbone, student, (FEW_STEP,), switch)
     if tilt is not None:
-        students["rtdmd"] = made("rtdmd", backbone, student, ("few_step", "tilt"), switch)
+        students["rtdmd"] = made("rtdmd", backbone, student, stack_tilt(), switch)
     base = backbone.teacher_base
     teacher = Role("teacher", backbone, base, (), teacher_switch, autocast=autocast)
     return Loaded(backbone, teacher, students)

@@ -10,7 +10,6 @@ from tiltflow.core.distributed import Ranks
 from tiltflow.evaluation.diversity import features_of
 from tiltflow.evaluation.watch.history import FILE, History
 from tiltflow.evaluation.watch.probes import FixedPrompts, Probes, ProbeSettings
-from tiltflow.evaluation.watch.rules import Rules
 from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.medium import Features
 from tiltflow.models.roles import Role
@@ -63,7 +62,7 @@ def build_watch(
     )
     return Watch(
         probes.measure,
-        Rules(**chosen.rules.model_dump()),
+        chosen.rules,
         stage.rewards.weights,
         # as in the log, a run that died before its first save starts over
         History(out / FILE, start if start else -1, write=ranks.main),

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiltflow.core.randomness import Randomness
-from tiltflow.data.embeddings import EncodedPrompts
-from tiltflow.data.prompts import Prompt, PromptSampler
+from tiltflow.data.prompts import Prompt
+from tiltflow.method.boundary import Boundary
 from tiltflow.method.distribution_matching import matching_loss
 from tiltflow.method.rollout import Rollout, advance, attach, stochastic
 from tiltflow.models.backbone import Conditioning, Grouped
 from tiltflow.models.graphs import recorded
-from tiltflow.models.roles import Roles
-from tiltflow.train.averaging import Averaging
-from tiltflow.train.optim import Guard, Updater
-from tiltflow.train.updates import FakeScoreTrainer, Matching, Share, rollout_in_parts
+from tiltflow.train.objective import Objective
+from tiltflow.train.parts import Parts
+from tiltflow.train.settings import ColdStartConfig
+from tiltflow.train.updates import rollout_in_parts
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Cycle:
         return Cycle(number, window * generator_every + place * reuse, length)
 
 
-@dataclass(frozen=True)
-class ColdStart:
+@dataclass(frozen=True, kw_only=True)
+class ColdStart(Parts):
     """One stage-1 iteration: a fake-score update, and every `generator_every`-th a generator one.
 
     Both use the iteration's boundary samples. As published, 1 to K generator steps from noise make
@@ -59,66 +57,44 @@ class ColdStart:
     prompts, with noise and a number of steps drawn anew.
     """
 
-    roles: Roles
-    prompts: EncodedPrompts
-    sampler: PromptSampler
-    randomness: Randomness
-    fake: FakeScoreTrainer
-    matching: Matching
-    updater: Updater
-    sigmas: Tensor
-    latent_shape: tuple[int, ...]
-    eta: float
-    share: Share
-    generator_every: int
-    ema: Averaging
-    reuse: int = 1
-    keep_graph: bool = False
-    fresh_boundary: bool = False
+    settings: ColdStartConfig
+    objective: Objective
     _held: dict[int, tuple[Rollout, list[Prompt]]] = field(default_factory=dict, repr=False)
-
-    @property
-    def updaters(self) -> dict[str, Updater]:
-        return {"generator": self.updater, "fake_score": self.fake.updater}
-
-    @property
-    def guard(self) -> Guard:
-        return self.updater.guard
 
     @recorded
     def iteration(self, step: int) -> dict[str, Tensor]:
         """Runs iteration `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
-        cycle = Cycle.of(step, self.reuse, self.generator_every)
+        cycle = Cycle.of(step, self.settings.reuse, self.settings.generator_every)
         stop = self.stops(cycle)[step - cycle.first]
         if cycle.number not in self._held:
             self._held.clear()  # the old one first: both need not be in memory
             self._held[cycle.number] = self._rollout(cycle)
         trajectory, prompts = self._held[cycle.number]
         both = self._updates_both(step)
-        kept = self._advance(cycle, trajectory, stop) if both and self.keep_graph else []
+        kept = self._advance(cycle, trajectory, stop) if both and self.settings.keep_graph else []
         x_s = torch.cat([part.detach() for part in kept]) if kept else trajectory.states[stop]
-        s = trajectory.level(stop)
-        metrics = self.fake.update(step, step, x_s, s, trajectory.cond, prompts, stop)
+        at = Boundary(x_s, trajectory.level(stop), stop, trajectory.cond, prompts)
+        metrics = self.fake.accumulate(step, at) | self.fake.apply(step)
         if both:
-            if self.fresh_boundary:
+            if self.settings.fresh_boundary:
                 trajectory, stop = self._fresh(step, trajectory.cond)
-                x_s = trajectory.states[stop]
-            metrics |= self._generator_update(step, trajectory, stop, x_s, prompts, kept)
+                at = Boundary.of(trajectory, stop, prompts)
+            metrics |= self._generator_update(step, trajectory, at, kept)
         each = self.ema.every == "iteration"
         if both or each:
-            count = step + 1 if each else (step + 1) // self.generator_every
+            count = step + 1 if each else (step + 1) // self.settings.generator_every
             self.roles.update_ema(self.ema.at(count), self.guard.refused(step))
         if step + 1 == cycle.first + cycle.length:
             self._held.clear()
         return metrics
 
     def _updates_both(self, step: int) -> bool:
-        return (step + 1) % self.generator_every == 0
+        return (step + 1) % self.settings.generator_every == 0
 
     def stops(self, cycle: Cycle) -> list[int]:
         """After how many generator steps each iteration of a cycle takes its boundary."""
-        steps, random = len(self.sigmas) - 1, self.randomness
-        if self.reuse == 1:
+        steps, random = self.steps, self.randomness
+        if self.settings.reuse == 1:
             return random.integers("stop", cycle.number, 1, steps + 1, (1,)).tolist()
         order = random.permutation("stop", cycle.number, steps)[: cycle.length]
         return [k + 1 for k in order.tolist()]
@@ -130,10 +106,10 @@ class ColdStart:
         indices = self.sampler.indices(begin, len(self.share))
         cond, prompts = self.prompts.select(indices, self.roles.generator.backbone.device)
         *others, end = self.stops(cycle)
-        made_later = self.keep_graph and self._updates_both(cycle.first + cycle.length - 1)
+        made_later = self.settings.keep_graph and self._updates_both(cycle.first + cycle.length - 1)
         keep = {*others, end - 1} if made_later else {*others, end, end - 1}
         x, stop = self._noise(cycle, "init"), max(keep)
-        noise = [self._noise(cycle, f"step{k}") for k in range(min(stop, len(self.sigmas) - 2))]
+        noise = [self._noise(cycle, f"step{k}") for k in range(min(stop, self.steps - 1))]
         trajectory = rollout_in_parts(
             self.share,
             self.roles.generator,
@@ -150,8 +126,8 @@ class ColdStart:
     def _fresh(self, step: int, cond: Conditioning | Grouped) -> tuple[Rollout, int]:
         """Boundary samples of iteration `step` for the generator's update alone, and after how
         many steps they are."""
-        drawn = self.randomness.integers("fresh/stop", step, 1, len(self.sigmas), (1,))
-        stop, random = int(drawn), range(len(self.sigmas) - 2)
+        drawn = self.randomness.integers("fresh/stop", step, 1, self.steps + 1, (1,))
+        stop, random = int(drawn), range(self.steps - 1)
         noise = [self._draw(f"fresh/step{k}", step) for k in random[:stop]]
         trajectory = rollout_in_parts(
             self.share,
@@ -185,24 +161,19 @@ class ColdStart:
         ]
 
     def _generator_update(
-        self,
-        step: int,
-        trajectory: Rollout,
-        stop: int,
-        x_s: Tensor,
-        prompts: Sequence[Prompt],
-        kept: list[Tensor],
+        self, step: int, trajectory: Rollout, at: Boundary, kept: list[Tensor]
     ) -> dict[str, Tensor]:
-        """The matching gradient at boundary `stop`, carried through the step that made it only;
+        """The objective's gradient at a boundary, carried through the step that made it only;
         `kept` are its graphs by micro-batches, each freed with its backward pass, or nothing."""
-        s, metrics = trajectory.level(stop), dict[str, Tensor]()
-        gradient = self.matching.gradient("matching", step, x_s, s, trajectory.cond, stop)
+        assert at.k is not None
+        metrics: dict[str, Tensor] = {}
+        gradient = self.objective.gradient("matching", step, at)
         for rows in self.share.micro_batches():
             if kept:
                 losses = self._pulled(kept.pop(0), gradient[rows])
             else:
-                losses = self._attached(trajectory.rows(rows), stop - 1, gradient[rows])
-            self.updater.watch("the matching loss", losses, prompts[rows])
+                losses = self._attached(trajectory.rows(rows), at.k - 1, gradient[rows])
+            self.updater.watch("the matching loss", losses, at.prompts[rows])
             self.share.add(metrics, {"generator/matching": losses})
         norm = self.share.whole(self.updater.apply(step))
         return metrics | {"generator/grad_norm": norm}

@@ -12,8 +12,8 @@ from torch import Tensor
 from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.core.randomness import Randomness
 from tiltflow.core.transfer import to_device
-from tiltflow.data.prompts import Prompt
 from tiltflow.flow import renoise_level
+from tiltflow.method.boundary import Boundary
 from tiltflow.method.distribution_matching import matching_gradient
 from tiltflow.method.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.method.policy import share_in_groups
@@ -135,35 +135,11 @@ class FakeScoreTrainer:
             transition_noise=(noise("a"), noise("b")),
         )
 
-    def update(
-        self,
-        step: int,
-        draw: int,
-        x_s: Tensor,
-        s: Tensor,
-        cond: Conditioning | Grouped,
-        prompts: Sequence[Prompt],
-        boundary: int | None,
-    ) -> dict[str, Tensor]:
-        """One optimizer step on this rank's boundary samples, as `accumulate` takes them."""
-        return self.accumulate(draw, x_s, s, cond, prompts, boundary) | self.apply(step)
-
-    def accumulate(
-        self,
-        draw: int,
-        x_s: Tensor,
-        s: Tensor,
-        cond: Conditioning | Grouped,
-        prompts: Sequence[Prompt],
-        boundary: int | None,
-    ) -> dict[str, Tensor]:
-        """The gradient at this rank's boundary samples x_s (b, ...), levels s (b,), for `apply`.
-
-        `boundary` is the one that they all are of, from 1 to K; None is several.
-        """
-        draws = self.draws(draw, x_s, s)
+    def accumulate(self, draw: int, at: Boundary) -> dict[str, Tensor]:
+        """The gradient at this rank's boundary samples, for `apply`; `draw` as in `draws`."""
+        draws = self.draws(draw, at.x, at.s)
         metrics: dict[str, Tensor] = {}
-        role = self.role.at(boundary)
+        role = self.role.at(at.k)
 
         def work(given: Any) -> Any:
             x, level, positive, drawn = given
@@ -180,9 +156,10 @@ class FakeScoreTrainer:
             return losses.detach(), parts
 
         for rows in self.share.micro_batches():
-            given = (x_s[rows], s[rows], dict(cond[rows].positive), vars(draws.rows(rows)))
+            part = at.rows(rows)
+            given = (part.x, part.s, dict(part.conditioning.positive), vars(draws.rows(rows)))
             losses, parts = role.replayed("fake score", work, given)
-            self.updater.watch("the fake-score loss", losses, prompts[rows])
+            self.updater.watch("the fake-score loss", losses, part.prompts)
             self.share.add(metrics, parts)
         return metrics
 
@@ -208,37 +185,28 @@ class Matching:
     eta: float
     boundary_power: float = 0.0
 
-    def gradient(
-        self,
-        stream: str,
-        draw: int,
-        x_s: Tensor,
-        s: Tensor,
-        conditioning: Conditioning | Grouped,
-        boundary: int,
-    ) -> Tensor:
-        """g at this rank's x_s (b, ...) of a `boundary`, levels s (b,), in micro-batches; no
-        graph."""
-        shape, device = x_s.shape[1:], x_s.device
+    def gradient(self, stream: str, draw: int, at: Boundary) -> Tensor:
+        """g at this rank's boundary samples (b, ...), in micro-batches; no graph."""
+        shape, device = at.x.shape[1:], at.x.device
         random, share = self.randomness, self.share
         uniform = random.uniform(f"{stream}/t", draw, (share.batch,))
-        t = renoise_level(s, share.of(uniform, device))
+        t = renoise_level(at.s, share.of(uniform, device))
         noise = share.noise(random, f"{stream}/noise", draw, shape, device)
         z = share.noise(random, f"{stream}/z", draw, shape, device)
         parts = []
         for rows in share.micro_batches():
-            cond = conditioning[rows]
+            part = at.rows(rows)
             parts.append(
                 matching_gradient(
-                    x_s[rows],
-                    s[rows],
+                    part.x,
+                    part.s,
                     t[rows],
                     noise[rows],
                     z[rows],
-                    self.teacher.field(cond, self.guidance),
-                    self.fake_score.at(boundary).field(cond),
+                    self.teacher.field(part.conditioning, self.guidance),
+                    self.fake_score.at(part.k).field(part.conditioning),
                     self.eta,
                 )
             )
-        weight = (1 - s).pow(-self.boundary_power)
+        weight = (1 - at.s).pow(-self.boundary_power)
         return torch.cat(parts) * weight.view(-1, *[1] * len(shape))

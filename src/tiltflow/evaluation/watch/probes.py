@@ -16,14 +16,11 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.diversity import pairwise_distance
 from tiltflow.evaluation.watch.drift import log_velocity_gap
 from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement
-from tiltflow.method.sampling import numbered_noise, sample_few_step, sample_ode
+from tiltflow.method.sampling import DRAW_OFFSET, numbered_noise, sample_few_step, sample_ode
 from tiltflow.models.backbone import Conditioning
 from tiltflow.models.medium import Features
 from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.combine import RewardMixture
-
-DRAW_OFFSET = 1_000_003
-"""Between the noise numbers of a sample's successive draws."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement, first_with
+from tiltflow.evaluation.watch.settings import WatchRules
 
 RISING = 0.05
 """The level at which a trained reward counts as risen; the fall beside it is held to `alpha`."""
@@ -22,27 +22,8 @@ FEWEST = 10
 """Samples below which ranks say nothing at any level in use."""
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Thresholds; None switches a rule off. `alpha` is the level of each test.
-
-    `held_out_fall` X: a held-out reward has lost more than the share X of its gain since its
-    highest mean, while a trained reward rose. `agreement` R: the trained rewards rose, and on the
-    samples where they did no held-out reward did (rank correlation below R). `diversity` Y: below
-    Y times the reference's. `high_frequency` and `drift`, factors: that much above the higher, or
-    below the lower, of teacher and reference. The reference is the first measurement.
-    """
-
-    alpha: float = 1e-3
-    held_out_fall: float | None = 0.25
-    agreement: float | None = 0.4
-    diversity: float | None = 0.7
-    high_frequency: float | None = 2.0
-    drift: float | None = 1.5
-
-
 def judge(
-    history: Sequence[Measurement], rules: Rules, weights: Mapping[str, float]
+    history: Sequence[Measurement], rules: WatchRules, weights: Mapping[str, float]
 ) -> dict[str, str]:
     """The alarms that the last of `history` raises: a sentence by rule, none where all is well.
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tiltflow.evaluation.watch.history import LOGARITHMS, TEACHER, History, Measurement, first_with
-from tiltflow.evaluation.watch.rules import Rules, judge
+from tiltflow.evaluation.watch.rules import judge
+from tiltflow.evaluation.watch.settings import WatchRules
 
 Measure = Callable[[int, bool], Measurement]
 """(step, whether to measure the teacher's samples too) → what was measured."""
@@ -20,7 +21,7 @@ class Watch:
     """
 
     def __init__(
-        self, measure: Measure, rules: Rules, weights: Mapping[str, float], history: History
+        self, measure: Measure, rules: WatchRules, weights: Mapping[str, float], history: History
     ) -> None:
         self.measure, self.rules, self.weights, self.history = measure, rules, weights, history
 

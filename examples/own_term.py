@@ -1,0 +1,55 @@
+"""A term of stage 2 of one's own: it holds the generator near stage 1's. Here: python own_term.py
+
+In a recipe: `tilt.terms={own_term:Stay: {weight: 0.5}}`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from tiltflow.config.load import load_config
+from tiltflow.method.rollout import step
+from tiltflow.tasks.train import run_training
+from tiltflow.train.terms import Attached, Epoch, Loss, Setting, Span, single
+
+
+class Stay:
+    """weight · mean‖mean of a step − mean of the same step by stage 1‖², at every step."""
+
+    name = "the distance to stage 1"
+
+    def __init__(self, setting: Setting, weight: float) -> None:
+        if not weight >= 0:
+            raise ValueError(f"weight is {weight}, which is below 0")
+        self.setting, self.weight = setting, weight
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        return tuple(single(k) for k in range(self.setting.steps)) if self.weight else ()
+
+    def begin(self, epoch: Epoch) -> Loss:
+        reference = self.setting.roles.reference
+        assert reference is not None
+
+        def loss(at: Attached) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            part, k = at.part, at.span.first
+            with torch.no_grad():
+                there, _ = step(
+                    reference, part.states[k], part.sigmas, k, part.conditioning, part.eta
+                )
+            gap = (at.mean - there).square().flatten(1).mean(1)
+            return self.weight * gap, {"generator/stay": gap.detach()}
+
+        return loss
+
+
+def main(out: Path, *settings: str) -> None:
+    run_training(load_config("mixture_cold_start", [f"run.out={out}/cold", *settings]), Console())
+    tilt = [f"run.out={out}/tilt", f"model.few_step={out}/cold"]
+    tilt += ["tilt.terms={own_term:Stay: {weight: 0.5}}", *settings]
+    run_training(load_config("mixture_tilt", tilt), Console())
+
+
+if __name__ == "__main__":
+    main(Path("runs/own_term"), *sys.argv[1:])

@@ -1,0 +1,264 @@
+"""The terms of stage 2's loss (METHOD §5): where each needs a graph, and what it adds there.
+
+An epoch asks every term for its `spans`, makes the rollout, and then has each span of sampler steps
+run once with gradient, whichever terms look at it. A term of one's own is a class with `name`,
+`spans` and `begin`, named under `tilt.terms` in a recipe (examples/own_term.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tiltflow.core.randomness import Randomness
+from tiltflow.core.registry import find, made
+from tiltflow.data.prompts import Prompt
+from tiltflow.method.boundary import Boundary
+from tiltflow.method.distribution_matching import matching_loss
+from tiltflow.method.policy import choose_steps, clipped_surrogate, policy_kl
+from tiltflow.method.reward_backprop import in_equal_parts
+from tiltflow.method.rollout import Rollout, log_prob
+from tiltflow.method.rollout import step as sampler_step
+from tiltflow.models.roles import Roles
+from tiltflow.train.objective import Objective
+from tiltflow.train.scoring import Scored
+from tiltflow.train.settings import TiltConfig
+from tiltflow.train.updates import Share
+
+GROUP = "tiltflow.terms"
+"""The entry points of terms from other packages."""
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Sampler steps `first` … `stop` − 1, run again as one graph; none where `first` is `stop`: the
+    state as it is, for a term that calls the networks itself.
+
+    `bound`: each sample's gradient at the states between the steps is held to this weight's share
+    of the loss, at the norm of `in_equal_parts`.
+    """
+
+    first: int
+    stop: int
+    bound: float | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    @property
+    def states(self) -> range:
+        return range(self.first, self.stop + 1)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A span of some rows with its graph: its end `x` (b, ...); `mean` and `std` of a single step.
+
+    `part` is the rows' trajectory without graph.
+    """
+
+    span: Span
+    rows: slice
+    part: Rollout
+    x: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One rollout and its rewards: what the terms look at. Rows are this rank's.
+
+    `advantages` (b,) are over the groups of the global batch.
+    """
+
+    step: int
+    trajectory: Rollout
+    prompts: Sequence[Prompt]
+    scored: Scored
+    advantages: Tensor
+
+
+Loss = Callable[[Attached], tuple[Tensor, dict[str, Tensor]]]
+"""The weighted loss (b,) at a span, and figures (b,) for the log."""
+
+
+class Term(Protocol):
+    """One term of the generator's loss."""
+
+    @property
+    def name(self) -> str:
+        """What an error about a value that is not finite calls it."""
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        """Where epoch `step` needs a graph; none for a term of weight 0."""
+
+    def begin(self, epoch: Epoch) -> Loss:
+        """What does not need the generator's graph, done once an epoch."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a term is made with, besides its options.
+
+    `steps` is K. Random numbers are draws of `randomness`, made for the global batch; `share` has
+    this rank's rows of them.
+    """
+
+    roles: Roles
+    randomness: Randomness
+    share: Share
+    matching: Objective
+    steps: int
+    eta: float
+    latent_shape: tuple[int, ...]
+    sigmas: Tensor = field(repr=False)
+
+
+def single(k: int) -> Span:
+    """Step k alone."""
+    return Span(k, k + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """SubGRPO: the policy gradient of M of the stochastic steps below `stop`.
+
+    Steps that the reward is back-propagated through are not among them: one step has one gradient
+    of the reward.
+    """
+
+    settings: TiltConfig
+    roles: Roles
+    randomness: Randomness
+    stop: int
+    name: str = "the policy loss"
+
+    def steps(self, step: int) -> tuple[int, ...]:
+        """The trained steps of epoch `step`; members of a group have noise of their own there."""
+        if self.settings.policy_weight == 0:
+            return ()
+        order = self.randomness.permutation("subset", step, self.stop)
+        return choose_steps(order, self.settings.subset)
+
+    def parts(self, step: int) -> int:
+        """What every term is divided by, besides the batch."""
+        return len(self.steps(step)) + 1 if self.settings.policy_reduction == "sum" else 1
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        return tuple(single(k) for k in self.steps(step))
+
+    def begin(self, epoch: Epoch) -> Loss:
+        chosen = self.settings
+        over = 1 if chosen.policy_reduction == "sum" else len(self.steps(epoch.step))
+
+        def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
+            k, part = at.span.first, at.part
+            now = log_prob(part.states[k + 1], at.mean, at.std, chosen.log_prob)
+            old = part.log_probs[k]
+            losses = clipped_surrogate(now, old, epoch.advantages[at.rows], chosen.clip_range)
+            seen = {"policy/ratio_gap": (torch.exp(now.detach() - old) - 1).abs()}
+            if chosen.kl > 0:
+                kl = policy_kl(
+                    at.mean, self._reference(part, k), at.std, chosen.kl_form or chosen.log_prob
+                )
+                losses = losses + chosen.kl * kl
+                seen["policy/kl"] = kl.detach()
+            return chosen.policy_weight * losses / over, seen
+
+        return loss
+
+    def _reference(self, part: Rollout, k: int) -> Tensor:
+        """The mean of step k by the stage-1 policy."""
+        reference = self.roles.reference
+        assert reference is not None
+        with torch.no_grad():
+            mean, _ = sampler_step(
+                reference, part.states[k], part.sigmas, k, part.conditioning, part.eta
+            )
+        return mean
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """AC-DMD at the last boundary as published, at a random one, or at all of them."""
+
+    settings: TiltConfig
+    objective: Objective
+    randomness: Randomness
+    steps: int
+    name: str = "the matching loss"
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        if self.settings.matching_weight == 0:
+            return ()
+        if self.settings.match_steps == "all":
+            return tuple(single(k) for k in range(self.steps))
+        if self.settings.match_steps == "random":
+            at = self.randomness.integers("match/boundary", step, 0, self.steps, (1,))
+            return (single(int(at)),)
+        return (single(self.steps - 1),)
+
+    def begin(self, epoch: Epoch) -> Loss:
+        gradients = {}
+        for span in self.spans(epoch.step):
+            at = Boundary.of(epoch.trajectory, span.stop, epoch.prompts)
+            stream = f"matching{span.first}"
+            gradients[span] = self.objective.gradient(stream, epoch.step, at)
+
+        def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
+            losses = matching_loss(at.x, gradients[at.span][at.rows])
+            return self.settings.matching_weight * losses, {"generator/matching": losses.detach()}
+
+        return loss
+
+
+@dataclass(frozen=True, eq=False)
+class Pull:
+    """The rewards' own gradient, back through `span`: the deterministic last step as published."""
+
+    settings: TiltConfig
+    span: Span | None
+    name: str = "the reward's gradient"
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        return () if self.span is None else (self.span,)
+
+    def begin(self, epoch: Epoch) -> Loss:
+        found, losses = epoch.scored.gradient, epoch.scored.losses
+        assert found is not None and losses is not None
+        norms = found.flatten(1).norm(dim=1)
+        gradient = in_equal_parts(found) if self.settings.reward_normalise else found
+
+        def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
+            rows = at.rows
+            pull = self.settings.reward_weight * (at.x * gradient[rows]).flatten(1).sum(1)
+            seen = {
+                "generator/reward_loss": losses[rows],
+                "generator/reward_gradient": norms[rows],
+            }
+            return pull, seen
+
+        return loss
+
+
+BUILTIN: dict[str, str] = {}
+"""Terms that a recipe may add by name: name → `module:Class`."""
+
+
+def make_terms(chosen: Mapping[str, Mapping[str, Any]], setting: Setting) -> list[Term]:
+    """The terms of `tilt.terms`: builtin ones, entry points of `tiltflow.terms`, or dotted paths
+    `package.module:Class`; a class is called with the setting and its options.
+
+    Raises:
+        ValueError: if there is none of that name, or it does not take the options.
+    """
+    terms: list[Term] = []
+    for name, options in chosen.items():
+        kind: Any = find("term", BUILTIN.get(name, name), GROUP, BUILTIN, "Class")
+        terms.append(made("term", name, kind, setting=setting, **options))
+    return terms

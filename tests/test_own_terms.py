@@ -1,0 +1,164 @@
+"""Terms of stage 2 and objectives of stage 1 from outside the package."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from tiltflow.config.load import load_config
+from tiltflow.core import registry
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.tasks.train import run_training
+from tiltflow.train.terms import Attached, Epoch, Loss, Setting, Span
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = [
+    "run.device=cpu", "train.batch_size=8", "train.steps=4", "checkpoint.every=2", "log.every=1",
+    "log.samples_every=0", "watch.rewards={}",
+]  # fmt: skip
+STAY = "tilt.terms={own_term:Stay: {weight: %s}}"
+
+
+@pytest.fixture(scope="module")
+def examples() -> Iterator[None]:
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cold")
+    run_training(load_config("mixture_cold_start", [f"run.out={out}", *SHORT]), Console())
+    return out
+
+
+def tilt(out: Path, cold: Path, *more: str) -> dict[str, Tensor]:
+    chosen = [f"run.out={out}", f"model.few_step={cold}", *SHORT, "tilt.group_size=4", *more]
+    run_training(load_config("mixture_tilt", chosen), Console())
+    return dict(load_checkpoint(out).tensors["generator"])
+
+
+def rows(out: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_term_from_outside_trains_and_resumes(examples: None, cold: Path, tmp_path: Path) -> None:
+    plain = tilt(tmp_path / "plain", cold)
+    whole = tilt(tmp_path / "whole", cold, STAY % 50.0)
+    assert not same(plain, whole)
+    gaps = rows(tmp_path / "whole", "generator/stay")
+    assert len(gaps) == 4 and gaps[-1] > 0
+    assert same(plain, tilt(tmp_path / "off", cold, STAY % 0.0))
+    tilt(tmp_path / "parts", cold, STAY % 50.0, "train.steps=2")
+    resumed = tilt(tmp_path / "parts", cold, STAY % 50.0, "run.resume=true")
+    assert same(whole, resumed)
+
+
+def test_a_term_is_found_by_entry_point(
+    examples: None, cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = EntryPoint("stay", "own_term:Stay", "tiltflow.terms")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] * (group == point.group))
+    named = tilt(tmp_path / "a", cold, "tilt.terms={stay: {weight: 50.0}}")
+    assert same(named, tilt(tmp_path / "b", cold, STAY % 50.0))
+
+
+class Forward:
+    """A term that calls the network itself, at the rollout's end re-noised to σ = 1/2."""
+
+    name = "the forward term"
+
+    def __init__(self, setting: Setting, weight: float) -> None:
+        self.setting, self.weight = setting, weight
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        return (Span(self.setting.steps, self.setting.steps),)
+
+    def begin(self, epoch: Epoch) -> Loss:
+        def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
+            assert not at.x.requires_grad and torch.equal(at.x, at.part.end)
+            half = at.x.new_full((len(at.x),), 0.5)
+            v = self.setting.roles.generator(0.5 * at.x, half, at.part.conditioning)
+            return self.weight * v.square().flatten(1).mean(1), {}
+
+        return loss
+
+
+def test_a_term_may_call_the_networks_itself(cold: Path, tmp_path: Path) -> None:
+    none = ["tilt.policy_weight=0", "tilt.matching_weight=0"]
+    terms = "tilt.terms={test_own_terms:Forward: {weight: 1.0}}"
+    one = tilt(tmp_path / "a", cold, *none, "tilt.reward_weight=1e-9", terms)
+    two = tilt(
+        tmp_path / "b", cold, *none, "tilt.reward_weight=1e-9", terms, "train.micro_batch_size=4"
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-6)
+    assert not same(one, tilt(tmp_path / "c", cold, *none, "tilt.reward_weight=1e-9"))
+
+
+def test_an_objective_from_outside_trains_stage_1(examples: None, tmp_path: Path) -> None:
+    found = {}
+    for name, more in {
+        "ac_dmd": [],
+        "own": ["cold_start.objective=own_objective:Difference"],
+        "none": [
+            "cold_start.objective=own_objective:Difference",
+            "cold_start.objective_options={scale: 0.0}",
+        ],
+    }.items():
+        chosen = [f"run.out={tmp_path / name}", *SHORT, "cold_start.generator_every=2", *more]
+        run_training(load_config("mixture_cold_start", chosen), Console())
+        found[name] = dict(load_checkpoint(tmp_path / name).tensors["generator"])
+    assert not same(found["ac_dmd"], found["own"]) and not same(found["own"], found["none"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("tilt.terms={stayy: {}}", "there is no term 'stayy'"),
+        ("tilt.terms={own_term:Stayy: {}}", "term 'own_term:Stayy': 'own_term' has no 'Stayy'"),
+        (STAY % -1.0, "term 'own_term:Stay': weight is -1.0, which is below 0"),
+        ("tilt.terms={own_term:Stay: {wait: 1}}", "term 'own_term:Stay': .*wait"),
+    ],
+)
+def test_what_is_no_term_says_one_sentence(
+    examples: None, cold: Path, tmp_path: Path, setting: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        tilt(tmp_path / "run", cold, setting)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_what_is_no_objective_says_one_sentence(tmp_path: Path) -> None:
+    for more, said in (
+        (["cold_start.objective=dmd"], "there is no objective 'dmd'"),
+        (["cold_start.objective_options={a: 1}"], "ac_dmd takes none"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            chosen = [f"run.out={tmp_path / 'run'}", *SHORT, *more]
+            run_training(load_config("mixture_cold_start", chosen), Console())
+
+
+def test_the_examples_run(examples: None, tmp_path: Path) -> None:
+    import own_objective  # type: ignore[import-not-found]
+    import own_term  # type: ignore[import-not-found]
+
+    own_objective.main(tmp_path / "objective", *SHORT)
+    own_term.main(tmp_path / "term", *(s for s in SHORT if "batch" not in s), "train.batch_size=16")
+    assert rows(tmp_path / "term" / "tilt", "generator/stay")
+    for page in ("own_term", "own_objective"):
+        assert len((EXAMPLES / f"{page}.py").read_text().splitlines()) <= 60
