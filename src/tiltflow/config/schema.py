@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tiltflow.config.rules import check_together
 from tiltflow.core.limits import LARGEST_RANK, LARGEST_SEED, MOST_IMAGES
