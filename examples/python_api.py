@@ -1,7 +1,7 @@
 """tiltflow from Python: train with a callback, look at the run, sample, evaluate, compare.
 
-Stage 1 runs on the closed-form mixture, which takes seconds; pictures come from the embedded
-model, here its teacher with 20 and with 4 steps.
+Stage 1 runs on the closed-form mixture, which takes seconds. With a pipeline's directory in its
+place the same calls make images.
 
     python python_api.py [FOLDER]
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 import tiltflow
 
@@ -35,13 +37,13 @@ def main(folder: Path) -> None:
     run = tiltflow.train(config, Loss())
     print(f"{run.path} is at step {run.step}, finished: {run.finished}")
 
-    model, prompts = "packaged:pipeline", ["a red circle", "a blue square"]
-    images = tiltflow.sample(model, prompts, teacher_steps=20, device="cpu")
-    print(f"images {images.shape}, from {images.min()} to {images.max()}")
+    prompts = [""] * 500  # the mixture has no prompts: these are 500 points
+    points = tiltflow.sample("mixture", prompts, few_step=run.path, device="cpu")
+    print(f"points {points.shape}, distance from the centre {np.hypot(*points.T).mean():.2f}")
 
     figures = folder / "evaluation.json"
-    tiltflow.evaluate(model, suite="shapes", count=12, teacher_steps=20, device="cpu", out=figures)
-    for row in tiltflow.compare(figures, systems=("teacher", "teacher_4_step")):
+    tiltflow.evaluate("mixture", prompts, ["linear"], few_step=run.path, device="cpu", out=figures)
+    for row in tiltflow.compare(figures, systems=("ac_dmd", "teacher")):
         low, high = row["ci95"]
         print(f"{row['a']} − {row['b']} on {row['reward']}: [{low:.3f}, {high:.3f}]")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,11 @@ from test_cli import SRC
 
 import tiltflow
 from tiltflow.core import registry
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.randomness import SAMPLE_INIT, Randomness, sample_step
+from tiltflow.flow import cps_step
 from tiltflow.models.families import MIXTURE
+from tiltflow.models.families.mixture import MixtureBackbone
 from tiltflow.models.family import family_named, family_names
 from tiltflow.models.medium import PointMedium, load_medium
 
@@ -150,8 +155,6 @@ def test_train_tells_its_callbacks_and_opens_the_run(tmp_path: Path) -> None:
 
 
 def test_callbacks_change_no_weight(tmp_path: Path) -> None:
-    from tiltflow.core.checkpoint import load_checkpoint
-
     ends = []
     for name, callbacks in (("seen", Seen()), ("silent", tiltflow.Callbacks())):
         run = tiltflow.train(mixture(tmp_path / name), callbacks)
@@ -254,6 +257,41 @@ def test_what_cannot_be_registered(
         tiltflow.register(kind, name, target)
 
 
+def test_the_mixtures_student_is_sampled_and_scored_as_its_run_left_it(tmp_path: Path) -> None:
+    cold = tiltflow.train(mixture(tmp_path / "cold"))
+    tilt = tiltflow.train(
+        tiltflow.load_recipe(
+            "mixture_tilt",
+            model={"few_step": cold.path},
+            tilt={"group_size": 2},
+            train={"steps": 2, "batch_size": 8},
+            run={"out": tmp_path / "tilt", "device": "cpu"},
+        )
+    )
+    how: dict[str, Any] = {"few_step": cold.path, "device": "cpu"}
+    points = tiltflow.sample("mixture", ["a", "b", "c"], **how)
+    backbone, random = MixtureBackbone(), Randomness(0)
+    network = backbone.new_copy("student", 0)
+    network.load_state_dict(load_checkpoint(cold.path).tensors["ema"])
+    x = torch.stack([random.normal(SAMPLE_INIT, n, (2,)) for n in range(3)])
+    for k, (now, then) in enumerate(itertools.pairwise(backbone.few_step_sigmas(4))):
+        noise = torch.stack([random.normal(sample_step(k), n, (2,)) for n in range(3)])
+        with torch.no_grad():
+            v = network(x, now.expand(3))
+        x = cps_step(x, v, now.expand(3), then.expand(3), 0.9, noise)
+    assert np.allclose(points, x.numpy(), atol=1e-5)
+    tilted = tiltflow.sample("mixture", ["a", "b", "c"], tilt_lora=tilt.path, **how)
+    assert points.shape == tilted.shape == (3, 2) and not np.array_equal(points, tilted)
+    found = tiltflow.evaluate(
+        "mixture", ["a", "b", "c"], ["linear"], out=tmp_path / "e.json", tilt_lora=tilt.path, **how
+    )
+    assert list(found.summary["systems"]) == ["teacher", "teacher_4_step", "ac_dmd", "rtdmd"]
+    assert np.allclose(found.scores["ac_dmd"]["linear"], points[:, 0], atol=1e-6)
+    for wrong, said in (({"tilt": 0.5}, "has no dial"), ({"few_step": tmp_path}, "checkpoint")):
+        with pytest.raises(ValueError, match=said):
+            tiltflow.sample("mixture", ["a"], **{**how, **wrong})
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -349,6 +387,5 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
 def test_example_python_api(tmp_path: Path) -> None:
     said = run_example("python_api.py", tmp_path)
     assert "step 200: matching loss" in said and "saved step-000200" in said
-    assert "images (2, 64, 64, 3)" in said
-    assert "teacher − teacher_4_step on shapes" in said
+    assert "points (500, 2)" in said and "ac_dmd − teacher on linear" in said
     assert (tmp_path / "runs" / "python_api" / "evaluation.json").is_file()

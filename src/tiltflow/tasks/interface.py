@@ -37,9 +37,9 @@ class Sampling(TypedDict, total=False):
     """How a model is sampled. What is left out is as the student was trained, or as said here."""
 
     few_step: str | Path | None
-    """Stage-1 LoRA folder; without one, the teacher is sampled."""
+    """Stage-1 LoRA folder, of the mixture a run directory; without one, the teacher is sampled."""
     tilt_lora: str | Path | None
-    """Stage-2 LoRA folder, on top of `few_step`."""
+    """Stage-2 LoRA folder, on top of `few_step`; of the mixture a run directory."""
     tilt: float
     """Strength of stage 2, 0 to 1. Left out: 1."""
     steps: int | None
@@ -157,8 +157,8 @@ def sample(
 ) -> NDArray[np.generic] | list[Path]:
     """One image a prompt, from the furthest-trained system that `how` names (`Sampling`).
 
-    Images come back as (N, H, W, 3) uint8. With `out` they go to files in that folder instead,
-    one at a time, and their paths come back; under torchrun the ranks share them.
+    Images come back as (N, H, W, 3) uint8, the mixture's points as (N, 2) fp32. With `out` they go
+    to files in that folder instead, and their paths come back; under torchrun the ranks share them.
 
     Raises:
         ValueError: if there is no prompt, a setting is out of range, or something does not load.

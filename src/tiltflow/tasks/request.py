@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.core.paths import embedding_cache
 from tiltflow.core.precision import autocast_dtype
 from tiltflow.core.randomness import Randomness
 from tiltflow.core.sizes import Resolution
 from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
-from tiltflow.data.embeddings import BATCH, EncodedPrompts, distinct
+from tiltflow.data.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.backbone import Backbone, Parts
 from tiltflow.models.families import load_backbone
@@ -28,6 +29,7 @@ from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.setup.build import DTYPES, device_of
 from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.tasks.choices import Choices, Dtype, settle
+from tiltflow.tasks.copies import checkpoints_of, load_copies, settle_copies
 from tiltflow.tasks.systems import Loaded, Sampler, load_students
 
 
@@ -84,7 +86,25 @@ class Request:
             "resolution": self.resolution,
             "max_sequence_length": self.max_sequence_length,
         }
+        if not self.has_files:
+            return settle_copies(asked, self.checkpoints)
         return settle(asked, self.dtype, self.pipelines, self.few_step, self.tilt_lora)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the model is a pipeline's directory; else the students are runs' networks, and
+        `few_step` and `tilt_lora` the run directories."""
+        return has_files(self.model, self.family)
+
+    @cached_property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Of a model without files, the runs' checkpoints.
+
+        Raises:
+            ValueError: as `checkpoints_of`.
+        """
+        assert self.few_step is not None
+        return checkpoints_of(self.few_step, self.tilt_lora)
 
     def _check(self) -> None:
         """Raises ValueError for what is wrong whatever the model is."""
@@ -95,7 +115,9 @@ class Request:
         ):  # fmt: skip
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{option} is {value}, which is no finite number")
-        if not has_files(self.model, self.family):
+        if not self.has_files and self.tilt != 1:
+            raise ValueError(f"--tilt is {self.tilt}, but a student without adapters has no dial")
+        if not self.has_files and self.few_step is None:
             raise ValueError(
                 f"the {self.model} backbone has no images to sample; use tiltflow train"
             )
@@ -107,6 +129,8 @@ def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
     Raises:
         ValueError: as `Request.settled` and `check_request`, or if anything does not load.
     """
+    if not request.has_files:
+        return _prepare_copies(request)
     check_request(request)
     with ranks.main_first():  # the others find the prompts in the cache
         encoded = _encoded(request)
@@ -117,16 +141,27 @@ def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
     loaded = load_students(
         backbone, request.few_step, request.tilt_lora, request.tilt, mixed, chosen.guidance
     )
+    return loaded, _sampler(request, backbone, encoded)
+
+
+def _prepare_copies(request: Request) -> tuple[Loaded, Sampler]:
+    device = device_of(request.device)
+    request.settled  # noqa: B018  # says what is wrong before anything is made
+    loaded = load_copies(request.family or request.model, request.checkpoints, device)
+    encoded = encode_prompts(loaded.backbone, request.prompts)
+    return loaded, _sampler(request, loaded.backbone, encoded)
+
+
+def _sampler(request: Request, backbone: Backbone, encoded: EncodedPrompts) -> Sampler:
     guidance = backbone.guidance if request.guidance is None else request.guidance
-    sampler = Sampler(
+    return Sampler(
         encoded,
         Randomness(request.seed),
-        chosen.steps,
-        chosen.eta,
+        request.settled.steps,
+        request.settled.eta,
         request.teacher_steps,
         guidance,
     )
-    return loaded, sampler
 
 
 def check_request(request: Request) -> None:
