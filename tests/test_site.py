@@ -37,8 +37,13 @@ def median_words(page: Path) -> int:
     return lengths[len(lengths) // 2]
 
 
-def test_the_first_page_has_short_sentences() -> None:
-    assert median_words(build_site.ROOT / "README.md") <= 18
+PAGES = [p for p in sorted((build_site.ROOT / "docs").glob("*.md")) if p.name != "errors.md"]
+
+
+@pytest.mark.parametrize("page", [build_site.ROOT / "README.md", *PAGES], ids=lambda p: p.name)
+def test_a_page_has_short_sentences(page: Path) -> None:
+    """The median has at most 18 words; the studies in docs/lab are logs, and not held to it."""
+    assert median_words(page) <= 18
 
 
 def test_a_public_name_without_a_docstring_is_named(tmp_path: Path) -> None:
