@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,10 @@ from PIL import Image
 from test_cli import SRC
 
 import tiltflow
-from tiltflow.core import registry
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.randomness import SAMPLE_INIT, Randomness, sample_step
 from tiltflow.flow import cps_step
-from tiltflow.models.families import MIXTURE
 from tiltflow.models.families.mixture import MixtureBackbone
-from tiltflow.models.family import family_named, family_names
-from tiltflow.models.medium import PointMedium, load_medium
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "python.md"
@@ -198,63 +194,6 @@ def test_sample_evaluate_compare(tiny_pipeline: Callable[[str], Path], tmp_path:
         - np.mean(found.scores["teacher_4_step"]["test_train:redness"])
     )
     assert tiltflow.compare(figures) == found.summary["comparisons"]
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is registered, and nothing stays."""
-    monkeypatch.setattr(registry, "_REGISTERED", {})
-
-
-def always_one(
-    images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]
-) -> torch.Tensor:
-    return torch.ones(len(images))
-
-
-always_one.domain = "points"  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("target", [always_one, f"{__name__}:always_one"])
-def test_a_registered_reward_is_a_reward_by_name(
-    target: object, fresh: None, tmp_path: Path
-) -> None:
-    tiltflow.register("reward", "one", target)
-    tiltflow.register("reward", "one", target)  # a cell that is run twice
-    cold = tiltflow.train(mixture(tmp_path / "cold"))
-    tilt = tiltflow.load_recipe(
-        "mixture_tilt", model={"few_step": cold.path}, rewards={"one": 1.0},
-        train={"steps": 1, "batch_size": 4}, tilt={"group_size": 2}, log={"every": 1},
-        run={"out": tmp_path / "tilt", "device": "cpu"},
-    )  # fmt: skip
-    assert tiltflow.train(tilt).metrics[-1]["reward/one"] == 1
-    with pytest.raises(ValueError, match="one' is registered already, as"):
-        tiltflow.register("reward", "one", "elsewhere:one")
-
-
-def test_media_and_families_are_registered_too(fresh: None) -> None:
-    tiltflow.register("medium", "dots", "tiltflow.models.medium:PointMedium")
-    assert isinstance(load_medium("dots"), PointMedium)
-    tiltflow.register("family", "again", "tiltflow.models.families:MIXTURE")
-    assert family_named("again") is MIXTURE and "again" in family_names()
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "target", "said"),
-    [
-        ("rewrad", "a", "m:f", "no kind 'rewrad' to register: it is one of family, medium, rew"),
-        ("reward", "clipscore", "m:f", "'clipscore' is a builtin one"),
-        ("reward", "a:b", "m:f", "'a:b' is no name for a reward"),
-        ("reward", "a", "m", "'m' should read 'package.module:name'"),
-        ("reward", "a", lambda *given: None, "has no place of its own in a module"),
-        ("family", "a", MIXTURE, "has no place of its own in a module"),
-    ],
-)
-def test_what_cannot_be_registered(
-    kind: str, name: str, target: object, said: str, fresh: None
-) -> None:
-    with pytest.raises(ValueError, match=said):
-        tiltflow.register(kind, name, target)
 
 
 def test_the_mixtures_student_is_sampled_and_scored_as_its_run_left_it(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tiltflow.tasks.export import export_run
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
 from tiltflow.tasks.train import train_run
+from tiltflow.train import objective, terms
 
 Prompts = str | Path | Sequence[str | Prompt]
 """A prompt file or the name of a packaged set; or the prompts themselves, in a list."""
@@ -274,13 +275,16 @@ def request_of(
 KINDS: Mapping[str, tuple[str, Collection[str]]] = {
     "family": (family.GROUP, family.BUILTIN),
     "medium": (medium.ENTRY_POINTS, medium.BUILTIN),
+    "objective": (objective.GROUP, (objective.AC_DMD,)),
     "reward": (rewards_base.ENTRY_POINTS, rewards_base.BUILTIN),
+    "term": (terms.GROUP, terms.BUILTIN),
 }
 """What can be registered: the group of its entry points, and the names that are taken."""
 
 
 def register(kind: str, name: str, target: object) -> None:
-    """Gives your own reward, medium or model family a name that recipes of this process know.
+    """Gives your own reward, term of stage 2, objective of stage 1, medium or model family a name
+    that recipes of this process know. `kind` is "reward", "term", "objective", "medium", "family".
 
     `target` is a function or class of a module, or its place as "package.module:name", which is
     imported when it is used. A run that others are to resume should name the place itself, or
