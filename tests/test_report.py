@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tiltflow.evaluation import figures
+from tiltflow.evaluation.charts import WIDTH, Series, chart, curves
 from tiltflow.evaluation.report import p_text, write_report
 
 VOID = {"meta", "img", "line", "circle", "polyline", "br", "link"}
@@ -48,6 +49,15 @@ class Page(HTMLParser):
 
     def text(self, *tags: str) -> list[str]:
         return [text for tag, text in self.texts if tag in tags]
+
+
+def drawn(svg: str, part: str) -> list[np.ndarray]:
+    """The points (n, 2) of each drawn line or outline of a figure that is called so."""
+    paths = re.findall(rf'<g class="{part}">\s*<path d="([^"]*)"', svg)
+    return [
+        np.array([float(v) for v in re.findall(r"-?[0-9.]+", path)]).reshape(-1, 2)
+        for path in paths
+    ]
 
 
 def score(mean: float, half: float) -> dict[str, object]:
@@ -132,7 +142,7 @@ def test_results_and_comparisons_in_figures_and_words(tmp_path: Path) -> None:
 
 
 def test_figures_have_labels_axes_and_units(tmp_path: Path) -> None:
-    _, page = write(tmp_path)
+    source, page = write(tmp_path)
     svgs = [s for s in page.all("svg") if s.get("role") == "img"]
     labels = [s["aria-label"] or "" for s in svgs]
     # Two intervals, one curve of each stage: a constant has none, nor has text.
@@ -143,11 +153,23 @@ def test_figures_have_labels_axes_and_units(tmp_path: Path) -> None:
     axes = page.text("text")
     assert axes.count("training step") == 2
     assert "loss (no unit)" in axes and "mean reward (no unit)" in axes
-    for s in page.all("polyline"):
-        pairs = np.array([[float(v) for v in p.split(",")] for p in (s["points"] or "").split()])
-        assert len(pairs) in (100, 5)
-        assert pairs[:, 0].min() >= figures.LEFT and pairs[:, 0].max() <= figures.WIDTH
-        assert pairs[:, 1].min() >= 0 and pairs[:, 1].max() <= figures.HEIGHT - figures.BOTTOM
+    lines = drawn(source, "series")
+    assert [len(points) for points in lines] == [100, 100, 5]  # a curve, its median, another
+    for points in lines:
+        assert points.min() >= 0 and points[:, 0].max() <= WIDTH
+        assert points[:, 1].max() <= figures_bottom(source)
+    bars, dots = drawn(source, "bar"), drawn(source, "dot")
+    assert len(bars) == len(dots) == 3  # two systems under one reward, one under another
+    for bar, dot in zip(bars, dots, strict=True):  # every mean is in the middle of its interval
+        assert np.allclose(bar.mean(0), dot.mean(0), atol=0.1)
+
+
+def figures_bottom(source: str) -> float:
+    """The height of a step's label, below which no line may reach."""
+    heights = re.findall(
+        r'<text [^>]*text-anchor: middle[^"]*"[^>]* y="([0-9.]+)"[^>]*>[0-9,]+<', source
+    )
+    return min(map(float, heights[-3:]))
 
 
 def test_samples_are_the_images_with_alternatives(tmp_path: Path) -> None:
@@ -199,27 +221,42 @@ def test_many_curves_are_folded(tmp_path: Path) -> None:
 def test_curves_cut_spikes_and_thin_long_runs() -> None:
     rows: list[dict[str, Any]] = [{"step": i, "loss": 1 + (i % 7) / 10} for i in range(200)]
     rows[50]["loss"] = 500.0
-    (curve,) = figures.curves(rows)
-    assert (curve.outside, curve.window, curve.each) == (1, 10, 1)
-    assert len(curve.raw.split()) == len(curve.smooth.split()) == 200
+    (curve,) = curves("s", rows)
+    assert curve.note == "Bold: running median of 10 points. 1 point lies outside the frame."
+    raw, smooth = drawn(curve.svg, "series")
+    assert len(raw) == len(smooth) == 200
+    assert np.ptp(smooth[:, 1]) > 1  # the spike does not flatten the rest
     long = [{"step": i, "loss": float(i)} for i in range(1999)]
-    (curve,) = figures.curves(long)
-    assert curve.each == 4 and len(curve.raw.split()) == 500 and curve.outside == 0
+    (curve,) = curves("s", long)
+    assert (
+        curve.note
+        == "A point is the mean of 4 lines of the log. Bold: running median of 25 points."
+    )
+    assert len(drawn(curve.svg, "series")[0]) == 500
     with pytest.raises(ValueError, match="no step"):
-        figures.curves([{"loss": 1.0}])
+        curves("s", [{"loss": 1.0}])
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.5, 1]),
-        (-3, 9, [0, 5]),
-        (0, 8, [0, 2, 4, 6, 8]),
-        (0.1, 0.12, [0.1, 0.105, 0.11, 0.115, 0.12]),
-    ],
-)
-def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    assert figures.ticks(low, high) == pytest.approx(expected)
+def test_equal_runs_give_equal_pages(tmp_path: Path) -> None:
+    assert write(tmp_path / "a")[0] == write(tmp_path / "b")[0]
+
+
+def test_figures_follow_the_page(tmp_path: Path) -> None:
+    """Its colours, dark ones too, its font, and nothing that a second figure could clash with."""
+    source, page = write(tmp_path, curves={"s $x^$ <b>": CURVES["tilt"]})
+    inside = "".join(re.findall("<svg.*?</svg>", source, re.S))
+    assert "#" not in inside and "font-family" not in inside and " id=" not in inside
+    names = set(re.findall(r"var\(--(\w+)\)", inside))
+    assert names and all(source.count(f"--{name}: ") == 2 for name in names)
+    assert any(str(s["aria-label"]).startswith("s $x^$ <b>: reward") for s in page.all("svg"))
+
+
+@pytest.mark.parametrize("name", ['a" clip-path="', ' d="M 0.123', "$a^", "_x", "名", "<i>&"])
+def test_a_name_is_text_in_a_figure(tmp_path: Path, name: str) -> None:
+    series = [Series(name, np.arange(3.0), np.arange(3.0)), Series("b", np.arange(3.0), np.ones(3))]
+    made = Page(chart(name, "axis", series).svg)
+    assert f"{' '.join(name.split())}, last 2.00" in made.text("text")
+    assert len(drawn(chart(name, "axis", series).svg, "series")) == 2
 
 
 def test_titles_of_axes_fit_beside_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_report_runs import make_run
 from test_train import recipe
 
 from tiltflow.config.load import load_config
-from tiltflow.evaluation import figures
+from tiltflow.evaluation.charts import curves
 from tiltflow.tasks import demo
 from tiltflow.tasks.report import write_run_report
 from tiltflow.tasks.train import run_training
@@ -104,8 +105,7 @@ def test_the_last_sheet_is_drawn_whether_or_not_the_steps_divide(
 
 
 DIGIT = 0.6 * 11.5
-"""The width of a figure in the page's 11.5 pixels, and the title's right edge below."""
-TITLE = 15.0
+"""The width of a figure in the page's 11.5 pixels."""
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,11 @@ TITLE = 15.0
 )  # fmt: skip
 def test_labels_stay_clear_of_the_title(low: float, high: float) -> None:
     rows = [{"step": i, "x": low + (high - low) * i / 9} for i in range(10)]
-    (curve,) = figures.curves(rows)
-    widest = max(len(tick.label) for tick in curve.y_ticks)
-    assert widest and figures.LEFT - 6 - widest * DIGIT > TITLE
+    (curve,) = curves("s", rows)
+    labels = re.findall(r'text-anchor: end[^"]*" x="([0-9.]+)"[^>]*>([^<]+)<', curve.svg)
+    title = re.search(r'<text [^>]* x="([0-9.]+)"[^>]*rotate\(-90[^>]*>x<', curve.svg)
+    assert len(labels) > 2 and title is not None
+    assert all(float(x) - len(label) * DIGIT > float(title[1]) for x, label in labels)
 
 
 def test_one_notion_of_significance(tmp_path: Path) -> None:

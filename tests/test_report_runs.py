@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_report import Page, score
+from test_report import Page, drawn, score
 
 from tiltflow.evaluation.charts import Series, chart, side_by_side
 from tiltflow.evaluation.watch.history import TEACHER, History, Measurement
@@ -162,9 +162,10 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_charts_hold_their_points_and_limits() -> None:
     steps = np.arange(5.0)
     made = chart("t", "a", [Series("x", steps, np.ones(5))], [(3.0, "limit")], [(2.0, "alarm")])
-    ys = [float(p.split(",")[1]) for p in made.lines[0].points.split()]
-    assert made.limits[0].at < min(ys)  # the limit is drawn at its own height, not at the edge
-    assert made.lines[0].band == "" and made.marks[0].label == "alarm"
+    (line,), (limit,), (mark,) = (drawn(made.svg, part) for part in ("series", "limit", "mark"))
+    assert limit[:, 1].max() < line[:, 1].min()  # drawn at its own height, not at the edge
+    assert drawn(made.svg, "band") == [] and "alarm at step 2" in made.svg
+    assert np.allclose(mark[:, 0], line[2, 0]) and np.ptp(mark[:, 1]) > 100
     with pytest.raises(ValueError, match="'t' has no points"):
         chart("t", "a", [])
     rows = {

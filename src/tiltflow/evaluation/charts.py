@@ -1,36 +1,67 @@
-"""Charts of several lines in one frame, with intervals, limits and marks; the template draws."""
+"""The report's figures as SVG, drawn by matplotlib.
+
+A page has a light and a dark form, and a figure has to follow it. So figures are drawn in the
+colours of the light form, and each colour is then replaced by the page's variable of that colour.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from tiltflow.evaluation.figures import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    MOST_POINTS,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Tick,
     axis_title,
     frame,
     metric_series,
     number,
     running_median,
     smoothing_window,
-    tick_label,
-    ticks,
+    thinned,
 )
 
-STYLES = 6
-"""Colours that the template knows; a seventh line has the first's."""
-LEGEND = 18.0
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 360, 220
+LEGEND, ROW, FOOT = 18, 42, 56
+"""Heights of a line of a legend, of a system in a forest and of what is below them, in units of the
+SVG's view box."""
+SERIES = ("#1f5fa8", "#b25a00", "#1b7a4b", "#8b3a8f", "#6b5b1e", "#0f7c86")
+"""Colours of lines; a seventh line has the first's."""
+FAINT, SOFT, RULE, ALARM, INK = "#a9c3e0", "#5b6067", "#dcdcd6", "#b3261e", "#1d1f22"
+PALETTE = {
+    **{colour: f"s{k}" for k, colour in enumerate(SERIES)},
+    **{FAINT: "faint", SOFT: "soft", RULE: "rule", ALARM: "alarm", INK: "ink"},
+}
+"""The page's variable of each colour."""
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: to be searched, read aloud, and small
+    "svg.hashsalt": "tiltflow",  # ids are random otherwise, and equal runs gave unequal pages
+    "text.parse_math": False,  # a name of a run may hold dollars
+    "path.simplify": False,  # long series are averaged down before
+    "font.size": 11.5,
+    "text.color": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.formatter.useoffset": False,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "legend.frameon": False,
+}
+
+_DROPPED = (
+    r' clip-path="[^"<]*"| font-family: [^;"<]*;| transform="rotate\(-0 [^"<]*"|(?<=>)\s+(?=<)'
+)
 
 Array = NDArray[np.float64]
 
@@ -48,69 +79,12 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A drawn series: `points` and the interval's outline `band` (may be empty) are SVG points."""
-
-    name: str
-    style: int
-    dashed: bool
-    points: str
-    band: str
-    legend_y: float
-    last: str
-
-
-@dataclass(frozen=True)
 class Chart:
-    """One frame. `limits` are horizontal lines, `marks` vertical ones; `label` says it in words."""
+    """A figure for the page: what it is called, its SVG, and a note on how it was drawn."""
 
     title: str
-    axis: str
-    label: str
-    height: float
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    lines: tuple[Line, ...]
-    limits: tuple[Tick, ...]
-    marks: tuple[Tick, ...]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """From steps in [first, last] and values in [low, high] to places in the frame."""
-
-    first: float
-    last: float
-    low: float
-    high: float
-
-    def x(self, step: Array | float) -> Array:
-        share = (np.asarray(step) - self.first) / (self.last - self.first)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: Array | float) -> Array:
-        share = (np.clip(value, self.low, self.high) - self.low) / (self.high - self.low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    def points(self, at: Array, value: Array) -> str:
-        """As SVG points."""
-        pairs = zip(self.x(at), self.y(value), strict=True)
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in pairs)
-
-    def line(self, k: int, s: Series) -> Line:
-        """The drawn form of the k-th series."""
-        band = ""
-        if s.low is not None and s.high is not None:
-            band = self.points(np.append(s.steps, s.steps[::-1]), np.append(s.low, s.high[::-1]))
-        return Line(
-            s.name,
-            k % STYLES,
-            s.dashed,
-            self.points(s.steps, s.values),
-            band,
-            HEIGHT + k * LEGEND,
-            number(float(s.values[-1])),
-        )
+    svg: Markup
+    note: str = ""
 
 
 def chart(
@@ -125,32 +99,101 @@ def chart(
     Raises:
         ValueError: if there is no point to draw.
     """
-    shown = [_thinned(s) for s in series if len(s.steps)]
+    shown = [s for s in series if len(s.steps)]
     if not shown:
         raise ValueError(f"the chart {title!r} has no points")
-    steps = np.concatenate([s.steps for s in shown])
     edges = [e for s in shown for e in (s.low, s.high) if e is not None]
-    values = np.concatenate([*(s.values for s in shown), *edges])
-    low, high = frame(values)
+    low, high = frame(np.concatenate([*(s.values for s in shown), *edges]))
     pad = 0.05 * (high - low)
     low = min([low, *(value - pad for value, _ in limits)])
     high = max([high, *(value + pad for value, _ in limits)])
-    first, last = float(steps.min()), float(steps.max())
-    last = last if last > first else first + 1
 
-    scale = Scale(first, last, low, high)
-    lines = [scale.line(k, s) for k, s in enumerate(shown)]
-    return Chart(
-        title=title,
-        axis=axis,
-        label=_words(title, shown, limits, marks),
-        height=HEIGHT + len(lines) * LEGEND,
-        x_ticks=tuple(Tick(float(scale.x(t)), f"{t:,.0f}") for t in ticks(first, last)),
-        y_ticks=tuple(Tick(float(scale.y(t)), tick_label(t, high - low)) for t in ticks(low, high)),
-        lines=tuple(lines),
-        limits=tuple(Tick(float(scale.y(value)), text) for value, text in limits),
-        marks=tuple(Tick(float(scale.x(step)), text) for step, text in marks),
-    )
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, axis, (low, high))
+        for step, _ in marks:
+            axes.axvline(step, color=ALARM, linewidth=1.4, gid="mark")
+        for value, text in limits:
+            axes.axhline(value, color=SOFT, linewidth=1, linestyle=(0, (2, 3)), gid="limit")
+            _write(axes, text, (1, value), 3, horizontalalignment="right")
+        lines = []
+        for k, s in enumerate(shown):
+            colour = SERIES[k % len(SERIES)]
+            if s.low is not None and s.high is not None:
+                around = np.clip(np.append(s.low, s.high[::-1]), low, high)
+                outline = np.append(s.steps, s.steps[::-1]), around
+                axes.fill(*outline, color=colour, alpha=0.15, linewidth=0, gid="band")
+            dashes = (0, (5, 3)) if s.dashed else "solid"
+            lines += _line(axes, s.steps, s.values, colour, linestyle=dashes)
+        names = [f"{s.name}, last {number(float(s.values[-1]))}" for s in shown]
+        figure.legend(lines, names, loc="outside lower left", labelspacing=0.3)
+
+    label = _words(title, shown, limits, marks)
+    return Chart(title, _svg(HEIGHT + LEGEND * len(shown), label, draw))
+
+
+def curves(stage: str, rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """One curve for every numeric metric with two or more points that differ.
+
+    Raises:
+        ValueError: if a row has no numeric `step`.
+    """
+    return [
+        _curve(stage, name, points)
+        for name, points in metric_series(rows).items()
+        if len(points) > 1 and np.ptp(points[:, 0]) > 0 and np.ptp(points[:, 1]) > 0
+    ]
+
+
+def _curve(stage: str, name: str, points: Array) -> Chart:
+    each, steps, values = thinned(points)
+    window = smoothing_window(len(values))
+    low, high = frame(values)
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure, axis_title(name), (low, high))
+        if window > 1:
+            _line(axes, steps, values, FAINT, linewidth=1)
+        _line(axes, steps, running_median(values), SERIES[0])
+
+    notes = []
+    if each > 1:
+        notes.append(f"A point is the mean of {each} lines of the log.")
+    if window > 1:
+        notes.append(f"Bold: running median of {window} points.")
+    if outside := int(((values > high) | (values < low)).sum()):
+        lie = "point lies" if outside == 1 else "points lie"
+        notes.append(f"{outside} {lie} outside the frame.")
+    ends = [number(float(np.median(part))) for part in (values[:window], values[-window:])]
+    label = f"{stage}: {name} over training, from {ends[0]} to {ends[1]}"
+    return Chart(name, _svg(HEIGHT, label, draw), " ".join(notes))
+
+
+def forests(evaluation: Mapping[str, Any]) -> list[Chart]:
+    """By reward of an `evaluation.json`, in their first order, the systems' means and intervals."""
+    systems = evaluation["systems"]
+    rewards = dict.fromkeys(r for s in systems.values() for r in s["scores"])
+    return [_forest(reward, systems) for reward in rewards]
+
+
+def _forest(reward: str, systems: Mapping[str, Any]) -> Chart:
+    found = {n: s["scores"][reward] for n, s in systems.items() if reward in s["scores"]}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for k, (name, score) in enumerate(found.items()):
+            axes.plot(score["ci95"], [k, k], color=SERIES[0], linewidth=2.4, gid="bar")
+            # no marker, which SVG shares under an id, but the round ends of a line of no length
+            dot = [score["mean"]] * 2, [k, k]
+            axes.plot(*dot, color=SERIES[0], linewidth=9, solid_capstyle="round", gid="dot")
+            _write(axes, name, (0, k), 7, color=INK, fontsize=12.5)
+        axes.set(ylim=(len(found) - 0.6, -0.8), yticks=[])
+        axes.margins(x=0.08)
+        axes.set_xlabel(f"mean {reward} and its 95% interval (no unit)")
+        _plain(axes, "x")
+
+    said = ", ".join(f"{name} {number(score['mean'])}" for name, score in found.items())
+    label = f"Mean {reward} with 95% intervals: {said}"
+    return Chart(reward, _svg(ROW * len(found) + FOOT, label, draw))
 
 
 def side_by_side(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
@@ -159,7 +202,7 @@ def side_by_side(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]
     charts = []
     for name in dict.fromkeys(name for found in series.values() for name in found):
         lines = [
-            Series(run, found[name][:, 0], _smooth(found[name][:, 1]))
+            Series(run, *_smoothed(found[name]))
             for run, found in series.items()
             if name in found and len(found[name]) > 1
         ]
@@ -168,22 +211,78 @@ def side_by_side(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]
     return charts
 
 
-def _smooth(values: Array) -> Array:
-    window = smoothing_window(len(values))
-    return running_median(values, window) if window > 1 else values
+def _smoothed(points: Array) -> tuple[Array, Array]:
+    smooth = np.stack([points[:, 0], running_median(points[:, 1])], 1)
+    return thinned(smooth)[1:]
 
 
-def _thinned(series: Series) -> Series:
-    """Long series averaged down to at most `MOST_POINTS` points."""
-    each = -(-len(series.steps) // MOST_POINTS)
-    if each == 1 or series.low is not None:
-        return series
-    cuts = range(0, len(series.steps), each)
-    steps, values = (
-        np.array([column[i : i + each].mean() for i in cuts])
-        for column in (series.steps, series.values)
-    )
-    return Series(series.name, steps, values, dashed=series.dashed)
+def _svg(height: float, label: str, draw: Callable[[Figure], None]) -> Markup:
+    """What `draw` draws, whatever a user's own matplotlibrc says, for the inside of a page.
+    `label` is read to those who cannot see it."""
+    import matplotlib.style  # loads in half a second, which no other command should take
+    from matplotlib.figure import Figure
+
+    drawn = io.StringIO()
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        # measured in another font than the reader's, which may lack letters of a name
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
+        draw(figure)
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    opening = '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">'
+    return Markup(opening).format(WIDTH, height, label) + _inline(drawn.getvalue())
+
+
+def _inline(drawn: str) -> Markup:
+    """What belongs into a page of a whole SVG file, in the page's font and colours.
+
+    Names of namespaces, the licence and a style for all elements are left out, and so are clips
+    (every value was cut to its frame before). An id would stand once in every figure: the names of
+    parts become classes.
+    """
+    svg = drawn[drawn.index("<g ") : drawn.rindex("</g>") + len("</g>")] + "</svg>"
+    svg = re.sub(_DROPPED, "", svg)
+    svg = re.sub(r'<g id="([a-zA-Z]*)[^"]*"', r'<g class="\1"', svg)
+    svg = re.sub(r' d="[^"<]*"', _shortened, svg)
+    for colour, name in PALETTE.items():
+        svg = re.sub(f"(fill|stroke): {colour}", rf"\1: var(--{name})", svg)
+    return Markup(svg)
+
+
+def _shortened(path: re.Match[str]) -> str:
+    """An outline to a tenth of a unit, and without the L that SVG assumes between points."""
+    return re.sub(r"(\.\d)\d+", r"\1", path[0]).replace(" \nL ", " ")
+
+
+def _axes(figure: Figure, title: str, values: tuple[float, float]) -> Axes:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes = figure.add_subplot()
+    axes.set(xlabel="training step", ylabel=title, ylim=values)
+    axes.margins(x=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    _plain(axes, "y")
+    return axes
+
+
+def _plain(axes: Axes, rules: Literal["x", "y"]) -> None:
+    """Rules across one axis in place of a box and marks."""
+    axes.grid(axis=rules, linewidth=1)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(bottom=False, left=False)
+
+
+def _line(axes: Axes, at: Array, values: Array, colour: str, **style: Any) -> list[Any]:
+    """A line, cut to the frame where a spike leaves it."""
+    given = {"color": colour, "linewidth": 1.8, "solid_joinstyle": "round", **style}
+    return axes.plot(at, np.clip(values, *axes.get_ylim()), gid="series", **given)
+
+
+def _write(axes: Axes, text: str, at: tuple[float, float], above: float, **style: Any) -> None:
+    """Text at (share of the width, value), `above` it by so many units."""
+    axes.annotate(text, at, (0, above), ("axes fraction", "data"), "offset points", **style)
 
 
 def _words(

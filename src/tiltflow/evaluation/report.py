@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tiltflow.core.disk import write_whole
-from tiltflow.evaluation import figures
-from tiltflow.evaluation.charts import side_by_side
+from tiltflow.evaluation.charts import curves as drawn_curves
+from tiltflow.evaluation.charts import forests, side_by_side
 from tiltflow.evaluation.figures import decimals, number
 from tiltflow.evaluation.watch_figures import Watched, alarms, watch_charts
 
@@ -107,7 +107,7 @@ def write_report(
         notice=notice,
         **_results(evaluation),
         measures=MEASURES,
-        stages={stage: figures.curves(rows) for stage, rows in curves.items()},
+        stages={stage: drawn_curves(stage, rows) for stage, rows in curves.items()},
         together=[c for g in together for c in side_by_side({s: curves[s] for s in g})],
         watch=watch or {},
         alarms=alarms(watch or {}),
@@ -118,7 +118,6 @@ def write_report(
         grid=_grid(grids, prompts),
         config=config,
         versions=versions,
-        f=figures,
         number=number,
     )
     write_whole(path, page)
@@ -141,7 +140,7 @@ def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "categories": _categories(evaluation),
         "best": _best(systems),
         "digits": _digits(systems),
-        "forests": figures.forests(evaluation) if systems else [],
+        "forests": forests(evaluation) if systems else [],
         "verdicts": [_verdict(c) for c in comparisons],
         "adjusted": any("p_holm" in c for c in comparisons),
     }
