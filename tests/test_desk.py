@@ -37,7 +37,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def desk(place):
-    return Desk([place / "runs"])
+    return Desk([place / "runs"], place / "votes.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_evaluations_are_together_only_on_the_same_noise(tmp_path):
     make_evaluation(tmp_path / "a" / "evaluation.json", same | new, prompts)
     make_evaluation(tmp_path / "b" / "evaluation.json", same | {"rtdmd": [0.1, 0.1, 0.3]}, prompts)
     make_evaluation(tmp_path / "c" / "evaluation.json", same | new, prompts, seed=1)
-    desk = Desk([tmp_path / name for name in "abc"])
+    desk = Desk([tmp_path / name for name in "abc"], tmp_path / "votes.jsonl")
     sets = desk.overview()["sets"]
     assert [each["name"] for each in sets] == ["a, b", "c"]
     columns = [column.name for column in desk.table(sets[0]["id"]).columns]
@@ -211,7 +211,7 @@ def test_ten_thousand_samples_and_fifty_runs(tmp_path):
     make_evaluation(file, scores, prompts, images=False)
     for i in range(50):
         desk_data.save_image(file.with_suffix(".images") / "rtdmd" / f"{i:05d}.png", (i, 0, 0), 256)
-    with served(Desk([tmp_path / "runs"])) as client:
+    with served(Desk([tmp_path / "runs"], tmp_path / "votes.jsonl")) as client:
         began = time.perf_counter()
         overview = client.json("/api/overview")
         client.json(f"/api/run/{overview['runs'][-1]['id']}")

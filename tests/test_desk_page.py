@@ -7,6 +7,7 @@ import shutil
 import pytest
 from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, served
 
+from tiltflow.data.preferences import read_votes
 from tiltflow.desk.app import Desk
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -45,7 +46,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(place):
-    with served(Desk([place / "cold", place / "tilt"])) as client:
+    with served(Desk([place / "cold", place / "tilt"], place / "votes.jsonl")) as client:
         yield client
 
 
@@ -158,6 +159,32 @@ def test_pictures_are_small_until_asked_for(page):
     assert page.evaluate("document.activeElement.className") == "picture"
 
 
+def test_votes_by_keyboard_and_mouse_change_the_tally(page, place):
+    before = len(read_votes(place / "votes.jsonl"))
+    open_view(page, "Vote")
+    page.wait_for_selector(".sides img >> nth=1")
+    check(page)
+    for number, press in enumerate(
+        (
+            lambda: page.keyboard.press("1"),
+            lambda: page.get_by_role("button", name="right is better").click(),
+            lambda: page.keyboard.press(" "),
+        ),
+        start=before + 1,
+    ):
+        pair = page.locator(".sides img").first.get_attribute("src")
+        press()
+        page.wait_for_function(
+            "old => document.querySelector('.sides img')?.getAttribute('src') !== old", arg=pair
+        )
+        assert f"of {number} votes" in page.locator(".result").inner_text()
+    votes = read_votes(place / "votes.jsonl")[before:]
+    assert [vote["choice"] for vote in votes] == ["a", "b", "tie"]
+    page.reload()
+    page.wait_for_selector(".result")
+    assert f"of {before + 3} votes" in page.locator(".result").inner_text()
+
+
 def test_the_keyboard_alone_goes_through_the_views(page):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "tab-runs"
@@ -170,7 +197,7 @@ def test_the_keyboard_alone_goes_through_the_views(page):
 
 def test_a_page_of_another_origin_neither_reads_nor_writes(browser, client, tmp_path):
     (tmp_path / "other").mkdir()
-    with served(Desk([make_run(tmp_path / "other" / "run")])) as other:
+    with served(Desk([make_run(tmp_path / "other" / "run")], tmp_path / "votes.jsonl")) as other:
         context = browser.new_context()
         for each in (client, other):
             page = context.new_page()

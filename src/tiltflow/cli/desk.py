@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tiltflow.cli.options import place, with_debug
+from tiltflow.cli.options import option, place, with_debug
 from tiltflow.cli.terminal import terminal
 
 
@@ -25,8 +25,11 @@ def desk(
     port: Annotated[
         int, typer.Option("--port", help="port; 0 takes a free one", min=0, max=65535)
     ] = 8765,
+    votes: Annotated[
+        Path | None, option("--votes", "where votes go [preferences.jsonl in the first RUN]")
+    ] = None,
 ) -> None:
     """Look at runs, compare systems, turn the tilt and vote, in a browser on this machine."""
     from tiltflow.desk.serve import serve_desk
 
-    serve_desk(runs, host, port, terminal())
+    serve_desk(runs, host, port, votes, terminal())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -27,6 +28,7 @@ from tiltflow.desk.guard import Guard
 from tiltflow.desk.images import thumbnail
 from tiltflow.desk.sets import Choice, Table, group, load_table, look
 from tiltflow.desk.sources import Place, Sources, find_sources
+from tiltflow.desk.votes import Ballot, Match
 
 PAGE = Path(__file__).parent / "page"
 LOGS = 64
@@ -38,10 +40,11 @@ PATIENCE = 10.0
 
 
 class Desk:
-    """The runs and evaluations under the given paths, looked for anew with every overview."""
+    """The runs and evaluations under the given paths, looked for anew with every overview, and the
+    file that votes go to."""
 
-    def __init__(self, given: Sequence[Path]) -> None:
-        self.given = list(given)
+    def __init__(self, given: Sequence[Path], votes: Path) -> None:
+        self.given, self.ballot = list(given), Ballot(votes)
         self.sources: Sources = find_sources(self.given)
         self._logs: OrderedDict[str, runs.Log] = OrderedDict()
 
@@ -87,6 +90,9 @@ def make_app(desk: Desk, host: str, port: int, token: str) -> ASGIApp:
         Route("/api/set/{id}", answers.set),
         Route("/api/set/{id}/rows", answers.rows),
         Route("/api/set/{id}/image/{column:int}/{row:int}", answers.image),
+        Route("/api/pair", answers.pair, methods=["POST"]),
+        Route("/api/pair/{pair}/{side}", answers.pair_image),
+        Route("/api/vote", answers.vote, methods=["POST"]),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
     handlers = {KeyError: _missing, ValueError: _wrong, HTTPException: _refused}
@@ -134,6 +140,34 @@ class Answers:
         if column >= len(table.columns):
             raise KeyError(column)
         return _picture(request, table.columns[column].image(request.path_params["row"]))
+
+    async def pair(self, request: Request) -> Response:
+        """A new pair of images for a vote."""
+        asked = await read_body(request)
+        match = Match(*(_text(asked, key) for key in ("set", "a", "b")))
+        return JSONResponse(await run_in_threadpool(self._draw, match))
+
+    def pair_image(self, request: Request) -> Response:
+        pair, side = request.path_params["pair"], request.path_params["side"]
+        return _picture(request, self.desk.ballot.image(pair, side))
+
+    async def vote(self, request: Request) -> Response:
+        """One vote, answered with the next pair."""
+        said = await read_body(request)
+        key, choice = _text(said, "pair"), _text(said, "choice")
+        match = await run_in_threadpool(self.desk.ballot.vote, key, choice)
+        return JSONResponse(await run_in_threadpool(self._draw, match))
+
+    def _draw(self, match: Match) -> dict[str, Any]:
+        return self.desk.ballot.draw(match, self.desk.table(match.set))
+
+
+def _text(found: Mapping[str, Any], key: str) -> str:
+    """Raises ValueError if a body has no text of that name."""
+    value = found.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is a text")
+    return value
 
 
 def _choice(asked: Mapping[str, str]) -> Choice:

@@ -129,6 +129,11 @@ def reward_memory(table: Mapping[str, RewardLike]) -> dict[str, int | None]:
 def _bytes(name: str, reward: RewardLike) -> int | None:
     if name in NO_MODEL or name.startswith("remote:"):
         return 0
+    if is_fitted(name):
+        clip = read_facts(Path(home_for_tilde(name)))["clip"]
+        with torch.device("meta"):
+            fitted = _model(str(clip), "CLIPModel")
+        return None if fitted is None else 4 * _count(fitted)
     if name not in BUILTIN:
         return None
     chosen = reward.options

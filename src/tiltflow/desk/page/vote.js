@@ -1,1 +1,113 @@
-export const vote = { show: async () => {} };
+// Vote: two images of one prompt from the same noise, without their names.
+import { fill, get, h, labelled, post, s, say, select } from "./dom.js";
+
+const match = { set: "", a: "", b: "" };
+let systems = [];
+let pair = null; // the pair on show
+let busy = false;
+let home = null; // the panel
+
+async function show(panel, overview) {
+  home = panel;
+  if (!overview.sets.length) {
+    return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to vote on yet"),
+      h("p", {}, "Votes need the images of an evaluation: ", h("code", {}, "tiltflow evaluate … --keep-images"), ".")));
+  }
+  if (!overview.sets.some((set) => set.id === match.set)) await open(overview.sets[0].id);
+  if (panel.querySelector(".ballot")) return; // a pair is on show: it stays
+  fill(panel, toolbar(overview), h("div", { class: "ballot", tabindex: "-1" }), h("div", { class: "tally" }));
+  await next();
+}
+
+async function open(id) {
+  const about = await get(`/api/set/${id}`);
+  systems = about.systems.filter((name, i) => about.images[i]);
+  const [b, a] = systems.slice(-2);
+  Object.assign(match, { set: id, a: a ?? "", b: b ?? "" });
+}
+
+function toolbar(overview) {
+  const change = async (name, value) => {
+    if (name === "set") await open(value);
+    else match[name] = value;
+    home.querySelector(".toolbar").replaceWith(toolbar(overview));
+    home.querySelector(`[data-control="${name}"] select`)?.focus();
+    await next();
+  };
+  const control = (name, text, options) => {
+    const field = labelled(text, select(options, match[name], (value) => change(name, value)));
+    field.dataset.control = name;
+    return field;
+  };
+  return h("div", { class: "toolbar" },
+    overview.sets.length > 1 ? control("set", "Evaluation", overview.sets.map((set) => [set.id, set.name])) : null,
+    control("a", "Is this system", systems), control("b", "better than this one?", systems));
+}
+
+async function next() {
+  try {
+    pair = await post("/api/pair", match);
+    say("");
+    draw();
+  } catch (error) {
+    pair = null;
+    fill(home.querySelector(".ballot"));
+    fill(home.querySelector(".tally"));
+    say(error.message);
+  }
+}
+
+async function choose(choice) {
+  if (busy || !pair) return;
+  busy = true;
+  try {
+    pair = await post("/api/vote", { pair: pair.pair, choice });
+    say(`Noted: ${choice === "tie" ? "no preference" : choice}.`);
+    draw();
+    home.querySelector(".ballot").focus({ preventScroll: true });
+  } catch (error) {
+    say(error.message);
+    await next();
+  } finally {
+    busy = false;
+  }
+}
+
+function draw() {
+  const side = (name, key) => h("figure", { class: "side" },
+    h("img", { src: `/api/pair/${pair.pair}/${name}`, alt: `${name} image` }),
+    h("button", { onclick: () => choose(name) }, h("kbd", {}, key), ` ${name} is better`));
+  fill(home.querySelector(".ballot"),
+    h("p", { class: "ask", dir: "auto" }, pair.prompt),
+    h("div", { class: "sides" }, side("left", "1"), side("right", "2")),
+    h("button", { class: "tie", onclick: () => choose("tie") }, h("kbd", {}, "space"), " no preference"));
+  tally();
+}
+
+function tally() {
+  const { wins, losses, ties, rate, interval } = pair.tally;
+  const votes = wins + losses + ties;
+  const percent = (x) => `${Math.round(100 * x)}%`;
+  const x = (v) => 4 + v * 292;
+  const sure = interval[0] > 0.5 ? "higher" : interval[1] < 0.5 ? "lower" : "unclear";
+  const bar = s("svg", { viewBox: "0 0 300 26", class: `interval wide ${sure}`, "aria-hidden": "true" },
+    s("line", { x1: 4, x2: 296, y1: 13, y2: 13, class: "zero" }),
+    s("line", { x1: x(0.5), x2: x(0.5), y1: 3, y2: 23, class: "zero" }),
+    s("line", { x1: x(interval[0]), x2: x(interval[1]), y1: 13, y2: 13, class: "bar" }));
+  if (rate !== null) bar.append(s("circle", { cx: x(rate), cy: 13, r: 5 }));
+  const verdict = { higher: "is preferred", lower: "is liked less", unclear: "no difference is shown yet" }[sure];
+  fill(home.querySelector(".tally"),
+    h("h2", {}, h("bdi", {}, match.a), " against ", h("bdi", {}, match.b)), bar,
+    h("p", { class: "result" }, votes ? `Wins ${percent(rate)} of ${votes} votes, 95% interval ${percent(interval[0])} to ${percent(interval[1])}: ${verdict}.` : "No votes yet."),
+    h("p", { class: "soft" }, `${wins} won, ${losses} lost, ${ties} without preference (half a win each). The interval holds however often you look and whenever you stop.`));
+}
+
+function key(event) {
+  const choice = { 1: "left", 2: "right", " ": "tie" }[event.key];
+  if (!choice || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === " " && event.target.closest("button")) return; // presses that button
+  event.preventDefault();
+  choose(choice);
+}
+
+export const vote = { show, key };

@@ -1,0 +1,164 @@
+"""Blind votes: which of two systems' images one likes better, and what the votes say so far."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiltflow.core.disk import sha256
+from tiltflow.data.preferences import append_vote, read_votes
+from tiltflow.desk.sets import Column, Table
+from tiltflow.evaluation.anytime import win_rate_interval
+
+OPEN = 4096
+"""Pairs on show that are remembered: an older one cannot be voted on any more."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """What is voted on: two systems of a set."""
+
+    set: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt's two images as they are shown."""
+
+    match: Match
+    row: int
+    prompt: str
+    left: Column
+    right: Column
+
+    def image(self, side: str) -> Path:
+        """Raises KeyError if there is no such side."""
+        return {"left": self.left, "right": self.right}[side].image(self.row)
+
+
+class Ballot:
+    """Votes in a file, which several browsers and desks may write to at once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._pairs: OrderedDict[str, Pair] = OrderedDict()
+        self._lock = threading.Lock()
+        self._read: tuple[object, list[dict[str, Any]]] = (None, [])
+
+    def draw(self, match: Match, table: Table) -> dict[str, Any]:
+        """A new pair to look at: a prompt that has been voted on least, sides by lot. What is
+        answered does not tell which system is on which side.
+
+        Raises:
+            ValueError: if the systems are not two of the set's, or no image of both was kept.
+        """
+        columns = [table.column(match.a), table.column(match.b)]
+        if match.a == match.b:
+            raise ValueError("a vote is between two systems, not one and itself")
+        with self._lock:
+            row = self._row(match, columns, len(table.prompts))
+            left, right = columns if secrets.randbits(1) else columns[::-1]
+            key, pair = secrets.token_hex(8), Pair(match, row, table.prompts[row], left, right)
+            self._pairs[key] = pair
+            while len(self._pairs) > OPEN:
+                self._pairs.popitem(last=False)
+        return {"pair": key, "prompt": pair.prompt, "tally": self.tally(match)}
+
+    def _row(self, match: Match, columns: list[Column], n: int) -> int:
+        shown = Counter(vote["row"] for vote in self._votes(match))
+        shown.update(pair.row for pair in self._pairs.values() if pair.match == match)
+        names = [_names(column.images) for column in columns]
+        kept = [r for r in range(n) if all(f"{r:05d}.png" in files for files in names)]
+        if not kept:
+            raise ValueError("no images of these systems were kept: evaluate with --keep-images")
+        fewest = min(shown[row] for row in kept)
+        return secrets.choice([row for row in kept if shown[row] == fewest])
+
+    def image(self, key: str, side: str) -> Path:
+        """Raises KeyError if there is no such pair or side."""
+        return self._pairs[key].image(side)
+
+    def vote(self, key: str, choice: str) -> Match:
+        """Writes down which side was chosen: left, right or tie. A pair is voted on once.
+
+        Raises:
+            ValueError: if the choice is none of these, or the pair is not on show (any more).
+        """
+        if choice not in ("left", "right", "tie"):
+            raise ValueError("a choice is left, right or tie")
+        with self._lock:
+            pair = self._pairs.get(key)
+            if pair is None:
+                raise ValueError("this pair has been voted on, or was shown too long ago")
+            left, right = pair.image("left"), pair.image("right")
+            append_vote(
+                self.file,
+                {
+                    "prompt": pair.prompt,
+                    "image_a": self._place(left),
+                    "image_b": self._place(right),
+                    "choice": {"left": "a", "right": "b", "tie": "tie"}[choice],
+                    "system_a": pair.left.name,
+                    "system_b": pair.right.name,
+                    "row": pair.row,
+                    "set": pair.match.set,
+                    "time": round(time.time(), 3),
+                    "sha256_a": sha256(left),
+                    "sha256_b": sha256(right),
+                },
+            )
+            del self._pairs[key]  # only now: a failed write leaves the pair to be voted on again
+        return pair.match
+
+    def _place(self, image: Path) -> str:
+        """An image's path from the folder of the votes."""
+        return Path(os.path.relpath(image.resolve(), self.file.resolve().parent)).as_posix()
+
+    def tally(self, match: Match) -> dict[str, Any]:
+        """Wins, losses and ties of the match's first system, its win rate (a tie is half a win)
+        and the interval, which holds however often one looks."""
+        results = Counter(_result(vote, match) for vote in self._votes(match))
+        wins, losses, ties = results["win"], results["loss"], results["tie"]
+        votes = wins + losses + ties
+        low, high = win_rate_interval(wins + ties / 2, losses + ties / 2)
+        return {
+            "wins": wins,
+            "losses": losses,
+            "ties": ties,
+            "rate": (wins + ties / 2) / votes if votes else None,
+            "interval": [low, high],
+        }
+
+    def _votes(self, match: Match) -> list[dict[str, Any]]:
+        """The votes of a match, whichever side its systems were on."""
+        file = self.file
+        mark = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
+        if mark != self._read[0]:
+            self._read = (mark, read_votes(file))
+        systems = {match.a, match.b}
+        return [
+            vote
+            for vote in self._read[1]
+            if vote.get("set") == match.set
+            and {vote.get("system_a"), vote.get("system_b")} == systems
+            and isinstance(vote.get("row"), int)
+        ]
+
+
+def _names(folder: Path) -> frozenset[str]:
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+
+def _result(vote: dict[str, Any], match: Match) -> str:
+    if vote["choice"] == "tie":
+        return "tie"
+    chosen = vote["system_a"] if vote["choice"] == "a" else vote["system_b"]
+    return "win" if chosen == match.a else "loss"

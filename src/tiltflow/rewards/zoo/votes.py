@@ -1,0 +1,102 @@
+"""A reward that was fitted to choices (`tiltflow fit-reward`): linear on frozen CLIP features.
+
+With unit features f of the image and t of the prompt the score is w · φ, φ = (f, √D f ∘ t): the
+first half is a taste whatever the prompt says, the second one about how image and prompt go
+together (with w even there it is CLIPScore).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltflow.core.disk import parse_json
+from tiltflow.rewards.base import FITTED, Metadata
+from tiltflow.rewards.weights import read_state_dict
+from tiltflow.rewards.zoo.clip_family import CLIPScore
+
+FORMAT = "tiltflow-fitted-reward-1"
+HEAD = "head.safetensors"
+
+
+def features(clip: CLIPScore, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """φ (B, 2D) fp32 of images (B, 3, H, W) in [0, 1] and prompts; differentiable in the images."""
+    seen, read = clip.image_features(images), clip.text_features(prompts)
+    return torch.cat([seen, math.sqrt(seen.shape[-1]) * seen * read], -1)
+
+
+def identity(clip: CLIPScore) -> str:
+    """A digest by which a CLIP is known again: that of its two projections."""
+    digest = hashlib.sha256()
+    for layer in (clip.model.visual_projection, clip.model.text_projection):
+        digest.update(layer.weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FittedReward:
+    """The score of `path`, a folder that `tiltflow fit-reward` wrote: mean 0 and standard deviation
+    1 over the images of the choices. Differentiable.
+
+    Raises:
+        ValueError: if the folder does not hold such a reward, or its CLIP is not there or another.
+    """
+
+    differentiable = True
+    domain = "images"
+
+    def __init__(
+        self, path: str, device: str | torch.device = "cpu", name: str | None = None
+    ) -> None:
+        self.name = path if name is None else name
+        about = read_facts(Path(path))
+        self.clip = CLIPScore(about["clip"], device, self.name)
+        self.at_once = self.clip.at_once
+        if identity(self.clip) != about["clip_digest"]:
+            raise ValueError(f"reward {self.name!r} was fitted on another CLIP than {about['clip']}")
+        head = read_state_dict(Path(path) / HEAD)
+        width = 2 * self.clip.model.config.projection_dim
+        shapes = {key: tuple(value.shape) for key, value in head.items()}
+        if shapes != {"weight": (width,), "bias": ()}:
+            raise ValueError(f"{Path(path) / HEAD} does not hold the head of such a reward")
+        self.weight, self.bias = (head[k].float().to(device) for k in ("weight", "bias"))
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        with torch.autocast(self.weight.device.type, enabled=False):
+            found = features(self.clip, images, prompts)
+            scores: Tensor = (found * self.weight).sum(-1) + self.bias
+        return scores.to(images.device)
+
+
+def read_facts(folder: Path) -> Mapping[str, Any]:
+    """What a folder of a fitted reward says of it.
+
+    Raises:
+        ValueError: if its file is missing or says something else.
+    """
+    file = folder / FITTED
+    try:
+        about = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read") from error
+    texts = ("clip", "clip_digest")
+    if (
+        not isinstance(about, dict)
+        or about.get("format") != FORMAT
+        or not all(isinstance(about.get(key), str) for key in texts)
+    ):
+        raise ValueError(f"{file} does not describe a fitted reward ({FORMAT})")
+    return about
+
+
+def facts_text(about: Mapping[str, Any]) -> str:
+    """The file of `read_facts`."""
+    return json.dumps({"format": FORMAT, **about}, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,195 @@
+"""Votes: the file survives kills and crowds, sides are blind, the interval holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from desk_data import make_evaluation, make_run, served
+
+from tiltflow.data.preferences import append_vote, load_preferences, read_votes
+from tiltflow.desk.app import Desk
+from tiltflow.evaluation.anytime import log_evidence, win_rate_interval
+
+ROW = {"prompt": "a", "image_a": "x.png", "image_b": "y.png", "choice": "a"}
+
+
+@pytest.fixture
+def desk(tmp_path):
+    run = make_run(tmp_path / "run")
+    scores = {"ac_dmd": [0.1, 0.2, 0.3], "rtdmd": [0.4, 0.5, 0.6]}
+    make_evaluation(run / "evaluation.json", scores, ["one", "two", "three"])
+    return Desk([run], tmp_path / "votes.jsonl")
+
+
+def match_of(desk: Desk) -> dict[str, str]:
+    return {"set": desk.overview()["sets"][0]["id"], "a": "rtdmd", "b": "ac_dmd"}
+
+
+def test_a_vote_names_the_systems_that_were_on_its_sides(desk):
+    with served(desk) as client:
+        pair = client.json("/api/pair", match_of(desk))
+        assert not {"rtdmd", "ac_dmd", "left", "right"} & set(json.dumps(pair).split('"'))
+        shown = client.ask(f"/api/pair/{pair['pair']}/left")[1]
+        answered = client.json("/api/vote", {"pair": pair["pair"], "choice": "left"})
+        (vote,) = read_votes(desk.ballot.file)
+        assert vote["prompt"] == pair["prompt"] and vote["choice"] == "a"
+        assert (desk.ballot.file.parent / vote["image_a"]).read_bytes() == shown
+        assert f"/{vote['system_a']}/" in vote["image_a"]
+        won = vote["system_a"] == "rtdmd"
+        assert (answered["tally"]["wins"], answered["tally"]["losses"]) == (won, not won)
+        twice, said = client.ask("/api/vote", body={"pair": pair["pair"], "choice": "left"})
+        assert twice.status == 422 and b"has been voted on" in said
+        (chosen,) = load_preferences(desk.ballot.file)
+        assert chosen.choice == 1 and chosen.images()[0].shape == (3, 32, 32)
+
+
+def test_every_prompt_is_shown_once_before_one_is_twice_and_sides_change(desk):
+    with served(desk) as client:
+        pair, prompts = client.json("/api/pair", match_of(desk)), []
+        for _ in range(24):
+            prompts.append(pair["prompt"])
+            pair = client.json("/api/vote", {"pair": pair["pair"], "choice": "tie"})
+    assert all(set(prompts[i : i + 3]) == {"one", "two", "three"} for i in range(0, 24, 3))
+    assert {vote["system_a"] for vote in read_votes(desk.ballot.file)} == {"rtdmd", "ac_dmd"}
+    assert pair["tally"]["rate"] == 0.5 and pair["tally"]["ties"] == 24
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{", b'{"pair": 1, "choice": "left"}', b"[" * 20000, b'{"a": "' + b"x" * 20000]
+    + [{"pair": "0" * 16, "choice": "left"}, {"pair": "x", "choice": "both"}],
+)  # fmt: skip
+def test_what_is_no_vote_is_refused_in_a_sentence(desk, body):
+    with served(desk) as client:
+        response, said = client.ask("/api/vote", body=body)
+    assert response.status == 422 and json.loads(said)["error"]
+    assert not desk.ballot.file.exists()
+
+
+def test_two_browsers_at_once_lose_no_vote(desk):
+    with served(desk) as client:
+        match = match_of(desk)
+
+        def voter() -> None:
+            pair = client.json("/api/pair", match)
+            for _ in range(25):
+                pair = client.json("/api/vote", {"pair": pair["pair"], "choice": "right"})
+
+        voters = [threading.Thread(target=voter) for _ in range(2)]
+        for each in voters:
+            each.start()
+        for each in voters:
+            each.join()
+        tally = client.json("/api/pair", match)["tally"]
+    assert tally["wins"] + tally["losses"] == len(read_votes(desk.ballot.file)) == 50
+
+
+def _append(path: Path, name: str) -> None:
+    for i in range(40):
+        append_vote(path, ROW | {"prompt": f"{name}{i}"})
+
+
+def test_two_processes_at_once_lose_no_vote(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=_append, args=(path, name)) for name in "xy"]
+    for each in writers:
+        each.start()
+    for each in writers:
+        each.join()
+    assert len({vote["prompt"] for vote in read_votes(path)}) == 80
+
+
+@pytest.mark.slow
+def test_a_killed_writer_loses_at_most_its_last_vote(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tiltflow.data.preferences import append_vote\n"
+        f"row = {ROW!r}\nn = int(sys.argv[2])\n"
+        "while True:\n"
+        "    append_vote(Path(sys.argv[1]), row | {'prompt': f'{n}' * 50}); n += 1\n"
+        "    print(n, flush=True)\n"
+    )
+    done = 0
+    for attempt in range(3):
+        started = [sys.executable, "-c", code, str(path), str(done)]
+        with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            said = [writer.stdout.readline() for _ in range(20 + attempt)]
+            os.kill(writer.pid, signal.SIGKILL)
+            said += writer.stdout.readlines()
+        done = int([line for line in said if line.endswith("\n")][-1])
+        assert len(read_votes(path)) >= done
+        done = len(read_votes(path))
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_torn_line_is_left_out_and_then_cut_off(tmp_path, cut):
+    path = tmp_path / "votes.jsonl"
+    for name in "ab":
+        append_vote(path, ROW | {"prompt": name * 70_000})  # longer than what is read at a time
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [vote["prompt"][0] for vote in read_votes(path)] == ["a"]
+    append_vote(path, ROW | {"prompt": "c"})
+    assert [vote["prompt"][0] for vote in read_votes(path)] == ["a", "c"]
+
+
+def wilson(wins: float, losses: float) -> float:
+    n, z = wins + losses, 1.959964
+    share = wins / n
+    return 2 * z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.25, 0.5, 0.6, 0.75, 0.85])
+def test_at_200_votes_the_interval_is_at_most_1_7_times_wilsons(rate):
+    low, high = win_rate_interval(200 * rate, 200 * (1 - rate))
+    assert low < rate < high
+    assert high - low <= 1.7 * wilson(200 * rate, 200 * (1 - rate))
+
+
+def test_voters_who_stop_when_they_like_rarely_stop_outside():
+    """1,000 voters of up to 200 votes, a tenth of them ties; each stops at the first vote at which
+    the interval misses the truth, the worst that stopping can do."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for voter in range(1000):
+        truth = 0.3 + 0.4 * voter / 999
+        ties = rng.random(200) < 0.1
+        # a tie counts ½, so the others must win a little more (or less) often for the same mean
+        share = (truth - 0.05) / 0.9
+        votes = np.where(ties, 0.5, rng.random(200) < share)
+        wins, losses = votes.cumsum(), (1 - votes).cumsum()
+        missed += bool((log_evidence(wins, losses, truth) > math.log(20)).any())
+    assert 0 < missed <= 60
+
+
+def test_the_interval_is_where_the_evidence_crosses_its_limit():
+    low, high = win_rate_interval(30, 12.5)
+    for end in (low, high):
+        assert float(log_evidence(30, 12.5, end)) == pytest.approx(math.log(20), abs=1e-6)
+    assert win_rate_interval(0, 0) == (0.0, 1.0)
+    assert win_rate_interval(9, 0)[1] == 1.0
+    with pytest.raises(ValueError, match="a win rate of"):
+        win_rate_interval(-1, 2)
+
+
+def test_votes_on_show_are_few_and_old_ones_go(desk, monkeypatch):
+    monkeypatch.setattr("tiltflow.desk.votes.OPEN", 3)
+    with served(desk) as client:
+        began = time.perf_counter()
+        pairs = [client.json("/api/pair", match_of(desk))["pair"] for _ in range(5)]
+        assert time.perf_counter() - began < 5
+        assert client.ask(f"/api/pair/{pairs[0]}/left")[0].status == 404
+        assert client.ask(f"/api/pair/{pairs[4]}/left")[0].status == 200
