@@ -67,9 +67,17 @@ def test_every_prompt_is_shown_once_before_one_is_twice_and_sides_change(desk):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"[]", b"{", b'{"pair": 1, "choice": "left"}', b"[" * 20000, b'{"a": "' + b"x" * 20000]
-    + [{"pair": "0" * 16, "choice": "left"}, {"pair": "x", "choice": "both"}],
-)  # fmt: skip
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"[" * 20000,
+        b'{"a": "' + b"x" * 20000,
+        {"pair": 1, "choice": "left"},
+        {"pair": "0" * 16, "choice": "left"},
+        {"pair": "x", "choice": "both"},
+    ],
+)
 def test_what_is_no_vote_is_refused_in_a_sentence(desk, body):
     with served(desk) as client:
         response, said = client.ask("/api/vote", body=body)
@@ -100,6 +108,7 @@ def _append(path: Path, name: str) -> None:
         append_vote(path, ROW | {"prompt": f"{name}{i}"})
 
 
+@pytest.mark.long
 def test_two_processes_at_once_lose_no_vote(tmp_path):
     path = tmp_path / "votes.jsonl"
     spawn = multiprocessing.get_context("spawn")
@@ -111,7 +120,7 @@ def test_two_processes_at_once_lose_no_vote(tmp_path):
     assert len({vote["prompt"] for vote in read_votes(path)}) == 80
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_writer_loses_at_most_its_last_vote(tmp_path):
     path = tmp_path / "votes.jsonl"
     code = (

@@ -12,6 +12,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from tiltflow.cli.desk import desk
+from tiltflow.cli.fit_reward import fit_reward
 from tiltflow.cli.options import (
     NO_PROMPT,
     Debug,
@@ -319,6 +320,9 @@ def doctor(
 
 
 app.command(epilog="Example: tiltflow desk runs/demo")(desk)
+app.command("fit-reward", epilog="Example: tiltflow fit-reward preferences.jsonl --out taste")(
+    fit_reward
+)
 
 
 def main() -> None:

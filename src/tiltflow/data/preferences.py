@@ -158,7 +158,7 @@ def _own(path: Path) -> Iterator[Preference]:
 
 def _pick_a_pic(path: Path) -> Iterator[Preference]:
     try:
-        import pyarrow.parquet as parquet
+        from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
         raise ValueError(f"{path} needs pyarrow (pip install 'tiltflow[parquet]')") from error
     columns = ["caption", "jpg_0", "jpg_1", "label_0"]
@@ -170,7 +170,7 @@ def _pick_a_pic(path: Path) -> Iterator[Preference]:
             for batch in file.iter_batches(batch_size=64, columns=columns):
                 for row in batch.to_pylist():
                     yield _pick(path, row)
-    except OSError as error:  # pyarrow's own errors are of this kind, or a ValueError
+    except (OSError, ArrowInvalid) as error:
         raise ValueError(f"{path} is no parquet file that can be read") from error
 
 

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from tiltflow.core.allocation import out_of_memory
 from tiltflow.core.interruption import Stopped
-from tiltflow.core.paths import home_for_tilde, nearest
+from tiltflow.core.paths import nearest
 from tiltflow.core.registry import failure, find, made
 from tiltflow.models.medium import Fault, Medium, article, load_medium
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
+from tiltflow.rewards.fitted import is_fitted, load_fitted
 from tiltflow.rewards.remote.address import REMOTE, remote_settings
 
 ENTRY_POINTS = "tiltflow.rewards"
-FITTED = "reward.json"
-"""The file by which a folder is a reward: one that `tiltflow fit-reward` wrote."""
 
 Metadata = Mapping[str, object]
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
@@ -348,23 +347,8 @@ def load_reward(
     if name.startswith(REMOTE):
         return _remote(name, path, options)
     if is_fitted(name):
-        return _fitted(name, path, device, options)
+        return load_fitted(name, path, device, options)
     return _from_target(target_of(name), name, path, device, options)
-
-
-def is_fitted(name: str) -> bool:
-    """Whether a reward's name is a folder that `tiltflow fit-reward` wrote."""
-    return (Path(home_for_tilde(name)) / FITTED).is_file()
-
-
-def _fitted(
-    name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
-) -> Reward:
-    from tiltflow.rewards.zoo.votes import FittedReward
-
-    _no_path(name, path)
-    _only(name, options, ())
-    return FittedReward(home_for_tilde(name), device, name)
 
 
 def target_of(name: str) -> Callable[..., Any]:

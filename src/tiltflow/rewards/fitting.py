@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from tiltflow.rewards.base import BUILTIN, REMOTE, Metadata, is_fitted, target_of
+from tiltflow.rewards.base import BUILTIN, REMOTE, Metadata, target_of
+from tiltflow.rewards.fitted import is_fitted
 
 SHOWN = 3
 """Prompts that an error names besides the first."""

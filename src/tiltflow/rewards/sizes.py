@@ -17,6 +17,7 @@ from torch import nn
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.sentences import first_sentence
 from tiltflow.rewards.base import BUILTIN
+from tiltflow.rewards.fitted import fitted_folder, is_fitted
 from tiltflow.rewards.weights import DTYPES, scoring_mlp
 from tiltflow.rewards.zoo.aesthetic import VIT_L_14
 from tiltflow.rewards.zoo.geneval import MASK2FORMER
@@ -24,6 +25,7 @@ from tiltflow.rewards.zoo.geneval2 import QWEN3_VL
 from tiltflow.rewards.zoo.hpsv3 import QWEN2_VL, reward_head
 from tiltflow.rewards.zoo.image_reward import BlipScorer
 from tiltflow.rewards.zoo.preference import PICKSCORE, VIT_H_14
+from tiltflow.rewards.zoo.votes import read_facts
 
 _VIT_L: dict[str, Any] = {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
@@ -130,7 +132,7 @@ def _bytes(name: str, reward: RewardLike) -> int | None:
     if name in NO_MODEL or name.startswith("remote:"):
         return 0
     if is_fitted(name):
-        clip = read_facts(Path(home_for_tilde(name)))["clip"]
+        clip = read_facts(fitted_folder(name))["clip"]
         with torch.device("meta"):
             fitted = _model(str(clip), "CLIPModel")
         return None if fitted is None else 4 * _count(fitted)

@@ -25,7 +25,7 @@ from scipy.stats import binomtest
 from tiltflow.core.disk import save_tensors, write_whole
 from tiltflow.core.paths import check_folder, resolve_path
 from tiltflow.data.preferences import Preference, agreement, load_preferences
-from tiltflow.rewards.base import FITTED
+from tiltflow.rewards.fitted import FITTED
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.rewards.zoo.votes import HEAD, facts_text, features, identity
 from tiltflow.setup.build import device_of
@@ -41,7 +41,7 @@ MOST_CONTRADICTIONS = 1 / 3
 REPEATED = 10
 """Repeated pairs from which that share is looked at."""
 FOLDS = 5
-PRIORS = tuple(float(x) for x in 10.0 ** np.arange(-1, 4.5, 0.5))
+PRIORS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 """Standard deviations² of w's prior that are tried."""
 
 Say = Callable[[str], None]
@@ -49,8 +49,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Choices:
-    """(n, 2D) differences φ(first) − φ(second), (n,) what was chosen (1, 0 or ½), (n,) numbers of
-    the prompts, and (2n, 2D) all images' φ."""
+    """(n, D + 1) differences φ(first) − φ(second), (n,) what was chosen (1, 0 or ½), (n,) the
+    prompts' numbers, and (2n, D + 1) all images' φ."""
 
     differences: Array
     chosen: Array
@@ -141,7 +141,8 @@ def measure(preferences: Sequence[Preference], clip: CLIPScore, say: Say) -> Cho
     Raises:
         ValueError: if an image cannot be read.
     """
-    first, second = [], []
+    first: list[Array] = []
+    second: list[Array] = []
     for number, one in enumerate(preferences, start=1):
         for image, into in zip(one.images(), (first, second), strict=True):
             into.append(features(clip, image[None], [one.prompt])[0].double().cpu().numpy())
@@ -173,7 +174,7 @@ def fit(choices: Choices) -> Fit:
 
 
 def regression(differences: Array, chosen: Array, prior: float) -> Array:
-    """w (2D,) that minimises −log-likelihood + |w|² / (2 `prior`); ties are half of each."""
+    """w (D + 1,) that minimises −log-likelihood + |w|² / (2 `prior`); ties are half of each."""
 
     def loss(weight: Array) -> tuple[float, Array]:
         logits = differences @ weight
@@ -181,8 +182,13 @@ def regression(differences: Array, chosen: Array, prior: float) -> Array:
         slope = differences.T @ (expit(logits) - chosen) + weight / prior
         return float(value.sum() + weight @ weight / (2 * prior)), slope
 
+    def curvature(weight: Array) -> Array:
+        share = expit(differences @ weight)
+        found: Array = (differences.T * (share * (1 - share))) @ differences
+        return found + np.eye(len(weight)) / prior
+
     start = np.zeros(differences.shape[1])
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000})
+    found = minimize(loss, start, jac=True, hess=curvature, method="trust-exact")
     weight: Array = found.x
     return weight
 
@@ -217,7 +223,9 @@ def _facts(found: Fit, choices: Choices, clip: str, model: CLIPScore) -> dict[st
     local = Path(resolve_path(clip))
     _, spread = _scale(found, choices)
     return {
-        "clip": clip if clip.startswith("packaged:") or not local.exists() else str(local.resolve()),
+        "clip": clip
+        if clip.startswith("packaged:") or not local.exists()
+        else str(local.resolve()),
         "clip_digest": identity(model),
         "choices": len(choices.chosen),
         "decided": found.decided,

@@ -37,8 +37,13 @@ export async function post(path, body) {
   return answer(await fetch(path, { method: "POST", headers, body: JSON.stringify(body) }));
 }
 
-export function say(text) {
-  document.getElementById("said").textContent = text;
+// A line at the foot of the page, which screen readers speak; `seconds` later it is gone.
+let said = 0;
+export function say(text, seconds = Infinity) {
+  const place = document.getElementById("said");
+  place.textContent = text;
+  clearTimeout(said);
+  if (Number.isFinite(seconds)) said = setTimeout(() => (place.textContent = ""), seconds * 1000);
 }
 
 // A control with its label above it.

@@ -62,7 +62,7 @@ async function choose(choice) {
   busy = true;
   try {
     pair = await post("/api/vote", { pair: pair.pair, choice });
-    say(`Noted: ${choice === "tie" ? "no preference" : choice}.`);
+    say(`Noted: ${choice === "tie" ? "no preference" : choice}.`, 2);
     draw();
     home.querySelector(".ballot").focus({ preventScroll: true });
   } catch (error) {

@@ -1,8 +1,8 @@
 """A reward that was fitted to choices (`tiltflow fit-reward`): linear on frozen CLIP features.
 
-With unit features f of the image and t of the prompt the score is w · φ, φ = (f, √D f ∘ t): the
-first half is a taste whatever the prompt says, the second one about how image and prompt go
-together (with w even there it is CLIPScore).
+With unit features f of the image and t of the prompt the score is w · φ, φ = (f, √D f · t): a taste
+whatever the prompt says, and one number for how well the image fits the prompt (CLIPScore). The
+factor √D gives that number the variance, over unrelated directions, that f has in all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.disk import parse_json
-from tiltflow.rewards.base import FITTED, Metadata
+from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.fitted import FITTED
 from tiltflow.rewards.weights import read_state_dict
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 
@@ -27,9 +28,10 @@ HEAD = "head.safetensors"
 
 
 def features(clip: CLIPScore, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """φ (B, 2D) fp32 of images (B, 3, H, W) in [0, 1] and prompts; differentiable in the images."""
+    """φ (B, D + 1) fp32 of images (B, 3, H, W) in [0, 1] and prompts; differentiable in images."""
     seen, read = clip.image_features(images), clip.text_features(prompts)
-    return torch.cat([seen, math.sqrt(seen.shape[-1]) * seen * read], -1)
+    fits = math.sqrt(seen.shape[-1]) * (seen * read).sum(-1, keepdim=True)
+    return torch.cat([seen, fits], -1)
 
 
 def identity(clip: CLIPScore) -> str:
@@ -59,9 +61,11 @@ class FittedReward:
         self.clip = CLIPScore(about["clip"], device, self.name)
         self.at_once = self.clip.at_once
         if identity(self.clip) != about["clip_digest"]:
-            raise ValueError(f"reward {self.name!r} was fitted on another CLIP than {about['clip']}")
+            raise ValueError(
+                f"reward {self.name!r} was fitted on another CLIP than {about['clip']}"
+            )
         head = read_state_dict(Path(path) / HEAD)
-        width = 2 * self.clip.model.config.projection_dim
+        width = self.clip.model.config.projection_dim + 1
         shapes = {key: tuple(value.shape) for key, value in head.items()}
         if shapes != {"weight": (width,), "bias": ()}:
             raise ValueError(f"{Path(path) / HEAD} does not hold the head of such a reward")
