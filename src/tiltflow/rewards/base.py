@@ -334,20 +334,17 @@ def load_reward(
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
     -> (B,)`, which may have attributes `differentiable`, `domain`, `elsewhere` and `at_once`
     (options replace them), or to a class, which is called with `device`, the options and, when
-    given, `path`, and whose instances are rewards. `path` is where the weights are: a directory, a
-    hub id or `packaged:NAME`.
+    given, `path` (of the weights: a directory, hub id or `packaged:NAME`), and makes a reward.
 
     Raises:
         ValueError: if there is no such reward (names the nearest), it cannot be imported, or it
             does not take the path or an option.
     """
     options = dict(options or {})
-    if name in BUILTIN:
-        return BUILTIN[name](name, path, device, options)
+    if name in BUILTIN or is_fitted(name):
+        return BUILTIN.get(name, load_fitted)(name, path, device, options)
     if name.startswith(REMOTE):
         return _remote(name, path, options)
-    if is_fitted(name):
-        return load_fitted(name, path, device, options)
     return _from_target(target_of(name), name, path, device, options)
 
 
