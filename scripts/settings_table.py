@@ -46,6 +46,8 @@ def kind(annotation: Any) -> str:
         return f"{len(inside)} of {kind(inside[0])}"
     if origin is dict or annotation is dict:
         return "table"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "table"
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[annotation]
 
 

@@ -193,7 +193,11 @@ def _candidates(prefix: str, mapping: bool) -> list[str]:
 def _sentence(error: ValidationError) -> str:
     """The first of pydantic's complaints as one sentence with the dotted key."""
     first, *others = error.errors()
-    if others and first["type"] == "int_type" and isinstance(first["input"], list | tuple):
+    if (
+        others
+        and first["type"] in ("int_type", "string_type")
+        and isinstance(first["input"], list | tuple)
+    ):
         first = others[0]  # of what is one number or two
     key = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):

@@ -49,6 +49,8 @@ MEANINGS = {
     "data.split": "which split of a folder",
     "data.eval_prompts": "prompts for held-out rewards and samples",
     "data.eval_split": "which split of that folder",
+    "data.buckets": "sizes of pictures, `[[832, 1216], [1024, 1024]]` or with weights, `[{size: "
+    "[832, 1216], weight: 2}]`; or the prompt file's column of sizes; unset: `model.resolution`",
     "data.cache": "directory of the embedding cache; unset: the user's; `off`: none",
     "sampler.steps": "K, network evaluations of the student",
     "sampler.eta": "η: 0 is the ODE, 1 noises every prediction anew",

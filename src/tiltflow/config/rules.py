@@ -31,6 +31,8 @@ def check_together(config: RunConfig) -> None:
         _check_cold_start(config)
     else:
         _check_tilt(config)
+    if config.data.buckets is not None:
+        _check_buckets(config)
     _check_watch(config)
     _check_choices(config)
     for rewards in (config.rewards, config.watch.rewards):
@@ -101,6 +103,20 @@ def _check_run(run: RunSection, adapters: AdaptersConfig) -> None:
         raise ValueError(f"run.resume_from {run.resume_from} is given, but run.resume is false")
     if run.sharding == "fsdp2" and adapters.kind != "lora":
         raise ValueError("run.sharding fsdp2 shards the base of LoRAs, so adapters.kind is lora")
+
+
+def _check_buckets(config: RunConfig) -> None:
+    model, buckets = config.model, config.data.buckets
+    if not model.has_files:
+        raise ValueError(f"data.buckets are sizes of pictures, and the {model.path} makes none")
+    if isinstance(buckets, str) or buckets is None:
+        return
+    sizes = [both(bucket.size) for bucket in buckets]
+    for size in sizes:
+        if any(side % 8 for side in size):
+            raise ValueError(f"data.buckets has {said(size)}, which is no multiple of 8")
+        if sizes.count(size) > 1:
+            raise ValueError(f"data.buckets has {said(size)} twice: give it a weight instead")
 
 
 def _check_watch(config: RunConfig) -> None:

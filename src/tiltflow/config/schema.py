@@ -130,8 +130,31 @@ class AdaptersConfig(Section):
     init_std: Rate | None = None
 
 
+def as_tuple(value: object) -> object:
+    """A list as a tuple; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class BucketConfig(Section):
+    """A size of pictures, as `model.resolution`, and how often it is drawn beside the others."""
+
+    size: Annotated[Side | tuple[Side, Side], BeforeValidator(as_tuple)]
+    weight: Rate = 1.0
+
+
+def plain_size(value: object) -> object:
+    """A bare size as a bucket; anything else as it is."""
+    return {"size": value} if isinstance(value, int | list | tuple) else value
+
+
+Buckets = tuple[Annotated[BucketConfig, BeforeValidator(plain_size)], ...]
+
+
 class DataConfig(Section):
-    """`cache`: where embeddings are kept; unset is the user's own place, `off` nowhere.
+    """`buckets`: sizes of pictures, each rollout being of one that is drawn; or the column of the
+    prompt file that has each prompt's.
+
+    `cache`: where embeddings are kept; unset is the user's own place, `off` nowhere.
 
     `split`: which of a directory's splits; `eval_split` that of the other prompts.
     """
@@ -141,6 +164,7 @@ class DataConfig(Section):
     eval_prompts: Place | None = None
     eval_split: Text | None = None
     cache: Place | None = None
+    buckets: Text | Annotated[Buckets, Field(min_length=1, max_length=100)] | None = None
 
 
 class SamplerConfig(Section):

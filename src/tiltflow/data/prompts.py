@@ -256,7 +256,8 @@ def _read_table(path: Path) -> Iterator[Prompt]:
 
 @dataclass(frozen=True)
 class PromptSampler:
-    """The endless order of `n` prompts: epoch after epoch, each in its own seeded order.
+    """The endless order of `n` prompts: epoch after epoch, each in its own seeded order; with
+    `among`, of the `n` prompts that have these numbers.
 
     Raises:
         ValueError: if n < 1.
@@ -264,6 +265,7 @@ class PromptSampler:
 
     n: int
     randomness: Randomness
+    among: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -276,6 +278,10 @@ class PromptSampler:
         """
         if position < 0 or count < 0:
             raise ValueError(f"position {position} and count {count} must not be negative")
+        places = self._places(position, count)
+        return places if self.among is None else [self.among[place] for place in places]
+
+    def _places(self, position: int, count: int) -> list[int]:
         if self.n == 1:
             return [0] * count
         chosen: list[int] = []

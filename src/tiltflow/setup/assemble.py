@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from tiltflow.config.load import RewardConfig, RunConfig
 from tiltflow.core.distributed import Ranks
 from tiltflow.core.randomness import Randomness
+from tiltflow.core.sizes import both, plain
 from tiltflow.core.transfer import to_device
+from tiltflow.data.buckets import Bucket, by_column
 from tiltflow.data.embeddings import EncodedPrompts
-from tiltflow.data.prompts import PromptSampler
+from tiltflow.data.prompts import Prompt, PromptSampler
 from tiltflow.models.backbone import Backbone
+from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.roles import Roles
 from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.train import objective, terms
 from tiltflow.train.averaging import Averaging
-from tiltflow.train.cold_start import ColdStart
+from tiltflow.train.buckets import Bucketed
+from tiltflow.train.cold_start import ColdStart, Cycle
+from tiltflow.train.loop import Stage
 from tiltflow.train.objective import make_objective
 from tiltflow.train.optim import Guard, Updater, constant, cosine
 from tiltflow.train.parts import Parts
@@ -34,8 +41,66 @@ def make_stage(
     Raises:
         ValueError: if a term, an objective or a reward that the config names cannot be made.
     """
+    return make_stages(cfg, backbone, encoded, roles, share)[0]
+
+
+def make_stages(
+    cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, share: Share
+) -> tuple[ColdStart | Tilt, Stage]:
+    """The stage at the model's own size, and what is run: that stage, or, with `data.buckets`, one
+    for each size over the same parts.
+
+    Raises:
+        ValueError: as `make_stage`, or if a size does not fit the model.
+    """
     parts = _parts(cfg, backbone, encoded, roles, share)
-    return _cold_start(cfg, parts) if cfg.stage == "cold_start" else _tilt(cfg, backbone, parts)
+    rewards = build_rewards(cfg.rewards, backbone) if cfg.stage == "tilt" else None
+
+    def make(parts: Parts) -> ColdStart | Tilt:
+        return _cold_start(cfg, parts) if rewards is None else _tilt(cfg, backbone, parts, rewards)
+
+    stage, buckets = make(parts), buckets_of(cfg, encoded.prompts)
+    if not buckets:
+        return stage, stage
+    stages = [make(_sized(cfg, backbone, parts, bucket)) for bucket in buckets]
+    every, reuse = cfg.cold_start.generator_every, cfg.cold_start.reuse
+
+    def rollout(step: int) -> int:
+        return step if cfg.stage == "tilt" else Cycle.of(step, reuse, every).number
+
+    return stage, Bucketed(
+        sizes=tuple(bucket.size for bucket in buckets),
+        weights=tuple(bucket.weight for bucket in buckets),
+        stages=tuple(stages),
+        number=rollout,
+        randomness=parts.randomness,
+    )
+
+
+def buckets_of(cfg: RunConfig, prompts: Sequence[Prompt]) -> list[Bucket]:
+    """The sizes of `data.buckets`; none where there are none.
+
+    Raises:
+        ValueError: if a prompt has none in the column that is named.
+    """
+    chosen = cfg.data.buckets
+    if isinstance(chosen, str):
+        return by_column(chosen, prompts)
+    return [Bucket(plain(*both(bucket.size)), bucket.weight) for bucket in chosen or ()]
+
+
+def _sized(cfg: RunConfig, backbone: Backbone, parts: Parts, bucket: Bucket) -> Parts:
+    """The parts of a stage at another size: latents, noise levels, prompts; the rest is shared."""
+    if not isinstance(backbone, PipelineBackbone):
+        raise ValueError(f"data.buckets: family {backbone.family} makes pictures of one size only")
+    sized, among = backbone.sized(bucket.size), bucket.prompts
+    count = len(parts.prompts) if among is None else len(among)
+    return replace(
+        parts,
+        sampler=PromptSampler(count, parts.randomness, among),
+        sigmas=to_device(sized.few_step_sigmas(cfg.sampler.steps), backbone.device),
+        latent_shape=sized.latent_shape,
+    )
 
 
 def build_rewards(table: dict[str, RewardConfig], backbone: Backbone) -> RewardMixture:
@@ -107,8 +172,8 @@ def _cold_start(cfg: RunConfig, parts: Parts) -> ColdStart:
     return ColdStart(**vars(parts), settings=chosen, objective=follows)
 
 
-def _tilt(cfg: RunConfig, backbone: Backbone, parts: Parts) -> Tilt:
-    chosen, rewards = cfg.tilt, build_rewards(cfg.rewards, backbone)
+def _tilt(cfg: RunConfig, backbone: Backbone, parts: Parts, rewards: RewardMixture) -> Tilt:
+    chosen = cfg.tilt
     roles, randomness, steps = parts.roles, parts.randomness, parts.steps
     backprop = chosen.reward_weight > 0 and rewards.has_differentiable
     first = steps - (chosen.reward_steps if backprop else 0)

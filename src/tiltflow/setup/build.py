@@ -32,8 +32,9 @@ from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
-from tiltflow.setup.assemble import make_stage
+from tiltflow.setup.assemble import make_stages
 from tiltflow.train.cold_start import ColdStart
+from tiltflow.train.loop import Stage
 from tiltflow.train.tilt import Tilt
 from tiltflow.train.updates import Share
 
@@ -59,6 +60,8 @@ class Build:
     fixed: EncodedPrompts | None
     """The prompts of samples and held-out rewards, where the config asks for either."""
     facts: dict[str, Any]
+    running: Stage
+    """What the loop runs: the stage, or one for each size of pictures."""
 
 
 def device_of(name: str) -> torch.device:
@@ -325,10 +328,10 @@ def build_stage(
         "eta": cfg.sampler.eta,
         "student_guidance": cfg.model.student_guidance,
     }
-    stage = make_stage(cfg, backbone, encoded, roles, share)
+    stage, running = make_stages(cfg, backbone, encoded, roles, share)
     if isinstance(stage, Tilt):
         facts["rewards_at_once"] = stage.rewards.at_once
-    return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts)
+    return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts, running)
 
 
 def _sharded(cfg: RunConfig, ranks: Ranks) -> bool:

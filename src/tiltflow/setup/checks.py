@@ -28,7 +28,7 @@ from tiltflow.models.pipelines.files import check_directory
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
-from tiltflow.setup.model_checks import check_adapters, check_model
+from tiltflow.setup.model_checks import check_adapters, check_model, check_sizes
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ CHECKS: tuple[Check, ...] = (
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("rewards", lambda on: check_reward_imports([*on.cfg.rewards, *on.cfg.watch.rewards])),
     Check("prompts", lambda on: on.prompts),
+    Check(
+        "sizes",
+        lambda on: check_sizes(on.cfg, on.prompts.train, on.pipelines),
+        needs=("model", "weights", "prompts"),
+    ),
     Check("prompts and rewards", _check_prompts_fit, needs=("rewards", "prompts")),
     Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
     Check(

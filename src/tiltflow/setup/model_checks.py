@@ -6,6 +6,8 @@ with weights.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from tiltflow.config.load import RunConfig
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
 from tiltflow.core.paths import resolve_path
+from tiltflow.core.sizes import Resolution, both
+from tiltflow.data.prompts import Prompt
 from tiltflow.models.family import published
 from tiltflow.models.lora_files import read_adapter
 from tiltflow.models.pipelines.backbone import PipelineBackbone
@@ -22,6 +26,7 @@ from tiltflow.models.pipelines.headers import header_shapes
 from tiltflow.models.pipelines.meta import META, meta_backbone
 from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.models.roles import AdapterSettings
+from tiltflow.setup.assemble import buckets_of
 from tiltflow.setup.build import DTYPES, Start, build_roles, starting_point
 
 
@@ -40,10 +45,37 @@ def meta_of(cfg: RunConfig, pipelines: Pipelines | None = None) -> PipelineBackb
         generator_path=there,
         dtype=DTYPES[model.dtype],
         vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
-        resolution=model.resolution,
+        resolution=_largest(cfg),
         max_sequence_length=model.max_sequence_length,
         fp8=model.base_storage == "fp8",
     )
+
+
+def check_sizes(
+    cfg: RunConfig, prompts: Sequence[Prompt], pipelines: Pipelines | None = None
+) -> None:
+    """Whether every size of `data.buckets` fits the model.
+
+    Raises:
+        ValueError: naming the size that does not, or the prompt that has none.
+    """
+    buckets, pipelines = buckets_of(cfg, prompts), pipelines or cfg.model.pipelines
+    if not buckets or not _here(cfg, pipelines):
+        return
+    backbone = meta_of(cfg, pipelines)
+    for bucket in buckets:
+        try:
+            backbone.sized(bucket.size)
+        except ValueError as error:
+            raise ValueError(f"data.buckets: {error}") from error
+
+
+def _largest(cfg: RunConfig) -> Resolution | None:
+    """Of the sizes that a run is over, that with the most pixels; a column of sizes is not read."""
+    own, buckets = cfg.model.resolution, cfg.data.buckets
+    sizes = [own] if own else []
+    sizes += [bucket.size for bucket in buckets or () if not isinstance(bucket, str)]
+    return max(sizes, key=lambda size: math.prod(both(size)), default=None)
 
 
 def check_model(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:

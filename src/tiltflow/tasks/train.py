@@ -135,7 +135,7 @@ def _run(
         saved=callbacks.checkpoint,
     )
     hooks, watch = _hooks(cfg, build, out, start or 0, plain, callbacks, ranks)
-    done = train(build.stage, out, settings, hooks, start is not None, ranks)
+    done = train(build.running, out, settings, hooks, start is not None, ranks)
     if watch is not None and watch.alarmed and cfg.watch.stop:
         callbacks.stopped(
             done,

@@ -53,9 +53,15 @@ class Geometry:
 
 
 def geometry_of(
-    resolution: Resolution, factor: int, patch: int, most: int | None, where: str
+    resolution: Resolution,
+    factor: int,
+    patch: int,
+    most: int | None,
+    where: str,
+    what: str = "model.resolution=",
 ) -> Geometry:
-    """The geometry of pictures of `resolution`; `most` tokens a side, if there is a bound.
+    """The geometry of pictures of `resolution`; `most` tokens a side, if there is a bound;
+    `what` is its name in an error.
 
     Raises:
         ValueError: if a side is no positive multiple of a token's, or too long.
@@ -66,7 +72,7 @@ def geometry_of(
             each = "in both sides " if isinstance(resolution, tuple) else ""
             bound = "" if most is None else f" and at most {most * token}"
             raise ValueError(
-                f"model.resolution={said(resolution)} must be {each}a positive multiple of "
+                f"{what}{said(resolution)} must be {each}a positive multiple of "
                 f"{token}{bound} for the model in {where}"
             )
     return Geometry(*both(resolution), factor, patch)

@@ -1,0 +1,64 @@
+"""Sizes of pictures in one run: each with a weight, and the prompts that it goes with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tiltflow.core.limits import LONGEST_SIDE
+from tiltflow.core.sizes import Resolution, both, parse_size, plain, said
+from tiltflow.data.prompts import Prompt
+
+MOST_SIZES = 100
+"""In one run: each has latents and a grid of noise levels of its own."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pictures of `size`, drawn in proportion to `weight`, of the prompts with these numbers (None:
+    of all)."""
+
+    size: Resolution
+    weight: float = 1.0
+    prompts: tuple[int, ...] | None = None
+
+
+def by_column(column: str, prompts: Sequence[Prompt]) -> list[Bucket]:
+    """A bucket for each size in a column of the prompt file, in the order of their first prompts;
+    each weighs as much as it has prompts.
+
+    Raises:
+        ValueError: naming the first prompt that has no size there.
+    """
+    found: dict[Resolution, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        size = _size(column, number, prompt.metadata)
+        if not all(1 <= side <= LONGEST_SIDE for side in both(size)):
+            raise ValueError(
+                f"data.buckets: prompt {number + 1} has the size {said(size)}; a side goes from 1 "
+                f"to {LONGEST_SIDE}"
+            )
+        found.setdefault(size, []).append(number)
+    if len(found) > MOST_SIZES:
+        raise ValueError(
+            f"data.buckets: the prompts have {len(found)} different sizes; {MOST_SIZES} is the most"
+        )
+    return [Bucket(size, len(rows), tuple(rows)) for size, rows in found.items()]
+
+
+def _size(column: str, number: int, metadata: Mapping[str, object]) -> Resolution:
+    """A side, [height, width] or "HEIGHTxWIDTH"."""
+    match metadata.get(column):
+        case int(side) if not isinstance(side, bool):
+            return side
+        case [int(height), int(width)]:
+            return plain(height, width)
+        case str(text):
+            try:
+                return parse_size(text)
+            except ValueError as error:
+                raise ValueError(f"data.buckets: prompt {number + 1}: {error}") from error
+    raise ValueError(
+        f"data.buckets: prompt {number + 1} has no size as {column!r}: a side, [height, width] or "
+        "HEIGHTxWIDTH"
+    )

@@ -1,0 +1,61 @@
+"""A stage over several sizes of pictures: every rollout is of one size, which is drawn."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import Tensor
+
+from tiltflow.core.randomness import Randomness
+from tiltflow.core.sizes import Resolution, said
+from tiltflow.models.roles import Roles
+from tiltflow.train.cold_start import ColdStart
+from tiltflow.train.optim import Guard, Updater
+from tiltflow.train.tilt import Tilt
+
+FIGURES = ("generator/matching", "fake_score/ambient")
+"""What is logged for each size too, with every reward."""
+
+
+@dataclass(frozen=True)
+class Bucketed:
+    """One stage a size, over the same networks and optimizers.
+
+    The size of rollout n (an epoch of stage 2, a cycle of stage 1: `number` of the iteration) is
+    drawn by the seed and n, in proportion to `weights`, so every rank and a resumed run draw the
+    same. An iteration is, draw for draw, that of a run over its size alone.
+    """
+
+    sizes: tuple[Resolution, ...]
+    weights: tuple[float, ...]
+    stages: tuple[ColdStart | Tilt, ...]
+    number: Callable[[int], int]
+    randomness: Randomness
+
+    @property
+    def roles(self) -> Roles:
+        return self.stages[0].roles
+
+    @property
+    def updaters(self) -> dict[str, Updater]:
+        return self.stages[0].updaters
+
+    @property
+    def guard(self) -> Guard:
+        return self.stages[0].guard
+
+    def drawn(self, step: int) -> int:
+        """Which of the sizes iteration `step` has."""
+        ends = list(accumulate(self.weights))
+        u = float(self.randomness.uniform("size", self.number(step), (1,)))
+        return min(bisect_right(ends, u * ends[-1]), len(ends) - 1)
+
+    def iteration(self, step: int) -> dict[str, Tensor]:
+        """The stage's, and its main figures once more under the size's name."""
+        which = self.drawn(step)
+        metrics = self.stages[which].iteration(step)
+        own = [name for name in metrics if name in FIGURES or name.startswith("reward/")]
+        return metrics | {f"{said(self.sizes[which])}/{name}": metrics[name] for name in own}

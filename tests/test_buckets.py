@@ -1,0 +1,197 @@
+"""Several sizes of pictures in one run: each iteration is that of a run over its size alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from backbone_helpers import Tiny
+from rich.console import Console
+from test_distributed import Runner, run, server  # noqa: F401
+from test_distributed import home as home
+
+from tiltflow.config.load import RunConfig, load_config
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.metrics import read_metrics
+from tiltflow.core.sizes import said
+from tiltflow.data.buckets import by_column
+from tiltflow.data.prompts import Prompt
+from tiltflow.setup.build import Build, build_stage
+from tiltflow.setup.checks import check_run
+from tiltflow.tasks.train import run_training
+from tiltflow.train.buckets import Bucketed
+
+QUIET = Console(quiet=True)
+SIZES = [(32, 48), (48, 32), 32]
+LIST = "data.buckets=[[32, 48], [48, 32], 32]"
+Config = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pipeline: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A recipe of the tiny FLUX, whose grid of noise levels depends on the size."""
+    place = tmp_path_factory.mktemp("buckets")
+    rows = [{"prompt": f"cat {i}", "size": [[32, 48], "48x32", 32][i % 3]} for i in range(6)]
+    (place / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = [
+        f"model.path={tiny_pipeline('flux_dev')}", "model.family=flux", "model.resolution=32",
+        "model.dtype=fp32", "model.max_sequence_length=8", "model.autocast=null",
+        "model.gradient_checkpointing=false", f"data.prompts={place}/prompts.jsonl",
+        "data.cache=off", "adapters.rank=2", "train.steps=4", "train.batch_size=4",
+        "train.micro_batch_size=2", "checkpoint.every=2", "log.every=1", "log.samples_every=0",
+        "watch.rewards={}", "run.device=cpu", "run.seed=3",
+    ]  # fmt: skip
+
+    def make(stage: str, out: Path, *more: str) -> RunConfig:
+        own = ["cold_start.generator_every=1"]
+        if stage == "tilt":
+            own = [
+                f"model.few_step={place}/cold", "tilt.group_size=2", "tilt.matching_weight=1.0",
+                "rewards={'test_buckets:brightness': {weight: 1.0}}", "tilt.reward_weight=1.0",
+            ]  # fmt: skip
+        return load_config(f"flux1_dev_{stage}", [*base, *own, f"run.out={out}", *more])
+
+    run_training(make("cold_start", place / "cold", "train.steps=1"), QUIET)
+    return make
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+brightness.differentiable = True  # type: ignore[attr-defined]
+
+
+def built(cfg: RunConfig) -> Build:
+    return build_stage(cfg)
+
+
+def weights(build: Build) -> dict[str, torch.Tensor]:
+    state = build.stage.roles.state()
+    return {f"{g}/{n}": w.clone() for g, inside in state.items() for n, w in inside.items()}
+
+
+@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+def test_an_iteration_is_that_of_a_run_over_its_size(
+    config: Config, tmp_path: Path, stage: str
+) -> None:
+    """Losses, scores and the weights after it, bit for bit; and it is not another size's."""
+    first = built(config(stage, tmp_path, LIST)).running
+    assert isinstance(first, Bucketed) and first.sizes == tuple(SIZES)
+    steps = {first.drawn(step): step for step in range(20, -1, -1)}
+    assert set(steps) == {0, 1, 2}
+    seen = []
+    for which, step in steps.items():
+        size = SIZES[which]
+        plain = json.dumps(size)
+        mixed, alone = (
+            built(config(stage, tmp_path, more)) for more in (LIST, f"model.resolution={plain}")
+        )
+        before = weights(mixed)
+        figures, expected = mixed.running.iteration(step), alone.running.iteration(step)
+        for name, value in expected.items():
+            assert torch.equal(figures[name], value), name
+        extra = {name for name in figures if name not in expected}
+        assert f"{said(size)}/generator/matching" in extra
+        assert all(name.startswith(f"{said(size)}/") for name in extra)
+        after, theirs = weights(mixed), weights(alone)
+        assert all(torch.equal(after[name], theirs[name]) for name in theirs)
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+        shapes = [s.latent_shape for s in first.stages]
+        assert tuple(alone.backbone.latent_shape) == tuple(shapes[which])
+        seen.append(first.stages[which].sigmas.tolist())
+    assert seen[0] == seen[1] or seen[0] == seen[2] or seen[1] == seen[2]  # as many tokens
+    assert len({tuple(grid) for grid in seen}) == 2  # and another grid for another number
+
+
+def finals(run: Path) -> dict[str, torch.Tensor]:
+    tensors = load_checkpoint(run).tensors
+    return {f"{g}/{n}": w for g, inside in tensors.items() for n, w in inside.items()}
+
+
+@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+def test_a_resumed_run_is_the_uninterrupted_one(config: Config, tmp_path: Path, stage: str) -> None:
+    whole = run_training(config(stage, tmp_path / "whole", LIST), QUIET)
+    half = tmp_path / "half"
+    run_training(config(stage, half, LIST, "train.steps=2"), QUIET)
+    run_training(config(stage, half, LIST, "run.resume=true"), QUIET)
+    one, other = finals(whole), finals(half)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    rows = read_metrics(whole / "metrics.jsonl")
+    names = {name.split("/")[0] for row in rows for name in row if "x" in name.split("/")[0]}
+    assert names <= {"32x48", "48x32"} and names
+
+
+def test_two_ranks_are_one(config: Config, run: Runner, tmp_path: Path) -> None:  # noqa: F811
+    from tiltflow.config.load import dump_config
+
+    (tmp_path / "recipe.yaml").write_text(dump_config(config("cold_start", tmp_path / "x", LIST)))
+    one, two = (run(f"buckets{n}", str(tmp_path / "recipe.yaml"), n) for n in (1, 2))
+    a, b = finals(one), finals(two)
+    for name in (n for n in a if n.startswith(("generator/", "fake_score/"))):
+        assert torch.allclose(a[name], b[name], atol=1e-5), name
+
+
+def test_a_column_of_the_prompt_file_gives_each_prompt_its_size(
+    config: Config, tmp_path: Path
+) -> None:
+    build = built(config("cold_start", tmp_path, "data.buckets=size"))
+    running = build.running
+    assert isinstance(running, Bucketed) and running.sizes == tuple(SIZES)
+    assert running.weights == (2, 2, 2)
+    for which, stage in enumerate(running.stages):
+        drawn = stage.sampler.indices(0, 8)
+        assert {i % 3 for i in drawn} == {which} and len(set(drawn)) == 2
+    running.iteration(0)
+
+
+def test_sizes_are_drawn_by_their_weights(config: Config, tmp_path: Path) -> None:
+    chosen = "data.buckets=[{size: [32, 48], weight: 3}, 32]"
+    running = built(config("cold_start", tmp_path, chosen)).running
+    assert isinstance(running, Bucketed)
+    drawn = [running.drawn(step) for step in range(400)]
+    assert 0.68 < drawn.count(0) / 400 < 0.82  # 3 in 4, within three standard deviations
+    assert drawn == [running.drawn(step) for step in range(400)]
+    chosen = [LIST, "cold_start.generator_every=4", "cold_start.reuse=2"]
+    running = built(config("cold_start", tmp_path, *chosen)).running
+    assert isinstance(running, Bucketed)
+    pairs = [(running.drawn(step), running.drawn(step + 1)) for step in range(0, 40, 2)]
+    assert all(a == b for a, b in pairs)  # a rollout's iterations have its size
+
+
+@pytest.mark.parametrize(
+    ("buckets", "words"),
+    [
+        (
+            "[[32, 40], 32]",
+            "data.buckets: the size 32x40 must be in both sides a positive multiple",
+        ),
+        ("shape", "data.buckets: prompt 1 has no size as 'shape': a side, [height, width] or"),
+    ],
+)
+def test_a_size_that_does_not_fit_says_one_sentence(
+    config: Config, tmp_path: Path, buckets: str, words: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_run(config("cold_start", tmp_path / "run", f"data.buckets={buckets}"))
+    assert str(caught.value).startswith(words)
+
+
+def test_what_is_no_bucket_says_one_sentence() -> None:
+    for value, words in (
+        ("[[64, 96], [64, 96]]", "data.buckets has 64x96 twice: give it a weight instead"),
+        ("[[64, 95]]", "data.buckets has 64x95, which is no multiple of 8"),
+        ("[]", "data.buckets is [], but it should have at least 1 item"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            load_config("sd3m_cold_start", ["data.prompts=p.txt", f"data.buckets={value}"])
+        assert str(caught.value).startswith(words)
+    with pytest.raises(ValueError, match="sizes of pictures, and the mixture makes none"):
+        load_config("mixture_cold_start", ["data.buckets=[64]"])
+    for size in (0, 10**9, "2x", [64], True):
+        with pytest.raises(ValueError, match="data.buckets: prompt 1"):
+            by_column("size", [Prompt("a", {"size": size})])
