@@ -107,8 +107,8 @@ def test_an_iteration_is_that_of_a_run_over_its_size(
     assert len({tuple(grid) for grid in seen}) == 2  # and another grid for another number
 
 
-def finals(run: Path) -> dict[str, torch.Tensor]:
-    tensors = load_checkpoint(run).tensors
+def finals(directory: Path) -> dict[str, torch.Tensor]:
+    tensors = load_checkpoint(directory).tensors
     return {f"{g}/{n}": w for g, inside in tensors.items() for n, w in inside.items()}
 
 
@@ -126,6 +126,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(config: Config, tmp_path: Path, 
     assert names <= {"32x48", "48x32"} and names
 
 
+@pytest.mark.long
 def test_two_ranks_are_one(config: Config, run: Runner, tmp_path: Path) -> None:  # noqa: F811
     from tiltflow.config.load import dump_config
 

@@ -30,9 +30,11 @@ from tiltflow.setup.assemble import buckets_of
 from tiltflow.setup.build import DTYPES, Start, build_roles, starting_point
 
 
-def meta_of(cfg: RunConfig, pipelines: Pipelines | None = None) -> PipelineBackbone:
+def meta_of(
+    cfg: RunConfig, pipelines: Pipelines | None = None, resolution: Resolution | None = None
+) -> PipelineBackbone:
     """The backbone that `build_backbone` makes, without weights; what is only on the hub is taken
-    as it was published.
+    as it was published. `resolution` is in place of the config's.
 
     Raises:
         ValueError: as `meta_backbone`.
@@ -45,7 +47,7 @@ def meta_of(cfg: RunConfig, pipelines: Pipelines | None = None) -> PipelineBackb
         generator_path=there,
         dtype=DTYPES[model.dtype],
         vae_dtype=DTYPES[model.vae_dtype] if model.vae_dtype else None,
-        resolution=_largest(cfg),
+        resolution=resolution or model.resolution,
         max_sequence_length=model.max_sequence_length,
         fp8=model.base_storage == "fp8",
     )
@@ -70,7 +72,7 @@ def check_sizes(
             raise ValueError(f"data.buckets: {error}") from error
 
 
-def _largest(cfg: RunConfig) -> Resolution | None:
+def largest(cfg: RunConfig) -> Resolution | None:
     """Of the sizes that a run is over, that with the most pixels; a column of sizes is not read."""
     own, buckets = cfg.model.resolution, cfg.data.buckets
     sizes = [own] if own else []

@@ -194,6 +194,14 @@ def call_of(contract: Contract, family: Family) -> dict[str, Any]:
     }
 
 
+def _sizes(cfg: RunConfig) -> str:
+    """The sizes of `data.buckets` in words."""
+    buckets = cfg.data.buckets
+    if isinstance(buckets, str) or buckets is None:
+        return "each prompt's own"
+    return ", ".join(f"{said(bucket.size)} (weight {bucket.weight:g})" for bucket in buckets)
+
+
 def _recipe(cfg: RunConfig, step: int) -> dict[str, Any]:
     """The settings that say how the student was made; no paths of this machine."""
     train, resolution = cfg.train, cfg.model.resolution
@@ -203,6 +211,7 @@ def _recipe(cfg: RunConfig, step: int) -> dict[str, Any]:
         "resolution": said(resolution)
         if isinstance(resolution, tuple)
         else resolution or "the model's own",
+        **({"sizes": _sizes(cfg)} if cfg.data.buckets is not None else {}),
         "sampler": f"{cfg.sampler.steps} steps, η = {cfg.sampler.eta}",
         "weights": f"LoRA, rank {cfg.adapters.rank}, α = {cfg.adapters.alpha}"
         if cfg.adapters.kind == "lora"

@@ -22,7 +22,7 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.models.pipelines.meta import text_encoders
 from tiltflow.rewards.sizes import reward_memory
 from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
-from tiltflow.setup.model_checks import meta_of
+from tiltflow.setup.model_checks import largest, meta_of
 from tiltflow.setup.planner import GIB, Job, Plan, TiltJob, plan
 
 
@@ -33,7 +33,7 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         ValueError: if there is no directory of the pipeline and it is no published one.
     """
     model = cfg.model
-    make = partial(meta_of, cfg)
+    make = partial(meta_of, cfg, resolution=largest(cfg))
     backbone = make()
     lora = cfg.adapters.kind == "lora"
     settings = adapter_settings(cfg, backbone) if lora else None
