@@ -16,6 +16,7 @@ from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.data.prompts import Prompt, PromptSampler
 from tiltflow.models.backbone import Backbone
 from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.roles import Roles
 from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
@@ -33,17 +34,6 @@ from tiltflow.train.tilt import Tilt
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
 
 
-def make_stage(
-    cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, share: Share
-) -> ColdStart | Tilt:
-    """The stage of `cfg.stage`, on one rank's share.
-
-    Raises:
-        ValueError: if a term, an objective or a reward that the config names cannot be made.
-    """
-    return make_stages(cfg, backbone, encoded, roles, share)[0]
-
-
 def make_stages(
     cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, share: Share
 ) -> tuple[ColdStart | Tilt, Stage]:
@@ -51,7 +41,8 @@ def make_stages(
     for each size over the same parts.
 
     Raises:
-        ValueError: as `make_stage`, or if a size does not fit the model.
+        ValueError: if a term, an objective or a reward that the config names cannot be made, or a
+            size does not fit the model.
     """
     parts = _parts(cfg, backbone, encoded, roles, share)
     rewards = build_rewards(cfg.rewards, backbone) if cfg.stage == "tilt" else None
@@ -93,7 +84,7 @@ def _sized(cfg: RunConfig, backbone: Backbone, parts: Parts, bucket: Bucket) -> 
     """The parts of a stage at another size: latents, noise levels, prompts; the rest is shared."""
     if not isinstance(backbone, PipelineBackbone):
         raise ValueError(f"data.buckets: family {backbone.family} makes pictures of one size only")
-    sized, among = backbone.sized(bucket.size), bucket.prompts
+    sized, among = resized(backbone, bucket.size), bucket.prompts
     count = len(parts.prompts) if among is None else len(among)
     return replace(
         parts,

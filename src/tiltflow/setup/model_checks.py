@@ -24,6 +24,7 @@ from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.directory import Pipeline, Pipelines
 from tiltflow.models.pipelines.headers import header_shapes
 from tiltflow.models.pipelines.meta import META, meta_backbone
+from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.setup.assemble import buckets_of
@@ -67,7 +68,7 @@ def check_sizes(
     backbone = meta_of(cfg, pipelines)
     for bucket in buckets:
         try:
-            backbone.sized(bucket.size)
+            resized(backbone, bucket.size)
         except ValueError as error:
             raise ValueError(f"data.buckets: {error}") from error
 

@@ -10,7 +10,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -356,19 +356,6 @@ class PipelineBackbone(ABC):
         """Drops what only `encode` needs."""
         for name in self.record.text_encoders:
             setattr(self.pipe, name, None)
-
-    def sized(self, resolution: Resolution) -> Self:
-        """The same networks for pictures of another size.
-
-        Raises:
-            ValueError: if it does not fit the model.
-        """
-        other, config = copy.copy(self), dict(self.pipe.transformer.config)
-        factor, patch, most = self.geometry.factor, self.geometry.patch, self._max_cells(config)
-        other.geometry = geometry_of(resolution, factor, patch, most, self.path, "the size ")
-        other.resolution = other.geometry.resolution
-        other.latent_shape = other._latent_shape(int(config["in_channels"]))
-        return other
 
     def thaw(self) -> None:
         """For sampling without gradient: weights marked as `from_pretrained` leaves them.
