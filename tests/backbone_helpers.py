@@ -15,8 +15,8 @@ from tiltflow.models.families import load_backbone
 
 Tiny = Callable[[str], Path]
 PROMPTS = ["a red cat", "two dogs"]
-FAMILY = {name: "sd3" if name.startswith("sd3") else "flux" for name in BUILDERS}
-FAMILY |= {"klein": "flux2", "klein_base": "flux2"}
+BEGINNINGS = {"sd3": "sd3", "flux": "flux", "klein": "flux2", "z_image": "z_image"}
+FAMILY = {name: next(BEGINNINGS[b] for b in BEGINNINGS if name.startswith(b)) for name in BUILDERS}
 
 
 def load(path: Path, **options: Any) -> Any:

@@ -30,6 +30,9 @@ PLAIN: list[tuple[str, int, dict[str, Any], float]] = [
     ("flux_schnell", 2, {}, 1.0),
     ("klein_base", 2, {"guidance_scale": 1.0}, 1.0),
     ("klein", 2, {"guidance_scale": 1.0}, 1.0),
+    ("z_image", 2, {"guidance_scale": 0.0}, 1.0),
+    ("z_image_wide", 2, {"guidance_scale": 0.0}, None),
+    ("z_image_turbo", 2, {"guidance_scale": 0.0}, 1.0),
 ]
 # One prompt: we encode the empty prompt once and not once a prompt, which rounds differently.
 GUIDED: list[tuple[str, int, dict[str, Any], float]] = [
@@ -37,6 +40,8 @@ GUIDED: list[tuple[str, int, dict[str, Any], float]] = [
     ("sd35m", 1, {"guidance_scale": 7.0}, 7.0),
     ("flux_schnell", 1, {"true_cfg_scale": 3.0, "negative_prompt": ""}, 3.0),
     ("klein_base", 1, {"guidance_scale": 4.0}, 4.0),
+    ("z_image", 1, {"guidance_scale": 4.0}, 5.0),
+    ("z_image_wide", 1, {"guidance_scale": 0.5}, 1.5),
 ]
 
 
@@ -87,8 +92,8 @@ def test_loop_equals_the_pipelines_call(
     path, prompts = tiny_pipeline(name), PROMPTS[:batch]
     backbone = shared(path)
     assert backbone.family == FAMILY[name]
-    # SD3's pipeline runs guidance as one batch, the others as two passes
-    monkeypatch.setattr(backbone, "batched_guidance", backbone.family == "sd3")
+    # these pipelines run guidance as one batch, the others as two passes
+    monkeypatch.setattr(backbone, "batched_guidance", backbone.family in ("sd3", "z_image"))
     images = our_images(backbone, prompts, 5, guidance)
     expected, _ = their_images(path, prompts, 5, **call)
     assert images.shape == (batch, 3, RESOLUTION, RESOLUTION)
@@ -115,7 +120,9 @@ def test_batched_guidance_is_two_passes_up_to_rounding(
 def test_grids_are_the_schedulers(tiny_pipeline: Tiny, name: str) -> None:
     path = tiny_pipeline(name)
     backbone = shared(path)
-    call = {} if FAMILY[name] == "flux" else {"guidance_scale": 1.0}
+    call = {"flux": {}, "z_image": {"guidance_scale": 0.0}}.get(
+        FAMILY[name], {"guidance_scale": 1.0}
+    )
     for steps in (4, 7):
         grid = backbone.teacher_sigmas(steps)
         assert torch.equal(grid, their_images(path, PROMPTS[:1], steps, **call)[1])
@@ -150,6 +157,7 @@ def test_default_sizes(tiny_pipeline: Tiny) -> None:
         "flux_schnell": ((16, 128, 128), 512, 1.0),
         "klein_base": ((128, 64, 64), 512, 4.0),
         "klein": ((128, 64, 64), 512, 1.0),
+        "z_image": ((16, 128, 128), 512, 6.0),
     }
     for name, (shape, sequence, guidance) in expected.items():
         backbone = load_backbone(tiny_pipeline(name), device="cpu")

@@ -21,6 +21,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
 from torch import nn
@@ -32,6 +34,7 @@ from transformers import (
     Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -44,6 +47,12 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THINKING = CHAT.replace(
+    "{% endif %}",
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endif %}",
+)
+"""A template that says something else without thinking."""
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -219,6 +228,47 @@ def klein(distilled: bool) -> Flux2KleinPipeline:
     )
 
 
+def z_image(turbo: bool, wide: bool = False) -> ZImagePipeline:
+    """Z-Image, or Turbo: another transformer and another shift; `wide` has other sizes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2TokenizerFast(vocab={p: i for i, p in enumerate(pieces)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = THINKING
+    width = 24 if wide else 16
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=4 if wide else 3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    encoder, vae = Qwen3Model(config), autoencoder(0.3611, 0.1159)
+    if turbo:
+        torch.manual_seed(1000 + torch.initial_seed())
+    transformer = ZImageTransformer2DModel(
+        dim=60 if wide else 32,
+        n_layers=3 if wide else 2,
+        n_refiner_layers=1,
+        n_heads=3 if wide else 2,
+        n_kv_heads=3 if wide else 2,
+        cap_feat_dim=width,
+        axes_dims=(8, 6, 6) if wide else (4, 6, 6),
+        axes_lens=(640, 64, 64),
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        token.data.normal_()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if turbo else 6.0),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3m": lambda: sd3(dual=False),
     "sd3m_without_t5": lambda: sd3(dual=False, with_t5=False),
@@ -227,6 +277,9 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux_schnell": lambda: flux(distilled=False),
     "klein_base": lambda: klein(distilled=False),
     "klein": lambda: klein(distilled=True),
+    "z_image": lambda: z_image(turbo=False),
+    "z_image_wide": lambda: z_image(turbo=False, wide=True),
+    "z_image_turbo": lambda: z_image(turbo=True),
 }
 
 

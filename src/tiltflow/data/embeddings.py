@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tiltflow.core.transfer import to_device
 from tiltflow.data.prompts import Prompt
-from tiltflow.models.backbone import Backbone, Conditioning
+from tiltflow.models.backbone import ON_HOST, Backbone, Conditioning
 
 BATCH = 64
 """Texts that go through the text encoders at a time."""
@@ -39,14 +40,16 @@ class EncodedPrompts:
         """Conditioning and prompts of some rows, in the order given."""
         places = [self.places[i] for i in indices]
         first = self.tables[0]
+
+        def placed(key: str, value: Tensor) -> Tensor:
+            return value if key.endswith(ON_HOST) else to_device(value, device)
+
         positive = {
-            key: to_device(
-                torch.stack([self.tables[t].positive[key][row] for t, row in places]), device
-            )
+            key: placed(key, torch.stack([self.tables[t].positive[key][row] for t, row in places]))
             for key in first.positive
         }
         negative = {
-            key: to_device(value, device).expand(len(places), *value.shape[1:])
+            key: placed(key, value).expand(len(places), *value.shape[1:])
             for key, value in first.negative.items()
         }
         return Conditioning(positive, negative), [self.prompts[i] for i in indices]

@@ -40,6 +40,11 @@ class Loading:
     base: Base = "device"
 
 
+ON_HOST = "_lengths"
+"""How the keys of a conditioning end whose tensors stay in main memory: what the host reads in each
+pass, for which it should not wait for a device."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What a batch of prompts says to a network.
@@ -58,7 +63,10 @@ class Conditioning:
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Conditioning:
-        return self._map(lambda tensor: tensor.to(device))
+        def moved(side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: t if k.endswith(ON_HOST) else t.to(device) for k, t in side.items()}
+
+        return Conditioning(moved(self.positive), moved(self.negative))
 
     def repeat(self, times: int) -> Conditioning:
         """Each row `times` times in succession: a prompt's group."""

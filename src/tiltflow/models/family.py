@@ -19,6 +19,7 @@ BUILTIN: dict[str, tuple[str | None, str]] = {
     "sd3": ("StableDiffusion3Pipeline", "tiltflow.models.families.sd3:FAMILY"),
     "flux": ("FluxPipeline", "tiltflow.models.families.flux:FAMILY"),
     "flux2": ("Flux2KleinPipeline", "tiltflow.models.families.flux2:FAMILY"),
+    "z_image": ("ZImagePipeline", "tiltflow.models.families.z_image:FAMILY"),
     "mixture": (None, "tiltflow.models.families:MIXTURE"),
 }
 """By name: the diffusers pipeline (None: the family needs no files), and the record's place."""
@@ -53,7 +54,8 @@ class Family:
     """The diffusers pipeline; None for a family that needs no files."""
     title: str = ""
     """What one model is called in a sentence."""
-    networks: Mapping[str, str] = field(default_factory=dict)
+    networks: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """One class, or several of which the first is the published pipeline's."""
     required: tuple[str, ...] = ("text_encoder", "tokenizer")
     """Besides transformer, vae and scheduler: the parts that the pipeline cannot do without."""
     absent_encoders: bool = False
@@ -63,7 +65,8 @@ class Family:
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
     """What the teacher's pipeline may come with."""
     whole: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Whole numbers of its configurations that no other family has, with their bounds."""
+    """Whole numbers of its configurations (or lists of them) that no other family has, with their
+    bounds."""
     depths: tuple[str, ...] = ()
     """Of these, numbers of layers: no more than there are weights."""
     widths: tuple[str, ...] = ()
@@ -96,6 +99,11 @@ class Family:
     own scheduler's for K equal raw levels, with these."""
     published: Mapping[str, Published] = field(default_factory=dict)
     """Pipelines by hub id."""
+
+    def classes(self, part: str) -> tuple[str, ...]:
+        """The classes that a part may have; none where the family has no word on it."""
+        found = self.networks.get(part, ())
+        return (found,) if isinstance(found, str) else found
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ latents to the autoencoder's. Latents are plain (B, C, H, W) everywhere outside 
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import diffusers
@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from tiltflow.core.sizes import Resolution
+from tiltflow.flow import raw_levels
 from tiltflow.models.backbone import Conditioning, Loading
 from tiltflow.models.family import Family
 from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.geometry import Geometry, geometry_of, grid, odd
+from tiltflow.models.pipelines.guidance import both_passes
 from tiltflow.models.pipelines.loading import load_part, load_pipeline
+from tiltflow.models.pipelines.parts import check_twin, part_config
 from tiltflow.models.pipelines.storage import input_dtype, keep_in_fp8
-from tiltflow.models.pipelines.weights import check_weights
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
@@ -58,6 +60,8 @@ class PipelineBackbone(ABC):
     """What the pipelines' own calls refuse to go beyond; klein's tokenizer length in diffusers."""
     axes: ClassVar[int] = 0
     """How many coordinates a token's position has, where they are turned into rotations."""
+    prompts_first: ClassVar[bool] = False
+    """Whether the prompts come before the empty one in the pipeline's batch for guidance."""
     packing: ClassVar[int]
     """How many values of one latent channel a token holds side by side as channels."""
 
@@ -77,7 +81,9 @@ class PipelineBackbone(ABC):
             check_directory(pipeline)
             self._check_parts()
         if generator is not None:
-            self._check_generator(generator)
+            check_directory(generator)
+            self._check_teacher()
+            check_twin(family, pipeline, generator)
         self.medium: Medium = IMAGES
         self.device = torch.device(loading.device)
         transformer, vae = self._part_configs(pipe)
@@ -119,14 +125,12 @@ class PipelineBackbone(ABC):
         """The transformer's and the autoencoder's, without loading them."""
         if pipe is not None:
             return dict(pipe.transformer.config), dict(pipe.vae.config)
-        transformer, vae = (self.part_config(self.pipeline, p) for p in ("transformer", "vae"))
-        return transformer, vae
+        part = self.part_config
+        return part(self.pipeline, "transformer"), part(self.pipeline, "vae")
 
     def part_config(self, pipeline: Pipeline, part: str) -> dict[str, Any]:
         """A part's configuration without loading it: its config.json over its class's defaults."""
-        kind = getattr(diffusers, self.record.networks[part])
-        parameters = inspect.signature(kind.__init__).parameters.items()
-        return {**{name: p.default for name, p in parameters}, **pipeline.config(part)}
+        return part_config(self.record, pipeline, part)
 
     def _load(self, loading: Loading) -> Any:
         diffusers_logging.disable_progress_bar()
@@ -156,20 +160,6 @@ class PipelineBackbone(ABC):
         if loading.base == "device":
             network.to(self.device)
 
-    def _check_generator(self, generator: Pipeline) -> None:
-        check_directory(generator)
-        self._check_teacher()
-        teacher, other = (
-            self.part_config(pipeline, "transformer") for pipeline in (self.pipeline, generator)
-        )
-        for key in self.record.twin:
-            if teacher[key] != other[key]:
-                raise ValueError(
-                    f"the transformer in {generator} has {key}={other[key]} but the one "
-                    f"in {self.path} has {teacher[key]}: take two {self.record.title}s of one size"
-                )
-        check_weights(generator, ["transformer"])
-
     # ---- what a family adds
 
     @abstractmethod
@@ -191,8 +181,7 @@ class PipelineBackbone(ABC):
         """fp32 latents as the autoencoder's decoder takes them."""
 
     def _check_parts(self) -> None:  # noqa: B027
-        """Raises ValueError where the parts' configurations do not go together; by default what
-        `_geometry` and the networks themselves find is all."""
+        """Raises ValueError where the parts' configurations do not go together."""
 
     def _begin(self) -> None:  # noqa: B027
         """What a family does when its pipeline is loaded."""
@@ -231,6 +220,10 @@ class PipelineBackbone(ABC):
     def _latent_shape(self, channels: int) -> tuple[int, ...]:
         return (channels // self.packing, *self.geometry.latent)
 
+    def _raw_levels(self, steps: int) -> list[float]:
+        """What the pipeline's call hands to its scheduler."""
+        return raw_levels(steps)
+
     def _mu(self, steps: int) -> float:
         """The parameter of a resolution-dependent shift, by the pipeline's own formula."""
         config = self.scheduler.config
@@ -264,15 +257,18 @@ class PipelineBackbone(ABC):
         None."""
         if guidance is None or guidance == 1.0:
             return self._forward(network, x, sigma, cond.positive)
-        if self.batched_guidance:
-            both = {
-                key: torch.cat([cond.negative[key], cond.positive[key]]) for key in cond.positive
-            }
-            passes = self._forward(network, torch.cat([x, x]), torch.cat([sigma, sigma]), both)
-            plain, conditional = passes.chunk(2)
-        else:
-            conditional = self._forward(network, x, sigma, cond.positive)
-            plain = self._forward(network, x, sigma, cond.negative)
+        plain, conditional = both_passes(
+            partial(self._forward, network),
+            x,
+            sigma,
+            cond,
+            batched=self.batched_guidance,
+            prompts_first=self.prompts_first,
+        )
+        return self._guide(plain, conditional, guidance)
+
+    def _guide(self, plain: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        """The guided velocity, by the pipeline's own order of operations."""
         return plain + guidance * (conditional - plain)
 
     def passes(self, guidance: float) -> int:
@@ -339,7 +335,8 @@ class PipelineBackbone(ABC):
 
     def _schedule(self, scheduler: Any, steps: int, raw: bool) -> Tensor:
         mu = self._mu(steps) if scheduler.config.use_dynamic_shifting else None
-        return grid(scheduler, steps, raw, mu, self.path)
+        levels = self._raw_levels(steps)
+        return grid(scheduler, steps, levels if raw else None, mu, self.path)
 
     def new_copy(self, of: str, seed: int) -> nn.Module:
         """A separate trainable fp32 copy of a base; `seed` is for families that draw weights.

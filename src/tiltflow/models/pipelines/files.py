@@ -86,16 +86,17 @@ def check_directory(pipeline: Pipeline) -> Family:
 
 def _check_class(pipeline: Pipeline, part: str, family: Family) -> None:
     """Whether a part is what its family takes, by the index and by its own configuration."""
-    wanted = family.networks.get(part)
-    if wanted is None:
+    wanted = family.classes(part)
+    if not wanted:
         return
     for file, name in (
         (INDEX, (pipeline.index.get(part) or [None])[-1]),
         (f"{part}/config.json", pipeline.config(part).get("_class_name")),
     ):
-        if name != wanted and not (file != INDEX and name is None):
+        if name not in wanted and not (file != INDEX and name is None):
             raise ValueError(
-                f"{pipeline.root / file} calls the {part} {shown(name)}, but it must be a {wanted}"
+                f"{pipeline.root / file} calls the {part} {shown(name)}, but it must be a "
+                f"{' or a '.join(wanted)}"
             )
 
 
@@ -107,7 +108,7 @@ def _check_tokenizers(pipeline: Pipeline, family: Family) -> None:
             continue
         encoder, file = part.replace("tokenizer", "text_encoder"), pipeline.root / name
         length = pipeline.json(name).get("model_max_length")
-        if not family.networks.get(encoder, "").startswith("CLIP"):
+        if not any(name.startswith("CLIP") for name in family.classes(encoder)):
             if length is not None and not (is_number(length) and length > 0):
                 raise ValueError(f"{file} has model_max_length={shown(length)}, which is no length")
             continue

@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from tiltflow.core.sizes import Resolution, both, plain, said
-from tiltflow.flow import raw_levels
 
 LEVEL_KEYS = (
     "shift", "shift_terminal", "invert_sigmas", "use_dynamic_shifting", "base_shift", "max_shift",
@@ -83,17 +82,18 @@ def odd(numbers: Sequence[int]) -> bool:
     return any(number % 2 for number in numbers)
 
 
-def grid(scheduler: Any, steps: int, raw: bool, mu: float | None, where: str) -> Tensor:
-    """The (steps + 1,) fp32 levels of a scheduler, on the CPU: of equal `raw` levels 1, …, 1/K, or
-    of its own. `mu` is for a shift by resolution, `where` the pipeline's directory.
+def grid(
+    scheduler: Any, steps: int, raw: list[float] | None, mu: float | None, where: str
+) -> Tensor:
+    """The (steps + 1,) fp32 levels of a scheduler, on the CPU: of the levels `raw`, or of its own.
+    `mu` is for a shift by resolution, `where` the pipeline's directory.
 
     Raises:
         ValueError: if they do not fall from at most 1 to 0.
     """
-    levels = raw_levels(steps)
     shift: dict[str, Any] = {} if mu is None else {"mu": mu}
-    if raw:
-        shift["sigmas"] = levels
+    if raw is not None:
+        shift["sigmas"] = raw
     with np.errstate(all="ignore"):  # what comes of it is looked at
         scheduler.set_timesteps(steps, device="cpu", **shift)
     made: Tensor = scheduler.sigmas.clone()

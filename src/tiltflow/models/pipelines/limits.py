@@ -59,7 +59,9 @@ REAL = {
     "rms_norm_eps": (0.0, 1.0),
     "eps": (0.0, 1.0),
     "mlp_ratio": (1e-3, 1e3),
+    "norm_eps": (0.0, 1.0),
     "rope_theta": (1.0, 1e12),
+    "t_scale": (1e-3, 1e6),
     "shift": (1e-6, 1e6),
     "base_shift": (-1e3, 1e3),
     "max_shift": (-1e3, 1e3),
@@ -78,6 +80,8 @@ CHOICES = {"time_shift_type": ("exponential", "linear")}
 LISTS = ("block_out_channels", "decoder_block_out_channels", "axes_dims_rope")
 """Always several numbers; `EITHER` may be one number or several."""
 EITHER = ("patch_size", "dual_attention_layers")
+ONE = {*WHOLE} - {*LISTS, *EITHER}
+"""Never a list. What only one family has (`Family.whole`) may be either."""
 LONGEST = 1_000
 """Numbers in a list."""
 
@@ -117,7 +121,7 @@ def check_numbers(
 
 
 def _check_whole(said: str, key: str, value: Any, low: int, high: int) -> None:
-    if key in LISTS or (key in EITHER and isinstance(value, list)):
+    if key in LISTS or (key not in ONE and isinstance(value, list)):
         if not isinstance(value, list) or len(value) > LONGEST or (key in LISTS and not value):
             raise ValueError(f"{said} no list of 1 to {LONGEST} whole numbers")
         numbers, what = value, f"no list of whole numbers from {low} to {high}"

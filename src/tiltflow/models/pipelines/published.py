@@ -71,6 +71,9 @@ def _vae(scaling: float, shift: float) -> dict[str, Any]:
     }
 
 
+FLUX_VAE = _vae(0.3611, 0.1159)
+
+
 def _sd3(**transformer: Any) -> dict[str, Any]:
     return {
         "_class_name": "StableDiffusion3Pipeline",
@@ -133,7 +136,7 @@ _FLUX_DEV = {
         "pooled_projection_dim": 768,
         "guidance_embeds": True,
     },
-    "vae": _vae(0.3611, 0.1159),
+    "vae": FLUX_VAE,
     "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
     "text_encoder": _CLIP_L | {"_class_name": "CLIPTextModel"},
     "text_encoder_2": _T5_XXL,

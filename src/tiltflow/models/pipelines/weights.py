@@ -28,13 +28,16 @@ META = torch.device("meta")
 
 HARMLESS = {
     "CLIP": re.compile(r"(text_model\.)?embeddings\.position_ids"),
+    "Qwen3Model": re.compile(r"lm_head\.weight"),
     "T5Encoder": re.compile(r"decoder\..*|lm_head\.weight"),
 }
 """By the beginning of a class's name, what its files may hold besides its weights: CLIP's positions
-0, 1, 2, …, which older versions saved; and of a whole T5 the half that is not the encoder."""
+0, 1, 2, …, which older versions saved; of a whole T5 the half that is not the encoder; of a whole
+language model its head."""
 
-PREFIX = "text_model."
-"""Before the names of a CLIP text model, in files of some versions and models of others."""
+PREFIX = re.compile(r"^(text_model|model)\.")
+"""Before the names of a CLIP text model, in files of some versions and models of others; and of a
+language model without its head."""
 
 
 def meta_model(config: Mapping[str, Any]) -> nn.Module:
@@ -96,7 +99,7 @@ def _described(folder: Path, text: str) -> dict[str, Slot]:
             f"{first_sentence(error)}"
         ) from error
     return {
-        name.removeprefix(PREFIX): Slot(tuple(value.shape), value.is_floating_point(), id(value))
+        PREFIX.sub("", name): Slot(tuple(value.shape), value.is_floating_point(), id(value))
         for name, value in network.state_dict(keep_vars=True).items()
     }
 
@@ -106,7 +109,7 @@ def _check_network(
 ) -> None:
     harmless = next((p for start, p in HARMLESS.items() if kind.startswith(start)), None)
     given = {
-        name.removeprefix(PREFIX): entry
+        PREFIX.sub("", name): entry
         for name, entry in found.items()
         if harmless is None or not harmless.fullmatch(name)
     }
