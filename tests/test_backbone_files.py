@@ -47,7 +47,7 @@ def test_family_is_read_off_the_index(tiny_pipeline: Tiny, name: str, family: st
 def test_the_mixture_has_no_files() -> None:
     assert check_pipeline("mixture") == check_pipeline("anything", "mixture") == "mixture"
     assert load_backbone(None, family="mixture", device="cpu").family == "mixture"
-    with pytest.raises(ValueError, match="generator_path is for family flux2"):
+    with pytest.raises(ValueError, match="generator_path is for family flux2, z_image"):
         load_backbone("mixture", generator_path="klein", device="cpu")
 
 
@@ -59,10 +59,13 @@ def test_wrong_directories(sd3: Path, tmp_path: Path) -> None:
         check_pipeline(tmp_path / "empty")
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline .family sd3., not .* flux2"):
         check_pipeline(sd3, "flux2")
-    with pytest.raises(ValueError, match="'sdxl' is none of sd3, flux, flux2, mixture"):
+    with pytest.raises(ValueError, match="'sdxl' is none of sd3, flux, flux2, z_image, mixture"):
         check_pipeline(sd3, "sdxl")
     edit(sd3 / "model_index.json", _class_name="Flux2Pipeline")
-    with pytest.raises(ValueError, match="holds a Flux2Pipeline, which is none of"):
+    with pytest.raises(
+        ValueError,
+        match="holds a Flux2Pipeline, which is none of .*, ZImagePipeline; a family can be",
+    ):
         check_pipeline(sd3)
     (sd3 / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -124,7 +127,7 @@ def test_parts_of_two_models(sd3: Path, no_weights: None) -> None:
 
 def test_generator_paths(tiny_pipeline: Tiny, tmp_path: Path, no_weights: None) -> None:
     klein, base, sd3 = (tiny_pipeline(name) for name in ("klein", "klein_base", "sd3m"))
-    with pytest.raises(ValueError, match="generator_path is for family flux2, not for sd3"):
+    with pytest.raises(ValueError, match="is for family flux2, z_image, not for sd3"):
         load_backbone(sd3, generator_path=klein, device="cpu")
     with pytest.raises(ValueError, match="the teacher in .* is step-distilled"):
         load_backbone(klein, generator_path=base, device="cpu")

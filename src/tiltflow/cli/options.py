@@ -142,10 +142,14 @@ class SamplingOptions:
         str | None,
         typer.Option(
             "--generator",
-            help="the distilled pipeline that LoRAs sit on (klein)",
+            help="the distilled pipeline that LoRAs sit on (klein, Z-Image-Turbo)",
             parser=home_for_tilde,
             metavar="DIR",
         ),
+    ] = None
+    family: Annotated[
+        str | None,
+        typer.Option("--family", help="module:RECORD of a family from outside (model.family)"),
     ] = None
     cache: Annotated[
         str | None, typer.Option("--cache", help="where embeddings are kept, or off")

@@ -1,0 +1,45 @@
+"""What the tests of families need to know of each: one entry a family.
+
+`names` are tiny pipelines of two sizes at least (`tiny_pipelines`), `generator` one that the first
+of them may start its student from. `plain` is what its call takes for a pass without guidance,
+`guided` for guidance, with the scale that this is here. `batched` says whether its call runs both
+passes as one batch. `sizes` are images (height, width) that it can draw. `tokens` is
+more than a short prompt's and less than a long one's, with the family's template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    names: tuple[str, ...]
+    plain: dict[str, Any]
+    guided: tuple[dict[str, Any], float]
+    batched: bool
+    generator: str | None = None
+    sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96))
+    tokens: int = 64
+    recipe: str | None = None
+    """The recipes' model: its adapter on the published geometry is `adapter`, by hand: adapted
+    modules and, of rank 32, trainable parameters; `blocks` as docs/backbones.md counts them."""
+    blocks: str = ""
+    adapter: tuple[int, int] = (0, 0)
+
+
+CASES = {
+    "z_image": Case(
+        names=("z_image", "z_image_wide"),
+        plain={"guidance_scale": 0.0},
+        guided=({"guidance_scale": 3.0}, 4.0),
+        batched=True,
+        generator="z_image_turbo",
+        recipe="z_image",
+        blocks="30 + 0",
+        adapter=(30 * 4, 30 * 4 * 32 * (3840 + 3840)),
+    ),
+}
+
+PAIRS = [(family, name) for family, case in CASES.items() for name in case.names]
