@@ -13,7 +13,7 @@ from tiltflow.config.load import load_config
 from tiltflow.flow import broadcast, renoise, renoise_level
 from tiltflow.method.boundary import Boundary
 from tiltflow.tasks.train import run_training
-from tiltflow.train.objective import Setting
+from tiltflow.train.parts import Parts
 
 
 class Difference:
@@ -23,18 +23,18 @@ class Difference:
     Random numbers are counted draws for the global batch, of which this rank has its rows.
     """
 
-    def __init__(self, setting: Setting, scale: float = 1.0) -> None:
-        self.setting, self.scale = setting, float(scale)
+    def __init__(self, parts: Parts, scale: float = 1.0) -> None:
+        self.parts, self.scale = parts, float(scale)
 
     def gradient(self, stream: str, draw: int, at: Boundary) -> Tensor:
-        random, share, roles = self.setting.randomness, self.setting.share, self.setting.roles
+        random, share, roles = self.parts.randomness, self.parts.share, self.parts.roles
         u = share.of(random.uniform(f"{stream}/t", draw, (share.batch,)), at.x.device)
         t = renoise_level(at.s, u)
         shape, device = at.x.shape[1:], at.x.device
         noise = share.noise(random, f"{stream}/noise", draw, shape, device)
         x_t = renoise(at.x.detach(), at.s, t, noise)
         cond = at.cond[slice(None)]
-        teacher = roles.teacher.field(cond, self.setting.matching.guidance)
+        teacher = roles.teacher.field(cond, self.parts.matching.guidance)
         fake = roles.fake_score.at(at.k).field(cond)
         difference = fake(x_t, t) - teacher(x_t, t)
         return -self.scale * broadcast(t, difference) * difference

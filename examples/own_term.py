@@ -10,26 +10,29 @@ import torch
 from rich.console import Console
 
 from tiltflow.config.load import load_config
+from tiltflow.core.settings import Section, Weight
 from tiltflow.method.rollout import step
 from tiltflow.tasks.train import run_training
-from tiltflow.train.terms import Attached, Epoch, Loss, Setting, Span, single
+from tiltflow.train.parts import Parts
+from tiltflow.train.terms import Attached, Epoch, Loss, Span, Term, single
 
 
-class Stay:
+class Stay(Term):
     """weight · mean‖mean of a step − mean of the same step by stage 1‖², at every step."""
 
     name = "the distance to stage 1"
 
-    def __init__(self, setting: Setting, weight: float) -> None:
-        if not weight >= 0:
-            raise ValueError(f"weight is {weight}, which is below 0")
-        self.setting, self.weight = setting, weight
+    class Settings(Section):
+        weight: Weight
+
+    def __init__(self, parts: Parts, settings: Settings) -> None:
+        self.parts, self.weight = parts, settings.weight
 
     def spans(self, step: int) -> tuple[Span, ...]:
-        return tuple(single(k) for k in range(self.setting.steps)) if self.weight else ()
+        return tuple(single(k) for k in range(self.parts.steps)) if self.weight else ()
 
     def begin(self, epoch: Epoch) -> Loss:
-        reference = self.setting.roles.reference
+        reference = self.parts.roles.reference
         assert reference is not None
 
         def loss(at: Attached) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

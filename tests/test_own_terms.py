@@ -16,8 +16,12 @@ from torch import Tensor
 from tiltflow.config.load import load_config
 from tiltflow.core import registry
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.method.rollout import log_prob
+from tiltflow.setup.build import build_stage
 from tiltflow.tasks.train import run_training
-from tiltflow.train.terms import Attached, Epoch, Loss, Setting, Span
+from tiltflow.train.parts import Parts
+from tiltflow.train.terms import Attached, Epoch, Loss, Span, Term, single
+from tiltflow.train.tilt import Tilt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = [
@@ -77,22 +81,29 @@ def test_a_term_is_found_by_entry_point(
     assert same(named, tilt(tmp_path / "b", cold, STAY % 50.0))
 
 
-class Forward:
+class Loose:
+    """No term."""
+
+    def __init__(self, parts: Parts) -> None:
+        raise AssertionError("made")
+
+
+class Forward(Term):
     """A term that calls the network itself, at the rollout's end re-noised to σ = 1/2."""
 
     name = "the forward term"
 
-    def __init__(self, setting: Setting, weight: float) -> None:
-        self.setting, self.weight = setting, weight
+    def __init__(self, parts: Parts, weight: float) -> None:
+        self.parts, self.weight = parts, weight
 
     def spans(self, step: int) -> tuple[Span, ...]:
-        return (Span(self.setting.steps, self.setting.steps),)
+        return (Span(self.parts.steps, self.parts.steps),)
 
     def begin(self, epoch: Epoch) -> Loss:
         def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
             assert not at.x.requires_grad and torch.equal(at.x, at.part.end)
             half = at.x.new_full((len(at.x),), 0.5)
-            v = self.setting.roles.generator(0.5 * at.x, half, at.part.conditioning)
+            v = self.parts.roles.generator(0.5 * at.x, half, at.part.conditioning)
             return self.weight * v.square().flatten(1).mean(1), {}
 
         return loss
@@ -108,6 +119,58 @@ def test_a_term_may_call_the_networks_itself(cold: Path, tmp_path: Path) -> None
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-6)
     assert not same(one, tilt(tmp_path / "c", cold, *none, "tilt.reward_weight=1e-9"))
+
+
+class Explorer(Term):
+    """A policy gradient of every stochastic step, with the rewards' own gradient beside it."""
+
+    name = "the explorer"
+    takes_gradient = True
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def explores(self, step: int) -> tuple[int, ...]:
+        return tuple(range(self.parts.steps - 1))
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        return (*map(single, self.explores(step)), single(self.parts.steps - 1))
+
+    def begin(self, epoch: Epoch) -> Loss:
+        path, pull = epoch.trajectory, epoch.scored.gradient
+        assert sorted(path.log_probs) == [0, 1, 2] and pull is not None
+
+        def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
+            k = at.span.first
+            if k == self.parts.steps - 1:
+                return (at.x * pull[at.rows]).flatten(1).sum(1), {}
+            now = log_prob(at.part.states[k + 1], at.mean, at.std, "unit")
+            ratio = torch.exp(now - at.part.log_probs[k])
+            noise = (at.part.states[k + 1] - at.mean) / at.std
+            assert not torch.allclose(noise[0], noise[1])  # two members of one group
+            return -ratio * epoch.advantages[at.rows], {}
+
+        return loss
+
+
+def test_a_term_may_explore_every_step_and_take_the_rewards_gradient(
+    cold: Path, tmp_path: Path
+) -> None:
+    none = ["tilt.policy_weight=0", "tilt.matching_weight=0", "tilt.reward_weight=0"]
+    own = [*none, "tilt.terms={test_own_terms:Explorer: {}}"]
+    one = tilt(tmp_path / "a", cold, *own)
+    assert not same(one, dict(load_checkpoint(cold).tensors["generator"]))
+    with pytest.raises(ValueError, match="takes the rewards' gradient, but no reward"):
+        tilt(tmp_path / "c", cold, *own, "rewards.linear={weight: 1.0, backprop: false}")
+
+
+def test_a_normalised_pull_runs_the_last_step_once(cold: Path) -> None:
+    chosen = [f"model.few_step={cold}", *SHORT, "tilt.group_size=4"]
+    chosen += ["tilt.reward_normalise=true", "tilt.match_steps=last"]
+    stage = build_stage(load_config("mixture_tilt", chosen)).stage
+    assert isinstance(stage, Tilt)
+    last = [term.spans(0) for term in stage.terms[1:]]
+    assert last == [(single(3),), (single(3),)]
 
 
 def test_an_objective_from_outside_trains_stage_1(examples: None, tmp_path: Path) -> None:
@@ -131,8 +194,17 @@ def test_an_objective_from_outside_trains_stage_1(examples: None, tmp_path: Path
     [
         ("tilt.terms={stayy: {}}", "there is no term 'stayy'"),
         ("tilt.terms={own_term:Stayy: {}}", "term 'own_term:Stayy': 'own_term' has no 'Stayy'"),
-        (STAY % -1.0, "term 'own_term:Stay': weight is -1.0, which is below 0"),
-        ("tilt.terms={own_term:Stay: {wait: 1}}", "term 'own_term:Stay': .*wait"),
+        (STAY % -1.0, "term 'own_term:Stay': weight is -1.0, but it should be greater than"),
+        (STAY % "false", "term 'own_term:Stay': weight is False, but it should be a valid number"),
+        ("tilt.terms={own_term:Stay: {}}", "term 'own_term:Stay': weight is not set"),
+        (
+            "tilt.terms={own_term:Stay: {weight: 1, wait: 1}}",
+            "term 'own_term:Stay': it has no setting wait",
+        ),
+        ("tilt.terms={test_own_terms:Forward: {wait: 1}}", "term 'test_own_terms:Forward': .*'w"),
+        ("tilt.terms={json:JSONDecoder: {}}", "'json:JSONDecoder'.* 'parts'"),
+        ("tilt.terms={test_own_terms:Loose: {}}", "does not derive from .*Term"),
+        ("tilt.terms={json:dumps: {}}", "term 'json:dumps' should be a class"),
     ],
 )
 def test_what_is_no_term_says_one_sentence(

@@ -92,7 +92,6 @@ def toy(**choices: Any) -> tuple[Tilt, Rollout, Role]:
             Match(settings, matching, randomness, 4),  # type: ignore[arg-type]
             Pull(settings, single(3)),
         ),
-        backprop=True,
     )
     return stage, trajectory, role
 

@@ -7,7 +7,6 @@ names, before any weight is loaded (`checks.py` has the list that a run goes thr
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from tiltflow.config.recipe_source import (
 from tiltflow.config.schema import RewardConfig, Rewards, RunConfig, plain_weight
 from tiltflow.core.latest import steps_in
 from tiltflow.core.paths import resolve_path
+from tiltflow.core.settings import complaint
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.models.pipelines.directory import HUB_ID, Pipelines
 from tiltflow.models.pipelines.files import check_directory
@@ -205,16 +205,7 @@ def _sentence(error: ValidationError) -> str:
         return f"{key} is not set: add it to the recipe, or give {key}={_KINDS.get(key, 'VALUE')}"
     if first["type"] == "value_error" and not key:
         return str(first["ctx"]["error"])
-    message = re.sub(r"^(Value error, )?((Input|String|List|Tuple) should )?", "", first["msg"])
-    if first["type"] == "missing":
-        message = "hold more values"
-    if first["type"] in ("model_type", "model_attributes_type"):
-        number = "a number or " if "rewards." in key else ""
-        message = f"be {number}a mapping of keys to values"
-    shown = repr(first["input"])
-    if len(shown) > 120:
-        shown = f"{shown[:100]}…"
-    return f"{key} is {shown}, but it should {message}"
+    return complaint(first, key)
 
 
 def _leaf(place: Sequence[int | str]) -> str:

@@ -170,7 +170,7 @@ def _check_tilt(config: RunConfig) -> None:
             f"sampler.eta 0 makes every step deterministic, but tilt.policy_weight "
             f"{tilt.policy_weight} trains stochastic ones"
         )
-    if tilt.policy_weight == tilt.matching_weight == tilt.reward_weight == 0:
+    if tilt.policy_weight == tilt.matching_weight == tilt.reward_weight == 0 and not tilt.terms:
         raise ValueError(
             "tilt.policy_weight, tilt.matching_weight and tilt.reward_weight are all 0"
         )

@@ -6,9 +6,12 @@ that component; `config/schema.py` puts the sections together.
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tiltflow.core.limits import (
     FAR,
@@ -19,6 +22,9 @@ from tiltflow.core.limits import (
     MOST_TOKENS,
 )
 from tiltflow.core.paths import home_for_tilde
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Positive = Annotated[int, Field(ge=1, le=FAR)]
 Count = Annotated[int, Field(ge=0, le=FAR)]
@@ -52,3 +58,41 @@ class Section(BaseModel):
     """Frozen, and nothing is coerced: 4.0 is no integer, "4" is no number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def complaint(found: ErrorDetails, key: str) -> str:
+    """One of pydantic's complaints about the value of `key`, as a sentence."""
+    message = re.sub(r"^(Value error, )?((Input|String|List|Tuple) should )?", "", found["msg"])
+    if found["type"] == "missing":
+        message = "hold more values"
+    if found["type"] in ("model_type", "model_attributes_type"):
+        number = "a number or " if "rewards." in key else ""
+        message = f"be {number}a mapping of keys to values"
+    shown = repr(found["input"])
+    if len(shown) > 120:
+        shown = f"{shown[:100]}…"
+    return f"{key} is {shown}, but it should {message}"
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def settled(kind: type[Model], options: Mapping[str, object]) -> Model:
+    """The settings of a component from outside, by its own model.
+
+    Raises:
+        ValueError: in one sentence, the first thing that is wrong.
+    """
+    try:
+        # By way of JSON, where strict validation takes a list for a tuple.
+        return kind.model_validate_json(json.dumps(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "value_error" and not key:
+            raise ValueError(str(first["ctx"]["error"])) from error
+        if first["type"] == "missing":
+            raise ValueError(f"{key} is not set") from error
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"it has no setting {key}") from error
+        raise ValueError(complaint(first, key)) from error

@@ -20,7 +20,6 @@ from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.roles import Roles
 from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
-from tiltflow.train import objective, terms
 from tiltflow.train.averaging import Averaging
 from tiltflow.train.buckets import Bucketed
 from tiltflow.train.cold_start import ColdStart, Cycle
@@ -158,8 +157,7 @@ def _parts(
 
 def _cold_start(cfg: RunConfig, parts: Parts) -> ColdStart:
     chosen = cfg.cold_start
-    setting = objective.Setting(parts.roles, parts.randomness, parts.share, parts.matching)
-    follows = make_objective(chosen.objective, chosen.objective_options, setting)
+    follows = make_objective(chosen.objective, chosen.objective_options, parts)
     return ColdStart(**vars(parts), settings=chosen, objective=follows)
 
 
@@ -168,12 +166,14 @@ def _tilt(cfg: RunConfig, backbone: Backbone, parts: Parts, rewards: RewardMixtu
     roles, randomness, steps = parts.roles, parts.randomness, parts.steps
     backprop = chosen.reward_weight > 0 and rewards.has_differentiable
     first = steps - (chosen.reward_steps if backprop else 0)
-    bound = chosen.reward_weight if chosen.reward_normalise else None
+    path = chosen.reward_normalise and chosen.reward_steps > 1  # a step alone has no state between
+    bound = chosen.reward_weight if path else None
     policy = Policy(chosen, roles, randomness, stop=min(first, steps - 1))
-    setting = terms.Setting(
-        roles, randomness, parts.share, parts.matching, steps, parts.eta, parts.latent_shape,
-        parts.sigmas,
-    )  # fmt: skip
+    own = make_terms(chosen.terms, parts)
+    if any(term.takes_gradient for term in own) and not rewards.has_differentiable:
+        raise ValueError(
+            "a term of tilt.terms takes the rewards' gradient, but no reward is back-propagated"
+        )
     return Tilt(
         **vars(parts),
         settings=chosen,
@@ -192,7 +192,6 @@ def _tilt(cfg: RunConfig, backbone: Backbone, parts: Parts, rewards: RewardMixtu
             policy,
             Match(chosen, parts.matching, randomness, steps),
             Pull(chosen, Span(first, steps, bound) if backprop else None),
-            *make_terms(chosen.terms, setting),
+            *own,
         ),
-        backprop=backprop,
     )

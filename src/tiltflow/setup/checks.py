@@ -29,6 +29,8 @@ from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
 from tiltflow.setup.model_checks import check_adapters, check_model, check_sizes
+from tiltflow.train.objective import check_objective
+from tiltflow.train.terms import check_terms
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ def _check_cache(cfg: RunConfig) -> None:
         raise ValueError(f"{error}; give another folder, or data.cache=off") from error
 
 
+def _check_own(cfg: RunConfig) -> None:
+    """That what the stage is to follow can be found, and takes its settings."""
+    if cfg.stage == "cold_start":
+        check_objective(cfg.cold_start.objective, cfg.cold_start.objective_options)
+    else:
+        check_terms(cfg.tilt.terms)
+
+
 def _check_prompts_fit(on: Subject) -> None:
     """That every reward can read the prompts that it will score."""
     check_prompts_fit(on.cfg.rewards, on.prompts.train)
@@ -104,6 +114,7 @@ CHECKS: tuple[Check, ...] = (
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("rewards", lambda on: check_reward_imports([*on.cfg.rewards, *on.cfg.watch.rewards])),
+    Check("terms", lambda on: _check_own(on.cfg)),
     Check("prompts", lambda on: on.prompts),
     Check(
         "sizes",

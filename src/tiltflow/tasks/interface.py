@@ -28,7 +28,8 @@ from tiltflow.tasks.export import export_run
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
 from tiltflow.tasks.train import train_run
-from tiltflow.train import objective, terms
+from tiltflow.train.objective import OBJECTIVES
+from tiltflow.train.terms import TERMS
 
 Prompts = str | Path | Sequence[str | Prompt]
 """A prompt file or the name of a packaged set; or the prompts themselves, in a list."""
@@ -275,9 +276,9 @@ def request_of(
 KINDS: Mapping[str, tuple[str, Collection[str]]] = {
     "family": (family.GROUP, family.BUILTIN),
     "medium": (medium.ENTRY_POINTS, medium.BUILTIN),
-    "objective": (objective.GROUP, (objective.AC_DMD,)),
+    "objective": (OBJECTIVES.group, OBJECTIVES.builtin),
     "reward": (rewards_base.ENTRY_POINTS, rewards_base.BUILTIN),
-    "term": (terms.GROUP, terms.BUILTIN),
+    "term": (TERMS.group, TERMS.builtin),
 }
 """What can be registered: the group of its entry points, and the names that are taken."""
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tiltflow.core.randomness import Randomness
-from tiltflow.core.registry import find, made
 from tiltflow.method.boundary import Boundary
-from tiltflow.models.roles import Roles
-from tiltflow.train.updates import Matching, Share
+from tiltflow.train.own import Kind
+from tiltflow.train.parts import Parts
+from tiltflow.train.settings import Options
 
-GROUP = "tiltflow.objectives"
-"""The entry points of objectives from other packages."""
 AC_DMD = "ac_dmd"
+OBJECTIVES = Kind("objective", "tiltflow.objectives", [AC_DMD])
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A gradient in x_s that stands for a loss; the fake score is trained beside it either way."""
 
@@ -29,28 +26,29 @@ class Objective(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What an objective is made with, besides its options."""
-
-    roles: Roles
-    randomness: Randomness
-    share: Share
-    matching: Matching
-    """AC-DMD, to build on."""
-
-
-def make_objective(name: str, options: Mapping[str, Any], setting: Setting) -> Objective:
+def make_objective(name: str, options: Options, parts: Parts) -> Objective:
     """The objective `name`: "ac_dmd", an entry point of `tiltflow.objectives`, or
-    `package.module:Class`, which is called with the setting and the options.
+    `package.module:Class`, which is called with the stage's parts and the options.
 
     Raises:
-        ValueError: if there is none, or it does not take the options.
+        ValueError: as `check_objective`, or what the constructor says.
     """
+    check_objective(name, options)
     if name == AC_DMD:
-        if options:
-            raise ValueError(f"cold_start.objective_options: {AC_DMD} takes none")
-        return setting.matching
-    kind: Any = find("objective", name, GROUP, [AC_DMD], "Class")
-    objective: Objective = made("objective", name, kind, setting=setting, **options)
-    return objective
+        return parts.matching
+    made = OBJECTIVES.make(name, options, parts)
+    assert isinstance(made, Objective)
+    return made
+
+
+def check_objective(name: str, options: Options) -> None:
+    """That there is such an objective, and that it takes these options.
+
+    Raises:
+        ValueError: if not.
+    """
+    if name != AC_DMD:
+        if not callable(getattr(OBJECTIVES.check(name, options), "gradient", None)):
+            raise ValueError(f"objective {name!r} has no method gradient(stream, draw, at)")
+    elif options:
+        raise ValueError(f"cold_start.objective_options: {AC_DMD} takes none")

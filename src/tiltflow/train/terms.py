@@ -1,21 +1,20 @@
 """The terms of stage 2's loss (METHOD §5): where each needs a graph, and what it adds there.
 
 An epoch asks every term for its `spans`, makes the rollout, and then has each span of sampler steps
-run once with gradient, whichever terms look at it. A term of one's own is a class with `name`,
-`spans` and `begin`, named under `tilt.terms` in a recipe (examples/own_term.py).
+run once with gradient, whichever terms look at it. A term of one's own derives from `Term`,
+and is named under `tilt.terms` in a recipe (examples/own_term.py).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tiltflow.core.randomness import Randomness
-from tiltflow.core.registry import find, made
 from tiltflow.data.prompts import Prompt
 from tiltflow.method.boundary import Boundary
 from tiltflow.method.distribution_matching import matching_loss
@@ -25,12 +24,12 @@ from tiltflow.method.rollout import Rollout, log_prob
 from tiltflow.method.rollout import step as sampler_step
 from tiltflow.models.roles import Roles
 from tiltflow.train.objective import Objective
+from tiltflow.train.own import Kind
+from tiltflow.train.parts import Parts
 from tiltflow.train.scoring import Scored
-from tiltflow.train.settings import TiltConfig
-from tiltflow.train.updates import Share
+from tiltflow.train.settings import Options, TiltConfig
 
-GROUP = "tiltflow.terms"
-"""The entry points of terms from other packages."""
+TERMS = Kind("term", "tiltflow.terms")
 
 
 @dataclass(frozen=True, order=True)
@@ -87,36 +86,26 @@ Loss = Callable[[Attached], tuple[Tensor, dict[str, Tensor]]]
 """The weighted loss (b,) at a span, and figures (b,) for the log."""
 
 
-class Term(Protocol):
-    """One term of the generator's loss."""
+class Term(ABC):
+    """One term of the generator's loss; one of one's own derives from it."""
 
-    @property
-    def name(self) -> str:
-        """What an error about a value that is not finite calls it."""
+    name: str
+    """What an error about a value that is not finite calls it."""
+    takes_gradient: bool = False
+    """Whether it looks at the rewards' own gradient, `epoch.scored.gradient`."""
 
+    def explores(self, step: int) -> tuple[int, ...]:
+        """Steps, of 0 … K − 2, at which members of a group have noise of their own in epoch `step`,
+        and whose log-probabilities the rollout keeps; at others a group shares its noise."""
+        return ()
+
+    @abstractmethod
     def spans(self, step: int) -> tuple[Span, ...]:
         """Where epoch `step` needs a graph; none for a term of weight 0."""
 
+    @abstractmethod
     def begin(self, epoch: Epoch) -> Loss:
         """What does not need the generator's graph, done once an epoch."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a term is made with, besides its options.
-
-    `steps` is K. Random numbers are draws of `randomness`, made for the global batch; `share` has
-    this rank's rows of them.
-    """
-
-    roles: Roles
-    randomness: Randomness
-    share: Share
-    matching: Objective
-    steps: int
-    eta: float
-    latent_shape: tuple[int, ...]
-    sigmas: Tensor = field(repr=False)
 
 
 def single(k: int) -> Span:
@@ -125,7 +114,7 @@ def single(k: int) -> Span:
 
 
 @dataclass(frozen=True, eq=False)
-class Policy:
+class Policy(Term):
     """SubGRPO: the policy gradient of M of the stochastic steps below `stop`.
 
     Steps that the reward is back-propagated through are not among them: one step has one gradient
@@ -136,10 +125,10 @@ class Policy:
     roles: Roles
     randomness: Randomness
     stop: int
-    name: str = "the policy loss"
+    name = "the policy loss"
 
-    def steps(self, step: int) -> tuple[int, ...]:
-        """The trained steps of epoch `step`; members of a group have noise of their own there."""
+    def explores(self, step: int) -> tuple[int, ...]:
+        """The trained steps."""
         if self.settings.policy_weight == 0:
             return ()
         order = self.randomness.permutation("subset", step, self.stop)
@@ -147,14 +136,14 @@ class Policy:
 
     def parts(self, step: int) -> int:
         """What every term is divided by, besides the batch."""
-        return len(self.steps(step)) + 1 if self.settings.policy_reduction == "sum" else 1
+        return len(self.explores(step)) + 1 if self.settings.policy_reduction == "sum" else 1
 
     def spans(self, step: int) -> tuple[Span, ...]:
-        return tuple(single(k) for k in self.steps(step))
+        return tuple(single(k) for k in self.explores(step))
 
     def begin(self, epoch: Epoch) -> Loss:
         chosen = self.settings
-        over = 1 if chosen.policy_reduction == "sum" else len(self.steps(epoch.step))
+        over = 1 if chosen.policy_reduction == "sum" else len(self.explores(epoch.step))
 
         def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
             k, part = at.span.first, at.part
@@ -184,14 +173,14 @@ class Policy:
 
 
 @dataclass(frozen=True, eq=False)
-class Match:
+class Match(Term):
     """AC-DMD at the last boundary as published, at a random one, or at all of them."""
 
     settings: TiltConfig
     objective: Objective
     randomness: Randomness
     steps: int
-    name: str = "the matching loss"
+    name = "the matching loss"
 
     def spans(self, step: int) -> tuple[Span, ...]:
         if self.settings.matching_weight == 0:
@@ -218,12 +207,16 @@ class Match:
 
 
 @dataclass(frozen=True, eq=False)
-class Pull:
+class Pull(Term):
     """The rewards' own gradient, back through `span`: the deterministic last step as published."""
 
     settings: TiltConfig
     span: Span | None
-    name: str = "the reward's gradient"
+    name = "the reward's gradient"
+
+    @property
+    def takes_gradient(self) -> bool:  # type: ignore[override]
+        return self.span is not None
 
     def spans(self, step: int) -> tuple[Span, ...]:
         return () if self.span is None else (self.span,)
@@ -246,19 +239,24 @@ class Pull:
         return loss
 
 
-BUILTIN: dict[str, str] = {}
-"""Terms that a recipe may add by name: name → `module:Class`."""
-
-
-def make_terms(chosen: Mapping[str, Mapping[str, Any]], setting: Setting) -> list[Term]:
-    """The terms of `tilt.terms`: builtin ones, entry points of `tiltflow.terms`, or dotted paths
-    `package.module:Class`; a class is called with the setting and its options.
+def make_terms(chosen: Mapping[str, Options], parts: Parts) -> list[Term]:
+    """The terms of `tilt.terms`: entry points of `tiltflow.terms`, or `package.module:Class`; a
+    class is called with the stage's parts and its options.
 
     Raises:
-        ValueError: if there is none of that name, or it does not take the options.
+        ValueError: as `check_terms`, or what a constructor says.
     """
-    terms: list[Term] = []
+    check_terms(chosen)
+    made = [TERMS.make(name, options, parts) for name, options in chosen.items()]
+    return [term for term in made if isinstance(term, Term)]
+
+
+def check_terms(chosen: Mapping[str, Options]) -> None:
+    """That there are such terms, and that they take these options.
+
+    Raises:
+        ValueError: if not.
+    """
     for name, options in chosen.items():
-        kind: Any = find("term", BUILTIN.get(name, name), GROUP, BUILTIN, "Class")
-        terms.append(made("term", name, kind, setting=setting, **options))
-    return terms
+        if not issubclass(TERMS.check(name, options), Term):
+            raise ValueError(f"term {name!r} does not derive from tiltflow.train.terms.Term")

@@ -48,7 +48,7 @@ class Tilt(Parts):
 
     The global batch is one rollout in groups of `settings.group_size`. A group may lie on several
     ranks: rewards are gathered, so that advantages see whole groups. The generator's loss is the
-    sum of the `terms`, of which `policy` is the one whose steps have noise of their own a member.
+    sum of the `terms`, `policy` among them.
     """
 
     settings: TiltConfig
@@ -56,15 +56,13 @@ class Tilt(Parts):
     scorer: Scorer
     policy: Policy
     terms: tuple[Term, ...]
-    backprop: bool
-    """Whether some term takes the rewards' gradient."""
 
     @recorded
     def iteration(self, step: int) -> dict[str, Tensor]:
         """Runs epoch `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
         chosen = self.settings
         cond, prompts = self._prompts(step)
-        spans = {term: found for term in self.terms if (found := term.spans(step))}
+        spans = self._spans(step)
         trajectory, graphs = self._rollout(step, cond, spans)
         scored, metrics = self._scored_and_fake_scores(step, trajectory, prompts)
         labels = self._labels(step)
@@ -76,6 +74,21 @@ class Tilt(Parts):
         metrics |= {name: self.share.whole(value) for name, value in (means | parts).items()}
         epoch = Epoch(step, trajectory, prompts, scored, advantages[self.share.rows])
         return metrics | self._generator_update(epoch, spans, counts, graphs)
+
+    def _spans(self, step: int) -> Needed:
+        """Where the terms need a graph.
+
+        Raises:
+            ValueError: if a term asks for steps that the sampler does not have.
+        """
+        needed = {term: found for term in self.terms if (found := term.spans(step))}
+        for term, own in needed.items():
+            for span in own:
+                if not 0 <= span.first <= span.stop <= self.steps:
+                    raise ValueError(
+                        f"{term.name} asks for {span}, but there are {self.steps} steps"
+                    )
+        return needed
 
     def _labels(self, step: int) -> list[int] | None:
         """A number for each of the global batch's groups, the same for groups of the same text."""
@@ -108,7 +121,7 @@ class Tilt(Parts):
         return cond, [prompts[row // size] for row in range(begin, begin + len(self.share))]
 
     def _rollout(self, step: int, cond: Grouped, spans: Needed) -> tuple[Rollout, Graphs]:
-        """K steps of this rank's rows; steps that the policy does not train share their noise
+        """K steps of this rank's rows; steps that no term explores share their noise
         within a group. The states are kept that a term or the fake score will look at; with them
         the graphs of the single steps that the generator's update goes through, if these are."""
         drawn = partial(
@@ -118,7 +131,7 @@ class Tilt(Parts):
             shape=self.latent_shape,
             device=self.roles.generator.backbone.device,
         )
-        x, trained = drawn("init"), self.policy.steps(step)
+        x, trained = drawn("init"), {k for term in self.terms for k in term.explores(step)}
         groups = [1 if k in trained else self.settings.group_size for k in range(self.steps - 1)]
         noise = [drawn(f"step{k}", group=size) for k, size in enumerate(groups)]
         every = [span for own in spans.values() for span in own]
@@ -155,7 +168,8 @@ class Tilt(Parts):
         """
         metrics: dict[str, Tensor] = {}
         updates = self.settings.fake_score_updates
-        with self.scorer.begin(trajectory.end, prompts, self.backprop) as scoring:
+        gradient = any(term.takes_gradient for term in self.terms)
+        with self.scorer.begin(trajectory.end, prompts, gradient) as scoring:
             try:
                 if updates:
                     metrics = self._fake_score_gradient(step, 0, trajectory, prompts)

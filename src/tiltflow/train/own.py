@@ -1,0 +1,55 @@
+"""Terms and objectives from outside: found by name, their settings checked, made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from tiltflow.core.registry import find, made
+from tiltflow.core.settings import settled
+from tiltflow.train.parts import Parts
+from tiltflow.train.settings import Options
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What can be named in a recipe: "term" or "objective", its entry points and builtin names."""
+
+    what: str
+    group: str
+    builtin: Collection[str] = ()
+
+    def check(self, name: str, options: Options) -> type:
+        """The class of that name, which takes these options; nothing is made.
+
+        Raises:
+            ValueError: if there is none, it is no class, or it does not take the options.
+        """
+        found = find(self.what, name, self.group, self.builtin, "Class")
+        if not isinstance(found, type):
+            raise ValueError(f"{self.what} {name!r} should be a class")
+        try:
+            inspect.signature(found).bind(parts=None, **_arguments(found, options))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.what} {name!r}: {error}") from error
+        return found
+
+    def make(self, name: str, options: Options, parts: Parts) -> object:
+        """An instance, called with the stage's parts and the options; a class with `Settings`, a
+        pydantic model, has them checked by it and takes that as `settings`.
+
+        Raises:
+            ValueError: as `check`, or what the constructor says.
+        """
+        kind = self.check(name, options)
+        return made(self.what, name, kind, parts=parts, **_arguments(kind, options))
+
+
+def _arguments(kind: type, options: Options) -> Mapping[str, object]:
+    settings = getattr(kind, "Settings", None)
+    if isinstance(settings, type) and issubclass(settings, BaseModel):
+        return {"settings": settled(settings, options)}
+    return options
