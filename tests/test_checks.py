@@ -40,6 +40,7 @@ def test_the_demo_is_in_order() -> None:
 @pytest.mark.parametrize(
     ("name", "calls"),
     [
+        ("terms", "check_objective"),
         ("weights", "check_model"),
         ("adapters", "check_adapters"),
         ("rewards", "check_reward_imports"),

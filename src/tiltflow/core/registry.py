@@ -76,10 +76,10 @@ def find(kind: str, name: str, group: str, builtin: Iterable[str], own: str) -> 
         return dotted(kind, name)
     points: dict[str, EntryPoint] = {p.name: p for p in entries(group)}
     if name not in points:
-        known = sorted({*builtin, *points})
+        known, article = sorted({*builtin, *points}), "an" if kind[0] in "aeiou" else "a"
         raise ValueError(
             f"there is no {kind} {name!r}{nearest(name, known)} "
-            f"(a {kind} of your own is 'package.module:{own}')"
+            f"({article} {kind} of your own is 'package.module:{own}')"
         )
     target: object = imported(kind, name, points[name].value, points[name].load)
     return target

@@ -109,12 +109,12 @@ def check_export(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
 CHECKS: tuple[Check, ...] = (
     Check("device", lambda on: device_of(on.cfg.run.device)),
     Check("packages", lambda on: check_sinks(on.cfg.log.tensorboard, on.cfg.log.wandb)),
+    Check("terms", lambda on: _check_own(on.cfg)),
     Check("model", lambda on: check_model_files(on.cfg, on.pipelines)),
     Check("weights", lambda on: check_model(on.cfg, on.pipelines), needs=("model",)),
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("rewards", lambda on: check_reward_imports([*on.cfg.rewards, *on.cfg.watch.rewards])),
-    Check("terms", lambda on: _check_own(on.cfg)),
     Check("prompts", lambda on: on.prompts),
     Check(
         "sizes",
