@@ -62,6 +62,8 @@ class PipelineBackbone(ABC):
     """How many coordinates a token's position has, where they are turned into rotations."""
     prompts_first: ClassVar[bool] = False
     """Whether the prompts come before the empty one in the pipeline's batch for guidance."""
+    shifted: ClassVar[bool] = True
+    """Whether latents are shifted on their way to the autoencoder, where it says by how much."""
     packing: ClassVar[int]
     """How many values of one latent channel a token holds side by side as channels."""
 
@@ -375,7 +377,7 @@ class PipelineBackbone(ABC):
                 f"the transformer in {self.path} takes {channels} channels but the autoencoder "
                 f"makes {self.packing * latent} a token: these are not parts of one model"
             )
-        if "shift_factor" in vae and vae["shift_factor"] is None:
+        if self.shifted and "shift_factor" in vae and vae["shift_factor"] is None:
             raise ValueError(f"the autoencoder in {self.path} has no shift_factor, which it needs")
         axes, each = transformer.get("axes_dims_rope"), transformer.get("attention_head_dim")
         if axes is not None and (sum(axes) != each or len(axes) != self.axes or odd(axes)):
