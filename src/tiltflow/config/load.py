@@ -78,7 +78,6 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         _set(raw, key.strip(), parse_yaml(text, f"the value of {key.strip()}"))
     raw = _without_empty_sections(raw)
     refuse_secrets(raw)
-    _refuse_unknown(raw)
     run = raw.setdefault("run", {})
     if isinstance(run, dict):
         own = run_directory_of(recipe)
@@ -160,39 +159,26 @@ def _refuse_unknown_section(dotted: str) -> None:
         raise ValueError(f"unknown key {dotted}; the nearest is {nearest(dotted, config_keys())}")
 
 
-def _refuse_unknown(raw: Mapping[str, Any]) -> None:
-    """Names the nearest key for the first unknown one."""
-
-    def walk(values: Any, model: type[BaseModel], prefix: str) -> None:
-        if not isinstance(values, dict):
-            return
-        for key, value in values.items():
-            info = model.model_fields.get(str(key))
-            dotted = f"{prefix}{key}"
-            if info is None:
-                shown = nearest(dotted, _candidates(prefix, isinstance(value, dict)))
-                raise ValueError(f"unknown key {dotted}; the nearest is {shown}")
-            if info.annotation == Rewards and isinstance(value, dict):
-                for name, reward in value.items():
-                    walk(reward, RewardConfig, f"{dotted}.{name}.")
-            elif _is_section(info.annotation):
-                walk(value, info.annotation, f"{dotted}.")
-
-    walk(raw, RunConfig, "")
-
-
-def _candidates(prefix: str, mapping: bool) -> list[str]:
+def _candidates(prefix: str, value: object) -> list[str]:
     section = prefix.removesuffix(".").rpartition(".")[0]
     if section in ("rewards", "watch.rewards") or ":" in prefix:
         return [f"{prefix}{key}" for key in RewardConfig.model_fields]
-    if mapping and not prefix:
+    if isinstance(value, dict) and not prefix:
         return list(RunConfig.model_fields)
     return config_keys()
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one sentence with the dotted key."""
+    """The first of pydantic's complaints as one sentence with the dotted key.
+
+    An unknown key comes before all others: what is misspelt is missing, too.
+    """
     first, *others = error.errors()
+    for unknown in (one for one in (first, *others) if one["type"] == "extra_forbidden"):
+        *section, _ = place = [str(part) for part in unknown["loc"]]
+        choices = _candidates("".join(f"{part}." for part in section), unknown["input"])
+        dotted = ".".join(place)
+        return f"unknown key {dotted}; the nearest is {nearest(dotted, choices)}"
     if (
         others
         and first["type"] in ("int_type", "string_type")
