@@ -7,12 +7,14 @@ card and the log.
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pydantic.dataclasses
+from pydantic import Field, ValidationError
 
 from tiltflow.core.paths import nearest
 from tiltflow.rewards.remote.limits import REQUEST_IMAGES
@@ -128,7 +130,9 @@ def _is_host(host: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(
+    frozen=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+)
 class Settings:
     """How patient a client is.
 
@@ -140,36 +144,10 @@ class Settings:
         ValueError: if a value makes no sense.
     """
 
-    timeout: float = 120.0
-    retries: int = 3
-    patience: float | None = None
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if value is not None and (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-            ):
-                raise ValueError(
-                    f"option {option.name} is {value!r}, but it must be a finite number"
-                )
-        if self.timeout is None or not 0 < self.timeout <= DAY:
-            raise ValueError(
-                f"option timeout is {self.timeout}, but it must be above 0 and at most {DAY:.0f} "
-                "seconds"
-            )
-        if not isinstance(self.retries, int) or not 0 <= self.retries <= 1000:
-            raise ValueError(f"option retries is {self.retries!r}, but it must be 0 to 1000")
-        if self.patience is not None and not 0 <= self.patience <= 1000 * DAY:
-            raise ValueError(
-                f"option patience is {self.patience}, but it must be 0 to {1000 * DAY:.0f} s, or "
-                "null for a wait without end"
-            )
-        if not isinstance(self.batch, int) or not 1 <= self.batch <= REQUEST_IMAGES:
-            raise ValueError(f"option batch is {self.batch!r}; it is 1 to {REQUEST_IMAGES} images")
+    timeout: float = Field(120.0, gt=0, le=DAY)
+    retries: int = Field(3, ge=0, le=1000)
+    patience: float | None = Field(None, ge=0, le=1000 * DAY)
+    batch: int = Field(16, ge=1, le=REQUEST_IMAGES)
 
 
 def remote_settings(name: str, options: Mapping[str, Any]) -> Settings:
@@ -186,5 +164,9 @@ def remote_settings(name: str, options: Mapping[str, Any]) -> Settings:
             raise ValueError(f"reward {name!r} has no option {key!r}{nearest(key, known)}")
     try:
         return Settings(**options)
-    except ValueError as error:
-        raise ValueError(f"reward {name!r}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = first["msg"].replace("Input should", "must")
+        raise ValueError(
+            f"reward {name!r}: option {first['loc'][0]} is {first['input']!r}, but it {wrong}"
+        ) from error
