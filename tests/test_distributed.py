@@ -19,6 +19,7 @@ import ranks_worker
 import torch
 from ranks_worker import finish, fork_server, start
 from test_train import recipe
+from torchruns import torchrun
 
 from tiltflow.core.checkpoint import latest_step, load_checkpoint
 from tiltflow.core.distributed import Ranks
@@ -296,25 +297,7 @@ def test_a_batch_smaller_than_the_ranks_is_refused(server: ForkServerContext, ho
 
 @pytest.mark.slow
 def test_torchrun_names_a_killed_rank_within_a_minute(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "-m", "tiltflow", "train", "mixture_cold_start", f"run.out={out}", "run.device=cpu",
-        "train.steps=1000000", "log.every=5", "train.schedule=constant",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "said.txt").open("w") as file:
-        job = subprocess.Popen(arguments, env=environment, stdout=file, stderr=file)
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        assert job.poll() is None, (tmp_path / "said.txt").read_text()
-        time.sleep(0.1)
-    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    victim = next(
-        int(pid)
-        for pid in workers
-        if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")
-    )
+    job, victim = torchrun(tmp_path)
     began = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     assert job.wait(timeout=60) != 0

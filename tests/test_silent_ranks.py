@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import ranks_worker
 import torch
 from ranks_worker import finish, fork_server, start
 from rich.console import Console
+from torchruns import torchrun
 
 from tiltflow.config.load import load_config
 from tiltflow.core import distributed
@@ -260,23 +259,7 @@ def fails(limit: float, console: Console) -> None:
 
 @pytest.mark.long
 def test_torchrun_says_which_rank_was_silent(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "-m", "tiltflow", "train", "mixture_cold_start", f"run.out={out}", "run.device=cpu",
-        "train.steps=1000000", "log.every=5", "run.rank_timeout=5", "train.schedule=constant",
-    ]  # fmt: skip
-    source = Path(__file__).parents[1] / "src"
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "said.txt").open("w") as file:
-        job = subprocess.Popen(arguments, env=environment, stdout=file, stderr=file)
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        assert job.poll() is None, (tmp_path / "said.txt").read_text()
-        time.sleep(0.1)
-    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    environments = {pid: Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in workers}
-    victim = next(int(pid) for pid, known in environments.items() if "RANK=1" in known)
+    job, victim = torchrun(tmp_path, "run.rank_timeout=5")
     os.kill(victim, signal.SIGSTOP)
     assert job.wait(timeout=90) != 0
     sentence = f"rank 1 on host {os.uname().nodename} has been silent for 5 s (since "

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tiltflow.core.paths import home_for_tilde
+from tiltflow.core.paths import home_for_tilde, read_text
 
 RECIPES = Path(str(resources.files("tiltflow"))) / "recipes"
 
@@ -21,6 +21,9 @@ class _Loader(yaml.SafeLoader):
 
     A key that stands twice in a mapping is refused.
     """
+
+    # ruamel.yaml, which reads YAML 1.2, still makes numbers of 010 and 1_000 and a date of
+    # 2024-01-01, merges at <<, and goes back to YAML 1.1 where a file says so.
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -109,12 +112,7 @@ def recipe_text(recipe: str) -> str:
     path = path or Path(home_for_tilde(recipe))
     if not path.is_file():
         raise ValueError(f"there is no recipe file {recipe}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{recipe} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise ValueError(f"{recipe} cannot be read ({error.strerror})") from error
+    return read_text(path, recipe)
 
 
 def run_directory_of(recipe: str) -> Path | None:

@@ -76,6 +76,20 @@ def check_folder(key: str, folder: Path) -> None:
         raise ValueError(f"{key} {folder} cannot be made: {place} may not be written to")
 
 
+def read_text(path: Path, name: str) -> str:
+    """A text file's content, without a byte order mark; `name` names the file in errors.
+
+    Raises:
+        ValueError: if it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror})") from error
+
+
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error about an unknown name: what was perhaps meant, or what there is."""
     close = difflib.get_close_matches(name, known, n=1)

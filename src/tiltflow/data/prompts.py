@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiltflow.core.paths import home_for_tilde
+from tiltflow.core.paths import home_for_tilde, read_text
 from tiltflow.core.randomness import Randomness
 from tiltflow.rewards.worlds import shapes
 
@@ -94,18 +94,9 @@ def _missing(source: str, suffix: str) -> str:
     return f"prompts: there is no file or packaged set {source!r}; the nearest set is {nearest!r}"
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise ValueError(f"prompts: {path} cannot be read ({error.strerror})") from error
-
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The non-blank lines with their numbers from 1; only newlines end a line, not U+2028."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, f"prompts: {path}").split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
 
@@ -149,7 +140,7 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
 
 
 def _read_json(path: Path) -> Iterator[Prompt]:
-    text = _read_text(path)
+    text = read_text(path, f"prompts: {path}")
     if not text.strip():
         return
     values = _parse(text, str(path))
@@ -210,7 +201,7 @@ def _chosen(folder: Path, splits: Mapping[str, list[Path]], split: str | None) -
 def _saved(folder: Path, split: str | None) -> list[Path]:
     """The tables of one saved dataset, which may say of which split it is."""
     state = folder / "state.json"
-    saved = _parse(_read_text(state), str(state))
+    saved = _parse(read_text(state, f"prompts: {state}"), str(state))
     try:
         tables = [folder / Path(part["filename"]).name for part in saved["_data_files"]]
         own = saved.get("_split")

@@ -2,6 +2,10 @@
 
 A server that is away pauses the run, which goes on with the same images when it is back. A server
 that answers wrongly is an error. Neither is ever a score.
+
+It speaks HTTP by the standard library. httpx2 has a time limit for each read and none for an answer
+in all, follows `100 Continue` for as long as it is sent, and hides from its caller what a
+`103 Early Hints` without an end was; so the limits below would have to be built around it as well.
 """
 
 from __future__ import annotations
@@ -127,7 +131,11 @@ class RemoteReward:
         return scores
 
     def _insist(self, ask: Callable[[], Any], patience: float | None) -> Any:
-        """`ask` until it succeeds: waits for a server that is away, retries one that fails."""
+        """`ask` until it succeeds: waits for a server that is away, retries one that fails.
+
+        (tenacity counts attempts of one kind: two kinds, of which only one is counted and the other
+        has a time limit, take as many lines with it.)
+        """
         faults, wait, began, away = 0, FIRST_WAIT, time.monotonic(), False
         while True:
             try:
