@@ -39,7 +39,12 @@ OVERHEAD = 1.5 * GIB
 
 
 class Tally(TorchDispatchMode):
-    """Bytes of the storages that operations make, while they live: `live` now, `peak` so far."""
+    """Bytes of the storages that operations make, while they live: `live` now, `peak` so far.
+
+    (torch.distributed._tools.MemTracker counts the same to the byte, and is private. It would run a
+    whole iteration, too, but not one on the meta device, where no loss or reward has a value; and
+    the peaks wanted are those of each phase.)
+    """
 
     def __init__(self, *held: nn.Module | Tensor) -> None:
         """Storages of `held` are there already and not counted."""

@@ -10,7 +10,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
 import pydantic.dataclasses
@@ -144,10 +144,10 @@ class Settings:
         ValueError: if a value makes no sense.
     """
 
-    timeout: float = Field(120.0, gt=0, le=DAY)
-    retries: int = Field(3, ge=0, le=1000)
-    patience: float | None = Field(None, ge=0, le=1000 * DAY)
-    batch: int = Field(16, ge=1, le=REQUEST_IMAGES)
+    timeout: Annotated[float, Field(gt=0, le=DAY)] = 120.0
+    retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    patience: Annotated[float, Field(ge=0, le=1000 * DAY)] | None = None
+    batch: Annotated[int, Field(ge=1, le=REQUEST_IMAGES)] = 16
 
 
 def remote_settings(name: str, options: Mapping[str, Any]) -> Settings:
