@@ -12,10 +12,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from students import random_like
 
+from tiltflow.config.load import dump_config, load_config
+from tiltflow.core.checkpoint import Checkpoint
+from tiltflow.core.paths import resolve_path
 from tiltflow.desk.app import Desk, make_app
 from tiltflow.desk.serve import LIMITS
+from tiltflow.models.families import load_backbone
+from tiltflow.models.roles import AdapterSettings, adapter_roles
 from tiltflow.rewards.remote.gate import make_server
+from tiltflow.tasks.export import export_checkpoint
 from tiltflow.tasks.reward_server import bound
 
 TOKEN = "a-token-of-the-tests"
@@ -135,3 +142,21 @@ def served(desk: Desk) -> Iterator[Client]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def make_tilts(folder: Path, count: int = 2) -> list[Path]:
+    """Finished stage-2 runs of the embedded model: random adapters over one few-step adapter."""
+    config = load_config("demo_tilt", ["model.few_step=x", "model.autocast=null"])
+    place = resolve_path(config.model.path)
+    backbone = load_backbone(place, device="cpu", parts="image")
+    settings = AdapterSettings(2, 4.0, backbone.lora_targets())
+    shapes = adapter_roles(backbone, settings, seed=0).generator.state()
+    runs = []
+    for i in range(count):
+        run = make_run(folder / f"tilt-{i}")
+        (run / "config.yaml").write_text(dump_config(config))
+        tensors = {"few_step": random_like(shapes, 0), "ema": random_like(shapes, i + 1)}
+        facts = {"stage": "tilt", "adapters": vars(settings), "few_step_adapters": vars(settings)}
+        export_checkpoint(config, Checkpoint(3, tensors, facts), run / "export")
+        runs.append(run)
+    return runs

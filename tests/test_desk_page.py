@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, served
+from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, make_tilts, served
 
 from tiltflow.data.preferences import read_votes
 from tiltflow.desk.app import Desk
@@ -183,6 +183,34 @@ def test_votes_by_keyboard_and_mouse_change_the_tally(page, place):
     page.reload()
     page.wait_for_selector(".result")
     assert f"of {before + 3} votes" in page.locator(".result").inner_text()
+
+
+def test_the_dial_turns_by_keyboard_and_draws_the_rewards(browser, tmp_path):
+    runs = make_tilts(tmp_path, 1)
+    with served(Desk(runs, tmp_path / "votes.jsonl")) as client:
+        for width, height in SIZES.values():
+            context = browser.new_context(viewport={"width": width, "height": height})
+            page = context.new_page()
+            said: list[str] = []
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.goto(f"{client.address}/?token={TOKEN}#dial")
+            page.get_by_role("button", name="Load the student").click()
+            page.wait_for_function("() => document.querySelector('.made')?.naturalWidth === 64")
+            before = page.locator(".made").get_attribute("src")
+            page.get_by_role("slider", name="tilt-0").focus()
+            page.keyboard.press("End")
+            page.wait_for_function(
+                "old => document.querySelector('.made').getAttribute('src') !== old", arg=before
+            )
+            assert page.locator(".dial output").inner_text() == "1.50"
+            page.get_by_role("button", name="Score all strengths").click()
+            page.wait_for_function(
+                "() => [...document.querySelectorAll('.plots .readout')].length === 3"
+                " && document.querySelector('.plots .readout').innerText.includes('strength 1.5')"
+            )
+            check(page)
+            assert said == []
+            context.close()
 
 
 def test_the_keyboard_alone_goes_through_the_views(page):

@@ -24,6 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from tiltflow.desk import runs
+from tiltflow.desk.dial import Dial
 from tiltflow.desk.guard import Guard
 from tiltflow.desk.images import thumbnail
 from tiltflow.desk.sets import Choice, Table, group, load_table, look
@@ -44,7 +45,7 @@ class Desk:
     file that votes go to."""
 
     def __init__(self, given: Sequence[Path], votes: Path) -> None:
-        self.given, self.ballot = list(given), Ballot(votes)
+        self.given, self.ballot, self.dial = list(given), Ballot(votes), Dial()
         self.sources: Sources = find_sources(self.given)
         self._logs: OrderedDict[str, runs.Log] = OrderedDict()
 
@@ -93,6 +94,10 @@ def make_app(desk: Desk, host: str, port: int, token: str) -> ASGIApp:
         Route("/api/pair", answers.pair, methods=["POST"]),
         Route("/api/pair/{pair}/{side}", answers.pair_image),
         Route("/api/vote", answers.vote, methods=["POST"]),
+        Route("/api/dial/load", answers.dial_load, methods=["POST"]),
+        Route("/api/dial/image", answers.dial_image, methods=["POST"]),
+        Route("/api/dial/scores", answers.dial_scores, methods=["POST"]),
+        Route("/api/dial/picture/{key}", answers.dial_picture),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
     handlers = {KeyError: _missing, ValueError: _wrong, HTTPException: _refused}
@@ -157,6 +162,28 @@ class Answers:
         key, choice = _text(said, "pair"), _text(said, "choice")
         match = await run_in_threadpool(self.desk.ballot.vote, key, choice)
         return JSONResponse(await run_in_threadpool(self._draw, match))
+
+    async def dial_load(self, request: Request) -> Response:
+        """Loads the student of some runs."""
+        asked = await read_body(request)
+        ids, side = asked.get("runs"), asked.get("side")
+        if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
+            raise ValueError("runs is a list of ids")
+        if side is not None and type(side) is not int:
+            raise ValueError("side is a whole number of pixels")
+        runs = [self.desk.run(id) for id in ids]
+        return JSONResponse(await run_in_threadpool(self.desk.dial.load, runs, side))
+
+    async def dial_image(self, request: Request) -> Response:
+        asked = await read_body(request)
+        return JSONResponse(await run_in_threadpool(self.desk.dial.image, asked))
+
+    async def dial_scores(self, request: Request) -> Response:
+        asked = await read_body(request)
+        return JSONResponse(await run_in_threadpool(self.desk.dial.scores, asked))
+
+    def dial_picture(self, request: Request) -> Response:
+        return Response(self.desk.dial.picture(request.path_params["key"]), media_type="image/png")
 
     def _draw(self, match: Match) -> dict[str, Any]:
         return self.desk.ballot.draw(match, self.desk.table(match.set))

@@ -113,7 +113,13 @@ def summary(run: Path) -> dict[str, Any]:
                 step = max(step, row["step"])
                 alarms = int(row.get("watch/alarms", alarms))
         modified = about.st_mtime
-    return {"step": step, "alarms": alarms, "modified": modified, "running": held_by_another(run)}
+    return {
+        "step": step,
+        "alarms": alarms,
+        "modified": modified,
+        "running": held_by_another(run),
+        "tilt": (run / "export" / "tilt").is_dir(),
+    }
 
 
 def sample_steps(run: Path) -> list[int]:

@@ -134,7 +134,7 @@ def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
     check_request(request)
     with ranks.main_first():  # the others find the prompts in the cache
         encoded = _encoded(request)
-    backbone = _backbone(request, "image")
+    backbone = backbone_of(request, "image")
     backbone.thaw()  # type: ignore[attr-defined]
     mixed = autocast_dtype(request.autocast, backbone.device)
     chosen = request.settled
@@ -193,7 +193,12 @@ def _settings(request: Request) -> dict[str, Any]:
     }
 
 
-def _backbone(request: Request, parts: Parts) -> Backbone:
+def backbone_of(request: Request, parts: Parts) -> Backbone:
+    """The request's model, or the parts of it that are asked for.
+
+    Raises:
+        ValueError: as `load_backbone`.
+    """
     return load_backbone(
         request.pipelines.model,
         generator_path=request.pipelines.generator,
@@ -224,7 +229,7 @@ def _encoded(request: Request) -> EncodedPrompts:
         )
         cache = EmbeddingCache(root, EncoderKey(request.model, facts))
     sets = [list(request.prompts)]
-    return encoded_sets(cache, sets, lambda: _backbone(request, "text"), batch_size=batch)[0]
+    return encoded_sets(cache, sets, lambda: backbone_of(request, "text"), batch_size=batch)[0]
 
 
 def say_settled(request: Request, callbacks: Callbacks) -> None:

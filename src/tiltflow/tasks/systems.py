@@ -69,7 +69,7 @@ def load_students(
         raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
     for name, folder in ((FEW_STEP, few_step), (TILT, tilt)):
         if folder is not None:
-            _load(backbone, name, folder)
+            load_adapter(backbone, name, folder)
     teacher_switch = AdapterSwitch(backbone.teacher_base)
     student = backbone.student_base
     switch = teacher_switch if student is backbone.teacher_base else AdapterSwitch(student)
@@ -85,7 +85,12 @@ def load_students(
     return Loaded(backbone, teacher, students)
 
 
-def _load(backbone: Backbone, name: str, folder: Path) -> None:
+def load_adapter(backbone: Backbone, name: str, folder: Path) -> None:
+    """A LoRA folder onto the student's base, through the pipeline's own loader.
+
+    Raises:
+        ValueError: if the folder holds no LoRA, or one of another model.
+    """
     pipe = backbone.pipe  # type: ignore[attr-defined]
     # klein's LoRAs belong to its second base, which the pipeline does not hold
     teacher, student = pipe.transformer, backbone.student_base

@@ -1,1 +1,142 @@
-export const dial = { show: async () => {} };
+// Dial: the strength of each tilt, live on a loaded student, with the rewards drawn below.
+import { chart } from "./chart.js";
+import { colour, duration, fill, h, labelled, post, say } from "./dom.js";
+
+const GRID = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5];
+const picked = new Set();
+let about = null; // the loaded student
+let strengths = [];
+let asked = { prompt: "", seed: 0, steps: 4 };
+let curves = new Map(); // strength of the first moving dial -> scores
+let moving = 0; // the dial that the curves are along
+let making = null; // the request in flight, and whether another is wanted after it
+let home = null;
+
+async function show(panel, overview) {
+  home = panel;
+  if (panel.firstChild) return;
+  const able = overview.runs.filter((run) => run.tilt);
+  if (!able.length) {
+    return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to dial yet"),
+      h("p", {}, "A dial is the strength of a finished stage-2 run: one with ", h("code", {}, "export/tilt"), ".")));
+  }
+  if (!picked.size) picked.add(able.at(-1).id);
+  const boxes = able.map((run) => h("label", {}, h("input", {
+    type: "checkbox", checked: picked.has(run.id),
+    onchange: (event) => (event.target.checked ? picked.add(run.id) : picked.delete(run.id)),
+  }), " ", h("bdi", {}, run.name)));
+  fill(panel,
+    h("div", { class: "toolbar" },
+      h("fieldset", { class: "systems" }, h("legend", {}, "Tilts"), boxes),
+      labelled("Size", h("input", { type: "number", id: "side", min: 8, max: 4096, step: 8, placeholder: "as trained" })),
+      h("button", { class: "main", onclick: load }, "Load the student")),
+    h("div", { class: "desk" }));
+}
+
+async function load() {
+  const side = document.getElementById("side").value;
+  say("Loading the student…");
+  try {
+    about = await post("/api/dial/load", { runs: [...picked], side: side ? Number(side) : null });
+  } catch (error) {
+    return say(error.message);
+  }
+  say("");
+  strengths = about.dials.map(() => 1);
+  asked = { prompt: about.prompts[0], seed: 0, steps: about.steps };
+  curves = new Map();
+  moving = 0;
+  draw();
+  await make();
+}
+
+function draw() {
+  const sliders = about.dials.map((name, i) => {
+    const said = h("output", {}, strengths[i].toFixed(2));
+    return h("div", { class: "dial" },
+      h("label", { for: `dial-${i}` }, h("bdi", {}, name)),
+      h("input", {
+        type: "range", id: `dial-${i}`, min: 0, max: about.strongest, step: 0.05, value: String(strengths[i]),
+        list: "strengths",
+        oninput: (event) => {
+          strengths[i] = Number(event.target.value);
+          said.textContent = strengths[i].toFixed(2);
+          if (moving !== i) { moving = i; curves = new Map(); }
+          plots();
+          make();
+        },
+      }), said);
+  });
+  const change = (name) => (event) => {
+    const value = event.target.value;
+    asked[name] = name === "prompt" ? value : Math.round(Number(value));
+    if (value) make();
+  };
+  fill(home.querySelector(".desk"),
+    h("div", { class: "easel" },
+      h("img", { class: "made", alt: "", width: 320, height: 320 }),
+      h("small", { class: "took" }, "")),
+    h("div", { class: "controls" }, sliders,
+      h("datalist", { id: "strengths" }, [0, 0.5, 1, 1.5].map((value) => h("option", { value: String(value) }))),
+      labelled("Prompt", h("input", { type: "text", dir: "auto", list: "prompts", value: asked.prompt, oninput: change("prompt") })),
+      h("datalist", { id: "prompts" }, about.prompts.map((value) => h("option", { value }))),
+      h("div", { class: "toolbar" },
+        labelled("Seed", h("input", { type: "number", min: 0, value: "0", oninput: change("seed") })),
+        labelled("Steps", h("input", { type: "number", min: 1, max: 64, value: String(asked.steps), oninput: change("steps") })),
+        h("button", { onclick: sweep }, "Score all strengths")),
+      h("div", { class: "plots" })));
+  plots();
+}
+
+async function make() {
+  if (making) { making.again = true; return; }
+  making = { again: true };
+  while (making.again) {
+    making.again = false;
+    try {
+      const made = await post("/api/dial/image", { ...asked, strengths });
+      const image = home.querySelector(".made");
+      image.src = `/api/dial/picture/${made.picture}`;
+      image.alt = `${asked.prompt}, at ${strengths.map((x) => x.toFixed(2)).join(", ")}`;
+      home.querySelector(".took").textContent = `${about.side} × ${about.side} pixels, ${asked.steps} steps, ${duration(made.seconds)}`;
+      say("");
+    } catch (error) {
+      say(error.message);
+    }
+  }
+  making = null;
+}
+
+async function sweep() {
+  const along = moving;
+  curves = new Map();
+  for (const value of GRID) {
+    const at = strengths.map((x, i) => (i === along ? value : x));
+    try {
+      const found = await post("/api/dial/scores", { strengths: at });
+      if (along !== moving) return; // another dial was turned meanwhile
+      curves.set(value, found.scores);
+    } catch (error) {
+      return say(error.message);
+    }
+    plots();
+  }
+}
+
+function plots() {
+  const place = home.querySelector(".plots");
+  const names = [...new Set([...curves.values()].flatMap((scores) => Object.keys(scores)))];
+  if (!names.length) {
+    return fill(place, h("p", { class: "soft" }, `“Score all strengths” draws the trained and the held-out rewards along ${about.dials[moving]}, on ${about.prompts.length} held-out prompts. Where the trained one still rises and a held-out one falls, the reward is being hacked.`));
+  }
+  fill(place, h("div", { class: "cards" }, names.map((name, i) => {
+    const points = [...curves].filter(([, scores]) => scores[name]).sort((a, b) => a[0] - b[0]);
+    const { trained } = points[0][1][name];
+    return chart([{
+      name, colour: colour(i), dashed: !trained, points: points.map(([x, scores]) => [x, scores[name].mean]),
+      low: points.map(([, scores]) => scores[name].ci95[0]), high: points.map(([, scores]) => scores[name].ci95[1]),
+    }], { title: `${name} (${trained ? "trained" : "held out"})`, x: "strength", span: [0, about.strongest], at: strengths[moving] });
+  })));
+}
+
+export const dial = { show };

@@ -1,0 +1,103 @@
+"""The dial: one loaded student at a time, asked by one request at a time."""
+
+from __future__ import annotations
+
+import io
+import math
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from tiltflow.desk.sources import Place
+from tiltflow.tasks.dial import STRONGEST, Student, facts, load_student
+
+PICTURES = 32
+"""Images that are kept for the page to fetch: the latest."""
+LONGEST_PROMPT = 4000
+
+
+class Dial:
+    """The student that was loaded last, and the latest images it made."""
+
+    def __init__(self, device: str = "auto") -> None:
+        self.device = device
+        self._lock = threading.Lock()
+        self._student: tuple[object, Student] | None = None
+        self._pictures: OrderedDict[str, bytes] = OrderedDict()
+
+    def load(self, runs: Sequence[Place], side: int | None) -> dict[str, Any]:
+        """Loads the student of some runs, unless it is the one that is there.
+
+        Raises:
+            ValueError: as `load_student`.
+        """
+        key = (tuple(place.id for place in runs), side)
+        with self._lock:
+            if self._student is None or self._student[0] != key:
+                self._student = None  # its memory goes before the next one's comes
+                made = load_student([p.path for p in runs], side, self.device)
+                # The first image takes longer than later ones: now, and not at the first turn.
+                made.image([1.0] * len(runs), "", 0, made.request.settled.steps)
+                self._student = (key, made)
+            about = facts(self._student[1])
+        names = [place.name for place in runs]
+        return {**about, "dials": names, "strongest": STRONGEST}
+
+    def image(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Makes an image; the answer names it and says how long it took.
+
+        Raises:
+            ValueError: if no student is loaded, or what is asked for is no number or out of range.
+        """
+        strengths, prompt = _numbers(asked), asked.get("prompt")
+        seed, steps = asked.get("seed"), asked.get("steps")
+        if not isinstance(prompt, str) or not 0 < len(prompt) <= LONGEST_PROMPT:
+            raise ValueError(f"a prompt has 1 to {LONGEST_PROMPT} characters")
+        if type(seed) is not int or type(steps) is not int:
+            raise ValueError("seed and steps are whole numbers")
+        with self._lock:
+            began = time.perf_counter()
+            made = self._loaded().image(strengths, prompt, seed, steps)
+            took = time.perf_counter() - began
+            pixels = (made * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            packed = io.BytesIO()
+            Image.fromarray(pixels).save(packed, "PNG")
+            key = secrets.token_hex(8)
+            self._pictures[key] = packed.getvalue()
+            while len(self._pictures) > PICTURES:
+                self._pictures.popitem(last=False)
+        return {"picture": key, "seconds": took}
+
+    def picture(self, key: str) -> bytes:
+        """An image as PNG. Raises KeyError if it is not kept (any more)."""
+        return self._pictures[key]
+
+    def scores(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Rewards at some strengths, on the run's held-out prompts.
+
+        Raises:
+            ValueError: as `image`.
+        """
+        with self._lock:
+            return {"scores": self._loaded().scores(_numbers(asked))}
+
+    def _loaded(self) -> Student:
+        if self._student is None:
+            raise ValueError("no student is loaded")
+        return self._student[1]
+
+
+def _numbers(asked: Mapping[str, Any]) -> list[float]:
+    found = asked.get("strengths")
+    plain = isinstance(found, list) and all(
+        type(x) in (int, float) and math.isfinite(x) for x in found
+    )
+    if not plain:
+        raise ValueError("strengths is a list of numbers")
+    assert isinstance(found, list)
+    return [float(x) for x in found]
