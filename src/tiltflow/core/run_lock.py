@@ -264,7 +264,10 @@ def _space() -> str:
 
 def _started(pid: int) -> str | None:
     """When a process started, in the system's own words; None if there is none, or only its
-    remains."""
+    remains.
+
+    (psutil's is a time of day, which moves when the clock is set: a holder would look dead.)
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

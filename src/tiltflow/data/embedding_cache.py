@@ -144,8 +144,8 @@ class EmbeddingCache:
     def locked(self, notice: Notice) -> Iterator[None]:
         """Holds the right to write; a process that is killed gives it back.
 
-        (filelock, where a file system has no flock, makes do with a file that a killed process
-        leaves behind, and it asks again twenty times a second where flock waits.)
+        (filelock takes as many lines, asks twenty times a second where flock waits, and unless told
+        otherwise makes do with a file of its own where there is no flock.)
 
         Raises:
             ValueError: if the directory cannot be made or written.

@@ -74,16 +74,16 @@ def bootstrap_ci(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean of (n,) differences; no normality assumed."""
     values = _vector(differences)
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    block = max(1, 2_000_000 // len(values))  # bounds the memory of the resampled indices
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        means[start : start + size] = values[
-            rng.integers(0, len(values), (size, len(values)))
-        ].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    found = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, 2_000_000 // len(values)),  # bounds the memory of the resampled indices
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
