@@ -84,6 +84,8 @@ MEANINGS = {
     "cold_start.objective_options": "settings of an objective of your own",
     "tilt.group_size": "G, images of one prompt in a group",
     "tilt.subset": "M, stochastic steps that SubGRPO trains in an epoch",
+    "tilt.subset_order": "which M: drawn each epoch, or a window of successive steps that moves on",
+    "tilt.window_every": "epochs after which the window moves on by a step",
     "tilt.clip_range": "ε of the clipped ratio",
     "tilt.advantage_clip": "largest advantage",
     "tilt.kl": "weight of the KL to stage 1's policy",

@@ -116,6 +116,15 @@ def choose_steps(order: Tensor, subset: int) -> tuple[int, ...]:
     return tuple(sorted(int(k) for k in order[:subset]))
 
 
+def window_steps(epoch: int, steps: int, size: int, every: int) -> tuple[int, ...]:
+    """The trained steps as a window of `size` successive ones out of 0 … `steps` − 1, which moves
+    on by one each `every` epochs, and from the end back to the first (MixGRPO, arXiv 2507.21802).
+    """
+    size = min(size, steps)
+    first = epoch // every % (steps - size + 1)
+    return tuple(range(first, first + size))
+
+
 def share_in_groups(noise: Tensor, group_size: int) -> Tensor:
     """Every member of a group gets its first member's noise: (B, ...) (METHOD §5)."""
     return noise[::group_size].repeat_interleave(group_size, 0)

@@ -12,7 +12,7 @@ from tiltflow.train.parts import Parts
 from tiltflow.train.settings import Options
 
 AC_DMD = "ac_dmd"
-OBJECTIVES = Kind("objective", "tiltflow.objectives", [AC_DMD])
+OBJECTIVES = Kind("objective", "tiltflow.objectives", {AC_DMD: "tiltflow.train.updates:Matching"})
 
 
 @runtime_checkable

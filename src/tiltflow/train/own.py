@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from tiltflow.core.registry import find, made
+from tiltflow.core.registry import dotted, find, made
 from tiltflow.core.settings import settled
 from tiltflow.train.parts import Parts
 from tiltflow.train.settings import Options
@@ -16,11 +16,12 @@ from tiltflow.train.settings import Options
 
 @dataclass(frozen=True)
 class Kind:
-    """What can be named in a recipe: "term" or "objective", its entry points and builtin names."""
+    """What can be named in a recipe: "term" or "objective", its entry points, and the builtin ones
+    by name with their places, which are imported when they are asked for."""
 
     what: str
     group: str
-    builtin: Collection[str] = ()
+    builtin: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, name: str, options: Options) -> type:
         """The class of that name, which takes these options; nothing is made.
@@ -28,7 +29,10 @@ class Kind:
         Raises:
             ValueError: if there is none, it is no class, or it does not take the options.
         """
-        found = find(self.what, name, self.group, self.builtin, "Class")
+        if name in self.builtin:
+            found = dotted(self.what, self.builtin[name])
+        else:
+            found = find(self.what, name, self.group, self.builtin, "Class")
         if not isinstance(found, type):
             raise ValueError(f"{self.what} {name!r} should be a class")
         try:

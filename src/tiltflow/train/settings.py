@@ -87,6 +87,10 @@ class TiltConfig(Section):
     """G, the samples of one prompt."""
     subset: Steps = 2
     """M, the stochastic steps that the policy gradient trains."""
+    subset_order: Literal["random", "window"] = "random"
+    """Which M: drawn each epoch, as published, or a window of successive ones (`window_steps`)."""
+    window_every: Positive = 25
+    """Epochs after which the window moves on by a step."""
     clip_range: Rate = 1e-5
     advantage_clip: Rate = 5.0
     kl: Weight = 0.0

@@ -18,7 +18,7 @@ from tiltflow.core.randomness import Randomness
 from tiltflow.data.prompts import Prompt
 from tiltflow.method.boundary import Boundary
 from tiltflow.method.distribution_matching import matching_loss
-from tiltflow.method.policy import choose_steps, clipped_surrogate, policy_kl
+from tiltflow.method.policy import choose_steps, clipped_surrogate, policy_kl, window_steps
 from tiltflow.method.reward_backprop import in_equal_parts
 from tiltflow.method.rollout import Rollout, log_prob
 from tiltflow.method.rollout import step as sampler_step
@@ -29,7 +29,12 @@ from tiltflow.train.parts import Parts
 from tiltflow.train.scoring import Scored
 from tiltflow.train.settings import Options, TiltConfig
 
-TERMS = Kind("term", "tiltflow.terms")
+BUILTIN = {
+    "awm": "tiltflow.train.forward_process:AWM",
+    "nft": "tiltflow.train.forward_process:NFT",
+}
+"""Terms that a recipe adds by name; those of METHOD §5 are always there, by their weights."""
+TERMS = Kind("term", "tiltflow.terms", BUILTIN)
 
 
 @dataclass(frozen=True, order=True)
@@ -131,8 +136,11 @@ class Policy(Term):
         """The trained steps."""
         if self.settings.policy_weight == 0:
             return ()
+        chosen = self.settings
+        if chosen.subset_order == "window":
+            return window_steps(step, self.stop, chosen.subset, chosen.window_every)
         order = self.randomness.permutation("subset", step, self.stop)
-        return choose_steps(order, self.settings.subset)
+        return choose_steps(order, chosen.subset)
 
     def parts(self, step: int) -> int:
         """What every term is divided by, besides the batch."""
@@ -240,8 +248,8 @@ class Pull(Term):
 
 
 def make_terms(chosen: Mapping[str, Options], parts: Parts) -> list[Term]:
-    """The terms of `tilt.terms`: entry points of `tiltflow.terms`, or `package.module:Class`; a
-    class is called with the stage's parts and its options.
+    """The terms of `tilt.terms`: of `BUILTIN`, entry points of `tiltflow.terms`, or
+    `package.module:Class`; a class is called with the stage's parts and its options.
 
     Raises:
         ValueError: as `check_terms`, or what a constructor says.
