@@ -15,12 +15,14 @@ from torch import Tensor
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.data.prompts import Prompt
+from tiltflow.export.wanted import Wanted
 from tiltflow.models.families import load_backbone
 from tiltflow.models.roles import AdapterSettings, adapter_roles
 from tiltflow.tasks.evaluate import Request, prepare
 from tiltflow.tasks.export import export_checkpoint
 
 RESOLUTION, TOKENS = 64, 24
+MERGED = ("diffusers", "merged")
 PROMPTS = ["a red cat", "two dogs"]
 MODELS = {
     "sd3m": ("sd3m", None),
@@ -50,7 +52,8 @@ class Student:
 
 
 def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -> Student:
-    """A stage-2 student with random adapters, exported to `out`/export."""
+    """A stage-2 student with random adapters, exported to `out`/export: `options` are of `Wanted`,
+    and `evaluation`."""
     base, generator = MODELS[name]
     folders = [shutil.copytree(tiny(n), out / n) for n in (base, generator) if n is not None]
     for folder in folders:
@@ -75,7 +78,8 @@ def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -
             f"data.prompts={out / 'prompts.txt'}",
         ],
     )
-    export_checkpoint(config, checkpoint, out / "export", **options)
+    evaluation = options.pop("evaluation", None)
+    export_checkpoint(config, checkpoint, out / "export", Wanted(**options), evaluation)
     return Student(model, second, out / "export", config, checkpoint)
 
 

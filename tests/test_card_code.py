@@ -59,7 +59,7 @@ def set_base(code: str, base: Path) -> str:
     ["sd3m", *(pytest.param(n, marks=pytest.mark.long) for n in ("flux1_dev", "flux2_klein_4b"))],
 )
 def test_the_code_runs_in_the_folder(tiny_pipeline: Tiny, tmp_path: Path, name: str) -> None:
-    made = student(tiny_pipeline, name, tmp_path, merged=True)
+    made = student(tiny_pipeline, name, tmp_path, formats=("diffusers", "merged"))
     folders, merged = code_of(made.export)
     asked = request(made, prompts=[Prompt(FOX)])
     ours = (sampled(asked) * 255).round().byte().permute(0, 2, 3, 1).int()
@@ -146,7 +146,7 @@ def test_names_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_merged_says_what_it_lacks_without_the_import(tiny_pipeline: Tiny, tmp_path: Path) -> None:
     """Why the card's code imports the class: diffusers names the module that it will not import."""
-    made = student(tiny_pipeline, "sd3m", tmp_path, merged=True)
+    made = student(tiny_pipeline, "sd3m", tmp_path, formats=("diffusers", "merged"))
     index = (made.export / "merged" / "model_index.json").read_text()
     assert '"tiltflow.scheduler"' in index and "_name_or_path" not in index
     (_, code) = code_of(made.export)

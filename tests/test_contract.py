@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from students import PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
+from students import MERGED, PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
 
 from tiltflow.data.prompts import Prompt
 from tiltflow.export.contract import Contract, parse_contract, plain_rewards, read_contract
+from tiltflow.export.wanted import Wanted
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.scheduler import CPSFlowMatchScheduler
@@ -40,7 +41,7 @@ def made(tiny_pipeline: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Stude
             ),
         }
     )
-    export_checkpoint(config, made.checkpoint, made.export, merged=True)
+    export_checkpoint(config, made.checkpoint, made.export, Wanted(MERGED))
     return replace(made, config=config)
 
 

@@ -12,10 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from students import MODELS, PROMPTS, RESOLUTION, TOKENS, random_like, request, sampled, student
+from students import (
+    MERGED,
+    MODELS,
+    PROMPTS,
+    RESOLUTION,
+    TOKENS,
+    random_like,
+    request,
+    sampled,
+    student,
+)
 from torch import nn
 
 from tiltflow.core.checkpoint import Checkpoint
+from tiltflow.export.wanted import Wanted
 from tiltflow.export.writing import save_adapter
 from tiltflow.models.families import load_backbone
 from tiltflow.models.roles import AdapterSettings, adapter_roles, copy_roles
@@ -58,9 +69,8 @@ except ImportError:
 
 def call(name: str) -> dict[str, Any]:
     size = {"height": RESOLUTION, "width": RESOLUTION}
-    off = 0.0 if name == "z_image" else 1.0  # its pipeline's number for a pass without guidance
     return {
-        "num_inference_steps": 4, "guidance_scale": off, "max_sequence_length": TOKENS, **size
+        "num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": TOKENS, **size
     }  # fmt: skip
 
 
@@ -71,7 +81,7 @@ def test_a_fresh_process_without_training_code_gives_the_same_images(
     """Difference 0 in fp32 for the LoRA folders; the merged sums round differently."""
     jobs, ours = [], []
     for name in ("sd35m", "flux1_dev", "flux2_klein_4b", "z_image"):
-        made = student(tiny_pipeline, name, tmp_path / name, merged=True, tilt=0.6)
+        made = student(tiny_pipeline, name, tmp_path / name, formats=MERGED, strengths=(0.6,))
         expected = sampled(request(made, tilt=0.6, seed=5))
         for merged in (False, True):
             out = str(tmp_path / f"{name}-{merged}.pt")
@@ -95,7 +105,7 @@ def test_a_fresh_process_without_training_code_gives_the_same_images(
 
 
 def test_a_merged_pipeline_is_a_system_by_itself(tiny_pipeline: Tiny, tmp_path: Path) -> None:
-    made = student(tiny_pipeline, "sd3m", tmp_path, merged=True)
+    made = student(tiny_pipeline, "sd3m", tmp_path, formats=MERGED)
     expected = sampled(request(made, seed=2))
     merged = request(made, seed=2, model=str(made.export / "merged"), few_step=None, tilt_lora=None)
     assert (sampled(merged) - expected).abs().max() < 1e-3
@@ -113,8 +123,10 @@ def test_full_fine_tuning_exports_merged(tiny_pipeline: Tiny, tmp_path: Path) ->
     checkpoint = Checkpoint(3, {"ema": weights}, {"stage": "cold_start", "adapters": None})
     with pytest.raises(ValueError, match="full copies .* export it with --merged"):
         export_checkpoint(made.config, checkpoint, tmp_path / "out")
-    paths = export_checkpoint(made.config, checkpoint, tmp_path / "out", merged=True)
-    assert [p.name for p in paths] == ["scheduler", "merged", "README.md"]
+    paths = export_checkpoint(made.config, checkpoint, tmp_path / "out", Wanted(("merged",)))
+    assert [p.name for p in paths] == [
+        "scheduler", "merged", "transformer.safetensors", "workflow.json", "README.md"
+    ]  # fmt: skip
     roles.generator.load(weights)
     loaded, _ = prepare(
         request(made, model=str(tmp_path / "out" / "merged"), few_step=None, tilt_lora=None)
@@ -156,7 +168,7 @@ def test_bad_exports(tmp_path: Path) -> None:
         export_run(tmp_path, tmp_path / "out")
     (tmp_path / "config.yaml").write_text("stage: cold_start\n")
     with pytest.raises(ValueError, match="--tilt is 2"):
-        export_run(tmp_path, tmp_path / "out", tilt=2)
+        export_run(tmp_path, tmp_path / "out", Wanted(strengths=(2.0,)))
 
 
 def test_a_lora_of_another_model_is_one_sentence(tiny_pipeline: Tiny, tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from students import Student, student
+from students import MERGED, Student, student
 
 from tiltflow.config.load import load_config
 from tiltflow.export import writing as writer
 from tiltflow.export.folder import check_export_folder, replacing
+from tiltflow.export.wanted import Wanted
 from tiltflow.setup.checks import check_export
 from tiltflow.tasks import export as command
 from tiltflow.tasks.export import export_checkpoint
@@ -37,7 +38,7 @@ def content(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def made(tiny_pipeline: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Student:
-    return student(tiny_pipeline, "sd3m", tmp_path_factory.mktemp("made"), merged=True)
+    return student(tiny_pipeline, "sd3m", tmp_path_factory.mktemp("made"), formats=MERGED)
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_a_full_disk_leaves_the_old_export_whole(
         if name == "rename" and after:  # the first is put back by a third, which succeeds
             patch.setattr(place, name, lambda *a: full(*a) if calls[0] < 2 else real(*a))
         with pytest.raises(OSError, match="No space left on device") as caught:
-            export_checkpoint(made.config, made.checkpoint, used, merged=True)
+            export_checkpoint(made.config, made.checkpoint, used, Wanted(MERGED))
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(used)
     assert "\n" not in str(caught.value) and "as it was" in str(caught.value)
     assert calls[0] > after and content(used) == before and not leftovers(used)

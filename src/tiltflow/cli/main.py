@@ -28,6 +28,7 @@ from tiltflow.cli.options import (
     sampling_options,
     with_debug,
 )
+from tiltflow.cli.sharing import register_sharing
 from tiltflow.cli.terminal import terminal
 from tiltflow.core.errors import NonFiniteError, PeerLost
 from tiltflow.core.limits import MOST_SAMPLES
@@ -259,21 +260,7 @@ def report(
     console.print(f"report: {write_run_report(runs, out)}")
 
 
-@app.command(epilog="Example: tiltflow export runs/tilt --out lora --merged")
-@with_debug
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory", parser=place)],
-    out: Annotated[Path, option("--out", "where the folders go")],
-    merged: Annotated[
-        bool, typer.Option("--merged", help="also the whole pipeline with the adapters merged in")
-    ] = False,
-    tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength in it, 0 to 1")] = 1.0,
-) -> None:
-    """LoRA folders, scheduler and model card for diffusers, from a run's latest checkpoint."""
-    from tiltflow.tasks import interface
-
-    for path in interface.export(run, out, merged=merged, tilt=tilt):
-        console.print(f"wrote {path}")
+register_sharing(app, console)
 
 
 @app.command(epilog="Example: tiltflow encode demo_cold_start")

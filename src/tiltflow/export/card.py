@@ -21,40 +21,54 @@ STAGES = {
 class Card:
     """What a card says.
 
-    `call` are the arguments of the pipeline's call; `folders` the LoRA folders, none for a merged
-    pipeline alone; `absent` the parts that the base was saved without and has to be loaded
-    without.
+    `call` are the arguments of the pipeline's call; `folders` the LoRA folders for diffusers and
+    `merged` those of merged pipelines, if there are any; `absent` the parts that the base was saved
+    without and has to be loaded without; `others` the sections of other programs.
     """
 
     contract: Contract
     call: Mapping[str, Any]
     folders: Sequence[str]
-    merged: bool
+    merged: Sequence[str]
     absent: Sequence[str] = ()
     evaluation: Mapping[str, Any] | None = None
+    others: Sequence[str] = ()
 
 
 def model_card(card: Card) -> str:
     """The README.md: front matter of the hub, then usage, recipe and scores."""
     contract, steps = card.contract, card.contract.steps
-    kind = " and ".join(f"`{name}/`" for name in card.folders)
-    holds = f"the LoRA folders {kind}" if len(card.folders) > 1 else f"the LoRA folder {kind}"
-    holds = holds if card.folders else "the whole pipeline `merged/`"
-    if card.folders and card.merged:
-        holds += " and the merged pipeline `merged/`"
+    holds = _holds(card)
     parts = [
         _front_matter(card),
         f"# {contract.base.name.rsplit('/', 1)[-1]} in {steps} steps\n\n"
-        f"Trained with tiltflow by {STAGES[contract.stage]}. Here are {holds}, `scheduler/`, the "
-        "sampler that they were trained with, and `contract.json`, which says for what: "
+        f"Trained with tiltflow by {STAGES[contract.stage]}. Here are {holds} and "
+        "`contract.json`, which says for what the student was trained: "
         f"{steps} steps, η = {contract.eta:g}, guidance {contract.guidance:g}, "
         f"{said(contract.resolution)} pixels, {contract.max_sequence_length} text tokens.\n\n"
         + _base(contract),
-        _usage(card),
+        *([_usage(card)] if card.folders or card.merged else []),
+        *card.others,
         _recipe(contract.recipe),
         _scores(card.evaluation),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _holds(card: Card) -> str:
+    """What is in the folder, in words."""
+    held = []
+    if card.folders:
+        folder = "folders" if len(card.folders) > 1 else "folder"
+        held.append(f"the LoRA {folder} " + " and ".join(f"`{name}/`" for name in card.folders))
+    if card.merged:
+        pipeline = "pipelines" if len(card.merged) > 1 else "pipeline"
+        held.append(f"the merged {pipeline} " + " and ".join(f"`{n}/`" for n in card.merged))
+    if held:
+        held.append("`scheduler/`, the sampler that they were trained with,")
+    if card.others:
+        held.append("files for other programs")
+    return ", ".join(held)
 
 
 def _base(contract: Contract) -> str:
@@ -77,7 +91,8 @@ def _front_matter(card: Card) -> str:
         lines.append(f"license: {_scalar(base.licence.id)}")
         for key, value in (("name", base.licence.name), ("link", base.licence.link)):
             lines += [f"license_{key}: {_scalar(value)}"] if value else []
-    tags = ["tiltflow", "few-step", "flow-matching", *(["lora"] if card.folders else [])]
+    lora = ["lora"] if card.folders or not card.merged else []
+    tags = ["tiltflow", "few-step", "flow-matching", *lora]
     return "\n".join([*lines, f"tags: [{', '.join(tags)}]", "---"])
 
 
@@ -91,11 +106,11 @@ def _usage(card: Card) -> str:
     """Code that runs in the export's folder, for the LoRA folders and for the merged pipeline."""
     blocks = []
     if card.folders:
-        blocks.append(_code(card, merged=False))
+        blocks.append(_code(card))
     if card.merged:
         if card.folders:
             blocks.append("The merged pipeline by itself:")
-        blocks.append(_code(card, merged=True))
+        blocks.append(_code(card, card.merged[0]))
     same = card.contract.dtype
     return "## Use\n\nIn this folder, with tiltflow installed:\n\n" + "\n\n".join(
         [
@@ -109,13 +124,13 @@ def _usage(card: Card) -> str:
     )
 
 
-def _code(card: Card, merged: bool) -> str:
+def _code(card: Card, merged: str | None = None) -> str:
     contract = card.contract
     arguments = ", ".join(f"{key}={value!r}" for key, value in card.call.items())
     options = ["dtype=torch.bfloat16"] if contract.dtype == "bf16" else []
     options += [f"{part}=None" for part in card.absent]
-    source = ", ".join(['"merged"' if merged else "BASE", *options])
-    naming = "  # the class that merged/ names" if merged else ""
+    source = ", ".join([f'"{merged}"' if merged else "BASE", *options])
+    naming = f"  # the class that {merged}/ names" if merged else ""
     code = [
         *(["import torch"] if contract.dtype == "bf16" else []),
         f"from diffusers import {contract.pipeline}",
@@ -125,7 +140,7 @@ def _code(card: Card, merged: bool) -> str:
         f"pipe = {contract.pipeline}.from_pretrained({source})",
     ]
     if not merged:
-        names = list(card.folders)
+        names = [name for name in card.folders if not name.startswith("baked_")]
         code += [f'pipe.load_lora_weights("{name}", adapter_name="{name}")' for name in names]
         if "tilt" in names:
             code.append('pipe.set_adapters(["few_step", "tilt"], [1.0, 1.0])  # tilt: 0 to 1')

@@ -18,11 +18,22 @@ from pathlib import Path
 from tiltflow.core.disk import at_work, fsync, writing
 from tiltflow.export.contract import CONTRACT_FILE, LICENCES
 
-PARTS = {"few_step", "tilt", "scheduler", "merged", "README.md", CONTRACT_FILE, *LICENCES}
-"""What an export consists of."""
-LORA = {"pytorch_lora_weights.safetensors", CONTRACT_FILE}
-INSIDE = {"few_step": LORA, "tilt": LORA, "scheduler": {"scheduler_config.json"}}
-"""What its folders hold; `merged` is a whole pipeline."""
+STRENGTH = r"_[0-9.e-]+"
+"""What the name of something at a strength of the tilt ends with."""
+NAME = rf"(few_step|tilt|baked{STRENGTH})"
+LORA = rf"pytorch_lora_weights\.safetensors|{re.escape(CONTRACT_FILE)}"
+INSIDE = {
+    NAME: LORA,
+    "scheduler": r"scheduler_config\.json",
+    "comfyui": rf"{NAME}\.safetensors|workflow\.json",
+    "kohya": rf"{NAME}\.safetensors",
+    "peft": rf"{NAME}(/adapter_model\.safetensors|/adapter_config\.json)?",
+    "original": rf"transformer({STRENGTH})?\.safetensors|workflow({STRENGTH})?\.json",
+}
+"""An export's folders and what they hold, as patterns of paths."""
+MERGED = rf"merged({STRENGTH})?"
+"""Folders that are whole pipelines."""
+FILES = {"README.md", CONTRACT_FILE, *LICENCES}
 
 
 def check_export_folder(out: Path) -> None:
@@ -49,13 +60,15 @@ def check_export_folder(out: Path) -> None:
 def _foreign(out: Path) -> Iterator[str]:
     """What in a folder no export has written, by the path in it."""
     for entry in out.iterdir():
-        if entry.name not in PARTS:
+        inside = next((INSIDE[name] for name in INSIDE if re.fullmatch(name, entry.name)), None)
+        if inside is not None and entry.is_dir():
+            paths = [path.relative_to(entry).as_posix() for path in entry.rglob("*")]
+            yield from (f"{entry.name}/{p}" for p in paths if not re.fullmatch(inside, p))
+        elif re.fullmatch(MERGED, entry.name):
+            if not (entry / "model_index.json").is_file():
+                yield f"{entry.name}, which is no pipeline"
+        elif inside is None and entry.name not in FILES:
             yield entry.name
-        elif entry.name in INSIDE and entry.is_dir():
-            odd = (f for f in entry.iterdir() if f.name not in INSIDE[entry.name])
-            yield from (f"{entry.name}/{f.name}" for f in odd)
-        elif entry.name == "merged" and not (entry / "model_index.json").is_file():
-            yield f"{entry.name}, which is no pipeline"
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.core.sentences import first_sentence
 from tiltflow.core.sizes import Resolution
 from tiltflow.export.contract import CONTRACT_KEY, Contract
@@ -45,24 +44,6 @@ class FullWeights:
     """A whole transformer's weights by name."""
 
     weights: Mapping[str, Tensor]
-
-
-def export_adapters(
-    checkpoint: Checkpoint,
-    pipeline: type[DiffusionPipeline],
-    out: Path,
-    contract: Contract | None = None,
-) -> list[Path]:
-    """Writes a run's adapters as `out`/few_step and, from stage 2, `out`/tilt.
-
-    `pipeline.load_lora_weights` loads each folder. The weights are the EMA's.
-
-    Raises:
-        ValueError: if the run trained copies, which have no adapters.
-    """
-    for name, (group, settings) in exported_adapters(checkpoint.state).items():
-        save_adapter(pipeline, checkpoint.tensors[group], settings, out / name, contract)
-    return [out / name for name in exported_adapters(checkpoint.state)]
 
 
 def exported_adapters(state: Mapping[str, Any]) -> dict[str, tuple[str, AdapterSettings]]:
@@ -98,7 +79,7 @@ def save_adapter(
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights, settings = baked(weights, settings)
-    facts = {f"transformer.{key}": value for key, value in _metadata(settings).items()}
+    facts = {f"transformer.{key}": value for key, value in lora_metadata(settings).items()}
     header = {
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True),
@@ -253,7 +234,7 @@ def _quiet() -> Iterator[None]:
         diffusers_logging.set_verbosity(before)
 
 
-def _metadata(settings: AdapterSettings) -> dict[str, Any]:
+def lora_metadata(settings: AdapterSettings) -> dict[str, Any]:
     """The LoRA's config in plain JSON types."""
     plain = {}
     for key, value in settings.config().to_dict().items():

@@ -261,7 +261,7 @@ def _plain(
     alike = len(scales) == 1 and all(len(module.a) == rank for module in modules.values())
     targets = facts["target_modules"] if facts else None
     if targets is None or (facts and any(facts.get(key) for key in PLACES)):
-        targets = _exactly(modules)
+        targets = exactly(modules)
     weights = {}
     for name, module in modules.items():
         a, b, more = module.a, module.b, rank - len(module.a)
@@ -276,7 +276,7 @@ def _plain(
     return AdapterSettings(rank, scales.pop() * rank, targets), weights
 
 
-def _exactly(names: Iterable[str]) -> str:
+def exactly(names: Iterable[str]) -> str:
     """A pattern that these modules match, and no others."""
     return "|".join(re.escape(name) for name in sorted(names))
 

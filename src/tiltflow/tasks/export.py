@@ -1,10 +1,11 @@
-"""`tiltflow export`: a run's adapters, scheduler and model card, and the merged pipeline."""
+"""`tiltflow export`: what a run has trained, in the formats of the programs that run it."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -24,13 +25,25 @@ from tiltflow.export.contract import (
     versions,
 )
 from tiltflow.export.folder import check_export_folder, replacing
+from tiltflow.export.formats import (
+    rows_of,
+    write_comfyui,
+    write_kohya,
+    write_original,
+    write_peft,
+)
+from tiltflow.export.guides import guides
+from tiltflow.export.keys import layout_of
+from tiltflow.export.loras import SINGLE, Lora, loras_of
+from tiltflow.export.wanted import Wanted
+from tiltflow.export.workflow import workflow, write_workflow
 from tiltflow.export.writing import (
     FullWeights,
     LoraWeights,
     baked,
-    export_adapters,
     exported_adapters,
     few_step_scheduler,
+    save_adapter,
     save_merged,
 )
 from tiltflow.models.family import Family
@@ -39,36 +52,32 @@ from tiltflow.models.pipelines.directory import Pipeline, Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.models.pipelines.meta import meta_backbone
+from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.build import DTYPES
 
 
-def export_run(run: Path, out: Path, merged: bool = False, tilt: float = 1.0) -> list[Path]:
-    """A run's latest checkpoint in `out`: LoRA folders, `scheduler/` and README.md.
-
-    With `merged` also the whole pipeline; `tilt` in [0, 1] is the strength of stage 2 in it.
+def export_run(run: Path, out: Path, wanted: Wanted | None = None) -> list[Path]:
+    """A run's latest checkpoint in `out`, in the formats that are wanted, with README.md.
 
     Raises:
-        ValueError: if `run` is no run directory, its model has no pipeline, `tilt` is out of
-            range, or the run trained copies and `merged` is not asked for.
+        ValueError: if `run` is no run directory, its model has no pipeline, strengths are wanted
+            of a run that has no tilt, or LoRAs of one that trained copies.
     """
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is no run directory (it has no config.yaml)")
-    if not 0 <= tilt <= 1:
-        raise ValueError(f"--tilt is {tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
     check_export_folder(out)
     cfg = load_config(str(run / "config.yaml"))
     if not cfg.model.has_files:
         raise ValueError(f"the {cfg.model.path} backbone has no pipeline to export for")
     evaluation = read_evaluation(run) if (run / "evaluation.json").is_file() else None
-    return export_checkpoint(cfg, load_checkpoint(run), out, merged, tilt, evaluation)
+    return export_checkpoint(cfg, load_checkpoint(run), out, wanted, evaluation)
 
 
 def export_checkpoint(
     cfg: RunConfig,
     checkpoint: Checkpoint,
     out: Path,
-    merged: bool = False,
-    tilt: float = 1.0,
+    wanted: Wanted | None = None,
     evaluation: dict[str, Any] | None = None,
     pipelines: Pipelines | None = None,
 ) -> list[Path]:
@@ -77,36 +86,29 @@ def export_checkpoint(
 
     An earlier export in `out` is replaced as a whole, when the new one is.
     """
-    source = Source.of(pipelines or cfg.model.pipelines)
-    lora = bool(checkpoint.state.get("adapters"))
-    if not lora and not merged:
-        exported_adapters(checkpoint.state)  # says why there are none
+    wanted, source = wanted or Wanted(), Source.of(pipelines or cfg.model.pipelines)
+    _check_wanted(wanted, checkpoint)
     contract = contract_of(cfg, checkpoint, source)
+    lora = bool(checkpoint.state.get("adapters"))
+    loras = loras_of(checkpoint, contract, wanted.strengths) if lora else []
     with replacing(out) as part:
-        folders = export_adapters(checkpoint, source.pipeline, part, contract) if lora else []
-        scheduler = few_step_scheduler(
-            source.model, contract.eta, contract.steps, contract.resolution
-        )
-        scheduler.save_pretrained(part / "scheduler")
-        paths = [*folders, part / "scheduler"]
-        if merged:
-            strengths = {f.name: (f, tilt if f.name == "tilt" else 1.0) for f in folders}
-            student = LoraWeights(strengths) if lora else FullWeights(checkpoint.tensors["ema"])
-            dtype = DTYPES[cfg.model.dtype]
-            save_merged(source.pipeline, source.base, student, scheduler, dtype, part / "merged")
-            strength = tilt if cfg.stage == "tilt" and lora else None
-            _write(part / "merged", contract.model_copy(update={"tilt": strength}))
-            paths.append(part / "merged")
-        for folder in (*folders, part):
-            _write(folder, contract)
-        absent = sorted(set(source.base.absent) - set(source.pipeline._optional_components))
+        paths = _write_loras(wanted, loras, source, part)
+        if {"diffusers", "merged"} & set(wanted.formats):
+            scheduler = _scheduler(source, contract)
+            scheduler.save_pretrained(part / "scheduler")
+            paths.append(part / "scheduler")
+        if "merged" in wanted.formats:
+            paths += _write_merged(wanted, loras, checkpoint, contract, source, part)
+        _write(part, contract)
+        folders = [one.name for one in loras if "diffusers" in wanted.formats]
         card = Card(
             contract=contract,
             call=call_of(contract, source.family),
-            folders=[folder.name for folder in folders],
-            merged=merged,
-            absent=absent,
+            folders=folders,
+            merged=[path.name for path in paths if (path / "model_index.json").is_file()],
+            absent=_absent(source),
             evaluation=evaluation,
+            others=guides(wanted, [one.name for one in loras], contract),
         )
         (part / "README.md").write_text(model_card(card), encoding="utf-8")
         licence = licence_file(source.base.root)
@@ -114,6 +116,89 @@ def export_checkpoint(
             shutil.copyfile(licence, part / licence.name)
         paths.append(part / "README.md")
     return [out / path.relative_to(part) for path in paths]
+
+
+def _check_wanted(wanted: Wanted, checkpoint: Checkpoint) -> None:
+    """Raises ValueError if the run has not what is wanted."""
+    if not checkpoint.state.get("adapters"):
+        lora = set(wanted.formats) - {"diffusers", "merged"}
+        if lora or "merged" not in wanted.formats:
+            exported_adapters(checkpoint.state)  # says why there are none
+    if wanted.strengths and "few_step_adapters" not in checkpoint.state:
+        raise ValueError("this run has no tilt, which stage 2 trains: leave --tilt out")
+
+
+def _write_loras(wanted: Wanted, loras: list[Lora], source: Source, part: Path) -> list[Path]:
+    """Every LoRA in every format of LoRAs that is wanted."""
+    paths = []
+    if "diffusers" in wanted.formats:
+        for one in loras:
+            save_adapter(source.pipeline, one.weights, one.settings, part / one.name, one.contract)
+            _write(part / one.name, one.contract)
+            paths.append(part / one.name)
+    if {"comfyui", "kohya"} & set(wanted.formats):
+        layout, rows = layout_of(source.family.name), rows_of(source.base)
+        if "comfyui" in wanted.formats:
+            folder = part / "comfyui"
+            paths += [write_comfyui(one, layout, rows, folder) for one in loras]
+            single = [(f"{one.name}.safetensors", 1.0) for one in loras if one.name in SINGLE]
+            paths.append(write_workflow(workflow(loras[0].contract, single), folder))
+        if "kohya" in wanted.formats:
+            paths += [write_kohya(one, layout, rows, part / "kohya") for one in loras]
+    if "peft" in wanted.formats:
+        paths += [write_peft(one, part / "peft") for one in loras]
+    return paths
+
+
+def _write_merged(
+    wanted: Wanted,
+    loras: list[Lora],
+    checkpoint: Checkpoint,
+    contract: Contract,
+    source: Source,
+    part: Path,
+) -> list[Path]:
+    """For each strength the merged pipeline, and its transformer as one file."""
+    strengths = wanted.strengths or (1.0,)
+    tilted = any(one.name == "tilt" for one in loras)
+    scheduler = _scheduler(source, contract)
+    layout, paths = layout_of(source.family.name), []
+    for strength in strengths:
+        end = f"_{strength:g}" if len(strengths) > 1 else ""
+        folder, file = part / f"merged{end}", part / "original" / f"transformer{end}.safetensors"
+        own = contract.model_copy(update={"tilt": strength if tilted else None})
+        dtype = DTYPES[contract.dtype]
+        with TemporaryDirectory() as place:
+            student = _student(loras, checkpoint, strength, source, Path(place))
+            save_merged(source.pipeline, source.base, student, scheduler, dtype, folder)
+        _write(folder, own)
+        write_original(folder / "transformer", layout, wanted.dtype, file, own)
+        graph = workflow(own, transformer=file.name)
+        paths += [folder, file, write_workflow(graph, file.parent, f"workflow{end}.json")]
+    return paths
+
+
+def _student(
+    loras: list[Lora], checkpoint: Checkpoint, strength: float, source: Source, place: Path
+) -> LoraWeights | FullWeights:
+    """What is merged: the adapters, as folders in `place`, or a whole transformer."""
+    if not loras:
+        return FullWeights(checkpoint.tensors["ema"])
+    folders = {}
+    for one in loras:
+        if one.name in SINGLE:
+            save_adapter(source.pipeline, one.weights, one.settings, place / one.name)
+            folders[one.name] = (place / one.name, strength if one.name == "tilt" else 1.0)
+    return LoraWeights(folders)
+
+
+def _absent(source: Source) -> list[str]:
+    """Parts that the base was saved without and that its class has no place for a lack of."""
+    return sorted(set(source.base.absent) - set(source.pipeline._optional_components))
+
+
+def _scheduler(source: Source, contract: Contract) -> CPSFlowMatchScheduler:
+    return few_step_scheduler(source.model, contract.eta, contract.steps, contract.resolution)
 
 
 @dataclass(frozen=True)

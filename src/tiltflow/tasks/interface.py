@@ -17,6 +17,7 @@ from tiltflow.core.sizes import Resolution
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.scores import Evaluation
 from tiltflow.evaluation.suites import suite_of
+from tiltflow.export.wanted import FileType, Format, Wanted
 from tiltflow.models import family, medium
 from tiltflow.rewards import base as rewards_base
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
@@ -230,16 +231,28 @@ def compare(
 
 
 def export(
-    run: str | Path | Run, out: str | Path, *, merged: bool = False, tilt: float = 1.0
+    run: str | Path | Run,
+    out: str | Path,
+    *,
+    formats: Sequence[Format] = ("diffusers",),
+    strengths: Sequence[float] = (),
+    dtype: FileType | None = None,
 ) -> list[Path]:
-    """LoRA folders, scheduler and model card for diffusers, from a run's latest checkpoint; with
-    `merged` also the whole pipeline, with stage 2 at the strength `tilt`. The paths written.
+    """A run's student from its latest checkpoint, for other programs, with a card. The paths
+    written.
+
+    Args:
+        formats: "diffusers", "comfyui", "peft", "kohya" (LoRAs), "merged" (whole pipelines).
+        strengths: stage 2's, in [0, 1], to bake in; none leaves the tilt a file of its own, and
+            merges it at 1.
+        dtype: of the merged transformer's one file, "bf16" or "fp8"; None as trained.
 
     Raises:
-        ValueError: if `run` is no run directory, or its model has no pipeline.
+        ValueError: if `run` is no run directory, its model has no pipeline, or it has not what is
+            asked for.
     """
     path = run.path if isinstance(run, Run) else Path(run)
-    return export_run(path, Path(out), merged, tilt)
+    return export_run(path, Path(out), Wanted(tuple(formats), tuple(strengths), dtype))
 
 
 def request_of(

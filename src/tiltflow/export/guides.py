@@ -1,0 +1,85 @@
+"""How each program is given its files: the parts of an export's README.md beside diffusers'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tiltflow.export.contract import Contract
+from tiltflow.export.wanted import Wanted
+
+
+def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str]:
+    """One section of markdown for each format that has files of its own."""
+    files = " and ".join(f"`{name}.safetensors`" for name in loras)
+    parts = []
+    if "comfyui" in wanted.formats:
+        parts.append(
+            "## ComfyUI\n\n"
+            f"`comfyui/` has {files} with the original names of the model's weights and `.alpha` "
+            "tensors. Put them into `models/loras`, open `comfyui/workflow.json`, and set the file "
+            "names of the base model, text encoders and autoencoder to yours. "
+            + _strength(loras)
+            + _sampler(contract)
+        )
+    if "kohya" in wanted.formats:
+        parts.append(
+            "## kohya's sd-scripts and programs that read its files\n\n"
+            f"`kohya/` has {files} with keys `lora_unet_….lora_down.weight`, `….lora_up.weight` "
+            f"and `….alpha`. The scale is alpha / rank. {_levels(contract)}"
+        )
+    if "peft" in wanted.formats:
+        folders = " and ".join(f"`peft/{name}/`" for name in loras)
+        parts.append(
+            f"## PEFT\n\n{folders} are PEFT folders of the transformer, which servers take too:\n\n"
+            "```python\nfrom peft import PeftModel\n\n"
+            f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "peft/{loras[0]}")\n'
+            f"```\n\n{_levels(contract)}"
+        )
+    if "merged" in wanted.formats:
+        kind = {None: f"in {contract.dtype}", "bf16": "in bf16", "fp8": "in fp8 (e4m3)"}
+        parts.append(
+            "## One file\n\n`original/` has the merged transformer "
+            f"{kind[wanted.dtype]}, in the layout of the model's makers, for programs that load a "
+            "transformer from one file; `workflow.json` beside it is ComfyUI's, which finds the "
+            "file in `models/diffusion_models`."
+            + (
+                " Only the matrices of the blocks are in 8 bits, without scales; the rest is bf16."
+                if wanted.dtype == "fp8"
+                else ""
+            )
+        )
+    return parts
+
+
+def _strength(loras: Sequence[str]) -> str:
+    if "tilt" not in loras:
+        return ""
+    baked = [name for name in loras if name.startswith("baked_")]
+    said = "The tilt's strength, 0 to 1, is `strength_model` of its loader. "
+    if baked:
+        said += f"`{baked[0]}` is both in one: load it alone, at strength 1. "
+    return said
+
+
+def _levels(contract: Contract) -> str:
+    levels = ", ".join(f"{level:.6g}" for level in contract.sigmas)
+    return (
+        f"Sample as the student was trained: the levels {levels}, guidance "
+        f"{contract.guidance:g}, η = {contract.eta:g}."
+    )
+
+
+def _sampler(contract: Contract) -> str:
+    """What in ComfyUI is the student's sampler."""
+    if contract.eta in (0, 1):
+        name = "euler" if contract.eta == 0 else "lcm"
+        return f"Its levels with the sampler `{name}` are the student's own sampler."
+    kept = math.cos(contract.eta * math.pi / 2)
+    return (
+        f"The student was trained with η = {contract.eta:g}, which lies between ComfyUI's `euler` "
+        "(η = 0) and `lcm` (η = 1). The workflow therefore has a sampler node a step, "
+        "`SamplerEulerAncestral` with a setting of its own each; together they are the student's "
+        "sampler up to rounding. A single `lcm` node over all levels is simpler and is η = 1: it "
+        f"draws all noise anew, where the student keeps {kept:.3f} of the noise that it predicts."
+    )

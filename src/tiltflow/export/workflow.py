@@ -1,0 +1,184 @@
+"""A ComfyUI workflow that samples as the student was trained, in the form of ComfyUI's own API.
+
+Nodes and their inputs are as docs.comfy.org/built-in-nodes has them (read 2026-11). What they do to
+a flow model, in our symbols, with x̂₀ = x − σ v:
+
+- `ManualSigmas` gives the levels; the first is σ₀ = 1, where the latent is the noise itself.
+- `lcm`: x' = (1 − σ') x̂₀ + σ' z with fresh noise z, which is CPS at η = 1 (METHOD §2).
+- `euler`: x' = x̂₀ + σ'/σ (x − x̂₀), which is CPS at η = 0.
+- `SamplerEulerAncestral` steps down to σ_d = σ' (1 + (σ'/σ − 1) e), for its setting e, scales by
+  (1 − σ')/(1 − σ_d) and adds noise up to the variance of σ'. That is CPS with another η at every
+  level: the noise kept is σ' cos θ for e = (1 − σ_d/σ') / (1 − σ'/σ), where
+  σ_d = q/(1 + q) with q = σ' cos θ / (1 − σ'). So 0 < η < 1 takes a sampler node a step, each with
+  its own e and its own seed, and is exact up to rounding too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiltflow.export.contract import Contract
+
+Link = tuple[str, int]
+Graph = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """What a family's workflow is made of: loader nodes by (class, inputs), and the file names of
+    the published base models, which the user sets to those at hand."""
+
+    transformer: str
+    encoders: tuple[str, Mapping[str, Any]]
+    autoencoder: str
+    latent: str
+    t5: bool = False
+    """Whether the text encoder pads a prompt as `T5TokenizerOptions` says."""
+    embedded_guidance: bool = False
+
+
+NODES: Mapping[str, Nodes] = {
+    "sd3": Nodes(
+        transformer="sd3.5_medium.safetensors",
+        encoders=(
+            "TripleCLIPLoader",
+            {
+                "clip_name1": "clip_l.safetensors",
+                "clip_name2": "clip_g.safetensors",
+                "clip_name3": "t5xxl_fp16.safetensors",
+            },
+        ),
+        autoencoder="sd3_vae.safetensors",
+        latent="EmptySD3LatentImage",
+        t5=True,
+    ),
+    "flux": Nodes(
+        transformer="flux1-dev.safetensors",
+        encoders=(
+            "DualCLIPLoader",
+            {
+                "clip_name1": "clip_l.safetensors",
+                "clip_name2": "t5xxl_fp16.safetensors",
+                "type": "flux",
+            },
+        ),
+        autoencoder="ae.safetensors",
+        latent="EmptySD3LatentImage",
+        t5=True,
+        embedded_guidance=True,
+    ),
+    "flux2": Nodes(
+        transformer="flux-2-klein-4b.safetensors",
+        encoders=("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "flux2"}),
+        autoencoder="flux2-vae.safetensors",
+        latent="EmptyFlux2LatentImage",
+    ),
+}
+
+
+@dataclass
+class _Builder:
+    """Nodes numbered in the order in which they are added."""
+
+    graph: Graph = field(default_factory=dict)
+
+    def add(self, kind: str, /, **inputs: Any) -> str:
+        name = str(len(self.graph) + 1)
+        links = {k: list(v) if isinstance(v, tuple) else v for k, v in inputs.items()}
+        self.graph[name] = {"class_type": kind, "inputs": links}
+        return name
+
+
+def workflow(
+    contract: Contract, loras: Sequence[tuple[str, float]] = (), transformer: str | None = None
+) -> Graph:
+    """The graph for the student of a contract.
+
+    `loras` are file names in ComfyUI's loras folder with their strengths; `transformer` is a file
+    among its diffusion models, the published base's by default.
+    """
+    nodes, make = NODES[contract.family], _Builder()
+    name = transformer or nodes.transformer
+    model: Link = (make.add("UNETLoader", unet_name=name, weight_dtype="default"), 0)
+    for file, strength in loras:
+        loader = make.add(
+            "LoraLoaderModelOnly", model=model, lora_name=file, strength_model=strength
+        )
+        model = (loader, 0)
+    kind, files = nodes.encoders
+    clip: Link = (make.add(kind, **files), 0)
+    if nodes.t5:
+        length = contract.max_sequence_length
+        clip = (make.add("T5TokenizerOptions", clip=clip, min_padding=0, min_length=length), 0)
+    positive: Link = (make.add("CLIPTextEncode", clip=clip, text="a red fox in the snow"), 0)
+    negative: Link = (make.add("CLIPTextEncode", clip=clip, text=""), 0)
+    if nodes.embedded_guidance:
+        guided = make.add("FluxGuidance", conditioning=positive, guidance=contract.guidance)
+        positive = (guided, 0)
+    side = contract.resolution
+    latent: Link = (make.add(nodes.latent, width=side, height=side, batch_size=1), 0)
+    for k, (sampler, sigmas) in enumerate(_steps(make, contract)):
+        made = make.add(
+            "SamplerCustom",
+            model=model,
+            add_noise=k == 0,
+            noise_seed=1000 * k,  # a step's own: with one seed, each would add the same noise
+            cfg=1.0,
+            positive=positive,
+            negative=negative,
+            sampler=sampler,
+            sigmas=sigmas,
+            latent_image=latent,
+        )
+        latent = (made, 0)
+    vae: Link = (make.add("VAELoader", vae_name=nodes.autoencoder), 0)
+    image: Link = (make.add("VAEDecode", samples=latent, vae=vae), 0)
+    make.add("SaveImage", images=image, filename_prefix="tiltflow")
+    return make.graph
+
+
+def _steps(make: _Builder, contract: Contract) -> list[tuple[Link, Link]]:
+    """Sampler and levels of each sampler node."""
+    eta, levels = contract.eta, contract.sigmas
+    if eta in (0, 1):
+        sampler = make.add("KSamplerSelect", sampler_name="euler" if eta == 0 else "lcm")
+        return [((sampler, 0), (make.add("ManualSigmas", sigmas=spelled(levels)), 0))]
+    made: list[tuple[Link, Link]] = []
+    for now, then in pairwise(levels):
+        if then > 0:
+            own = ancestral_eta(now, then, eta)
+            sampler = make.add("SamplerEulerAncestral", eta=own, s_noise=1.0)
+        else:
+            sampler = make.add("KSamplerSelect", sampler_name="euler")
+        sigmas = make.add("ManualSigmas", sigmas=spelled((now, then)))
+        made.append(((sampler, 0), (sigmas, 0)))
+    return made
+
+
+def ancestral_eta(sigma: float, sigma_next: float, eta: float) -> float:
+    """`SamplerEulerAncestral`'s setting with which one step σ → σ' > 0 is CPS's with `eta`."""
+    kept = sigma_next * math.cos(eta * math.pi / 2) / (1 - sigma_next)
+    down = kept / (1 + kept)
+    return (1 - down / sigma_next) / (1 - sigma_next / sigma)
+
+
+def spelled(levels: Sequence[float]) -> str:
+    """Levels as `ManualSigmas` reads numbers: without exponents; the same in 32 bits."""
+    return ", ".join(
+        np.format_float_positional(np.float32(level), unique=True, trim="-") for level in levels
+    )
+
+
+def write_workflow(graph: Graph, folder: Path, name: str = "workflow.json") -> Path:
+    """The graph as a file that ComfyUI opens."""
+    file = folder / name
+    file.write_text(json.dumps(graph, indent=2) + "\n", encoding="utf-8")
+    return file

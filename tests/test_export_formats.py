@@ -1,0 +1,311 @@
+"""Exports for other programs: their readers, written from their own rules, and diffusers' own
+converters give the weights that were trained.
+
+The readers' rules: ComfyUI (comfy/lora.py, weight_adapter/lora.py at v0.3.75): a LoRA of the weight
+`diffusion_model.X.weight` has up = `.lora_B.weight`, down = `.lora_A.weight`, and adds
+up @ down times `.alpha` / down's rows, or times 1 without `.alpha`. kohya's sd-scripts
+(networks/lora_flux.py, v0.9.1): the module's path with `_` for each dot behind `lora_unet_`;
+`lora_up` @ `lora_down` times alpha / rows of `lora_down`. PEFT is itself.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import single_file_utils as converters
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from students import Student, random_like, student
+from test_export_strength import Deltas, layer_deltas, products
+from torch import Tensor
+
+from tiltflow.export.contract import read_contract
+from tiltflow.export.formats import write_original
+from tiltflow.export.keys import layout_of, original_lora, original_state
+from tiltflow.export.loras import both
+from tiltflow.models.roles import AdapterSettings
+
+Tiny = Callable[[str], Path]
+NAMES = ("sd3m", "sd35m", "flux1_dev", "schnell", "flux2_klein_4b")
+STRENGTHS = (0.0, 0.5, 1.0)
+FILES = ("few_step", "tilt", "baked_0", "baked_0.5", "baked_1")
+TRANSFORMERS = {
+    "sd3": converters.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": converters.convert_flux_transformer_checkpoint_to_diffusers,
+    "flux2": converters.convert_flux2_transformer_checkpoint_to_diffusers,
+}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def made(
+    request: pytest.FixtureRequest, tiny_pipeline: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> Student:
+    return student(
+        tiny_pipeline,
+        request.param,
+        tmp_path_factory.mktemp(request.param),
+        formats=("diffusers", "comfyui", "peft", "kohya"),
+        strengths=STRENGTHS,
+    )
+
+
+def trained(made: Student, name: str) -> Deltas:
+    """ΔW in fp64 by diffusers' modules, as the run trained it."""
+    facts = made.checkpoint.state["adapters"]
+    scale = facts["alpha"] / facts["rank"]
+    below, above = (
+        products(made.checkpoint.tensors[group], lambda _: scale) for group in ("few_step", "ema")
+    )
+    if name in ("few_step", "tilt"):
+        return below if name == "few_step" else above
+    strength = float(name.removeprefix("baked_"))
+    return {module: delta + strength * above[module] for module, delta in below.items()}
+
+
+def family(made: Student) -> str:
+    contract = read_contract(made.export / "few_step")
+    assert contract is not None
+    return contract.family
+
+
+def to_diffusers(kind: str, state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """An original state dict through diffusers' own converter."""
+    convert: Any = TRANSFORMERS[kind]
+    if kind == "flux":  # has the published model's width as a constant
+        code = convert.__code__
+        consts = tuple(width if c == 3072 else c for c in code.co_consts)
+        convert = types.FunctionType(code.replace(co_consts=consts), convert.__globals__)
+    return convert(state)
+
+
+def by_comfyui(file: Path) -> Deltas:
+    """ΔW of each original weight."""
+    table = load_file(file)
+    found = {}
+    for key in [k for k in table if k.endswith(".lora_A.weight")]:
+        module = key.removesuffix(".lora_A.weight")
+        down, up = table.pop(key), table.pop(f"{module}.lora_B.weight")
+        alpha = table.pop(f"{module}.alpha", None)
+        scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
+        assert module.startswith("diffusion_model.")
+        name = module.removeprefix("diffusion_model.") + ".weight"
+        found[name] = scale * up.double() @ down.double()
+    assert not table, "a key that the reader does not know"
+    return found
+
+
+def by_kohya(file: Path, modules: list[str]) -> Deltas:
+    """ΔW of each original weight; `modules` are the network's."""
+    table, found = load_file(file), {}
+    paths = {"lora_unet_" + name.replace(".", "_"): name for name in modules}
+    for key in [k for k in table if k.endswith(".lora_down.weight")]:
+        name = key.removesuffix(".lora_down.weight")
+        down, up = table.pop(key), table.pop(f"{name}.lora_up.weight")
+        scale = table.pop(f"{name}.alpha").item() / down.shape[0]
+        found[f"{paths[name]}.weight"] = scale * up.double() @ down.double()
+    assert not table, "a key that the reader does not know"
+    return found
+
+
+@pytest.fixture(scope="module")
+def merged(
+    made: Student, tiny_pipeline: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Student, dict[str, Tensor]]:
+    """The same student exported as one file, and its tensors."""
+    name = next(n for n in NAMES if n in made.model.parent.name)
+    out = tmp_path_factory.mktemp(f"merged_{name}")
+    again = student(tiny_pipeline, name, out, formats=("merged",), strengths=(0.5,))
+    return again, load_file(again.export / "original" / "transformer.safetensors")
+
+
+def in_diffusers(made: Student, originals: dict[str, Tensor], deltas: Deltas) -> Deltas:
+    """ΔW by diffusers' modules, of ΔW by original weights: each put into zeros of its network and
+    sent through diffusers' converter."""
+    zeros = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in originals.items()}
+    assert set(deltas) <= set(zeros), "a weight that the original network has not"
+    for name, delta in deltas.items():
+        assert zeros[name].shape == delta.shape
+        zeros[name] = delta
+    converted = to_diffusers(family(made), zeros, width=64)
+    return {k.removesuffix(".weight"): v for k, v in converted.items() if v.abs().max() > 0}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_programs_read_the_trained_product(
+    made: Student, merged: tuple[Student, dict[str, Tensor]], name: str
+) -> None:
+    expected, originals = trained(made, name), merged[1]
+    modules = [k.removesuffix(".weight") for k in originals if k.endswith(".weight")]
+    comfyui = by_comfyui(made.export / "comfyui" / f"{name}.safetensors")
+    kohya = by_kohya(made.export / "kohya" / f"{name}.safetensors", modules)
+    readers = {
+        "comfyui": in_diffusers(made, originals, comfyui),
+        "kohya": in_diffusers(made, originals, kohya),
+        "peft": by_peft(made, made.export / "peft" / name),
+        "diffusers": by_diffusers(made, made.export / name),
+    }
+    for reader, found in readers.items():
+        assert found.keys() == expected.keys(), reader
+        for module, delta in expected.items():
+            off = (found[module] - delta).norm() / delta.norm()
+            assert off <= 1e-6, (reader, module, off)
+
+
+def by_peft(made: Student, folder: Path) -> Deltas:
+    network = DiffusionPipeline.from_pretrained(made.base).transformer
+    wrapped = PeftModel.from_pretrained(network, str(folder), adapter_name="read")
+    return layer_deltas(wrapped.base_model.model)
+
+
+def by_diffusers(made: Student, folder: Path) -> Deltas:
+    pipe: Any = DiffusionPipeline.from_pretrained(made.base)
+    pipe.load_lora_weights(folder, adapter_name="read")
+    return layer_deltas(pipe.transformer)
+
+
+def test_the_one_file_loads_back_through_diffusers_converter(
+    merged: tuple[Student, dict[str, Tensor]],
+) -> None:
+    """Difference 0 to the merged pipeline, and every tensor of it."""
+    made, originals = merged
+    expected = DiffusionPipeline.from_pretrained(made.export / "merged").transformer.state_dict()
+    found = to_diffusers(family_of(made.export / "merged"), dict(originals), width=64)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_from_single_file(merged: tuple[Student, dict[str, Tensor]]) -> None:
+    """diffusers finds out what the file is by its names, and loads it."""
+    made, _ = merged
+    kind = family_of(made.export / "merged")
+    if kind == "flux":
+        pytest.skip("diffusers' converter takes FLUX.1's published width alone")
+    expected = DiffusionPipeline.from_pretrained(made.export / "merged").transformer
+    file = made.export / "original" / "transformer.safetensors"
+    found = type(expected).from_single_file(
+        str(file), config=str(made.export / "merged"), subfolder="transformer"
+    )
+    here = found.state_dict()
+    assert all(torch.equal(here[name], value) for name, value in expected.state_dict().items())
+
+
+def family_of(folder: Path) -> str:
+    contract = read_contract(folder)
+    assert contract is not None
+    return contract.family
+
+
+def test_in_8_bits(made: Student, tmp_path: Path) -> None:
+    """Matrices of blocks are within e4m3's rounding, the rest is in bf16 as it was."""
+    layout = layout_of(family(made))
+    exact = load_file(write(made, None, tmp_path / "a.safetensors"))
+    eight = load_file(write(made, "fp8", tmp_path / "b.safetensors"))
+    kinds = {w.dtype for w in eight.values()}
+    assert kinds == {torch.float8_e4m3fn, torch.bfloat16} and exact.keys() == eight.keys()
+    for name, value in eight.items():
+        if value.dtype == torch.float8_e4m3fn:
+            error = (value.float() - exact[name]).abs()
+            assert (error <= exact[name].abs() / 16 + 2**-10).all() and error.max() > 0
+            assert "_blocks." in name and value.ndim == 2
+        else:
+            assert torch.equal(value, exact[name].bfloat16())
+    assert layout.source
+
+
+def write(made: Student, dtype: Any, file: Path) -> Path:
+    contract = read_contract(made.export / "few_step")
+    assert contract is not None
+    layout = layout_of(contract.family)
+    return write_original(made.base / "transformer", layout, dtype, file, contract)
+
+
+def test_a_value_beyond_8_bits_is_refused(made: Student, tmp_path: Path) -> None:
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    state = DiffusionPipeline.from_pretrained(made.base).transformer.state_dict()
+    name = "transformer_blocks.0.attn.to_q.weight"
+    state[name] = state[name].clone()
+    state[name][0, 0] = 449.0
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    contract = read_contract(made.export / "few_step")
+    assert contract is not None
+    with pytest.raises(ValueError, match=f"a value of 449 in {name}, and .* take --dtype bf16"):
+        out = tmp_path / "out.safetensors"
+        write_original(folder, layout_of(contract.family), "fp8", out, contract)
+
+
+def test_parts_of_what_the_original_stacks() -> None:
+    """A LoRA of q and v alone, of two ranks: k's rows are zero, and so are FLUX.1's of the MLP."""
+    rows = {"to_q": 4, "to_k": 4, "to_v": 4}
+    block = "single_transformer_blocks.3."
+    sizes = {f"{block}attn.{name}": size for name, size in rows.items()} | {f"{block}proj_mlp": 8}
+    shapes = {}
+    for name, rank in (("to_v", 2), ("to_q", 3)):
+        shapes[f"{block}attn.{name}.lora_A.weight"] = torch.empty(rank, 5)
+        shapes[f"{block}attn.{name}.lora_B.weight"] = torch.empty(4, rank)
+    weights = random_like(shapes, 0)
+    ((name, pair),) = original_lora(weights, layout_of("flux"), sizes).items()
+    assert name == "single_blocks.3.linear1" and pair.a.shape == (5, 5)
+    q, k, v, mlp = (pair.b @ pair.a).split([4, 4, 4, 8])
+    expected = products(weights, lambda _: 1.0)
+    assert torch.allclose(q.double(), expected[f"{block}attn.to_q"], atol=1e-6)
+    assert torch.allclose(v.double(), expected[f"{block}attn.to_v"], atol=1e-6)
+    assert not k.any() and not mlp.any()
+
+
+def test_halves_that_stand_the_other_way_round() -> None:
+    """The last block's text norm in SD3 alone, and the last norm of all."""
+    rows = {f"transformer_blocks.{i}.norm1_context.linear": 4 for i in range(2)} | {
+        "norm_out.linear": 4
+    }
+    shapes = {}
+    for name in rows:
+        shapes[f"{name}.lora_A.weight"], shapes[f"{name}.lora_B.weight"] = (
+            torch.empty(2, 3), torch.empty(4, 2),
+        )  # fmt: skip
+    weights = random_like(shapes, 0)
+    made = original_lora(weights, layout_of("sd3"), rows)
+    for name, original, exchanged in (
+        ("transformer_blocks.0.norm1_context.linear", "joint_blocks.0.context_block", False),
+        ("transformer_blocks.1.norm1_context.linear", "joint_blocks.1.context_block", True),
+        ("norm_out.linear", "final_layer", True),
+    ):
+        up = weights[f"{name}.lora_B.weight"]
+        expected = up.roll(2, dims=0) if exchanged else up
+        assert torch.equal(made[f"{original}.adaLN_modulation.1"].b, expected)
+
+
+def test_adapters_of_other_ranks_and_modules_in_one() -> None:
+    first = AdapterSettings(2, 2, ["a", "b"]), {"a": 2, "b": 2}
+    second = AdapterSettings(3, 3, ["b", "c"]), {"b": 3, "c": 3}
+    adapters = []
+    for seed, (settings, ranks) in enumerate((first, second)):
+        shapes = {}
+        for name, rank in ranks.items():
+            shapes[f"{name}.lora_A.weight"] = torch.empty(rank, 5)
+            shapes[f"{name}.lora_B.weight"] = torch.empty(4, rank)
+        adapters.append((random_like(shapes, seed), settings))
+    weights, settings = both(*adapters, 0.25)
+    assert (settings.rank, settings.alpha, settings.targets) == (5, 5, "a|b|c")
+    one, two = (products(w, lambda _: 1.0) for w, _ in adapters)
+    found = products(weights, lambda _: 1.0)
+    assert torch.allclose(found["a"], one["a"]) and torch.allclose(found["c"], 0.25 * two["c"])
+    assert torch.allclose(found["b"], one["b"] + 0.25 * two["b"])
+    assert both(*adapters, 0.0) == adapters[0]
+
+
+def test_what_has_no_original_name() -> None:
+    layout = layout_of("sd3")
+    weights = {"x.lora_A.weight": torch.ones(1, 2), "x.lora_B.weight": torch.ones(2, 1)}
+    with pytest.raises(ValueError, match="x has no name in the original layout"):
+        original_lora(weights, layout, {"x": 2})
+    with pytest.raises(ValueError, match="has transformer_blocks.0.attn.to_q.bias, but no .*to_k"):
+        original_state({"transformer_blocks.0.attn.to_q.bias": torch.ones(2)}, layout)
+    with pytest.raises(ValueError, match="no map to the original names of family mixture"):
+        layout_of("mixture")
