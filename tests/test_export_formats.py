@@ -32,13 +32,14 @@ from tiltflow.export.loras import both
 from tiltflow.models.roles import AdapterSettings
 
 Tiny = Callable[[str], Path]
-NAMES = ("sd3m", "sd35m", "flux1_dev", "schnell", "flux2_klein_4b")
+NAMES = ("sd3m", "sd35m", "flux1_dev", "schnell", "flux2_klein_4b", "z_image")
 STRENGTHS = (0.0, 0.5, 1.0)
 FILES = ("few_step", "tilt", "baked_0", "baked_0.5", "baked_1")
 TRANSFORMERS = {
     "sd3": converters.convert_sd3_transformer_checkpoint_to_diffusers,
     "flux": converters.convert_flux_transformer_checkpoint_to_diffusers,
     "flux2": converters.convert_flux2_transformer_checkpoint_to_diffusers,
+    "z_image": converters.convert_z_image_transformer_checkpoint_to_diffusers,
 }
 
 

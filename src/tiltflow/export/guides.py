@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tiltflow.export.contract import Contract
+from tiltflow.export.keys import has_layout
 from tiltflow.export.wanted import Wanted
 
 
@@ -36,7 +37,7 @@ def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str
             f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "peft/{loras[0]}")\n'
             f"```\n\n{_levels(contract)}"
         )
-    if "merged" in wanted.formats:
+    if "merged" in wanted.formats and has_layout(contract.family):
         kind = {None: f"in {contract.dtype}", "bf16": "in bf16", "fp8": "in fp8 (e4m3)"}
         parts.append(
             "## One file\n\n`original/` has the merged transformer "

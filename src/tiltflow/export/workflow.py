@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from tiltflow.core.sizes import both
 from tiltflow.export.contract import Contract
 
 Link = tuple[str, int]
@@ -81,6 +82,12 @@ NODES: Mapping[str, Nodes] = {
         autoencoder="flux2-vae.safetensors",
         latent="EmptyFlux2LatentImage",
     ),
+    "z_image": Nodes(
+        transformer="z_image_bf16.safetensors",
+        encoders=("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}),
+        autoencoder="ae.safetensors",
+        latent="EmptySD3LatentImage",
+    ),
 }
 
 
@@ -123,8 +130,8 @@ def workflow(
     if nodes.embedded_guidance:
         guided = make.add("FluxGuidance", conditioning=positive, guidance=contract.guidance)
         positive = (guided, 0)
-    side = contract.resolution
-    latent: Link = (make.add(nodes.latent, width=side, height=side, batch_size=1), 0)
+    height, width = both(contract.resolution)
+    latent: Link = (make.add(nodes.latent, width=width, height=height, batch_size=1), 0)
     for k, (sampler, sigmas) in enumerate(_steps(make, contract)):
         made = make.add(
             "SamplerCustom",

@@ -33,7 +33,7 @@ from tiltflow.export.formats import (
     write_peft,
 )
 from tiltflow.export.guides import guides
-from tiltflow.export.keys import layout_of
+from tiltflow.export.keys import has_layout, layout_of
 from tiltflow.export.loras import SINGLE, Lora, loras_of
 from tiltflow.export.wanted import Wanted
 from tiltflow.export.workflow import workflow, write_workflow
@@ -158,11 +158,12 @@ def _write_merged(
     source: Source,
     part: Path,
 ) -> list[Path]:
-    """For each strength the merged pipeline, and its transformer as one file."""
+    """For each strength the merged pipeline, and its transformer as one file where the original
+    names of its family are known."""
     strengths = wanted.strengths or (1.0,)
     tilted = any(one.name == "tilt" for one in loras)
     scheduler = _scheduler(source, contract)
-    layout, paths = layout_of(source.family.name), []
+    family, paths = source.family.name, []
     for strength in strengths:
         end = f"_{strength:g}" if len(strengths) > 1 else ""
         folder, file = part / f"merged{end}", part / "original" / f"transformer{end}.safetensors"
@@ -172,9 +173,11 @@ def _write_merged(
             student = _student(loras, checkpoint, strength, source, Path(place))
             save_merged(source.pipeline, source.base, student, scheduler, dtype, folder)
         _write(folder, own)
-        write_original(folder / "transformer", layout, wanted.dtype, file, own)
-        graph = workflow(own, transformer=file.name)
-        paths += [folder, file, write_workflow(graph, file.parent, f"workflow{end}.json")]
+        paths.append(folder)
+        if has_layout(family):
+            write_original(folder / "transformer", layout_of(family), wanted.dtype, file, own)
+            graph = workflow(own, transformer=file.name)
+            paths += [file, write_workflow(graph, file.parent, f"workflow{end}.json")]
     return paths
 
 

@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -59,13 +60,19 @@ def layout_of(family: str) -> Layout:
     Raises:
         ValueError: if there is none.
     """
-    try:
-        module = importlib.import_module(f"{__name__}.{family}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"there is no map to the original names of family {family}") from error
-    layout = module.LAYOUT
+    if not has_layout(family):
+        raise ValueError(
+            f"there is no map to the original names of family {family}, which ComfyUI and kohya's "
+            "scripts read: take --for diffusers, peft or merged"
+        )
+    layout = importlib.import_module(f"{__name__}.{family}").LAYOUT
     assert isinstance(layout, Layout)
     return layout
+
+
+def has_layout(family: str) -> bool:
+    """Whether the original names of a family are known."""
+    return family.isidentifier() and find_spec(f"{__name__}.{family}") is not None
 
 
 def original_lora(
@@ -146,7 +153,7 @@ def original_state(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor
 
 def in_block(name: str) -> bool:
     """Whether a diffusers name is of something in a numbered block."""
-    return _numbered(name)[1] != ""
+    return re.match(r"\w*(blocks|layers|refiner)\.\d+\.", name) is not None
 
 
 def _place(name: str, layout: Layout, last: str) -> _Place:
