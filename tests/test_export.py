@@ -69,8 +69,9 @@ except ImportError:
 
 def call(name: str) -> dict[str, Any]:
     size = {"height": RESOLUTION, "width": RESOLUTION}
+    off = 0.0 if name == "z_image" else 1.0  # its pipeline's number for a pass without guidance
     return {
-        "num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": TOKENS, **size
+        "num_inference_steps": 4, "guidance_scale": off, "max_sequence_length": TOKENS, **size
     }  # fmt: skip
 
 
