@@ -137,6 +137,7 @@ def test_configs_are_frozen(recipes: Path) -> None:
             "rewards.clip.wieght=1",
             "unknown key rewards.clip.wieght; the nearest is rewards.clip.weight",
         ),
+        ("train={steps: x, str: 3}", "unknown key train.str; the nearest is train."),
         ("train.steps=x", "train.steps is 'x', but it should be a valid integer"),
         ("train.steps=4.0", "train.steps is 4.0, but it should be a valid integer"),
         ("train.steps=true", "train.steps is True, but it should be a valid integer"),

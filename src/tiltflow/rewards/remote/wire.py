@@ -173,7 +173,11 @@ MODES = {(0, 1): "1", (0, 8): "L", (0, 16): "I;16", (2, 8): "RGB", (3, 8): "P", 
 
 
 def _size(number: int, text: str, most: int) -> tuple[int, int]:
-    """Width and height that the header of an image gives, which is all that is decoded of it."""
+    """Width and height that the header of an image gives, which is all that is decoded of it.
+
+    (Pillow would want the whole image decoded from base64 for this, and reads on to the first pixel
+    past texts and colour profiles, which it unpacks.)
+    """
     wrong = ValueError(f"image {number} is no PNG in base64")
     try:
         head = base64.b64decode(text[:HEADER], validate=True)
