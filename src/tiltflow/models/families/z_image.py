@@ -20,8 +20,9 @@ MULTIPLE = 32
 
 
 def _published(shift: float) -> Published:
-    """The transformer's sizes are its class's defaults in diffusers, which were made for this
-    model; the rest are the files of the repositories."""
+    """The transformer's sizes are its class's defaults in diffusers 0.42, which were made for this
+    model. Text encoder, autoencoder and shift are of what diffusers' documentation names; the
+    repositories' own files were not at hand, and `Pipeline` reads those of a real directory."""
     return Published(
         {
             "_class_name": "ZImagePipeline",
