@@ -164,7 +164,7 @@ class PointMedium:
         return encoded
 
     def save(self, encoded: NDArray[np.generic], file: Path) -> None:
-        np.save(file, encoded, allow_pickle=False)
+        np.save(file, encoded)  # numbers of a tensor: nothing to pickle
 
 
 IMAGES, POINTS = ImageMedium(), PointMedium()
