@@ -29,6 +29,7 @@ from tiltflow.cli.options import (
     with_debug,
 )
 from tiltflow.cli.sharing import register_sharing
+from tiltflow.cli.submit import submit
 from tiltflow.cli.terminal import terminal
 from tiltflow.core.errors import NonFiniteError, PeerLost
 from tiltflow.core.limits import MOST_SAMPLES
@@ -307,6 +308,7 @@ def doctor(
 
 
 app.command(epilog="Example: tiltflow desk runs/demo")(desk)
+app.command(epilog="Example: tiltflow submit sd35m_cold_start data.prompts=FILE --gpus 8")(submit)
 app.command("fit-reward", epilog="Example: tiltflow fit-reward preferences.jsonl --out taste")(
     fit_reward
 )

@@ -10,6 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+SAVE = signal.SIGUSR1
+"""What a scheduler's script sends before its limit: it asks as SIGTERM does, but may come again and
+again, for a process that was not listening yet; and no launcher counts down to a kill after it."""
+
 REPEAT = 1.0
 """Seconds within which a second signal is the first one's echo: a launcher passes it on as well."""
 
@@ -26,7 +30,8 @@ class Stopped(Exception):
 
 @contextmanager
 def interruptible(said: str = "") -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a later second one interrupts at once.
+    """An event that SIGINT, SIGTERM or `SAVE` sets; a later second SIGINT or SIGTERM interrupts at
+    once.
 
     `said` is a line for the standard error stream at the first one.
     """
@@ -34,13 +39,13 @@ def interruptible(said: str = "") -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, SAVE)}
 
     first = 0.0
 
     def handle(number: int, frame: object) -> None:
         nonlocal first
-        if stopped.is_set() and time.monotonic() - first > REPEAT:
+        if number != SAVE and stopped.is_set() and time.monotonic() - first > REPEAT:
             raise KeyboardInterrupt
         if not stopped.is_set():
             first = time.monotonic()

@@ -1,0 +1,217 @@
+"""`tiltflow submit`: the script, its refusals, and a real SLURM whose limit a run meets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import slurm
+import torch
+from torch import Tensor
+
+from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.interruption import SAVE, interruptible
+from tiltflow.core.metrics import read_metrics
+from tiltflow.tasks.submit import Job, script, seconds, submit
+
+ROOT = Path(__file__).parents[1]
+LIMITS = 3
+"""How often the job meets its time limit."""
+
+
+def slow_x(images: Tensor, prompts: Sequence[str], metadata: object) -> Tensor:
+    """A reward of the mixture's points that takes half a second until the file HURRY is there."""
+    if not Path(os.environ["HURRY"]).exists():
+        time.sleep(0.5)
+    return images[:, 0]
+
+
+def command(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    env = {
+        **(env or os.environ),
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT / "tests"))),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "tiltflow", *arguments], env=env, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("30", 1800), ("1:30", 90), ("04:00:00", 14400), ("1-0", 86400),
+        ("2-03:04", 183840), ("2-03:04:05", 183845),
+    ],
+)  # fmt: skip
+def test_time_limits(limit: str, expected: int) -> None:
+    assert seconds(limit) == expected
+
+
+def test_the_script_is_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "a b's"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    job = Job(2, 8, "1-0", "gpu", "me", more=("--constraint=h100",))
+    text = script("mixture_cold_start", ["run.out=it's here", "train.steps=5"], job)
+    directives = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert set(directives) >= {
+        "--nodes=2", "--gpus-per-node=8", "--time=1-0", "--partition=gpu", "--account=me",
+        "--constraint=h100", "--signal=B:USR1@180", "--requeue", "--ntasks-per-node=1",
+    }  # fmt: skip
+    # run with stand-ins, it passes every word on whole
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    (stand_ins / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$@"\n')
+    (stand_ins / "scontrol").write_text("#!/bin/bash\nprintf 'one\\ntwo\\n'\n")
+    for name in stand_ins.iterdir():
+        name.chmod(0o755)
+    known = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "one,two", "SLURM_CPUS_ON_NODE": "64"}
+    path = f"{stand_ins}:{os.environ['PATH']}"
+    told = subprocess.run(
+        ["bash", "-s"], input=text, env={"PATH": path, **known}, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    words = told.stdout.splitlines()
+    assert words[0] == str(place)
+    assert words[-4:] == [
+        "mixture_cold_start",
+        "run.out=it's here",
+        "train.steps=5",
+        "run.resume=auto",
+    ]
+    assert "--rdzv-endpoint=one:20012" in words and "--nnodes=2" in words
+    assert "--nproc-per-node=8" in words and "--rdzv-id=12-0" in words
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ({"time": "soon"}, "'soon' is no time limit"),
+        ({"time": "2"}, "the last 180 are for saving"),
+        ({"partition": "a b"}, "is no name of SLURM's"),
+        ({"account": "a\n#SBATCH --x"}, "is no name of SLURM's"),
+        ({"more": ("--x\n#SBATCH",)}, "should be one option"),
+        ({"more": ("rm -r",)}, "should be one option"),
+        ({"more": ("--time=3",)}, "sets this option itself"),
+    ],
+)
+def test_a_job_that_is_none(job: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Job(**{"nodes": 1, "gpus": 1, "time": "04:00:00"} | job)  # type: ignore[arg-type]
+
+
+def test_what_is_refused_before_slurm_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = Job(1, 1, "04:00:00")
+    with pytest.raises(ValueError, match="the nearest is mixture_tilt"):
+        script("mixture_tlit", [], job)
+    with pytest.raises(ValueError, match="leave run.resume out"):
+        script("mixture_cold_start", ["run.resume=false"], job)
+    with pytest.raises(ValueError, match="a character that a script cannot"):
+        script("mixture_cold_start", ['run.out="a\nb"'], job)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="no sbatch on PATH"):
+        submit("#!/bin/bash\n")
+
+
+def test_the_commands_own_words() -> None:
+    env = {**os.environ, "PATH": "/nowhere"}
+    refused = command("submit", "mixture_cold_start", env=env)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "there is no sbatch on PATH" in refused.stderr
+    printed = command("submit", "mixture_cold_start", "--gpus", "2", "--print", env=env)
+    assert printed.returncode == 0 and printed.stdout.startswith("#!/bin/bash\n#SBATCH --job-name")
+
+
+def test_a_schedulers_signal_may_come_again() -> None:
+    before = signal.getsignal(SAVE)
+    with interruptible() as stopped:
+        for _ in range(2):
+            os.kill(os.getpid(), SAVE)
+            time.sleep(1.1)  # a second SIGTERM after this would interrupt
+        assert stopped.is_set()
+    assert signal.getsignal(SAVE) == before
+
+
+needs_slurm = pytest.mark.skipif(bool(slurm.lacking()), reason=slurm.lacking())
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as found:
+        yield found
+
+
+@pytest.mark.long
+@needs_slurm
+def test_a_partition_that_slurm_refuses(environment: dict[str, str]) -> None:
+    told = command("submit", "mixture_cold_start", "--partition", "gold", env=environment)
+    assert told.returncode == 2 and told.stderr.count("\n") == 1
+    assert told.stderr.startswith("tiltflow: SLURM refused the job: invalid partition")
+
+
+@pytest.mark.long
+@needs_slurm
+def test_a_limit_met_three_times_changes_nothing(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 on the mixture, two ranks: weights and log equal an uninterrupted run's."""
+    hurry = tmp_path / "hurry"
+    env = {**environment, "HURRY": str(hurry), "OMP_NUM_THREADS": "1"}
+    few = tmp_path / "few_step"
+    cold = command(
+        "train", "mixture_cold_start", "train.steps=4", "train.batch_size=8", "run.device=cpu",
+        "cold_start.generator_every=2", f"run.out={few}", env=env,
+    )  # fmt: skip
+    assert cold.returncode == 0, cold.stderr
+    tilt = [
+        "mixture_tilt", f"model.few_step={few}", "rewards={test_submit:slow_x: 1.0}",
+        "train.steps=250", "train.batch_size=16", "tilt.group_size=4", "run.device=cpu",
+        "tilt.fake_score_updates=1", "checkpoint.every=1000", "log.every=1",
+    ]  # fmt: skip
+    job = Job(1, 2, "1", margin=50)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CONF", env["SLURM_CONF"])
+    for name in ("HURRY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, env[name])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT / "src"), str(ROOT / "tests"))))
+    number = submit(script(tilt[0], [*tilt[1:], f"run.out={tmp_path / 'run'}"], job))
+    log = tmp_path / f"slurm-{number}.out"
+
+    def said() -> str:
+        return log.read_text() if log.exists() else "nothing"
+
+    facts, until = {}, time.monotonic() + 600
+    while facts.get("JobState") not in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"):
+        assert time.monotonic() < until, said()
+        time.sleep(2)
+        facts = slurm.job_facts(number, environment)
+        if facts.get("Restarts") == str(LIMITS) and not hurry.exists():
+            hurry.touch()  # enough: the rest at full speed, and no further limit
+            subprocess.run(
+                ["scontrol", "update", f"JobId={number}", "TimeLimit=30"], env=env, check=True
+            )
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", str(LIMITS)), said()
+    assert said().count("stopped at step") == LIMITS, said()
+
+    hurry.touch()
+    launched = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tiltflow", "train"]
+    whole = tmp_path / "whole"
+    subprocess.run(
+        [sys.executable, *launched, *tilt, f"run.out={whole}"], env=os.environ, check=True
+    )
+    first, second = load_checkpoint(tmp_path / "run"), load_checkpoint(whole)
+    assert first.step == second.step == 250 and first.tensors.keys() == second.tensors.keys()
+    for group, tensors in second.tensors.items():
+        for name, value in tensors.items():
+            assert torch.equal(first.tensors[group][name], value), (group, name)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 251))
+    assert lines == read_metrics(whole / "metrics.jsonl")
