@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import slurm
 import torch
-from torch import Tensor
 
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.interruption import SAVE, interruptible
@@ -23,13 +22,6 @@ from tiltflow.tasks.submit import Job, script, seconds, submit
 ROOT = Path(__file__).parents[1]
 LIMITS = 3
 """How often the job meets its time limit."""
-
-
-def slow_x(images: Tensor, prompts: Sequence[str], metadata: object) -> Tensor:
-    """A reward of the mixture's points that takes half a second until the file HURRY is there."""
-    if not Path(os.environ["HURRY"]).exists():
-        time.sleep(0.5)
-    return images[:, 0]
 
 
 def command(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -172,7 +164,7 @@ def test_a_limit_met_three_times_changes_nothing(
     )  # fmt: skip
     assert cold.returncode == 0, cold.stderr
     tilt = [
-        "mixture_tilt", f"model.few_step={few}", "rewards={test_submit:slow_x: 1.0}",
+        "mixture_tilt", f"model.few_step={few}", "rewards={slow_reward:slow_x: 1.0}",
         "train.steps=250", "train.batch_size=16", "tilt.group_size=4", "run.device=cpu",
         "tilt.fake_score_updates=1", "checkpoint.every=1000", "log.every=1",
     ]  # fmt: skip
