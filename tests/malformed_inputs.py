@@ -210,6 +210,11 @@ LINES = [
         captions(),
         model="sd35m",
     ),
+    Case("a cluster's limit that is none", "submit mixture_cold_start --time soon"),
+    Case("a limit that saving uses up", "submit mixture_cold_start --time 2"),
+    Case("a partition of two words", "submit mixture_cold_start --partition 'a b'"),
+    Case("an option of sbatch that is none", "submit mixture_cold_start --sbatch qos=high"),
+    Case("a requeued job's own setting", "submit mixture_cold_start run.resume=true"),
 ]
 
 EVALUATIONS = [
