@@ -29,7 +29,17 @@ class Case:
     adapter: tuple[int, int] = (0, 0)
 
 
+UNBINNED = {"use_resolution_binning": False}
 CASES = {
+    "sana": Case(
+        names=("sana", "sana_wide", "sana_euler"),
+        plain={"guidance_scale": 1.0, **UNBINNED},
+        guided=({"guidance_scale": 4.5, **UNBINNED}, 4.5),
+        batched=True,
+        recipe="sana",
+        blocks="20 + 0",
+        adapter=(20 * 8, 20 * 8 * 32 * (2240 + 2240)),
+    ),
     "z_image": Case(
         names=("z_image", "z_image_wide"),
         plain={"guidance_scale": 0.0},

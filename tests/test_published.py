@@ -22,6 +22,7 @@ STREAMS = 8
 # adapted modules, trainable parameters of one adapter of rank 32, by hand:
 # 32 · (inputs + outputs) of each adapted matrix.
 SD3 = (24 * STREAMS - 1, (24 * STREAMS - 1) * 32 * (1536 + 1536))
+SD3_LARGE = (38 * STREAMS - 1, (38 * STREAMS - 1) * 32 * (2432 + 2432))
 FLUX = (19 * STREAMS + 38 * 3, (19 * STREAMS + 38 * 3) * 32 * (3072 + 3072))
 KLEIN_4B = (
     5 * STREAMS + 20 * 2,
@@ -34,6 +35,7 @@ KLEIN_9B = (
 EXPECTED: dict[str, tuple[tuple[int, int], int, float, tuple[int, int]]] = {
     "sd3m": ((24, 0), 24, 2.03, SD3),
     "sd35m": ((24, 0), 24, 2.24, SD3),
+    "sd35l": ((38, 0), 38, 8.06, SD3_LARGE),
     "flux1_dev": ((19, 38), 24, 11.90, FLUX),
     "flux2_klein_4b": ((5, 20), 24, 3.88, KLEIN_4B),
     "flux2_klein_9b": ((8, 24), 32, 9.08, KLEIN_9B),

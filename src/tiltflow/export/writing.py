@@ -115,7 +115,7 @@ def few_step_scheduler(
         ValueError: if the pipeline's scheduler is one that CPS cannot follow.
     """
     family = model.family
-    config = {**model.json("scheduler/scheduler_config.json"), **family.student_schedule}
+    config = family.few_step_config(model.json("scheduler/scheduler_config.json"))
     size = list(resolution) if isinstance(resolution, tuple) else None
     try:
         return CPSFlowMatchScheduler.from_config(

@@ -20,6 +20,7 @@ BUILTIN: dict[str, tuple[str | None, str]] = {
     "flux": ("FluxPipeline", "tiltflow.models.families.flux:FAMILY"),
     "flux2": ("Flux2KleinPipeline", "tiltflow.models.families.flux2:FAMILY"),
     "z_image": ("ZImagePipeline", "tiltflow.models.families.z_image:FAMILY"),
+    "sana": ("SanaPipeline", "tiltflow.models.families.sana:FAMILY"),
     "mixture": (None, "tiltflow.models.families:MIXTURE"),
 }
 """By name: the diffusers pipeline (None: the family needs no files), and the record's place."""
@@ -108,6 +109,12 @@ class Family:
     @property
     def text_encoders(self) -> tuple[str, ...]:
         return tuple(part for part in self.networks if part.startswith("text_encoder"))
+
+    def few_step_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of the few-step grid's scheduler, from that of the pipeline's own.
+        DPM-Solver's name for the shift of a flow is `flow_shift`."""
+        shift = {"shift": config["flow_shift"]} if "flow_shift" in config else {}
+        return {**config, **shift, **self.student_schedule}
 
     def backbone_class(self) -> Any:
         """What `backbone` names, imported: a subclass of `PipelineBackbone`, or of a family without

@@ -7,6 +7,7 @@ latents to the autoencoder's. Latents are plain (B, C, H, W) everywhere outside 
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -178,6 +179,10 @@ class PipelineBackbone(ABC):
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """The prompts through the pipeline's own text encoders."""
 
+    def _encode_negative(self) -> dict[str, Tensor]:
+        """One row: the empty prompt as the pipeline's negative one."""
+        return self._encode([""])
+
     @abstractmethod
     def _to_vae(self, latents: Tensor) -> Tensor:
         """fp32 latents as the autoencoder's decoder takes them."""
@@ -303,7 +308,7 @@ class PipelineBackbone(ABC):
         # All rows of the negative are alike, so it is encoded once and not once a prompt.
         negative = {
             key: value.expand(len(prompts), *value.shape[1:])
-            for key, value in self._encode([""]).items()
+            for key, value in self._encode_negative().items()
         }
         return Conditioning(self._encode(list(prompts)), negative)
 
@@ -325,10 +330,11 @@ class PipelineBackbone(ABC):
 
     def few_step_sigmas(self, steps: int) -> Tensor:
         """Equal raw levels 1, ..., 1/K through the pipeline's own scheduler, then 0 (METHOD §1)."""
-        changes = self.record.student_schedule
-        own = self.scheduler
-        if changes:
-            own = diffusers.FlowMatchEulerDiscreteScheduler.from_config({**own.config, **changes})
+        own, wanted = self.scheduler, self.record.few_step_config(self.scheduler.config)
+        if wanted != dict(own.config):
+            euler = diffusers.FlowMatchEulerDiscreteScheduler
+            known = inspect.signature(euler.__init__).parameters
+            own = euler(**{key: value for key, value in wanted.items() if key in known})
         return self._schedule(own, steps, raw=True)
 
     def teacher_sigmas(self, steps: int) -> Tensor:

@@ -63,6 +63,8 @@ REAL = {
     "rope_theta": (1.0, 1e12),
     "t_scale": (1e-3, 1e6),
     "shift": (1e-6, 1e6),
+    "flow_shift": (1e-6, 1e6),
+    "timestep_scale": (1e-6, 1e6),
     "base_shift": (-1e3, 1e3),
     "max_shift": (-1e3, 1e3),
     "shift_terminal": (0.0, 0.999_999),

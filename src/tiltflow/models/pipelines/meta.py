@@ -99,9 +99,10 @@ def meta_pipeline(configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: tor
     named = configs["scheduler"].get("_class_name", "FlowMatchEulerDiscreteScheduler")
     merged = named == CPSFlowMatchScheduler.__name__
     schedule = CPSFlowMatchScheduler if merged else getattr(diffusers, named)
-    scheduler = schedule.from_config(
-        {k: v for k, v in configs["scheduler"].items() if not k.startswith("_")}
-    )
+    with torch.device("cpu"):  # its levels are read, also where all else has shapes only
+        scheduler = schedule.from_config(
+            {k: v for k, v in configs["scheduler"].items() if not k.startswith("_")}
+        )
     parts = inspect.signature(kind.__init__).parameters
     given: dict[str, Any] = {name: configs[name] for name in parts if name in configs}
     given |= {n: None for n in parts if n.startswith(("text_encoder", *NOT_NETWORKS))}

@@ -27,7 +27,7 @@ _CLIP_G = _CLIP_L | {
     "num_attention_heads": 20,
     "projection_dim": 1280,
 }
-_T5_XXL = {
+T5_XXL = {
     "_class_name": "T5EncoderModel",
     "d_model": 4096,
     "d_kv": 64,
@@ -95,7 +95,7 @@ def _sd3(**transformer: Any) -> dict[str, Any]:
         "scheduler": {"shift": 3.0},
         "text_encoder": _CLIP_L,
         "text_encoder_2": _CLIP_G,
-        "text_encoder_3": _T5_XXL,
+        "text_encoder_3": T5_XXL,
     }
 
 
@@ -123,6 +123,14 @@ def _klein(
 
 
 _SD35 = _sd3(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13)))
+# diffusers' scripts/convert_sd3_to_diffusers.py: depth and width are the checkpoint's own.
+_SD35L = _sd3(
+    num_layers=38,
+    num_attention_heads=38,
+    caption_projection_dim=38 * 64,
+    pos_embed_max_size=192,
+    qk_norm="rms_norm",
+)
 _FLUX_DEV = {
     "_class_name": "FluxPipeline",
     "transformer": {
@@ -139,7 +147,7 @@ _FLUX_DEV = {
     "vae": FLUX_VAE,
     "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
     "text_encoder": _CLIP_L | {"_class_name": "CLIPTextModel"},
-    "text_encoder_2": _T5_XXL,
+    "text_encoder_2": T5_XXL,
 }
 
 _COMMUNITY = ("other", "stabilityai-ai-community", "LICENSE.md")
@@ -150,6 +158,7 @@ SD3 = {
         _sd3(pos_embed_max_size=192), *_COMMUNITY, gated=True
     ),
     "stabilityai/stable-diffusion-3.5-medium": Published(_SD35, *_COMMUNITY, gated=True),
+    "stabilityai/stable-diffusion-3.5-large": Published(_SD35L, *_COMMUNITY, gated=True),
 }
 FLUX = {
     "black-forest-labs/FLUX.1-dev": Published(

@@ -14,7 +14,8 @@ FP8 = torch.float8_e4m3fn
 def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> None:
     """Rounds a transformer's matrices to 8-bit floats, each cast to `dtype` for its own product.
 
-    Norms and what belongs to them stay as they are. This is diffusers' layerwise casting: it swaps
+    Norms and what belongs to them stay as they are, and convolutions, because a graph keeps their
+    weight itself and not a view of what it was cast to. This is diffusers' layerwise casting: it swaps
     the parameter for the product's duration, and a graph keeps the cast matrix, so without
     gradient checkpointing it saves nothing in a backward pass. Adapters go on afterwards.
 
@@ -22,7 +23,9 @@ def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> None:
         ValueError: if a value is beyond what 8 bits hold; torch would clip it, or make it NaN.
     """
     before = {n: largest(p) for n, p in network.named_parameters() if not p.is_meta}
-    network.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=dtype)  # type: ignore[operator]
+    network.enable_layerwise_casting(  # type: ignore[operator]
+        storage_dtype=FP8, compute_dtype=dtype, skip_modules_classes=(nn.Conv2d,)
+    )
     most = torch.finfo(FP8).max
     for name, parameter in network.named_parameters():
         if parameter.dtype == FP8 and before.get(name, 0.0) > most:
