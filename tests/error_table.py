@@ -51,7 +51,7 @@ def document(outcomes: Mapping[str, Outcome]) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        models = {n: tiny_pipelines.build(n, place / n) for n in ("sd35m", "klein")}
+        models = {n: tiny_pipelines.build(n, place / n) for n in ("sd35m", "klein", "sana")}
         outcomes = {}
         for i, (title, case) in enumerate(CASES.items()):
             (place / str(i)).mkdir()

@@ -37,6 +37,10 @@ def klein(what: str, *makes: Make) -> Case:
     return Case(what, SAMPLE, both(*makes), "klein")
 
 
+def sana(what: str, *makes: Make) -> Case:
+    return Case(what, SAMPLE, both(*makes), "sana")
+
+
 def added(part: str, name: str, value: torch.Tensor, stem: str = "diffusion_pytorch_model") -> Make:
     return tensors(f"model/{part}/{stem}.safetensors", lambda table: table.update({name: value}))
 
@@ -158,6 +162,8 @@ NUMBERS = [
     sd3("a side file with a billion tokens",
         text("model/tiltflow.json", '{"max_sequence_length": 1000000000}')),
     klein("a guard of the batch norm that is negative", edit(VAE, batch_norm_eps=-1)),
+    sana("a solver of another kind than flow matching", edit(SCHEDULER, use_flow_sigmas=False)),
+    sana("a billion stages", edit(VAE, encoder_layers_per_block=[10**9] * 4)),
     klein("positions in a word", edit(CONFIG, axes_dims_rope="4444")),
     klein("positions that do not fill a head", edit(CONFIG, axes_dims_rope=[4, 4, 4])),
 ]  # fmt: skip
