@@ -15,8 +15,8 @@ def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> None:
     """Rounds a transformer's matrices to 8-bit floats, each cast to `dtype` for its own product.
 
     Norms and what belongs to them stay as they are, and convolutions, because a graph keeps their
-    weight itself and not a view of what it was cast to. This is diffusers' layerwise casting: it swaps
-    the parameter for the product's duration, and a graph keeps the cast matrix, so without
+    weight itself and not a view of what it was cast to. This is diffusers' layerwise casting: it
+    swaps the parameter for the product's duration, and a graph keeps the cast matrix, so without
     gradient checkpointing it saves nothing in a backward pass. Adapters go on afterwards.
 
     Raises:
