@@ -117,6 +117,7 @@ SETTINGS = [
     Case("groups that do not divide", TILT + "tilt.group_size=7"),
     Case("more trained steps than there are", TILT + "tilt.subset=4"),
     Case("a policy without noise", TILT + "sampler.eta=0"),
+    Case("matching with a fake score that stands still", TILT + "tilt.fake_score_updates=0"),
     Case("a term that there is not", TILT + "'tilt.terms={stay: {}}'"),
     Case("a term that is a function", TILT + "'tilt.terms={json:dumps: {}}'"),
     Case("an objective that there is not", TRAIN + "cold_start.objective=dmd"),

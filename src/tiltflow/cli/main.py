@@ -29,6 +29,7 @@ from tiltflow.cli.options import (
     with_debug,
 )
 from tiltflow.cli.sharing import register_sharing
+from tiltflow.cli.study import study
 from tiltflow.cli.submit import submit
 from tiltflow.cli.terminal import terminal
 from tiltflow.core.errors import NonFiniteError, PeerLost
@@ -312,6 +313,7 @@ app.command(epilog="Example: tiltflow submit sd35m_cold_start data.prompts=FILE 
 app.command("fit-reward", epilog="Example: tiltflow fit-reward preferences.jsonl --out taste")(
     fit_reward
 )
+app.command(epilog="Example: tiltflow study studies/quick.yaml --jobs 2")(study)
 
 
 def main() -> None:

@@ -170,6 +170,11 @@ def _check_tilt(config: RunConfig) -> None:
             f"sampler.eta 0 makes every step deterministic, but tilt.policy_weight "
             f"{tilt.policy_weight} trains stochastic ones"
         )
+    if tilt.matching_weight > 0 and tilt.fake_score_updates == 0:
+        raise ValueError(
+            "tilt.fake_score_updates is 0, but the matching of tilt.matching_weight "
+            f"{tilt.matching_weight:g} needs a fake score that follows the generator"
+        )
     if tilt.policy_weight == tilt.matching_weight == tilt.reward_weight == 0 and not tilt.terms:
         raise ValueError(
             "tilt.policy_weight, tilt.matching_weight and tilt.reward_weight are all 0"

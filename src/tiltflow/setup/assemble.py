@@ -34,17 +34,23 @@ from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
 
 
 def make_stages(
-    cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, share: Share
+    cfg: RunConfig,
+    backbone: Backbone,
+    encoded: EncodedPrompts,
+    roles: Roles,
+    share: Share,
+    rewards: RewardMixture | None = None,
 ) -> tuple[ColdStart | Tilt, Stage]:
     """The stage at the model's own size, and what is run: that stage, or, with `data.buckets`, one
-    for each size over the same parts.
+    for each size over the same parts. `rewards` are the config's, where they have been made.
 
     Raises:
         ValueError: if a term, an objective or a reward that the config names cannot be made, or a
             size does not fit the model.
     """
     parts = _parts(cfg, backbone, encoded, roles, share)
-    rewards = build_rewards(cfg.rewards, backbone) if cfg.stage == "tilt" else None
+    if cfg.stage == "tilt" and rewards is None:
+        rewards = build_rewards(cfg.rewards, backbone)
 
     def make(parts: Parts) -> ColdStart | Tilt:
         return _cold_start(cfg, parts) if rewards is None else _tilt(cfg, backbone, parts, rewards)

@@ -147,13 +147,15 @@ def evaluate(
     ranks: Ranks = ALONE,
     take: Take = make_anew,
     folder: Path | None = None,
+    alone: bool = False,
 ) -> Evaluation:
     """Scores the teacher and the students; every student is compared with the systems before it.
 
-    With `folder`, every sample is saved as `folder`/SYSTEM/NNNNN.
+    `alone`: the furthest-trained student only. With `folder`, every sample is saved as
+    `folder`/SYSTEM/NNNNN.
     """
     loaded, sampler = prepare(request, ranks)
-    systems = sampler.systems(loaded)
+    systems = sampler.systems(loaded, teacher=not alone)[-1 if alone else 0 :]
     rewards = load_rewards(request.rewards, request.device)
     names, medium = [s.name for s in systems], loaded.backbone.medium
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tiltflow.core.limits import MOST_SAMPLES
+from tiltflow.core.limits import MOST_SAMPLES, MOST_STEPS
 from tiltflow.core.settings import (
     Beta,
     Count,
@@ -126,7 +126,8 @@ class TiltConfig(Section):
     match_steps: Literal["last", "random", "all"] = "last"
     fake_score_start: Literal["continued", "fresh"] = "continued"
     """Stage 1's fake score trained on, or frozen under a fresh adapter."""
-    fake_score_updates: Steps = 1
+    fake_score_updates: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 1
+    """An epoch; 0 where nothing asks the fake score."""
     consistency: Weight = 0.01
     consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
     consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200

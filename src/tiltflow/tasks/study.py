@@ -1,0 +1,368 @@
+"""`tiltflow study`: rows of settings × seeds, trained on equal budgets and scored alike.
+
+Each cell lies in OUT/ROW/seed-N: its run, and `result.json`, which is there when the cell is done.
+So a study can be made in pieces, by several processes, and goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tiltflow.config.load import RunConfig, dump_config, load_config
+from tiltflow.config.recipe_source import parse_yaml, read_recipe
+from tiltflow.core.disk import write_whole
+from tiltflow.core.limits import LARGEST_SEED
+from tiltflow.core.paths import nearest, read_text
+from tiltflow.core.settings import Count, Images, Place, Positive, Samples, Section, Text, settled
+from tiltflow.data.prompts import Prompt, load_prompts
+from tiltflow.evaluation.chunks import Chunks
+from tiltflow.setup.costing import within
+from tiltflow.tasks.callbacks import SILENT, Callbacks
+from tiltflow.tasks.evaluate import asked, evaluate
+from tiltflow.tasks.request import Request
+from tiltflow.tasks.run import Run
+from tiltflow.tasks.train import train_run
+
+RESULT = "result.json"
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Changes = dict[Text, Any]
+"""Settings by dotted key."""
+
+
+class Row(Section):
+    """A recipe with settings changed. `start`: the row whose run of the same seed a stage-2 row
+    starts from. `seeds`: its own, where they are others than the study's."""
+
+    recipe: Text
+    set: Changes = Field(default_factory=dict)
+    start: Name | None = None
+    seeds: Seeds | None = None
+
+
+class StageOf(Section):
+    """What a study's rows of one stage have in common: the network evaluations, forward and
+    backward, that each cell has (they settle `train.steps`), and settings."""
+
+    budget: Positive
+    set: Changes = Field(default_factory=dict)
+
+
+class Study(Section):
+    """A study's file.
+
+    `set` are settings of all rows, and come before those of the stage and the row. `prompts`
+    (those from number `first` on, `count` of them), `noise` and `rewards` are what every cell is
+    scored on. `compare`: pairs of rows (a − b); by default every row with `reference`. `curves`:
+    figures of the log for the page.
+    """
+
+    rows: Annotated[dict[Name, Row], Field(min_length=1)]
+    seeds: Seeds
+    stages: dict[Literal["cold_start", "tilt"], StageOf]
+    set: Changes = Field(default_factory=dict)
+    prompts: Place
+    first: Count = 0
+    count: Annotated[Images, Field(ge=2)] = 256
+    noise: Seed = 0
+    rewards: Annotated[tuple[Text, ...], Field(min_length=1)]
+    diversity: bool = False
+    batch: Samples = 64
+    reference: Name
+    compare: tuple[tuple[Name, Name], ...] = ()
+    curves: tuple[Text, ...] = ()
+
+    def seeds_of(self, row: str) -> tuple[int, ...]:
+        return self.rows[row].seeds or self.seeds
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The rows that are compared."""
+        others = [(name, self.reference) for name in self.rows if name != self.reference]
+        return list(self.compare) or others
+
+    def scored(self) -> list[Prompt]:
+        """The prompts that every cell is scored on.
+
+        Raises:
+            ValueError: if the set has fewer.
+        """
+        found = load_prompts(self.prompts)[self.first : self.first + self.count]
+        if len(found) < self.count:
+            raise ValueError(
+                f"study: {self.prompts} has {len(found)} prompts from number {self.first} on, "
+                f"not {self.count}"
+            )
+        return found
+
+
+def load_study(path: Path) -> Study:
+    """A study's file, checked, but for what each row's settings say.
+
+    Raises:
+        ValueError: in one sentence, the first thing that is wrong.
+    """
+    raw = parse_yaml(read_text(path, str(path)), str(path))
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is no study: it should be a mapping of keys to values")
+    try:
+        study = settled(Study, raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for what, name in _named(study):
+        if name not in study.rows:
+            raise ValueError(f"{path}: {what} {name!r} is no row{nearest(name, list(study.rows))}")
+    for name, row in study.rows.items():
+        if row.start is None:
+            continue
+        if study.rows[row.start].start is not None:
+            raise ValueError(f"{path}: row {name!r} starts from {row.start!r}, which starts itself")
+        lacking = [s for s in study.seeds_of(name) if s not in study.seeds_of(row.start)]
+        if lacking:
+            raise ValueError(
+                f"{path}: row {name!r} has the seed {lacking[0]}, but {row.start!r}, which it "
+                "starts from, has not"
+            )
+    return study
+
+
+def _named(study: Study) -> Iterator[tuple[str, str]]:
+    yield "reference", study.reference
+    yield from (("compare", name) for pair in study.compare for name in pair)
+    yield from (("start", row.start) for row in study.rows.values() if row.start is not None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a study with one seed, in its folder."""
+
+    study: Study
+    out: Path
+    row: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.row / f"seed-{self.seed}"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def start(self) -> Cell | None:
+        """The cell that this one's run starts from."""
+        name = self.study.rows[self.row].start
+        return None if name is None else Cell(self.study, self.out, name, self.seed)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The settings of its run, but for how long it is.
+
+        Raises:
+            ValueError: naming the row whose settings are wrong.
+        """
+        row, stages = self.study.rows[self.row], self.study.stages
+        stage = read_recipe(row.recipe).get("stage")
+        if stage not in stages:
+            raise ValueError(f"row {self.row!r}: stages has no {stage}, which {row.recipe} is of")
+        changes = self.study.set | stages[stage].set | row.set
+        changes |= {"run.seed": self.seed, "run.out": str(self.run)}
+        if self.start is not None:
+            changes["model.few_step"] = str(self.start.run)
+        given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        try:
+            return load_config(row.recipe, [*given, "run.resume=auto"])
+        except ValueError as error:
+            raise ValueError(f"row {self.row!r}: {error}") from error
+
+    @property
+    def budget(self) -> int:
+        """Its network evaluations, at most."""
+        return self.study.stages[self.config.stage].budget
+
+    @cached_property
+    def asked(self) -> str:
+        """A digest of what its result depends on, wherever it lies."""
+        run = self.config.run.model_copy(update={"out": "", "resume": False})
+        model = self.config.model
+        if self.start is not None:
+            model = model.model_copy(update={"few_step": self.start.asked})
+        plain = self.config.model_copy(update={"run": run, "model": model})
+        scored = self.study.model_dump(
+            mode="json", include={"prompts", "first", "count", "noise", "rewards",
+                                  "diversity", "batch"},
+        )  # fmt: skip
+        text = json.dumps([dump_config(plain), self.budget, scored], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def result(self) -> dict[str, Any] | None:
+        """What it came to; None where it is not done.
+
+        Raises:
+            ValueError: if the file is torn, or is of other settings than the study's now.
+        """
+        path = self.folder / RESULT
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            of = found["asked"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no result of a study") from error
+        if of != self.asked:
+            raise ValueError(
+                f"{path} is of other settings than the study has now: remove {self.folder}, or "
+                "give another --out"
+            )
+        return dict(found)
+
+
+def cells_of(
+    study: Study, out: Path, rows: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[Cell]:
+    """The cells of some rows and seeds (all, where none are named), in the study's order.
+
+    Raises:
+        ValueError: if a row is none of the study's, or no row has a seed.
+    """
+    for name in rows:
+        if name not in study.rows:
+            raise ValueError(f"--rows: there is no row {name!r}{nearest(name, list(study.rows))}")
+    chosen = [name for name in study.rows if not rows or name in rows]
+    for seed in seeds:
+        if not any(seed in study.seeds_of(name) for name in chosen):
+            raise ValueError(f"--seeds: no row of these has the seed {seed}")
+    return [
+        Cell(study, out, name, seed)
+        for name in chosen
+        for seed in study.seeds_of(name)
+        if not seeds or seed in seeds
+    ]
+
+
+def make_cells(
+    file: Path,
+    cells: Sequence[Cell],
+    jobs: int = 1,
+    callbacks: Callbacks = SILENT,
+    say: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Makes the cells that are not done, and first those that they start from; whether all are
+    done, which they are not where one was stopped.
+
+    Raises:
+        ValueError: if a cell fails, or a result is of other settings.
+    """
+    starts = {c.start.folder: c.start for c in cells if c.start is not None}
+    first = [*starts.values(), *(c for c in cells if c.start is None and c.folder not in starts)]
+    for cell in (*first, *cells):
+        cell.config  # noqa: B018  # settings are wrong before the first run, not after it
+    for wave in (first, [c for c in cells if c.start is not None]):
+        todo = [cell for cell in wave if cell.result() is None]
+        if jobs > 1 and len(todo) > 1:
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(lambda cell: _elsewhere(file, cell, jobs, say), todo))
+        elif not all(make_cell(cell, callbacks, say) for cell in todo):
+            return False
+        if any(cell.result() is None for cell in wave):
+            return False
+    return True
+
+
+def make_cell(cell: Cell, callbacks: Callbacks, say: Callable[[str], None]) -> bool:
+    """Trains and scores one cell, from where it was; whether it is done."""
+    cfg = cell.config
+    steps, cost = within(cfg, cell.budget)
+    say(f"{cell.row}, seed {cell.seed}: {steps} iterations, {cost.evaluations:,} evaluations")
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": steps})})
+    run = Run(cell.run) if (cell.run / "config.yaml").is_file() else None
+    if run is None or not _trained(run, steps):
+        run = Run(train_run(cfg, callbacks))
+    if not _trained(run, steps):
+        return False
+    request = _request(cell)
+    chunks = Chunks(cell.folder / "parts", asked(request))
+    found = evaluate(request, callbacks, take=chunks.take, alone=True)
+    ((name, scores),) = found.scores.items()
+    system = found.summary["systems"][name]
+    result = {
+        "asked": cell.asked,
+        "row": cell.row,
+        "seed": cell.seed,
+        "stage": cfg.stage,
+        "steps": steps,
+        "cost": asdict(cost),
+        "nfe": system["nfe"],
+        "vendi": system.get("vendi"),
+        "scores": {reward: values.tolist() for reward, values in scores.items()},
+    }
+    write_whole(cell.folder / RESULT, json.dumps(result, allow_nan=False) + "\n")
+    chunks.clear()
+    return True
+
+
+def _trained(run: Run, steps: int) -> bool:
+    """Whether a run has come to its end, and its export, where it has one, is written."""
+    exports = run.config.model.has_files and run.config.adapters.kind == "lora"
+    return run.step == steps and (run.export is not None or not exports)
+
+
+def _request(cell: Cell) -> Request:
+    """Its student, to be scored; of a model without files the runs themselves."""
+    cfg, study = cell.config, cell.study
+    model, tilted = cfg.model, cfg.stage == "tilt"
+    few_step, tilt = cell.run / "export" / "few_step", cell.run / "export" / "tilt"
+    if not model.has_files:
+        assert cell.start is not None or not tilted
+        few_step, tilt = (cell.start.run if cell.start else cell.run), cell.run
+    return Request(
+        model=model.path,
+        prompts=study.scored(),
+        few_step=few_step,
+        tilt_lora=tilt if tilted else None,
+        seed=study.noise,
+        batch=study.batch,
+        device=cfg.run.device,
+        autocast=model.autocast,
+        generator_path=model.generator_path,
+        family=model.family,
+        cache=cfg.data.cache,
+        rewards=dict.fromkeys(study.rewards),
+        diversity=study.diversity,
+    )
+
+
+def _elsewhere(file: Path, cell: Cell, jobs: int, say: Callable[[str], None]) -> None:
+    """The cell in a process of its own, with its share of the cores; what it says goes to a file.
+
+    Raises:
+        ValueError: if it fails, with its last line.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    command = [sys.executable, "-m", "tiltflow", "study", str(file), "--out", str(cell.out)]
+    command += ["--rows", cell.row, "--seeds", str(cell.seed), "--cells-only"]
+    log = cell.folder / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as to:
+        environment: Mapping[str, str] = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        code = subprocess.run(
+            command, stdout=to, stderr=to, env=environment, check=False
+        ).returncode
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if code:
+        raise ValueError(f"{cell.row}, seed {cell.seed}: {lines[-1] if lines else code} ({log})")
+    say(f"{cell.row}, seed {cell.seed}: done")

@@ -1,0 +1,235 @@
+"""What a study came to: one table as text, Markdown and JSON, and a page with curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tiltflow.config.recipe_source import recipe_text
+from tiltflow.core.disk import write_whole
+from tiltflow.core.metrics import read_metrics
+from tiltflow.evaluation.report import SIGNIFICANT, write_report
+from tiltflow.evaluation.seeds import compared, over_seeds
+from tiltflow.evaluation.statistics import mean_ci
+from tiltflow.setup.costing import Cost
+from tiltflow.tasks.doctor import versions
+from tiltflow.tasks.study import Cell, Study, cells_of
+
+AGREE = 0.02
+"""The share by which the network evaluations of a stage's cells may differ."""
+
+
+def summarise(study: Study, out: Path) -> dict[str, Any]:
+    """The cells that are done, in the form of an `evaluation.json` with more in it.
+
+    Raises:
+        ValueError: if none is done, or a result is of other settings.
+    """
+    done = [(cell, found) for cell in cells_of(study, out) if (found := cell.result())]
+    if not done:
+        raise ValueError(f"{out} has no finished cell of this study")
+    scores: dict[str, dict[str, dict[int, Any]]] = {}
+    for cell, found in done:
+        for reward, values in found["scores"].items():
+            by_seed = scores.setdefault(cell.row, {}).setdefault(reward, {})
+            by_seed[cell.seed] = np.asarray(values)
+    pairs = [pair for pair in study.pairs if all(name in scores for name in pair)]
+    return {
+        "prompts": study.count,
+        "cells": {"done": len(done), "of": len(cells_of(study, out))},
+        "systems": {row: _system(row, done, scores[row]) for row in scores},
+        "comparisons": compared(scores, pairs),
+        "budgets": budgets([found for _, found in done]),
+    }
+
+
+def _system(
+    row: str, done: Sequence[tuple[Cell, dict[str, Any]]], scores: Mapping[str, Mapping[int, Any]]
+) -> dict[str, Any]:
+    found = [result for cell, result in done if cell.row == row]
+    system: dict[str, Any] = {
+        "nfe": found[0]["nfe"],
+        "stage": found[0]["stage"],
+        "seeds": [result["seed"] for result in found],
+        "steps": [result["steps"] for result in found],
+        "cost": [result["cost"] for result in found],
+        "scores": {reward: over_seeds(values) for reward, values in scores.items()},
+    }
+    vendi = [result["vendi"]["mean"] for result in found if result["vendi"] is not None]
+    if vendi:
+        seeds = list(mean_ci(vendi)[1:]) if len(vendi) > 1 else found[0]["vendi"]["ci95"]
+        system["vendi"] = {"mean": float(np.mean(vendi)), "ci95": seeds}
+    return system
+
+
+def budgets(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By stage, the least and the greatest network evaluations of a cell, by what share of the
+    greatest they differ, and whether that is within `AGREE`."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in dict.fromkeys(result["stage"] for result in results):
+        counts = [Cost(**r["cost"]).evaluations for r in results if r["stage"] == stage]
+        spread = 1 - min(counts) / max(counts)
+        found[stage] = {
+            "least": min(counts),
+            "most": max(counts),
+            "spread": spread,
+            "agree": spread <= AGREE,
+        }
+    return found
+
+
+def budget_lines(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for stage, found in summary["budgets"].items():
+        verdict = "agree within" if found["agree"] else "DIFFER BY MORE THAN"
+        lines.append(
+            f"network evaluations of {stage}: {found['least']:,} to {found['most']:,}, which "
+            f"{verdict} {AGREE:.0%} ({found['spread']:.2%})"
+        )
+    return lines
+
+
+def table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The main table: its head, and a line a row of the study."""
+    systems = summary["systems"]
+    rewards = list(dict.fromkeys(r for s in systems.values() for r in s["scores"]))
+    beside = ["vendi"] if any("vendi" in s for s in systems.values()) else []
+    lines = [["row", "seeds", "iterations", "evaluations", "reward calls", *rewards, *beside]]
+    for name, system in systems.items():
+        costs = [Cost(**cost) for cost in system["cost"]]
+        line = [name, str(len(system["seeds"])), _range(system["steps"])]
+        line += [_range([c.evaluations for c in costs]), _range([c.scored for c in costs])]
+        line += [_cell(system["scores"].get(reward)) for reward in rewards]
+        line += [f"{system['vendi']['mean']:.3f}" if "vendi" in system else "–"] * len(beside)
+        lines.append(line)
+    return lines
+
+
+def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Each comparison: the difference, its intervals, its corrected p-value, and a verdict."""
+    return [
+        f"{row['a']} − {row['b']} on {row['reward']}: {row['difference']:+.4f}, "
+        f"{_interval(row['ci95'])} over prompts, {_interval(row['seeds_ci95'])} over seeds, "
+        f"p = {row['p_holm']:.2g}: {verdict(row)}"
+        for row in summary["comparisons"]
+    ]
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """In words, by the p-value over prompts after Holm's correction, and whether the seeds' own
+    interval has 0 in it."""
+    if row["p_holm"] >= SIGNIFICANT:
+        return "no significant difference"
+    words = "higher" if row["difference"] > 0 else "lower"
+    seeds = row["seeds_ci95"]
+    if seeds is None:
+        return f"{words}, of one seed"
+    return words if seeds[0] * seeds[1] > 0 else f"{words}, but the seeds' interval has 0 in it"
+
+
+NOTE = (
+    "Means ± half the 95% interval over prompts / over seeds. p is over prompts, corrected (Holm) "
+    "for all comparisons here. An evaluation is one sample through a network, forward or backward."
+)
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The table, the comparisons and the budgets."""
+    parts = [_markdown(table(summary)), NOTE, *budget_lines(summary)]
+    if summary["comparisons"]:
+        parts.append("\n".join(f"- {line}" for line in comparison_lines(summary)))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_study(study: Study, out: Path, summary: Mapping[str, Any]) -> list[Path]:
+    """`study.json`, `study.md` and `study.html` in `out`."""
+    write_whole(out / "study.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_whole(out / "study.md", markdown(summary))
+    curves = {row: _curves(study, out, row) for row in summary["systems"]}
+    stages: dict[str, list[str]] = {}
+    for row, system in summary["systems"].items():
+        if curves[row]:
+            stages.setdefault(system["stage"], []).append(row)
+    first = {row: Cell(study, out, row, s["seeds"][0]) for row, s in summary["systems"].items()}
+    page = write_report(
+        out / "study.html",
+        title=f"tiltflow study: {out.name}",
+        evaluation=summary,
+        curves={row: rows for row, rows in curves.items() if rows},
+        grids={},
+        prompts=[],
+        config={row: recipe_text(str(cell.run / "config.yaml")) for row, cell in first.items()},
+        versions=versions(),
+        together=list(stages.values()),
+        notice=" ".join(budget_lines(summary)),
+    )
+    return [out / "study.json", out / "study.md", page]
+
+
+def _curves(study: Study, out: Path, row: str) -> list[dict[str, float]]:
+    """The chosen figures of a row's logs: the mean over the seeds at the steps that all have."""
+    logs = []
+    for cell in cells_of(study, out, [row]):
+        if cell.result() is not None:
+            lines: dict[int, dict[str, float]] = {}
+            for line in read_metrics(cell.run / "metrics.jsonl"):
+                kept = {k: line[k] for k in study.curves if isinstance(line.get(k), float)}
+                lines.setdefault(line["step"], {}).update(kept)
+            logs.append(lines)
+    common = [s for s in sorted(logs[0]) if all(s in log for log in logs)] if logs else []
+    rows = []
+    for step in common:
+        names = [k for k in study.curves if all(k in log[step] for log in logs)]
+        means = {k: float(np.mean([log[step][k] for log in logs])) for k in names}
+        if means:
+            rows.append({"step": step, **means})
+    return rows
+
+
+def show_study(summary: Mapping[str, Any], console: Console) -> None:
+    """The table, the comparisons and the budgets in the terminal."""
+    cells = summary["cells"]
+    console.print(f"{cells['done']} of {cells['of']} cells, {summary['prompts']} prompts")
+    console.print(_rich(table(summary)))
+    console.print(NOTE)
+    for line in (*comparison_lines(summary), *budget_lines(summary)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rich(lines: Sequence[Sequence[str]]) -> Table:
+    made = Table()
+    for number, name in enumerate(lines[0]):
+        made.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for line in lines[1:]:
+        made.add_row(*line)
+    return made
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "–"
+    return f"{score['mean']:.3f} ± {_half(score['ci95'])} / {_half(score['seeds_ci95'])}"
+
+
+def _half(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"{(interval[1] - interval[0]) / 2:.3f}"
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
