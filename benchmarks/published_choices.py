@@ -90,7 +90,7 @@ def cold_start(args: argparse.Namespace, seed: int) -> None:
             for name, decay in AVERAGES.items():
                 for key, value in slow[name].items():
                     value.lerp_(now[key], 1 - decay)
-        save_checkpoint(run, cfg.train.steps, roles.state(), build.facts, keep=1)
+        save_checkpoint(run, cfg.train.steps, roles.state(), build.facts.as_json(), keep=1)
         slow["no average"] = _copy(roles.generator.state())
         for name, weights in slow.items():
             roles.ema.load(weights)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tiltflow.core.sizes import said
 from tiltflow.export.contract import BaseModelFacts, Contract
+from tiltflow.models.switch import TILT, stack_tilt
 
 STAGES = {
     "cold_start": "Ambient-Consistent Distribution Matching Distillation (AC-DMD)",
@@ -142,8 +143,9 @@ def _code(card: Card, merged: str | None = None) -> str:
     if not merged:
         names = [name for name in card.folders if not name.startswith("baked_")]
         code += [f'pipe.load_lora_weights("{name}", adapter_name="{name}")' for name in names]
-        if "tilt" in names:
-            code.append('pipe.set_adapters(["few_step", "tilt"], [1.0, 1.0])  # tilt: 0 to 1')
+        if TILT in names:
+            stack = json.dumps(stack_tilt())
+            code.append(f"pipe.set_adapters({stack}, [1.0, 1.0])  # tilt: 0 to 1")
         code.append('pipe.scheduler = CPSFlowMatchScheduler.from_pretrained("scheduler")')
     code += [
         'prompts = ["a red fox in the snow"]',

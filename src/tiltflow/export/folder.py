@@ -17,10 +17,11 @@ from pathlib import Path
 
 from tiltflow.core.disk import at_work, fsync, writing
 from tiltflow.export.contract import CONTRACT_FILE, LICENCES
+from tiltflow.models.switch import FEW_STEP, TILT
 
 STRENGTH = r"_[0-9.e-]+"
 """What the name of something at a strength of the tilt ends with."""
-NAME = rf"(few_step|tilt|baked{STRENGTH})"
+NAME = rf"({FEW_STEP}|{TILT}|baked{STRENGTH})"
 LORA = rf"pytorch_lora_weights\.safetensors|{re.escape(CONTRACT_FILE)}"
 INSIDE = {
     NAME: LORA,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tiltflow.export.contract import Contract
 from tiltflow.export.keys import has_layout
 from tiltflow.export.wanted import Wanted
+from tiltflow.models.switch import TILT
 
 
 def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str]:
@@ -54,7 +55,7 @@ def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str
 
 
 def _strength(loras: Sequence[str]) -> str:
-    if "tilt" not in loras:
+    if TILT not in loras:
         return ""
     baked = [name for name in loras if name.startswith("baked_")]
     said = "The tilt's strength, 0 to 1, is `strength_model` of its loader. "

@@ -14,8 +14,9 @@ from tiltflow.export.contract import Contract
 from tiltflow.export.writing import baked, exported_adapters
 from tiltflow.models.lora_files import exactly
 from tiltflow.models.roles import AdapterSettings
+from tiltflow.models.switch import FEW_STEP, TILT
 
-SINGLE = ("few_step", "tilt")
+SINGLE = (FEW_STEP, TILT)
 """The adapters by themselves."""
 
 
@@ -44,7 +45,7 @@ def loras_of(
     }
     made = [Lora(name, *adapter, contract) for name, adapter in single.items()]
     for strength in strengths:
-        weights, settings = both(single["few_step"], single["tilt"], strength)
+        weights, settings = both(single[FEW_STEP], single[TILT], strength)
         own = contract.model_copy(update={"tilt": strength})
         made.append(Lora(f"baked_{strength:g}", weights, settings, own))
     return made

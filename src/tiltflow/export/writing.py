@@ -26,6 +26,7 @@ from tiltflow.export.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
 from tiltflow.models.pipelines.directory import SIDE_FILE, Pipeline
 from tiltflow.models.roles import AdapterSettings
+from tiltflow.models.switch import FEW_STEP, TILT
 from tiltflow.scheduler import CPSFlowMatchScheduler
 
 ORIGINS = ("_name_or_path", "name_or_path")
@@ -59,9 +60,9 @@ def exported_adapters(state: Mapping[str, Any]) -> dict[str, tuple[str, AdapterS
         )
     adapters = AdapterSettings(**state["adapters"])
     if state["stage"] == "cold_start":
-        return {"few_step": ("ema", adapters)}
+        return {FEW_STEP: ("ema", adapters)}
     below = AdapterSettings(**state["few_step_adapters"])
-    return {"few_step": ("few_step", below), "tilt": ("ema", adapters)}
+    return {FEW_STEP: (FEW_STEP, below), TILT: ("ema", adapters)}
 
 
 def save_adapter(

@@ -23,6 +23,10 @@ Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 LOG_PROBS = ("unit", "gaussian")
 
+Graphs = Mapping[int, list[tuple[Tensor, Tensor]]]
+"""Mean and std of sampler steps, with their graphs, by micro-batches."""
+NO_GRAPHS: Graphs = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -97,7 +101,7 @@ def rollout(
     record: Collection[int] = (),
     convention: str = "unit",
     keep: Collection[int] | None = None,
-    graphs: Mapping[int, list[tuple[Tensor, Tensor]]] = MappingProxyType({}),
+    graphs: Graphs = NO_GRAPHS,
 ) -> Rollout:
     """Runs the first `stop` steps (default: all) from noise `x` (B, ...).
 

@@ -10,26 +10,26 @@ buffers that stay. So a replay has the bits of the work launched by hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-Work = Callable[..., Any]
-"""Tensors (nested in dictionaries, tuples and lists) to tensors."""
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+"""What work takes and makes: tensors, nested in dictionaries, tuples and lists."""
 
 
 class Engine(Protocol):
     """What records and replays on a kind of device."""
 
-    def warm(self, work: Callable[[], Any]) -> Any:
+    def warm(self, work: Callable[[], object]) -> object:
         """Runs the work once, as it will be recorded."""
 
-    def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def record(self, work: Callable[[], Made]) -> tuple[Made, Callable[[], None]]:
         """The work's results, which each call of the second returned thing computes again."""
 
 
@@ -39,7 +39,7 @@ class Cuda:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def warm(self, work: Callable[[], Any]) -> Any:
+    def warm(self, work: Callable[[], object]) -> object:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -48,7 +48,7 @@ class Cuda:
         torch.cuda.synchronize()
         return made
 
-    def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def record(self, work: Callable[[], Made]) -> tuple[Made, Callable[[], None]]:
         torch.cuda.empty_cache()  # what warming up took, the graph takes for its own
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
@@ -62,7 +62,7 @@ class _Recorded:
     """One recorded work: where it reads, what it writes, and the gradients it leaves."""
 
     inputs: list[Tensor]
-    results: Any
+    results: object
     replay: Callable[[], None]
     trained: list[nn.Parameter]
 
@@ -99,8 +99,12 @@ class Graphs:
         return len(self._recorded)
 
     def run(
-        self, key: Hashable, work: Work, inputs: Any, trained: Sequence[nn.Parameter] = ()
-    ) -> Any:
+        self,
+        key: Hashable,
+        work: Callable[[Given], Made],
+        inputs: Given,
+        trained: Sequence[nn.Parameter] = (),
+    ) -> Made:
         """`work(inputs)`; the gradients that it leaves in `trained` are added to what is there."""
         leaves, form = tree_flatten(inputs)
         whole = (key, form, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
@@ -112,10 +116,15 @@ class Graphs:
             torch._foreach_copy_(found.inputs, leaves)
         self._provide(found.trained)
         found.replay()
-        return tree_map(torch.clone, found.results)
+        made: Made = tree_map(torch.clone, found.results)
+        return made
 
     def _record(
-        self, work: Work, leaves: list[Tensor], form: Any, trained: Sequence[nn.Parameter]
+        self,
+        work: Callable[[Given], object],
+        leaves: list[Tensor],
+        form: TreeSpec,
+        trained: Sequence[nn.Parameter],
     ) -> _Recorded:
         """What a first call needs; gradients are afterwards as they were before it."""
         own = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves]
@@ -159,15 +168,3 @@ class Graphs:
 def graphs_for(device: torch.device, wanted: bool) -> Graphs | None:
     """Recording on this device, if it is wanted and there is such a thing."""
     return Graphs(Cuda()) if wanted and device.type == "cuda" else None
-
-
-def recorded(iteration: Callable[..., Any]) -> Callable[..., Any]:
-    """A stage's `iteration`, within which its roles' passes are recorded and replayed."""
-
-    @wraps(iteration)
-    def run(stage: Any, step: int) -> Any:
-        graphs = stage.roles.generator.graphs
-        with graphs.iteration() if graphs is not None else nullcontext():
-            return iteration(stage, step)
-
-    return run

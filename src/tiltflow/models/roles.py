@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiltflow.models.adapters import AdapterSettings, add_adapter, call, frozen_below, load_weights
 from tiltflow.models.backbone import Backbone, Conditioning
-from tiltflow.models.graphs import Graphs, Work
+from tiltflow.models.graphs import Given, Graphs, Made
 from tiltflow.models.switch import FEW_STEP, AdapterSwitch, stack_tilt
 
 State = dict[str, Tensor]
@@ -73,12 +72,11 @@ class Role:
         asked = self.guidance if guidance is None else guidance
         if self.graphs is None or not self.graphs.on or torch.is_grad_enabled():
             return self._velocity(asked, x, sigma, cond)
-        made: Tensor = self.replayed(
+        return self.replayed(
             ("velocity", asked),
             lambda given: self._velocity(asked, given[0], given[1], Conditioning(*given[2:])),
             (x, sigma, dict(cond.positive), dict(cond.negative)),
         )
-        return made
 
     def _velocity(
         self, guidance: float | None, x: Tensor, sigma: Tensor, cond: Conditioning
@@ -89,7 +87,7 @@ class Role:
         with mixed, weights:
             return self.backbone.velocity(self.network, x, sigma, cond, guidance)
 
-    def replayed(self, what: Hashable, work: Work, given: Any) -> Any:
+    def replayed(self, what: Hashable, work: Callable[[Given], Made], given: Given) -> Made:
         """`work(given)`, tensors to tensors, which may leave gradients in this role's parameters:
         launched by hand, or recorded as `what` and replayed where passes are (`graphs`)."""
         if self.graphs is None or not self.graphs.on:

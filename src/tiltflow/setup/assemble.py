@@ -17,7 +17,7 @@ from tiltflow.data.prompts import Prompt, PromptSampler
 from tiltflow.models.backbone import Backbone
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.resized import resized
-from tiltflow.models.roles import Roles
+from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.train.averaging import Averaging
@@ -28,6 +28,7 @@ from tiltflow.train.objective import make_objective
 from tiltflow.train.optim import Guard, Updater, constant, cosine
 from tiltflow.train.parts import Parts
 from tiltflow.train.scoring import Scorer
+from tiltflow.train.settings import TrainConfig
 from tiltflow.train.terms import Match, Policy, Pull, Span, make_terms
 from tiltflow.train.tilt import Tilt
 from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
@@ -113,25 +114,30 @@ def build_rewards(table: dict[str, RewardConfig], backbone: Backbone) -> RewardM
     return RewardMixture(loaded)
 
 
-def _updater(cfg: RunConfig, roles: Roles, which: str, ranks: Ranks, guard: Guard) -> Updater:
-    train = cfg.train
-    lr = train.generator_lr if which == "generator" else train.fake_score_lr
+def _updaters(train: TrainConfig, roles: Roles, ranks: Ranks) -> tuple[Updater, Updater]:
+    """The generator's and the fake score's, under one guard."""
     shape = cosine if train.schedule == "cosine" else constant
-    schedule = partial(shape, steps=train.steps, warmup=train.warmup)
-    role, decay = getattr(roles, which), train.weight_decay
-    if which == "fake_score" and train.fake_score_weight_decay is not None:
-        decay = train.fake_score_weight_decay
-    return Updater(role, lr, train.betas, decay, train.clip, schedule, ranks, guard)
+    schedule, guard = partial(shape, steps=train.steps, warmup=train.warmup), Guard()
+
+    def made(role: Role, lr: float, decay: float) -> Updater:
+        return Updater(role, lr, train.betas, decay, train.clip, schedule, ranks, guard)
+
+    own = train.fake_score_weight_decay
+    fake_decay = train.weight_decay if own is None else own
+    return (
+        made(roles.generator, train.generator_lr, train.weight_decay),
+        made(roles.fake_score, train.fake_score_lr, fake_decay),
+    )
 
 
 def _parts(
     cfg: RunConfig, backbone: Backbone, encoded: EncodedPrompts, roles: Roles, share: Share
 ) -> Parts:
     """What both stages are made of."""
-    randomness, eta, guard = Randomness(cfg.run.seed), cfg.sampler.eta, Guard()
+    randomness, eta, train = Randomness(cfg.run.seed), cfg.sampler.eta, cfg.train
+    updater, fake_updater = _updaters(train, roles, share.ranks)
     chosen = cfg.cold_start if cfg.stage == "cold_start" else cfg.tilt
     guidance = cfg.model.guidance if cfg.model.guidance is not None else backbone.guidance
-    train = cfg.train
     return Parts(
         roles=roles,
         prompts=encoded,
@@ -139,7 +145,7 @@ def _parts(
         randomness=randomness,
         fake=FakeScoreTrainer(
             role=roles.fake_score,
-            updater=_updater(cfg, roles, "fake_score", share.ranks, guard),
+            updater=fake_updater,
             randomness=randomness,
             share=share,
             eta=eta,
@@ -150,7 +156,7 @@ def _parts(
         matching=Matching(
             roles.teacher, roles.fake_score, randomness, share, guidance, eta, train.boundary_power
         ),
-        updater=_updater(cfg, roles, "generator", share.ranks, guard),
+        updater=updater,
         sigmas=to_device(backbone.few_step_sigmas(cfg.sampler.steps), backbone.device),
         latent_shape=backbone.latent_shape,
         eta=eta,

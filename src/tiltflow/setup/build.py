@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,6 +50,27 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says of its run, so that export and resume need no config."""
+
+    stage: str
+    adapters: AdapterSettings | None
+    few_step_adapters: AdapterSettings | None
+    steps: int
+    eta: float
+    student_guidance: float | None
+    rewards_at_once: dict[str, int | None] | None
+    """None in stage 1, whose checkpoints do not have it."""
+
+    def as_json(self) -> dict[str, object]:
+        """The facts as a checkpoint's state has them."""
+        values = asdict(self)
+        if self.rewards_at_once is None:
+            del values["rewards_at_once"]
+        return values
+
+
+@dataclass(frozen=True)
 class Build:
     """A stage ready to run, and what the commands need beside it."""
 
@@ -59,7 +79,7 @@ class Build:
     prompts: EncodedPrompts
     fixed: EncodedPrompts | None
     """The prompts of samples and held-out rewards, where the config asks for either."""
-    facts: dict[str, Any]
+    facts: Facts
     running: Stage
     """What the loop runs: the stage, or one for each size of pictures."""
 
@@ -241,16 +261,19 @@ def student_guidance(cfg: RunConfig, backbone: Backbone) -> float | None:
 
 def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Roles:
     """Adapters over one base, or separate copies, as `adapters.kind` says."""
-    common: dict[str, Any] = {
-        "seed": cfg.run.seed,
-        "fake_score": start.fake_score if start else None,
-        "boundaries": fake_scores(cfg),
-        "checkpointing": cfg.model.checkpointed,
-        "autocast": autocast_dtype(cfg.model.autocast, backbone.device),
-        "guidance": student_guidance(cfg, backbone),
-    }
+    autocast = autocast_dtype(cfg.model.autocast, backbone.device)
+    guidance = student_guidance(cfg, backbone)
     if cfg.adapters.kind == "copies":
-        return copy_roles(backbone, few_step=start.few_step if start else None, **common)
+        return copy_roles(
+            backbone,
+            seed=cfg.run.seed,
+            few_step=start.few_step if start else None,
+            fake_score=start.fake_score if start else None,
+            boundaries=fake_scores(cfg),
+            checkpointing=cfg.model.checkpointed,
+            autocast=autocast,
+            guidance=guidance,
+        )
     below = None
     if start is not None:
         if start.settings is None:
@@ -259,11 +282,21 @@ def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Role
             )
         below = (start.settings, start.few_step)
     settings = adapter_settings(cfg, backbone)
-    fresh = cfg.stage == "tilt" and cfg.tilt.fake_score_start == "fresh"
-    common |= {"fresh_fake_score": fresh, "init_std": cfg.adapters.init_std}
     try:
-        graphs = graphs_for(backbone.device, _recorded(cfg, backbone))
-        return adapter_roles(backbone, settings, few_step=below, graphs=graphs, **common)
+        return adapter_roles(
+            backbone,
+            settings,
+            seed=cfg.run.seed,
+            few_step=below,
+            fake_score=start.fake_score if start else None,
+            fresh_fake_score=cfg.stage == "tilt" and cfg.tilt.fake_score_start == "fresh",
+            boundaries=fake_scores(cfg),
+            checkpointing=cfg.model.checkpointed,
+            autocast=autocast,
+            guidance=guidance,
+            init_std=cfg.adapters.init_std,
+            graphs=graphs_for(backbone.device, _recorded(cfg, backbone)),
+        )
     except ValueError as error:
         if below is None:
             raise
@@ -320,17 +353,16 @@ def build_stage(
     _place(cfg, backbone, roles, ranks)
     lora = cfg.adapters.kind == "lora"
     settings = adapter_settings(cfg, backbone) if lora else None
-    facts = {
-        "stage": cfg.stage,
-        "adapters": vars(settings) if settings else None,
-        "few_step_adapters": vars(start.settings) if start and start.settings else None,
-        "steps": cfg.sampler.steps,
-        "eta": cfg.sampler.eta,
-        "student_guidance": cfg.model.student_guidance,
-    }
     stage, running = make_stages(cfg, backbone, encoded, roles, share)
-    if isinstance(stage, Tilt):
-        facts["rewards_at_once"] = stage.rewards.at_once
+    facts = Facts(
+        stage=cfg.stage,
+        adapters=settings,
+        few_step_adapters=start.settings if start else None,
+        steps=cfg.sampler.steps,
+        eta=cfg.sampler.eta,
+        student_guidance=cfg.model.student_guidance,
+        rewards_at_once=stage.rewards.at_once if isinstance(stage, Tilt) else None,
+    )
     return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts, running)
 
 

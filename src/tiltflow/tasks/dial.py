@@ -24,7 +24,7 @@ from tiltflow.models.backbone import Backbone
 from tiltflow.models.lora_files import lora_file
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint
 from tiltflow.models.roles import Role
-from tiltflow.models.switch import AdapterSwitch
+from tiltflow.models.switch import FEW_STEP, AdapterSwitch
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.tasks.request import Request, backbone_of, check_request
@@ -160,7 +160,7 @@ def load_student(runs: Sequence[Path], side: int | None, device: str) -> Student
 def _load(cfg: RunConfig, request: Request, tilts: Sequence[Path]) -> Student:
     assert request.few_step is not None
     backbone = backbone_of(request, "all")
-    load_adapter(backbone, "few_step", request.few_step)
+    load_adapter(backbone, FEW_STEP, request.few_step)
     dials = tuple(f"tilt_{number}" for number in range(len(tilts)))
     for name, folder in zip(dials, tilts, strict=True):
         load_adapter(backbone, name, folder)
@@ -169,7 +169,7 @@ def _load(cfg: RunConfig, request: Request, tilts: Sequence[Path]) -> Student:
     switch = AdapterSwitch(base)
     mixed, guidance = autocast_dtype(request.autocast, backbone.device), request.settled.guidance
     role = Role(
-        "dial", backbone, base, ("few_step", *dials), switch, autocast=mixed, guidance=guidance
+        "dial", backbone, base, (FEW_STEP, *dials), switch, autocast=mixed, guidance=guidance
     )
     fixed = read_prompts(cfg).fixed[:SCORED]
     return Student(

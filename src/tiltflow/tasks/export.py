@@ -52,6 +52,7 @@ from tiltflow.models.pipelines.directory import Pipeline, Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.models.pipelines.meta import meta_backbone
+from tiltflow.models.switch import TILT
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.build import DTYPES
 
@@ -161,7 +162,7 @@ def _write_merged(
     """For each strength the merged pipeline, and its transformer as one file where the original
     names of its family are known."""
     strengths = wanted.strengths or (1.0,)
-    tilted = any(one.name == "tilt" for one in loras)
+    tilted = any(one.name == TILT for one in loras)
     scheduler = _scheduler(source, contract)
     family, paths = source.family.name, []
     for strength in strengths:
@@ -191,7 +192,7 @@ def _student(
     for one in loras:
         if one.name in SINGLE:
             save_adapter(source.pipeline, one.weights, one.settings, place / one.name)
-            folders[one.name] = (place / one.name, strength if one.name == "tilt" else 1.0)
+            folders[one.name] = (place / one.name, strength if one.name == TILT else 1.0)
     return LoraWeights(folders)
 
 

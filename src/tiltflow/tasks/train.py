@@ -117,7 +117,7 @@ def _run(
         tensorboard=cfg.log.tensorboard,
         wandb=cfg.log.wandb,
         stop_on_alarm=cfg.watch.stop,
-        facts=build.facts | {"manifest": manifest},
+        facts=build.facts.as_json() | {"manifest": manifest},
         skip=cfg.train.skip_nonfinite,
         resume_from=cfg.run.resume_from,
     )

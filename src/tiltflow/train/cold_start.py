@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,13 @@ from tiltflow.method.boundary import Boundary
 from tiltflow.method.distribution_matching import matching_loss
 from tiltflow.method.rollout import Rollout, advance, attach, stochastic
 from tiltflow.models.backbone import Conditioning, Grouped
-from tiltflow.models.graphs import recorded
 from tiltflow.train.objective import Objective
-from tiltflow.train.parts import Parts
+from tiltflow.train.parts import Parts, recorded
 from tiltflow.train.settings import ColdStartConfig
 from tiltflow.train.updates import rollout_in_parts
+
+Given = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]
+"""A step's two states and levels, the conditioning, and the gradient of the generator's update."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class ColdStart(Parts):
         """The same of step k's samples, which is run again for it."""
         generator, states = self.roles.generator, part.states
 
-        def work(given: Any) -> Tensor:
+        def work(given: Given) -> Tensor:
             x, x_next, sigmas, positive, pull = given
             cond = Conditioning(positive, positive)
             one = Rollout(sigmas, {0: x, 1: x_next}, cond, self.eta)
@@ -196,5 +197,4 @@ class ColdStart(Parts):
 
         positive = dict(part.conditioning.positive)
         given = (states[k], states[k + 1], part.sigmas[k : k + 2], positive, gradient)
-        made: Tensor = generator.replayed("matching", work, given)
-        return made
+        return generator.replayed("matching", work, given)

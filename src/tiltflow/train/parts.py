@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -47,3 +51,19 @@ class Parts:
     def steps(self) -> int:
         """K, the number of sampler steps and of boundaries."""
         return len(self.sigmas) - 1
+
+
+Stage = TypeVar("Stage", bound=Parts)
+Iteration = Callable[[Stage, int], dict[str, Tensor]]
+
+
+def recorded(iteration: Iteration[Stage]) -> Iteration[Stage]:
+    """A stage's `iteration`, within which its roles' passes are recorded and replayed."""
+
+    @wraps(iteration)
+    def run(stage: Stage, step: int) -> dict[str, Tensor]:
+        graphs = stage.roles.generator.graphs
+        with graphs.iteration() if graphs is not None else nullcontext():
+            return iteration(stage, step)
+
+    return run

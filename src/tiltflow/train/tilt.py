@@ -13,11 +13,10 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.method.boundary import Boundary
 from tiltflow.method.policy import group_advantages, standing_out
 from tiltflow.method.reward_backprop import equal_norm
-from tiltflow.method.rollout import Rollout, attach, attach_from, pinned
+from tiltflow.method.rollout import Graphs, Rollout, attach, attach_from, pinned
 from tiltflow.models.backbone import Grouped
-from tiltflow.models.graphs import recorded
 from tiltflow.rewards.combine import RewardMixture
-from tiltflow.train.parts import Parts
+from tiltflow.train.parts import Parts, recorded
 from tiltflow.train.scoring import Scored, Scorer
 from tiltflow.train.settings import TiltConfig
 from tiltflow.train.terms import Attached, Epoch, Policy, Span, Term
@@ -32,8 +31,6 @@ class Counts:
     most: Tensor
 
 
-Graphs = dict[int, list[tuple[Tensor, Tensor]]]
-"""Mean and std of sampler steps, with their graphs, by micro-batches."""
 Needed = dict[Term, tuple[Span, ...]]
 """The spans of an epoch's terms; no term without any."""
 

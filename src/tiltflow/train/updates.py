@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +16,15 @@ from tiltflow.method.boundary import Boundary
 from tiltflow.method.distribution_matching import matching_gradient
 from tiltflow.method.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.method.policy import share_in_groups
-from tiltflow.method.rollout import Rollout, join, rollout
+from tiltflow.method.rollout import NO_GRAPHS, Graphs, Rollout, join, rollout
 from tiltflow.models.backbone import Conditioning, Grouped
 from tiltflow.models.roles import Role
 from tiltflow.train.optim import Updater
+
+Given = tuple[
+    Tensor, Tensor, dict[str, Tensor], tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]
+]
+"""x, its levels, the conditioning and the draws of a fake-score update."""
 
 
 def micro_batches(n: int, size: int) -> list[slice]:
@@ -94,14 +98,32 @@ def rollout_in_parts(
     cond: Conditioning | Grouped,
     eta: float,
     noise: Sequence[Tensor],
-    **options: Any,
+    *,
+    stop: int | None = None,
+    record: Collection[int] = (),
+    convention: str = "unit",
+    keep: Collection[int] | None = None,
+    graphs: Graphs = NO_GRAPHS,
 ) -> Rollout:
     """`rollout` of a rank's rows, x and every step's noise (b, ...), in micro-batches."""
-    parts = []
-    for rows in share.micro_batches():
+
+    def part(rows: slice) -> Rollout:
         z = [step[rows] for step in noise]
-        parts.append(rollout(role, x[rows], sigmas, cond[rows], eta, z.__getitem__, **options))
-    return join(parts, cond)
+        return rollout(
+            role,
+            x[rows],
+            sigmas,
+            cond[rows],
+            eta,
+            z.__getitem__,
+            stop=stop,
+            record=record,
+            convention=convention,
+            keep=keep,
+            graphs=graphs,
+        )
+
+    return join([part(rows) for rows in share.micro_batches()], cond)
 
 
 @dataclass(frozen=True)
@@ -141,13 +163,13 @@ class FakeScoreTrainer:
         metrics: dict[str, Tensor] = {}
         role = self.role.at(at.k)
 
-        def work(given: Any) -> Any:
+        def work(given: Given) -> tuple[Tensor, dict[str, Tensor]]:
             x, level, positive, drawn = given
             losses, parts = fake_score_objective(
                 role.field(Conditioning(positive, positive)),
                 x,
                 level,
-                FakeScoreDraws(**drawn),
+                FakeScoreDraws(*drawn),
                 self.consistency,
                 self.eta,
                 self.form,
@@ -157,7 +179,9 @@ class FakeScoreTrainer:
 
         for rows in self.share.micro_batches():
             part = at.rows(rows)
-            given = (part.x, part.s, dict(part.conditioning.positive), vars(draws.rows(rows)))
+            one = draws.rows(rows)
+            drawn = (one.t, one.noise, one.delta, one.transition_noise)
+            given = (part.x, part.s, dict(part.conditioning.positive), drawn)
             losses, parts = role.replayed("fake score", work, given)
             self.updater.watch("the fake-score loss", losses, part.prompts)
             self.share.add(metrics, parts)
