@@ -97,3 +97,20 @@ def test_a_plan_counts_them_and_room_to_compute_with_the_largest(
     assert one is not None and one == made.held["reward hpsv2"] == made.held["reward pickscore"]
     assert made.phases["scoring"] == bare.phases["scoring"] + one
     assert made.worst == "scoring" and sum(made.held.values()) == sum(bare.held.values()) + 2 * one
+
+
+def test_a_plan_counts_the_passes_that_a_term_of_ones_own_holds_at_once(
+    tiny_pipeline: Callable[[str], Path],
+) -> None:
+    values = [f"model.path={tiny_pipeline('sd35m')}", "model.resolution=64", "data.prompts=x",
+              "model.few_step=y", "run.device=cpu", "train.batch_size=24", "watch.rewards={}",
+              "train.micro_batch_size=8", "rewards={shapes: 1.0}"]  # fmt: skip
+
+    def generator(terms: str) -> int:
+        chosen = load_config("sd35m_tilt", [*values, f"tilt.terms={terms}"])
+        return plan_recipe(chosen).phases["generator"]
+
+    bare, one, two, three = (
+        generator(t) for t in ("{}", "{nft: {draws: 1}}", "{nft: {draws: 2}}", "{nft: {draws: 3}}")
+    )
+    assert bare == one < two < three  # a step of the standard terms is as much as one pass

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -65,8 +66,6 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         ValueError: if the file holds no tensors by name, or anything that only unpickling loads.
     """
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         try:
             return load_file(file)
         except SafetensorError as error:

@@ -102,7 +102,8 @@ class Job:
 @dataclass(frozen=True)
 class TiltJob:
     """Stage 2's own: group size, rows decoded at once, steps that rewards go back through, and
-    steps whose graphs are kept where graphs are."""
+    steps whose graphs are kept where graphs are, and the passes that a span of the recipe's further
+    terms holds at once (`Term.passes`)."""
 
     group: int
     decode_chunk: int
@@ -110,6 +111,7 @@ class TiltJob:
     stage_one: AdapterSettings | None
     fresh_fake_score: bool = False
     graphs: int = 0
+    passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
 
 def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
-    steps = job.tilt.reward_steps if job.tilt is not None else 0
+    steps = max(job.tilt.reward_steps, job.tilt.passes) if job.tilt is not None else 0
     trajectory = Rollout(_grid(job), dict.fromkeys(range(max(steps, 1) + 1), x), cond, 0.5)
     x_next = attach_from(roles.generator, trajectory, 0)
     losses = matching_loss(x_next, x)

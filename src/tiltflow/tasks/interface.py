@@ -26,6 +26,7 @@ from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.compare import comparisons
 from tiltflow.tasks.evaluate import evaluated, sample_to, sampled
 from tiltflow.tasks.export import export_run
+from tiltflow.tasks.recipes import summaries
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
 from tiltflow.tasks.train import train_run
@@ -109,8 +110,6 @@ def _written(value: object) -> str:
 
 def recipes() -> dict[str, str]:
     """The packaged recipes: each name with a line about it."""
-    from tiltflow.tasks.recipes import summaries
-
     return summaries()
 
 

@@ -24,6 +24,7 @@ from tiltflow.rewards.sizes import reward_memory
 from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
 from tiltflow.setup.model_checks import largest, meta_of
 from tiltflow.setup.planner import GIB, Job, Plan, TiltJob, plan
+from tiltflow.train.terms import most_passes
 
 
 def plan_recipe(cfg: RunConfig) -> Plan:
@@ -44,7 +45,8 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         steps = cfg.tilt.reward_steps if backprop else 0
         fresh = cfg.tilt.fake_score_start == "fresh"
         graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + 1
-        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs)
+        own = most_passes(cfg.tilt.terms, cfg.sampler.steps)
+        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs, own)
     chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
     job = Job(
         batch=cfg.train.batch_size,

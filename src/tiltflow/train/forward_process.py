@@ -40,6 +40,12 @@ class ForwardProcess(Term):
     def compare(self, velocity: Tensor, target: Tensor, advantages: Tensor) -> Tensor:
         """The loss (b,) of the generator's velocity against n − x₀."""
 
+    @classmethod
+    def passes(cls, steps: int, **settings: object) -> int:
+        chosen = settings["settings"]
+        assert isinstance(chosen, ForwardSettings)
+        return chosen.draws
+
     def spans(self, step: int) -> tuple[Span, ...]:
         return (Span(self.parts.steps, self.parts.steps),) if self.settings.weight else ()
 

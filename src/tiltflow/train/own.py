@@ -36,7 +36,7 @@ class Kind:
         if not isinstance(found, type):
             raise ValueError(f"{self.what} {name!r} should be a class")
         try:
-            inspect.signature(found).bind(parts=None, **_arguments(found, options))
+            inspect.signature(found).bind(parts=None, **arguments(found, options))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.what} {name!r}: {error}") from error
         return found
@@ -49,10 +49,11 @@ class Kind:
             ValueError: as `check`, or what the constructor says.
         """
         kind = self.check(name, options)
-        return made(self.what, name, kind, parts=parts, **_arguments(kind, options))
+        return made(self.what, name, kind, parts=parts, **arguments(kind, options))
 
 
-def _arguments(kind: type, options: Options) -> Mapping[str, object]:
+def arguments(kind: type, options: Options) -> Mapping[str, object]:
+    """What a class is made with, beside the parts: its `Settings`, checked, or the options."""
     settings = getattr(kind, "Settings", None)
     if isinstance(settings, type) and issubclass(settings, BaseModel):
         return {"settings": settled(settings, options)}

@@ -24,7 +24,7 @@ from tiltflow.method.rollout import Rollout, log_prob
 from tiltflow.method.rollout import step as sampler_step
 from tiltflow.models.roles import Roles
 from tiltflow.train.objective import Objective
-from tiltflow.train.own import Kind
+from tiltflow.train.own import Kind, arguments
 from tiltflow.train.parts import Parts
 from tiltflow.train.scoring import Scored
 from tiltflow.train.settings import Options, TiltConfig
@@ -98,6 +98,13 @@ class Term(ABC):
     """What an error about a value that is not finite calls it."""
     takes_gradient: bool = False
     """Whether it looks at the rewards' own gradient, `epoch.scored.gradient`."""
+
+    @classmethod
+    def passes(cls, steps: int, **settings: object) -> int:
+        """The generator's passes whose graphs a span holds at once, at `steps` sampler steps and
+        with the constructor's `settings`: what a plan of memory counts. The steps of its longest
+        span, and the passes that the loss makes itself."""
+        return 1
 
     def explores(self, step: int) -> tuple[int, ...]:
         """Steps, of 0 … K − 2, at which members of a group have noise of their own in epoch `step`,
@@ -259,12 +266,32 @@ def make_terms(chosen: Mapping[str, Options], parts: Parts) -> list[Term]:
     return [term for term in made if isinstance(term, Term)]
 
 
+def most_passes(chosen: Mapping[str, Options], steps: int) -> int:
+    """The most passes that a span of these terms holds at once (`Term.passes`); 0 without any.
+
+    Raises:
+        ValueError: as `check_terms`.
+    """
+    return max(
+        (kind.passes(steps, **arguments(kind, chosen[name])) for name, kind in _kinds(chosen)),
+        default=0,
+    )
+
+
 def check_terms(chosen: Mapping[str, Options]) -> None:
     """That there are such terms, and that they take these options.
 
     Raises:
         ValueError: if not.
     """
+    _kinds(chosen)
+
+
+def _kinds(chosen: Mapping[str, Options]) -> list[tuple[str, type[Term]]]:
+    found = []
     for name, options in chosen.items():
-        if not issubclass(TERMS.check(name, options), Term):
+        kind = TERMS.check(name, options)
+        if not issubclass(kind, Term):
             raise ValueError(f"term {name!r} does not derive from tiltflow.train.terms.Term")
+        found.append((name, kind))
+    return found
