@@ -109,6 +109,15 @@ SETTINGS = [
         "a reward server to be waited for without end",
         TILT + "'rewards={\"remote:http://host/x\": {weight: 1, options: {timeout: .inf}}}'",
     ),
+    Case("a judge without a rubric", TILT + "'rewards={\"judge:m\": 1}'"),
+    Case(
+        "a judge whose scores have no range",
+        TILT + "'rewards={\"judge:m\": {weight: 1, options: {rubric: r.txt, low: 10}}}'",
+    ),
+    Case(
+        "a judge at no address",
+        TILT + "'rewards={\"judge:m\": {weight: 1, options: {rubric: r.txt, endpoint: here}}}'",
+    ),
     Case("ranks given up at once", TRAIN + "run.rank_timeout=1"),
     Case("micro-batches across groups", TILT + "train.micro_batch_size=7"),
     Case("more sampler steps than there may be", TRAIN + "sampler.steps=1000000000"),

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from tiltflow.core.sizes import both, said
 from tiltflow.models.family import graph_families, has_files
-from tiltflow.rewards.remote.address import REMOTE, remote_settings
+from tiltflow.rewards.remote.address import ELSEWHERE
+from tiltflow.rewards.remote.asking import settings_elsewhere
 
 if TYPE_CHECKING:
     from tiltflow.config.schema import AdaptersConfig, ModelConfig, RunConfig, RunSection
@@ -37,8 +38,8 @@ def check_together(config: RunConfig) -> None:
     _check_choices(config)
     for rewards in (config.rewards, config.watch.rewards):
         for name, reward in rewards.items():
-            if name.startswith(REMOTE):
-                remote_settings(name, reward.options)
+            if name.startswith(ELSEWHERE):
+                settings_elsewhere(name, reward.options)
 
 
 def _check_cold_start(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from tiltflow.core.registry import failure, find, made
 from tiltflow.models.medium import Fault, Medium, article, load_medium
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
 from tiltflow.rewards.fitted import is_fitted, load_fitted
-from tiltflow.rewards.remote.address import REMOTE, remote_settings
+from tiltflow.rewards.remote.address import ELSEWHERE
 
 ENTRY_POINTS = "tiltflow.rewards"
 
@@ -329,7 +329,8 @@ def load_reward(
     options: Mapping[str, Any] | None = None,
 ) -> Reward:
     """A reward by builtin name, entry point (group `tiltflow.rewards`), `package.module:name`,
-    `remote:http://HOST:PORT/NAME` for one behind a reward server, or the folder of a fitted one.
+    `remote:http://HOST:PORT/NAME` for one behind a reward server, `judge:MODEL` for a model that is
+    asked, or the folder of a fitted one.
 
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
     -> (B,)`, which may have attributes `differentiable`, `domain`, `elsewhere` and `at_once`
@@ -343,7 +344,7 @@ def load_reward(
     options = dict(options or {})
     if name in BUILTIN or is_fitted(name):
         return BUILTIN.get(name, load_fitted)(name, path, device, options)
-    if name.startswith(REMOTE):
+    if name.startswith(ELSEWHERE):
         return _remote(name, path, options)
     return _from_target(target_of(name), name, path, device, options)
 
@@ -362,11 +363,10 @@ def target_of(name: str) -> Callable[..., Any]:
 
 
 def _remote(name: str, path: str | None, options: Mapping[str, Any]) -> Reward:
-    from tiltflow.rewards.remote.client import RemoteReward
+    from tiltflow.rewards.remote.loading import load_elsewhere
 
-    settings = remote_settings(name, options)
     _no_path(name, path)
-    return RemoteReward(name, settings)
+    return load_elsewhere(name, options)
 
 
 def _from_target(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from tiltflow.rewards.base import BUILTIN, REMOTE, Metadata, target_of
+from tiltflow.rewards.base import BUILTIN, ELSEWHERE, Metadata, target_of
 from tiltflow.rewards.fitted import is_fitted
 
 SHOWN = 3
@@ -37,7 +37,7 @@ def check_reward_imports(names: Iterable[str]) -> None:
             from tiltflow.rewards.zoo.ocr import require_packages
 
             require_packages()
-        elif name not in BUILTIN and not name.startswith(REMOTE) and not is_fitted(name):
+        elif name not in BUILTIN and not name.startswith(ELSEWHERE) and not is_fitted(name):
             target_of(name)
 
 
@@ -81,7 +81,7 @@ def _reads(name: str) -> Reads | None:
     """How a reward reads a prompt; None where any text will do, or nobody here knows."""
     if name in BUILTIN:
         return READS.get(name)
-    if name.startswith(REMOTE) or is_fitted(name):
+    if name.startswith(ELSEWHERE) or is_fitted(name):
         return None
     reads: Reads | None = getattr(target_of(name), "reads", None)
     return reads

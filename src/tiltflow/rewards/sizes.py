@@ -18,6 +18,7 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.core.sentences import first_sentence
 from tiltflow.rewards.base import BUILTIN
 from tiltflow.rewards.fitted import fitted_folder, is_fitted
+from tiltflow.rewards.remote.address import ELSEWHERE
 from tiltflow.rewards.weights import DTYPES, scoring_mlp
 from tiltflow.rewards.zoo.aesthetic import VIT_L_14
 from tiltflow.rewards.zoo.geneval import MASK2FORMER
@@ -129,7 +130,7 @@ def reward_memory(table: Mapping[str, RewardLike]) -> dict[str, int | None]:
 
 
 def _bytes(name: str, reward: RewardLike) -> int | None:
-    if name in NO_MODEL or name.startswith("remote:"):
+    if name in NO_MODEL or name.startswith(ELSEWHERE):
         return 0
     if is_fitted(name):
         clip = read_facts(fitted_folder(name))["clip"]

@@ -19,7 +19,9 @@ from pydantic import Field, ValidationError
 from tiltflow.core.paths import nearest
 from tiltflow.rewards.remote.limits import REQUEST_IMAGES
 
-REMOTE = "remote:"
+REMOTE, JUDGE = "remote:", "judge:"
+ELSEWHERE = (REMOTE, JUDGE)
+"""How the names of rewards begin that another process computes."""
 TOKEN_VARIABLE = "TILTFLOW_REWARD_TOKEN"
 """The environment variable of the token, for server and client: so that it is in no recipe, no
 run directory and no list of processes."""

@@ -59,6 +59,116 @@ class Fault(Exception):
     """Somebody answers, but not as a reward server does; another attempt may help."""
 
 
+class Client:
+    """Asks the server at `address`, within the bounds above.
+
+    `start` says how to start one that is away; `token` gives what it is to be shown, or None, from
+    the environment `variable`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        settings: Settings,
+        start: str,
+        token: Callable[[], str | None],
+        variable: str,
+    ) -> None:
+        self._address, self._settings, self.url = address, settings, address.url
+        self._start, self._token, self._variable = start, token, variable
+
+    def insist(self, ask: Callable[[], Any], patience: float | None) -> Any:
+        """`ask` until it succeeds: waits for a server that is away, retries one that fails.
+
+        (tenacity counts attempts of one kind: two kinds, of which only one is counted and the other
+        has a time limit, take as many lines with it.)
+        """
+        faults, wait, began, away = 0, FIRST_WAIT, time.monotonic(), False
+        while True:
+            try:
+                answer = ask()
+            except Away as error:
+                waited = time.monotonic() - began
+                if patience is not None and waited >= patience:
+                    raise ValueError(
+                        f"{self.url}: {error} for {waited:.0f} s; {self._start}, and "
+                        "go on with run.resume=true"
+                    ) from error
+                log.warning("%s: %s; the run waits, next try in %.0f s", self.url, error, wait)
+                away = True
+                if patience is not None:
+                    wait = min(wait, max(patience - waited, 0.05))
+            except Fault as error:
+                faults += 1
+                if faults > self._settings.retries:
+                    times = "" if faults == 1 else f" ({faults} attempts)"
+                    raise ValueError(f"{self.url} {error}{times}") from error
+                log.warning("%s %s; next try in %.0f s", self.url, error, wait)
+            else:
+                if away:
+                    log.warning("%s: the server is back, the run goes on", self.url)
+                return answer
+            pause(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    def exchange(
+        self, method: str, path: str, body: bytes | None, read: Callable[[bytes], Any]
+    ) -> Any:
+        """One request and what `read` makes of its answer.
+
+        Raises:
+            Away, Fault: see there.
+            ValueError: if the server refuses, or `read` does: a further attempt is of no use.
+        """
+        token = self._token()
+        headers = _headers(token)
+        connection = self._connect()
+        try:
+            with _deadline(connection, self._settings.timeout) as expired:
+                try:
+                    # One that has heard enough answers and hangs up before it has the body.
+                    with suppress(BrokenPipeError, ConnectionResetError):
+                        connection.request(method, f"{self._address.base}/{path}", body, headers)
+                    response = connection.getresponse()
+                    answer = _body(response)
+                except (OSError, HTTPException, ValueError) as error:  # ValueError: odd numbers
+                    raise Fault(self._complaint(error, expired.is_set())) from error
+                if expired.is_set():
+                    raise Fault(self._complaint(TimeoutError(), True))
+        finally:
+            connection.close()
+        if token is not None:  # what a server echoes would be in the log
+            answer = answer.replace(token.encode(), b"[...]")
+        try:
+            _check_status(response, answer, self._variable)
+            return read(answer)
+        except ValueError as error:
+            raise ValueError(f"{self.url} {error}") from error
+
+    def _connect(self) -> HTTPConnection:
+        kind = HTTPSConnection if self._address.secure else HTTPConnection
+        connection = kind(self._address.host, self._address.port, timeout=self._settings.timeout)
+        connection.response_class = _Answer
+        try:
+            connection.connect()
+        except ssl.SSLEOFError as error:
+            raise Fault("broke off before there was a secure connection") from error
+        except ssl.SSLError as error:
+            raise ValueError(f"{self.url}: no secure connection ({error.reason})") from error
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+            raise Away(f"no server answers ({reason.lower()})") from error
+        return connection
+
+    def _complaint(self, error: Exception, expired: bool) -> str:
+        if expired or isinstance(error, TimeoutError):
+            return f"gave no answer in {self._settings.timeout:g} s"
+        if isinstance(error, IncompleteRead):
+            announced = len(error.partial) + (error.expected or 0)
+            return f"announced {announced} bytes and sent {len(error.partial)}"
+        return f"broke off without an answer ({type(error).__name__})"
+
+
 class RemoteReward:
     """The reward NAME of the server at `remote:http[s]://HOST[:PORT]/NAME`; not differentiable.
 
@@ -79,8 +189,10 @@ class RemoteReward:
 
     def __init__(self, address: str, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self._address = Address.of(address)
-        self.name, self.url = self._address.name, self._address.url
+        where = Address.of(address)
+        self.name, self.url = where.name, where.url
+        start = f"start it with tiltflow reward-server {self.name}"
+        self._client = Client(where, self.settings, start, given_token, TOKEN_VARIABLE)
         try:
             self._find()
         except ValueError as error:
@@ -110,8 +222,8 @@ class RemoteReward:
                 raise ValueError(f"answered as no reward server does: {excerpt(body)}")
             return list(rewards)
 
-        ask = functools.partial(self._exchange, "GET", "health", None, read)
-        names = self._insist(ask, self.settings.timeout)
+        ask = functools.partial(self._client.exchange, "GET", "health", None, read)
+        names = self._client.insist(ask, self.settings.timeout)
         if self.name not in names:
             hint = printable(nearest(self.name, names))
             raise ValueError(f"the server at {self.url} has no reward {self.name!r}{hint}")
@@ -126,101 +238,12 @@ class RemoteReward:
             return torch.cat([self._score(images[p], prompts[p], metadata[p]) for p in parts])
         read = functools.partial(decode_scores, count=len(images))
         path = quote(self.name, safe="")
-        ask = functools.partial(self._exchange, "POST", path, body, read)
-        scores: Tensor = self._insist(ask, self.settings.patience)
+        ask = functools.partial(self._client.exchange, "POST", path, body, read)
+        scores: Tensor = self._client.insist(ask, self.settings.patience)
         return scores
 
-    def _insist(self, ask: Callable[[], Any], patience: float | None) -> Any:
-        """`ask` until it succeeds: waits for a server that is away, retries one that fails.
 
-        (tenacity counts attempts of one kind: two kinds, of which only one is counted and the other
-        has a time limit, take as many lines with it.)
-        """
-        faults, wait, began, away = 0, FIRST_WAIT, time.monotonic(), False
-        while True:
-            try:
-                answer = ask()
-            except Away as error:
-                waited = time.monotonic() - began
-                if patience is not None and waited >= patience:
-                    raise ValueError(
-                        f"{self.url}: {error} for {waited:.0f} s; start it with "
-                        f"tiltflow reward-server {self.name}, and go on with run.resume=true"
-                    ) from error
-                log.warning("%s: %s; the run waits, next try in %.0f s", self.url, error, wait)
-                away = True
-                if patience is not None:
-                    wait = min(wait, max(patience - waited, 0.05))
-            except Fault as error:
-                faults += 1
-                if faults > self.settings.retries:
-                    times = "" if faults == 1 else f" ({faults} attempts)"
-                    raise ValueError(f"{self.url} {error}{times}") from error
-                log.warning("%s %s; next try in %.0f s", self.url, error, wait)
-            else:
-                if away:
-                    log.warning("%s: the server is back, the run goes on", self.url)
-                return answer
-            pause(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
-
-    def _exchange(
-        self, method: str, path: str, body: bytes | None, read: Callable[[bytes], Any]
-    ) -> Any:
-        """One request and what `read` makes of its answer.
-
-        Raises:
-            Away, Fault: see there.
-            ValueError: if the server refuses, or `read` does: a further attempt is of no use.
-        """
-        headers = _headers()
-        connection = self._connect()
-        try:
-            with _deadline(connection, self.settings.timeout) as expired:
-                try:
-                    # One that has heard enough answers and hangs up before it has the body.
-                    with suppress(BrokenPipeError, ConnectionResetError):
-                        connection.request(method, f"{self._address.base}/{path}", body, headers)
-                    response = connection.getresponse()
-                    answer = _body(response)
-                except (OSError, HTTPException, ValueError) as error:  # ValueError: odd numbers
-                    raise Fault(self._complaint(error, expired.is_set())) from error
-                if expired.is_set():
-                    raise Fault(self._complaint(TimeoutError(), True))
-        finally:
-            connection.close()
-        try:
-            _check_status(response, answer)
-            return read(answer)
-        except ValueError as error:
-            raise ValueError(f"{self.url} {error}") from error
-
-    def _connect(self) -> HTTPConnection:
-        kind = HTTPSConnection if self._address.secure else HTTPConnection
-        connection = kind(self._address.host, self._address.port, timeout=self.settings.timeout)
-        connection.response_class = _Answer
-        try:
-            connection.connect()
-        except ssl.SSLEOFError as error:
-            raise Fault("broke off before there was a secure connection") from error
-        except ssl.SSLError as error:
-            raise ValueError(f"{self.url}: no secure connection ({error.reason})") from error
-        except OSError as error:
-            reason = error.strerror or str(error) or type(error).__name__
-            raise Away(f"no server answers ({reason.lower()})") from error
-        return connection
-
-    def _complaint(self, error: Exception, expired: bool) -> str:
-        if expired or isinstance(error, TimeoutError):
-            return f"gave no answer in {self.settings.timeout:g} s"
-        if isinstance(error, IncompleteRead):
-            announced = len(error.partial) + (error.expected or 0)
-            return f"announced {announced} bytes and sent {len(error.partial)}"
-        return f"broke off without an answer ({type(error).__name__})"
-
-
-def _headers() -> dict[str, str]:
-    token = given_token()
+def _headers(token: str | None) -> dict[str, str]:
     headers = {"Content-Type": "application/json", "Connection": "close"}
     return headers | ({"Authorization": f"Bearer {token}"} if token else {})
 
@@ -290,7 +313,7 @@ def _body(response: HTTPResponse) -> bytes:
     return body
 
 
-def _check_status(response: HTTPResponse, body: bytes) -> None:
+def _check_status(response: HTTPResponse, body: bytes, variable: str) -> None:
     """Passes a 200.
 
     Raises:
@@ -309,7 +332,7 @@ def _check_status(response: HTTPResponse, body: bytes) -> None:
     if 300 <= status < 400:
         raise ValueError(f"answered with status {status}, a redirect, which is not followed")
     if status in (401, 403):
-        raise ValueError(f"refused the token: {said}; set {TOKEN_VARIABLE} to the server's")
+        raise ValueError(f"refused the token: {said}; set {variable} to the server's")
     if status in (413, 422):
         raise ValueError(f"refused the batch: {said}")
     raise ValueError(f"answered with status {status}: {said}")
@@ -322,4 +345,6 @@ def _error(body: bytes) -> str:
     except ValueError:
         answer = None
     said = answer.get("error") if isinstance(answer, dict) else None
+    if isinstance(said, dict):  # as OpenAI's servers say it
+        said = said.get("message")
     return printable(said) if isinstance(said, str) else excerpt(body)

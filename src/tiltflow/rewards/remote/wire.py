@@ -43,15 +43,15 @@ ANSWER_LIMIT = 2**20
 LARGEST_SCORE = float(torch.finfo(torch.float32).max)
 
 
-def given_token() -> str | None:
-    """The token that the environment gives, or None.
+def given_token(variable: str = TOKEN_VARIABLE) -> str | None:
+    """The token that the environment `variable` gives, or None.
 
     Raises:
         ValueError: if it could not stand in a header; it is not repeated.
     """
-    token = os.environ.get(TOKEN_VARIABLE) or None
+    token = os.environ.get(variable) or None
     if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise ValueError(f"{TOKEN_VARIABLE} must be ASCII characters without blanks")
+        raise ValueError(f"{variable} must be ASCII characters without blanks")
     return token
 
 
@@ -69,7 +69,6 @@ def encode_batch(images: Tensor, prompts: Sequence[str], metadata: Sequence[Meta
     Raises:
         ValueError: if JSON cannot hold the metadata of a prompt; it is named.
     """
-    pixels = (images.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     known = [dict(about) for about in metadata]
     for prompt, about in zip(prompts, known, strict=True):
         try:
@@ -79,12 +78,20 @@ def encode_batch(images: Tensor, prompts: Sequence[str], metadata: Sequence[Meta
                 f"the metadata of {prompt!r} cannot be sent as JSON ({error}): "
                 "a reward server takes text, numbers, lists and objects"
             ) from error
-    pictures = [_png(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
+    pictures = [png(image) for image in eight_bits(images)]
     batch = {"images": pictures, "prompts": list(prompts), "metadata": known}
     return json.dumps(batch).encode()
 
 
-def _png(pixels: np.ndarray) -> str:
+def eight_bits(images: Tensor) -> np.ndarray:
+    """Images (B, 3, H, W) in [0, 1] as (B, H, W, 3) uint8."""
+    pixels = (images.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    found: np.ndarray = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    return found
+
+
+def png(pixels: np.ndarray) -> str:
+    """An image (H, W, 3) uint8 as a PNG in base64."""
     buffer = io.BytesIO()
     # The fastest level: on images of a network the others save little and take far longer.
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)

@@ -1,0 +1,124 @@
+"""What a judge is asked, and where: the options of a `judge:MODEL` reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic.dataclasses
+from pydantic import Field, ValidationError
+
+from tiltflow.core.paths import home_for_tilde, nearest
+from tiltflow.rewards.remote.address import JUDGE, REMOTE, Address, Settings, remote_settings
+
+KEY_VARIABLE = "TILTFLOW_JUDGE_KEY"
+"""The environment variable of the endpoint's key: it is in no recipe, no run and no log."""
+PLACE = "{prompt}"
+LONGEST_RUBRIC = 64 * 1024
+
+
+@pydantic.dataclasses.dataclass(
+    frozen=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+)
+class JudgeSettings:
+    """How a judge is asked: the `rubric`'s file, the `endpoint` (what stands before
+    /chat/completions), the scores that it may give, from `low` to `high`, how many images it is
+    asked about at a time, where its answers are kept ("off": nowhere; None: the user's cache), and
+    how long an answer is at most, in tokens. The others are as of a remote reward (`Settings`).
+
+    Raises:
+        ValueError: if a value makes no sense.
+    """
+
+    rubric: Annotated[str, Field(min_length=1)]
+    endpoint: str = "http://127.0.0.1:8000/v1"
+    low: float = 1.0
+    high: float = 10.0
+    parallel: Annotated[int, Field(ge=1, le=64)] = 8
+    cache: str | None = None
+    tokens: Annotated[int, Field(ge=8, le=65536)] = 64
+    timeout: Annotated[float, Field(gt=0, le=86400.0)] = 120.0
+    retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    patience: Annotated[float, Field(ge=0, le=8.64e7)] | None = None
+
+    def client(self) -> Settings:
+        """Its part for the client."""
+        return Settings(timeout=self.timeout, retries=self.retries, patience=self.patience)
+
+
+def judge_settings(name: str, options: Mapping[str, Any]) -> JudgeSettings:
+    """The settings of `judge:MODEL` from its options.
+
+    Raises:
+        ValueError: if the name has no model, or an option is missing, unknown or makes no sense.
+    """
+    model = name.removeprefix(JUDGE)
+    if not model or not model.isprintable() or len(model) > 200:
+        raise ValueError(f"reward {name[:60]!r} names no model: write {JUDGE}MODEL")
+    known = [field.name for field in fields(JudgeSettings)]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"reward {name!r} has no option {key!r}{nearest(key, known)}")
+    if "rubric" not in options:
+        raise ValueError(f"reward {name!r} needs the option rubric, a file that says what is good")
+    try:
+        settings = JudgeSettings(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = first["msg"].replace("Input should", "must")
+        raise ValueError(
+            f"reward {name!r}: option {first['loc'][0]} is {first['input']!r}, but it {wrong}"
+        ) from error
+    if not settings.low < settings.high:
+        raise ValueError(
+            f"reward {name!r}: option low is {settings.low:g}, which is not below high "
+            f"{settings.high:g}"
+        )
+    endpoint_of(name, settings.endpoint)
+    return settings
+
+
+def endpoint_of(name: str, endpoint: str) -> Address:
+    """The address of an endpoint.
+
+    Raises:
+        ValueError: if it is none, or has more than host, port and path in it: it is not repeated.
+    """
+    try:
+        return Address.of(REMOTE + endpoint.rstrip("/"))
+    except ValueError:
+        raise ValueError(
+            f"reward {name!r}: option endpoint is to be host, port and path alone, such as "
+            f"http://127.0.0.1:8000/v1; a key belongs in {KEY_VARIABLE}"
+        ) from None
+
+
+def read_rubric(name: str, place: str) -> str:
+    """The text of a rubric, with {prompt} where the prompt goes.
+
+    Raises:
+        ValueError: if it cannot be read, is too long or does not say where the prompt goes.
+    """
+    try:
+        data = Path(home_for_tilde(place)).read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"reward {name!r}: the rubric {place!r} cannot be read") from error
+    if len(data) > LONGEST_RUBRIC:
+        raise ValueError(f"reward {name!r}: the rubric {place!r} has over {LONGEST_RUBRIC} bytes")
+    if PLACE not in text:
+        raise ValueError(f"reward {name!r}: the rubric {place!r} must hold {PLACE}")
+    return text
+
+
+def settings_elsewhere(name: str, options: Mapping[str, Any]) -> Settings | JudgeSettings:
+    """The settings of a reward that another process computes.
+
+    Raises:
+        ValueError: as `remote_settings` or `judge_settings`.
+    """
+    if name.startswith(JUDGE):
+        return judge_settings(name, options)
+    return remote_settings(name, options)
