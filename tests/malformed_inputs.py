@@ -220,6 +220,8 @@ LINES = [
         captions(),
         model="sd35m",
     ),
+    Case("a repository's name that is none", "push run me/two/three"),
+    Case("a folder to push that is no run", "push run me/student", text("run/x", "")),
     Case("a cluster's limit that is none", "submit mixture_cold_start --time soon"),
     Case("a limit that saving uses up", "submit mixture_cold_start --time 2"),
     Case("a partition of two words", "submit mixture_cold_start --partition 'a b'"),

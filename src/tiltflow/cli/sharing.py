@@ -1,4 +1,4 @@
-"""The commands with which a student leaves a run: `export`."""
+"""The commands with which a student leaves a run: `export` and `push`."""
 
 from __future__ import annotations
 
@@ -55,3 +55,31 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
             run, out, formats=asked.formats, strengths=asked.strengths, dtype=asked.dtype
         ):
             console.print(f"wrote {path}")
+
+    @app.command(epilog="Example: tiltflow push runs/tilt OWNER/NAME --private")
+    @with_debug
+    def push(
+        run: Run,
+        repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub")],
+        formats: Formats = None,
+        tilt: Tilt = None,
+        dtype: Dtype = None,
+        private: Annotated[
+            bool, typer.Option("--private", help="make the repository a private one")
+        ] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="write and list what would be sent; send nothing")
+        ] = False,
+    ) -> None:
+        """Send a run's student to the Hugging Face Hub: card, pictures, adapters, contract."""
+        from tiltflow.export.wanted import Wanted
+        from tiltflow.tasks.push import push_run
+
+        wanted = Wanted.of(formats or ["diffusers"], tilt, dtype)
+        pushed = push_run(run, repository, wanted, private, dry_run)
+        for file in pushed.files:
+            console.print(f"{'would send' if dry_run else 'sent'} {pushed.folder / file}")
+        if pushed.base is None:
+            console.print("the card's base_model is a directory's name: put its hub id there")
+        if pushed.url is not None:
+            console.print(pushed.url)
