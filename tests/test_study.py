@@ -196,6 +196,15 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(file: Path, tmp_path: Path
 
 
 @pytest.mark.long
+def test_the_quick_study_runs(tmp_path: Path) -> None:
+    quick = STUDIES / "quick.yaml"
+    run = CliRunner().invoke(app, ["study", str(quick), "--out", str(tmp_path)])
+    assert run.exit_code == 0 and "6 of 6 cells" in run.output
+    found = summarise(load_study(quick), tmp_path)
+    assert [budget["agree"] for budget in found["budgets"].values()] == [True, True]
+
+
+@pytest.mark.long
 def test_cells_are_made_by_several_processes_at_once(file: Path, tmp_path: Path) -> None:
     study, one, two = load_study(file), tmp_path / "one", tmp_path / "two"
     assert make_cells(file, cells_of(study, one, ["rtdmd"]))
