@@ -1,0 +1,168 @@
+"""A ComfyUI workflow gives the student's images, by a small interpreter of its sampler nodes.
+
+The nodes' rules, in our own words (ComfyUI: comfy/samplers.py, comfy/k_diffusion/sampling.py and
+comfy/model_sampling.py's CONST): a latent enters a sampler as σ₀ z + (1 − σ₀) latent, z being
+zero without `add_noise`, and leaves it divided by 1 − σ_end. `lcm` takes x̂₀ and adds noise to σ'.
+`euler` goes along x − x̂₀. The ancestral sampler steps to σ_d, scales, and adds noise to σ'.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from students import PROMPTS, Student, request, sampled, student
+from torch import Tensor
+
+from tiltflow.core.randomness import SAMPLE_INIT, sample_step
+from tiltflow.export.contract import Contract, read_contract
+from tiltflow.export.workflow import NODES, ancestral_eta, spelled, workflow
+from tiltflow.flow import cps_mean_std
+from tiltflow.method.sampling import numbered_noise
+from tiltflow.tasks.evaluate import prepare
+
+Tiny = Callable[[str], Path]
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+@pytest.fixture(scope="module", params=["sd35m", "flux1_dev", "flux2_klein_4b"])
+def made(
+    request: pytest.FixtureRequest, tiny_pipeline: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> Student:
+    out = tmp_path_factory.mktemp(request.param)
+    return student(tiny_pipeline, request.param, out, formats=("diffusers", "comfyui"))
+
+
+def contract_of(made: Student) -> Contract:
+    contract = read_contract(made.export / "tilt")
+    assert contract is not None
+    return contract
+
+
+class Interpreter:
+    """Runs a graph's `SamplerCustom` nodes. `noise(k)` is the latent's z for k = −1, and then that
+    of the k-th step."""
+
+    def __init__(self, graph: dict[str, Any], denoise: Denoise, noise: Callable[[int], Tensor]):
+        self.graph, self.denoise, self.noise, self.step = graph, denoise, noise, 0
+
+    def kind(self, link: list[Any]) -> tuple[str, dict[str, Any]]:
+        node = self.graph[link[0]]
+        return node["class_type"], node["inputs"]
+
+    def latent(self, link: list[Any]) -> Tensor:
+        kind, inputs = self.kind(link)
+        if kind.startswith("Empty"):
+            return torch.zeros_like(self.noise(-1))
+        assert kind == "SamplerCustom" and inputs["cfg"] == 1
+        x = self.latent(inputs["latent_image"])
+        named, settings = self.kind(inputs["sigmas"])
+        assert named == "ManualSigmas"
+        numbers = re.findall(r"[-+]?\d*\.?\d+", settings["sigmas"])
+        sigmas = [float(torch.tensor(float(number))) for number in numbers]
+        z = self.noise(-1) if inputs["add_noise"] else torch.zeros_like(x)
+        x = sigmas[0] * z + (1 - sigmas[0]) * x
+        name, settings = self.kind(inputs["sampler"])
+        name = settings.get("sampler_name", name)
+        for now, then in pairwise(sigmas):
+            x = getattr(self, name.lower())(x, now, then, settings)
+            self.step += 1
+        return x / (1 - sigmas[-1])
+
+    def lcm(self, x: Tensor, now: float, then: float, _: Any) -> Tensor:
+        x0 = self.denoise(x, now)
+        return (1 - then) * x0 + then * self.noise(self.step) if then > 0 else x0
+
+    def euler(self, x: Tensor, now: float, then: float, _: Any) -> Tensor:
+        x0 = self.denoise(x, now)
+        return x + (x - x0) / now * (then - now)
+
+    def samplereulerancestral(self, x: Tensor, now: float, then: float, settings: Any) -> Tensor:
+        assert 0 <= settings["eta"] <= 100 and settings["s_noise"] == 1
+        x0 = self.denoise(x, now)
+        down = then * (1 + (then / now - 1) * settings["eta"])
+        ratio = (1 - then) / (1 - down)
+        x = ratio * (down / now * x + (1 - down / now) * x0)
+        return x + (then**2 - (down * ratio) ** 2) ** 0.5 * self.noise(self.step)
+
+
+@torch.no_grad()
+def by_workflow(made: Student, graph: dict[str, Any]) -> Tensor:
+    """Images of the graph's samplers around the student's network, with the student's noise."""
+    loaded, sampler = prepare(request(made, seed=7))
+    role, numbers = loaded.students["rtdmd"], list(range(len(PROMPTS)))
+    cond, _ = sampler.encoded.select(numbers, role.backbone.device)
+    shape = role.backbone.latent_shape
+
+    def noise(k: int) -> Tensor:
+        stream = SAMPLE_INIT if k < 0 else sample_step(k)
+        return numbered_noise(sampler.randomness, stream, numbers, shape)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        level = torch.full((len(x),), sigma)
+        return x - sigma * role(x, level, cond)
+
+    last = next(n["inputs"]["samples"] for n in graph.values() if n["class_type"] == "VAEDecode")
+    return role.backbone.decode(Interpreter(graph, denoise, noise).latent(last))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 0.9, 1.0])
+def test_the_workflow_gives_the_students_images(made: Student, eta: float) -> None:
+    graph = workflow(contract_of(made).model_copy(update={"eta": eta}))
+    found, expected = by_workflow(made, graph), sampled(request(made, seed=7, eta=eta))
+    assert (found - expected).abs().max() <= 1e-5
+    other = sampled(request(made, seed=7, eta=1 - eta if eta != 0.4 else 0.9))
+    assert (found - other).abs().max() > 1e-3
+
+
+def test_the_files_graph(made: Student) -> None:
+    """Every link is of a node that stands before; the LoRAs are those beside it."""
+    graph = json.loads((made.export / "comfyui" / "workflow.json").read_text())
+    contract = contract_of(made)
+    assert graph == json.loads(json.dumps(workflow(contract, LORAS)))
+    for name, node in graph.items():
+        links = [v for v in node["inputs"].values() if isinstance(v, list)]
+        assert all(int(source) < int(name) and slot == 0 for source, slot in links)
+    kinds = [node["class_type"] for node in graph.values()]
+    assert kinds.count("SamplerEulerAncestral") == 3 and kinds.count("SamplerCustom") == 4
+    assert kinds.count(NODES[contract.family].latent) == 1
+    loaders = [n["inputs"] for n in graph.values() if n["class_type"] == "LoraLoaderModelOnly"]
+    for inputs in loaders:
+        assert (made.export / "comfyui" / inputs["lora_name"]).is_file()
+        assert inputs["strength_model"] == 1
+    assert len(loaders) == 2
+    seeds = [n["inputs"].get("noise_seed") for n in graph.values()]
+    assert len({s for s in seeds if s is not None}) == 4
+
+
+LORAS = [("few_step.safetensors", 1.0), ("tilt.safetensors", 1.0)]
+
+
+@pytest.mark.parametrize("eta", [0.05, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize(("now", "then"), [(1.0, 0.9), (0.9, 0.75), (0.75, 0.5), (0.3, 0.01)])
+def test_the_ancestral_setting_is_cps(eta: float, now: float, then: float) -> None:
+    """Mean and standard deviation in fp64."""
+    draw = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(1, 8, dtype=torch.float64, generator=draw) for _ in range(2))
+    mean, std = cps_mean_std(x, v, torch.tensor(now).double(), torch.tensor(then).double(), eta)
+    now, then = float(torch.tensor(now)), float(torch.tensor(then))
+    run = Interpreter({}, lambda y, s: y - s * v, lambda k: torch.zeros_like(x))
+    setting = {"eta": ancestral_eta(now, then, eta), "s_noise": 1.0}
+    assert torch.allclose(run.samplereulerancestral(x, now, then, setting), mean, atol=1e-12)
+    run.noise = lambda k: torch.ones_like(x)
+    above = run.samplereulerancestral(x, now, then, setting) - mean
+    assert torch.allclose(above, std.expand_as(above), atol=1e-9)
+
+
+def test_levels_are_spelled_without_exponents() -> None:
+    levels = [1.0, 0.8999999761581421, 0.1 + 0.2, 1.2345678e-5, 0.0]
+    text = spelled(levels)
+    assert text == "1, 0.9, 0.3, 0.000012345678, 0" and "e" not in text
+    read = torch.tensor([float(part) for part in text.split(",")])
+    assert torch.equal(read, torch.tensor(levels))
