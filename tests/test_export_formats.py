@@ -1,11 +1,11 @@
 """Exports for other programs: their readers, written from their own rules, and diffusers' own
 converters give the weights that were trained.
 
-The readers' rules: ComfyUI (comfy/lora.py, weight_adapter/lora.py at v0.3.75): a LoRA of the weight
-`diffusion_model.X.weight` has up = `.lora_B.weight`, down = `.lora_A.weight`, and adds
-up @ down times `.alpha` / down's rows, or times 1 without `.alpha`. kohya's sd-scripts
-(networks/lora_flux.py, v0.9.1): the module's path with `_` for each dot behind `lora_unet_`;
-`lora_up` @ `lora_down` times alpha / rows of `lora_down`. PEFT is itself.
+The readers are ours, after the rules that these programs' documents and users state; the programs
+themselves were not run. ComfyUI: a LoRA of the weight `diffusion_model.X.weight` has up =
+`.lora_B.weight`, down = `.lora_A.weight`, and adds up @ down times `.alpha` / down's rows, or times
+1 without `.alpha`. kohya's sd-scripts: the module's path with `_` for each dot behind `lora_unet_`;
+`lora_up` @ `lora_down` times alpha / rows of `lora_down`. PEFT is itself (constraints.txt).
 """
 
 from __future__ import annotations

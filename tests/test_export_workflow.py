@@ -112,6 +112,7 @@ def by_workflow(made: Student, graph: dict[str, Any]) -> Tensor:
     return role.backbone.decode(Interpreter(graph, denoise, noise).latent(last))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("eta", [0.0, 0.4, 0.9, 1.0])
 def test_the_workflow_gives_the_students_images(made: Student, eta: float) -> None:
     graph = workflow(contract_of(made).model_copy(update={"eta": eta}))

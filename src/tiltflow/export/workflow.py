@@ -1,7 +1,9 @@
 """A ComfyUI workflow that samples as the student was trained, in the form of ComfyUI's own API.
 
-Nodes and their inputs are as docs.comfy.org/built-in-nodes has them (read 2026-11). What they do to
-a flow model, in our symbols, with x̂₀ = x − σ v:
+ManualSigmas, SamplerEulerAncestral, the loaders of several encoders and the empty latents are as
+docs.comfy.org/built-in-nodes names them (read 2026-11); the other nodes are as published workflows
+have them. ComfyUI itself was not run. What the samplers do to a flow model, in our symbols, with
+x̂₀ = x − σ v:
 
 - `ManualSigmas` gives the levels; the first is σ₀ = 1, where the latent is the noise itself.
 - `lcm`: x' = (1 − σ') x̂₀ + σ' z with fresh noise z, which is CPS at η = 1 (METHOD §2).
