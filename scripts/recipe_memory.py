@@ -26,6 +26,7 @@ MODELS = {
     "sd35m": "SD3.5-M",
     "sd35l": "SD3.5-Large",
     "sana": "SANA",
+    "chroma": "Chroma",
     "flux1_dev": "FLUX.1-dev",
     "flux2_klein_4b": "FLUX.2-klein 4B",
     "flux2_klein_9b": "FLUX.2-klein 9B",

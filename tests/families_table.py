@@ -31,6 +31,15 @@ class Case:
 
 UNBINNED = {"use_resolution_binning": False}
 CASES = {
+    "chroma": Case(
+        names=("chroma", "chroma_wide", "chroma_beta"),
+        plain={"guidance_scale": 1.0},
+        guided=({"guidance_scale": 4.0}, 4.0),
+        batched=False,
+        recipe="chroma",
+        blocks="19 + 38",
+        adapter=(19 * 8 + 38 * 3, (19 * 8 + 38 * 3) * 32 * (3072 + 3072)),
+    ),
     "sana": Case(
         names=("sana", "sana_wide", "sana_euler"),
         plain={"guidance_scale": 1.0, **UNBINNED},

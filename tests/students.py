@@ -31,6 +31,7 @@ MODELS = {
     "schnell": ("flux_schnell", None),
     "flux2_klein_4b": ("klein_base", "klein"),
     "z_image": ("z_image", "z_image_turbo"),
+    "chroma": ("chroma", None),
     "sana": ("sana", None),
     "other_sizes": ("other_sd3_patch_4", None),
 }

@@ -59,12 +59,12 @@ def test_wrong_directories(sd3: Path, tmp_path: Path) -> None:
         check_pipeline(tmp_path / "empty")
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline .family sd3., not .* flux2"):
         check_pipeline(sd3, "flux2")
-    with pytest.raises(ValueError, match="'sdxl' is none of sd3, .*, z_image, sana, mixture"):
+    with pytest.raises(ValueError, match="'sdxl' is none of sd3, .*, sana, chroma, mixture"):
         check_pipeline(sd3, "sdxl")
     edit(sd3 / "model_index.json", _class_name="Flux2Pipeline")
     with pytest.raises(
         ValueError,
-        match="holds a Flux2Pipeline, which is none of .*, SanaPipeline; a family can be",
+        match="holds a Flux2Pipeline, which is none of .*, ChromaPipeline; a family can be",
     ):
         check_pipeline(sd3)
     (sd3 / "model_index.json").write_text("{")

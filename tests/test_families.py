@@ -20,7 +20,9 @@ from tiltflow.flow import euler_step
 from tiltflow.models.families import load_backbone
 from tiltflow.models.family import published
 from tiltflow.models.pipelines.meta import META, meta_backbone
+from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.roles import AdapterSettings, adapter_roles
+from tiltflow.scheduler import pack
 
 Tiny = Callable[[str], Path]
 PROMPTS = ["a red cat", "two dogs and a very long story of what they did on the way home", "x"]
@@ -69,6 +71,12 @@ def sampled(backbone: Any, x: Tensor, cond: Any, guidance: float | None) -> Tens
     return x
 
 
+def given(backbone: Any, x: Tensor) -> Tensor:
+    """Latents as a pipeline's call takes them: plain, or packed tokens."""
+    patch = backbone.record.token_patch
+    return pack(x, patch) if patch > 1 else x.clone()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize(("family", "name"), PAIRS)
@@ -90,11 +98,11 @@ def test_images_are_the_pipelines_to_the_last_bit(
             width=size[1],
             num_inference_steps=3,
             max_sequence_length=case.tokens,
-            latents=x.clone(),
+            latents=given(backbone, x),
             output_type="pt",
             **call,
         ).images
-        images = backbone.decode(sampled(backbone, x, cond, guidance))
+        images = backbone.decode(sampled(resized(backbone, size), x, cond, guidance))
         assert images.shape == (len(prompts), 3, *size) and images.std() > 0.03
         assert (images - theirs).abs().max() == 0
 

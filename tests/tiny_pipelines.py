@@ -286,9 +286,10 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
 def build(name: str, directory: Path, seed: int = 0) -> Path:
     """Writes the pipeline `name` (here or in `other_sizes`) into `directory`, and returns that."""
     from other_sizes import BUILDERS as OTHERS  # which takes tokenizers from here
+    from tiny_chroma import BUILDERS as CHROMA
     from tiny_sana import BUILDERS as SANA
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        {**BUILDERS, **OTHERS, **SANA}[name]().save_pretrained(directory)
+        {**BUILDERS, **OTHERS, **SANA, **CHROMA}[name]().save_pretrained(directory)
     return directory

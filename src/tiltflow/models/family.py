@@ -21,6 +21,7 @@ BUILTIN: dict[str, tuple[str | None, str]] = {
     "flux2": ("Flux2KleinPipeline", "tiltflow.models.families.flux2:FAMILY"),
     "z_image": ("ZImagePipeline", "tiltflow.models.families.z_image:FAMILY"),
     "sana": ("SanaPipeline", "tiltflow.models.families.sana:FAMILY"),
+    "chroma": ("ChromaPipeline", "tiltflow.models.families.chroma:FAMILY"),
     "mixture": (None, "tiltflow.models.families:MIXTURE"),
 }
 """By name: the diffusers pipeline (None: the family needs no files), and the record's place."""
