@@ -118,6 +118,7 @@ SETTINGS = [
         "a judge at no address",
         TILT + "'rewards={\"judge:m\": {weight: 1, options: {rubric: r.txt, endpoint: here}}}'",
     ),
+    Case("the loop of a demo that is begun anew", "demo --loop --fresh"),
     Case("ranks given up at once", TRAIN + "run.rank_timeout=1"),
     Case("micro-batches across groups", TILT + "train.micro_batch_size=7"),
     Case("more sampler steps than there may be", TRAIN + "sampler.steps=1000000000"),

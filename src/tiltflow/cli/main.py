@@ -92,8 +92,20 @@ def demo(
     out: Annotated[Path, option("--out", "run directory")] = Path("runs/demo"),
     fast: Annotated[bool, typer.Option("--fast", help="a smoke run of a few minutes")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="delete an earlier demo first")] = False,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="from a simulated person's votes to a tilt, instead")
+    ] = False,
 ) -> None:
     """Teacher to tilted 4-step generator on the embedded model, scored and reported."""
+    if loop and (fast or fresh):
+        raise ValueError(
+            "--loop goes on from the demo's cold start: give it without --fast and --fresh"
+        )
+    if loop:
+        from tiltflow.tasks.loop import run_loop
+
+        run_loop(out, console)
+        return
     from tiltflow.tasks.demo import run_demo
 
     run_demo(out, fast, fresh, console)

@@ -45,7 +45,7 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
         (out / NOTICE).unlink(missing_ok=True)
     for stage in ("cold_start", "tilt"):
         console.rule(Text(stage, "bold"))
-        _train(stage, out, FAST[stage] if fast else (), console)
+        train_stage(stage, out, FAST[stage] if fast else (), console)
     console.rule(Text("evaluation on held-out prompts", "bold"))
     suite = suite_of("shapes")
     request = Request(
@@ -76,17 +76,21 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
         console.print(SMOKE)
 
 
-def _train(stage: str, out: Path, changes: Sequence[str], console: Console) -> None:
-    """One stage, resumed if it was begun and passed over if it is done."""
-    overrides = [f"run.out={out / stage}", "run.resume=auto", *changes]
+def train_stage(
+    stage: str, out: Path, changes: Sequence[str], console: Console, folder: str | None = None
+) -> None:
+    """One stage in `out`/`folder`, resumed if it was begun and passed over if it is done."""
+    run = out / (folder or stage)
+    overrides = [f"run.out={run}", "run.resume=auto", *changes]
     if stage == "tilt":
         overrides.append(f"model.few_step={out / 'cold_start'}")
     cfg = load_config(f"demo_{stage}", overrides)
-    if latest_step(out / stage) == cfg.train.steps and (out / stage / "export").is_dir():
-        console.print(f"{out / stage} is done")
+    if latest_step(run) == cfg.train.steps and (run / "export").is_dir():
+        console.print(f"{run} is done")
         return
     run_training(cfg, console)
-    if latest_step(out / stage) != cfg.train.steps:
-        command = f"tiltflow demo --out {quote(str(out))}" + (" --fast" if changes else "")
+    if latest_step(run) != cfg.train.steps:
+        command = f"tiltflow demo --out {quote(str(out))}"
+        command += " --loop" if folder else " --fast" if changes else ""
         console.print(f"the demo goes on where it stopped: {command}", soft_wrap=True)
         raise SystemExit(0)

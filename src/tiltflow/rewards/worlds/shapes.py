@@ -35,12 +35,12 @@ COUNTS = {2: "two", 3: "three"}
 HELD_OUT_SHARE = 0.2
 
 # The reach of a shape (its farthest point) in units of its nominal radius.
-_REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.35, "cross": 1.2}
+REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.35, "cross": 1.2}
 # Objects stand in the four quarters of the frame, one each, a little off the quarter's centre;
 # their reach as a share of the image's side.
 _CENTRES = tuple((x, y) for x in (0.25, 0.75) for y in (0.25, 0.75))
 _JITTER = 0.035
-_REACHES = (0.16, 0.205)
+REACHES = (0.16, 0.205)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def sample_scene(caption: Caption, rng: np.random.Generator) -> Scene:
 def place(kind: tuple[str, str], centre: tuple[float, float], rng: np.random.Generator) -> Placed:
     """An object of a (shape, colour), of a drawn size, near a quarter's centre."""
     (shape, colour), (x, y) = kind, centre + rng.uniform(-_JITTER, _JITTER, 2)
-    return Placed(shape, colour, float(x), float(y), rng.uniform(*_REACHES) / _REACH[shape])
+    return Placed(shape, colour, float(x), float(y), rng.uniform(*REACHES) / REACH[shape])
 
 
 def free_places(scene: Scene) -> list[tuple[float, float]]:
@@ -246,7 +246,7 @@ def render(scene: Scene, size: int = SIZE, supersample: int = 3) -> np.ndarray:
     image = np.empty((size, size, 3), dtype=np.float32)
     image[:] = BACKGROUNDS[scene.background]
     for o in scene.objects:
-        reach = o.radius * _REACH[o.shape] * size + 1
+        reach = o.radius * REACH[o.shape] * size + 1
         x0, x1 = max(int(o.x * size - reach), 0), min(int(o.x * size + reach) + 2, size)
         y0, y1 = max(int(o.y * size - reach), 0), min(int(o.y * size + reach) + 2, size)
         grid_x = x0 + (np.arange((x1 - x0) * supersample) + 0.5) / supersample
