@@ -12,7 +12,7 @@ both), and reward models (`commands.planning` adds them to a plan).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -265,7 +265,7 @@ def _traced(
     whole: bool = True,
 ) -> int:
     """The peak of what `run` makes; or what is left of it in its result."""
-    attention: AbstractContextManager[Any] = fused_kernels() if fused else nullcontext()
+    attention: AbstractContextManager[object] = fused_kernels() if fused else nullcontext()
     networks = {id(r.network): r.network for r in (roles.generator, roles.fake_score.at(1))}
     networks |= {id(r.network): r.network for r in (roles.teacher, roles.ema)}
     gradients = [p.grad for n in networks.values() for p in n.parameters() if p.grad is not None]
@@ -368,5 +368,5 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _bytes(tensors: Any) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.nbytes for t in tensors)

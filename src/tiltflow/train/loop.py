@@ -83,7 +83,7 @@ class LoopSettings:
     wandb: bool = False
     stop_on_alarm: bool = False
     """End at the last good checkpoint when the watch raises an alarm; each clean look is saved."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able facts that go into each checkpoint's state (stage, adapters)."""
 
 
