@@ -59,6 +59,16 @@ CASES = {
         blocks="30 + 0",
         adapter=(30 * 4, 30 * 4 * 32 * (3840 + 3840)),
     ),
+    "qwen_image": Case(
+        names=("qwen_image", "qwen_image_wide"),
+        plain={},
+        guided=({"negative_prompt": " ", "true_cfg_scale": 3.0}, 3.0),
+        batched=False,
+        tokens=36,
+        recipe="qwen_image",
+        blocks="60 + 0",
+        adapter=(60 * 8 - 2, (60 * 8 - 2) * 32 * (3072 + 3072)),
+    ),
 }
 
 PAIRS = [(family, name) for family, case in CASES.items() for name in case.names]

@@ -33,6 +33,7 @@ MODELS = {
     "z_image": ("z_image", "z_image_turbo"),
     "chroma": ("chroma", None),
     "sana": ("sana", None),
+    "qwen_image": ("qwen_image", None),
     "other_sizes": ("other_sd3_patch_4", None),
 }
 """A recipe's model (or one that has none), its tiny pipeline and its generator's."""

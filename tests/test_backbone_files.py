@@ -59,7 +59,7 @@ def test_wrong_directories(sd3: Path, tmp_path: Path) -> None:
         check_pipeline(tmp_path / "empty")
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline .family sd3., not .* flux2"):
         check_pipeline(sd3, "flux2")
-    with pytest.raises(ValueError, match="'sdxl' is none of sd3, .*, sana, chroma, mixture"):
+    with pytest.raises(ValueError, match="'sdxl' is none of sd3, .*, chroma, qwen_image, mixture"):
         check_pipeline(sd3, "sdxl")
     edit(sd3 / "model_index.json", _class_name="Flux2Pipeline")
     with pytest.raises(

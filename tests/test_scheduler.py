@@ -18,6 +18,7 @@ from students import MODELS, PROMPTS, RESOLUTION, TOKENS, Student, request, samp
 from torch import Tensor
 
 from tiltflow.core.randomness import Randomness
+from tiltflow.data.prompts import Prompt
 from tiltflow.flow import cps_step, euler_step
 from tiltflow.models.families import load_backbone
 from tiltflow.scheduler import CPSFlowMatchScheduler, latent_shape, pack
@@ -135,10 +136,14 @@ def images(pipe: Any, **call: Any) -> Tensor:
     size = {"height": RESOLUTION, "width": RESOLUTION, "max_sequence_length": TOKENS}
     # SD3 and klein take 1 as no guidance; FLUX.1-dev's student was trained at it
     values = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
-    return pipe(prompt=PROMPTS, **size, **values | call).images
+    return pipe(**{"prompt": PROMPTS} | size | values | call).images
 
 
-OFF = {"z_image": {"guidance_scale": 0.0}, "sana": {"use_resolution_binning": False}}
+OFF = {
+    "z_image": {"guidance_scale": 0.0},
+    "sana": {"use_resolution_binning": False},
+    "qwen_image": {"guidance_scale": None},
+}
 """What a pipeline's call takes for a student's pass beside `images`' own arguments."""
 
 
@@ -146,18 +151,21 @@ OFF = {"z_image": {"guidance_scale": 0.0}, "sana": {"use_resolution_binning": Fa
 def test_pipeline_gives_the_images_of_tiltflow_sample(
     made: Callable[[str], Student], name: str
 ) -> None:
-    asked = request(made(name), tilt=0.7, seed=11)
+    # Qwen-Image's pipeline encodes its prompts together, and each is encoded alone here
+    prompts = PROMPTS[:1] if name == "qwen_image" else PROMPTS
+    count = len(prompts)
+    asked = request(made(name), prompts=[Prompt(text) for text in prompts], tilt=0.7, seed=11)
     ours = sampled(asked)
     pipe = loaded_pipeline(made(name), 0.7)
     off = OFF.get(name, {})
-    theirs = images(pipe, generator=pipe.scheduler.seed(11, images=2), **off)
+    theirs = images(pipe, generator=pipe.scheduler.seed(11, images=count), **off, prompt=prompts)
     assert ours.std() > 0.05 and (ours - theirs).abs().max() == 0
     # each part of it matters: the second adapter's strength, and the noise of the steps
     other = loaded_pipeline(made(name), 0.0)
-    seeded = other.scheduler.seed(11, images=2)
-    assert (images(other, generator=seeded, **off) - ours).abs().max() > 1e-3
-    initial = [Randomness(11).generator("sample/init", n) for n in range(2)]
-    assert (images(pipe, generator=initial, **off) - ours).abs().max() > 1e-3
+    seeded = other.scheduler.seed(11, images=count)
+    assert (images(other, generator=seeded, **off, prompt=prompts) - ours).abs().max() > 1e-3
+    initial = [Randomness(11).generator("sample/init", n) for n in range(count)]
+    assert (images(pipe, generator=initial, **off, prompt=prompts) - ours).abs().max() > 1e-3
 
 
 def test_without_a_seed_the_generator_decides(made: Callable[[str], Student]) -> None:

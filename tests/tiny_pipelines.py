@@ -284,12 +284,14 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
 
 
 def build(name: str, directory: Path, seed: int = 0) -> Path:
-    """Writes the pipeline `name` (here or in `other_sizes`) into `directory`, and returns that."""
+    """Writes the pipeline `name` into `directory`, and returns that. It is one of `BUILDERS`, here
+    or in `other_sizes` or `tiny_qwen`."""
     from other_sizes import BUILDERS as OTHERS  # which takes tokenizers from here
     from tiny_chroma import BUILDERS as CHROMA
+    from tiny_qwen import BUILDERS as QWEN
     from tiny_sana import BUILDERS as SANA
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        {**BUILDERS, **OTHERS, **SANA, **CHROMA}[name]().save_pretrained(directory)
+        {**BUILDERS, **OTHERS, **SANA, **CHROMA, **QWEN}[name]().save_pretrained(directory)
     return directory

@@ -293,7 +293,7 @@ def _fill(
     """Encodes texts into shards."""
     parts: list[Conditioning] = []
     begin = size = 0
-    for part in encoded_batches(backbone.encode, texts, batch_size):
+    for part in encoded_batches(backbone, texts, batch_size):
         if not parts and begin == 0:
             _check_space(cache.root, _bytes(part) * len(texts) // len(part))
         parts.append(part)

@@ -15,7 +15,6 @@ from tiltflow.models.backbone import ON_HOST, Backbone, Conditioning
 BATCH = 64
 """Texts that go through the text encoders at a time."""
 
-Encode = Callable[[Sequence[str]], Conditioning]
 Progress = Callable[[int], None]
 
 
@@ -75,7 +74,7 @@ def encode_prompts(
         raise ValueError("there are no prompts to encode")
     texts = distinct(prompts)
     tables = []
-    for part in encoded_batches(backbone.encode, texts, batch_size):
+    for part in encoded_batches(backbone, texts, batch_size):
         tables.append(part)
         progress(min(len(tables) * batch_size, len(texts)))
     places = {text: divmod(i, batch_size) for i, text in enumerate(texts)}
@@ -83,18 +82,29 @@ def encode_prompts(
 
 
 def encoded_batches(
-    encode: Encode, texts: Sequence[str], batch_size: int
+    backbone: Backbone, texts: Sequence[str], batch_size: int
 ) -> Iterator[Conditioning]:
     """Tables (on the CPU) of `batch_size` texts at a time, the last one of what is left.
 
     Exactly `batch_size` texts go through the encoders each time, the last batch filled up with the
     empty prompt: a matrix product rounds by its size, so a text's embedding is the same bits
-    whatever else is encoded with it, and a cache may mix old and new ones.
+    whatever else is encoded with it, and a cache may mix old and new ones. Where a batch would
+    be as long as its longest text (`ragged`), each goes alone.
     """
+    alone = getattr(backbone, "ragged", False)
     for start in range(0, len(texts), batch_size):
         part = list(texts[start : start + batch_size])
-        cond = encode([*part, *[""] * (batch_size - len(part))])
+        if alone:
+            cond = _joined([backbone.encode([text]) for text in part])
+        else:
+            cond = backbone.encode([*part, *[""] * (batch_size - len(part))])
         yield Conditioning(
             {key: value[: len(part)].to("cpu") for key, value in cond.positive.items()},
             {key: value[:1].to("cpu") for key, value in cond.negative.items()},
         )
+
+
+def _joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """One after the other, with the first one's negative, which is alike in all."""
+    positive = {key: torch.cat([one.positive[key] for one in parts]) for key in parts[0].positive}
+    return Conditioning(positive, parts[0].negative)

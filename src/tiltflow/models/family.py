@@ -22,6 +22,7 @@ BUILTIN: dict[str, tuple[str | None, str]] = {
     "z_image": ("ZImagePipeline", "tiltflow.models.families.z_image:FAMILY"),
     "sana": ("SanaPipeline", "tiltflow.models.families.sana:FAMILY"),
     "chroma": ("ChromaPipeline", "tiltflow.models.families.chroma:FAMILY"),
+    "qwen_image": ("QwenImagePipeline", "tiltflow.models.families.qwen_image:FAMILY"),
     "mixture": (None, "tiltflow.models.families:MIXTURE"),
 }
 """By name: the diffusers pipeline (None: the family needs no files), and the record's place."""
@@ -96,6 +97,8 @@ class Family:
     """Whether the pipeline's call takes `max_sequence_length`."""
     call: Mapping[str, object] = field(default_factory=dict)
     """Further arguments that the pipeline's call needs to give what was trained."""
+    guided_call: Mapping[str, object] = field(default_factory=dict)
+    """Those that it needs beside a guidance scale of more than one pass."""
     student_schedule: Mapping[str, object] = field(default_factory=dict)
     """What of the scheduler's configuration the few-step grid overrides: a grid is the pipeline's
     own scheduler's for K equal raw levels, with these."""

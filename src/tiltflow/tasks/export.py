@@ -280,6 +280,7 @@ def call_of(contract: Contract, family: Family) -> dict[str, Any]:
         "width": width,
         **length,
         **family.call,
+        **(family.guided_call if contract.guidance != 1 else {}),
     }
 
 

@@ -13,6 +13,7 @@ from tiltflow.flow import raw_levels
 from tiltflow.models.family import Family, Published
 from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
 from tiltflow.models.pipelines.geometry import odd
+from tiltflow.models.pipelines.lengths import filled
 from tiltflow.models.pipelines.published import FLUX_VAE, QWEN3_4B
 
 MULTIPLE = 32
@@ -139,10 +140,7 @@ class ZImageBackbone(PipelineBackbone):
             do_classifier_free_guidance=False,
             max_sequence_length=self.sequence,
         )
-        rows = found[0].new_zeros(len(found), self.sequence, found[0].shape[1])
-        for row, embedding in zip(rows, found, strict=True):
-            row[: len(embedding)] = embedding
-        return {"prompt_embeds": rows, "prompt_lengths": torch.tensor([len(e) for e in found])}
+        return filled(found, self.sequence)
 
     def _to_vae(self, latents: Tensor) -> Tensor:
         return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor

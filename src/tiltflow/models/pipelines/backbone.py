@@ -65,8 +65,11 @@ class PipelineBackbone(ABC):
     """Whether the prompts come before the empty one in the pipeline's batch for guidance."""
     shifted: ClassVar[bool] = True
     """Whether latents are shifted on their way to the autoencoder, where it says by how much."""
-    packing: ClassVar[int]
+    packing: int
     """How many values of one latent channel a token holds side by side as channels."""
+    ragged: ClassVar[bool] = False
+    """Whether the pipeline fills prompts up to the longest of a batch, so that an embedding's last
+    bits depend on what is encoded with it: then each is encoded alone (`data.embeddings`)."""
 
     def __init__(
         self,
@@ -298,7 +301,7 @@ class PipelineBackbone(ABC):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The prompts' conditioning; the negative is the empty prompt.
+        """The prompts' conditioning; the negative is the family's negative prompt.
 
         Raises:
             RuntimeError: after `free_text_encoders`, or where they were not loaded.

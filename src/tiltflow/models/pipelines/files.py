@@ -18,7 +18,7 @@ from tiltflow.models.pipelines.directory import (
     local_pipeline,
 )
 from tiltflow.models.pipelines.headers import DEPTHS, WIDTHS, check_sizes
-from tiltflow.models.pipelines.limits import check_numbers, is_number, shown
+from tiltflow.models.pipelines.limits import check_numbers, flattened, is_number, shown
 
 __all__ = ["absent_parts", "check_directory", "check_pipeline", "local_pipeline"]
 
@@ -72,11 +72,12 @@ def check_directory(pipeline: Pipeline) -> Family:
         for file in JSON_FILES:
             content = pipeline.json(f"{part}/{file}") if pipeline.has(f"{part}/{file}") else {}
             if file in NUMBERED:
-                check_numbers(root / part / file, content, family.whole)
+                for config in flattened(content):
+                    check_numbers(root / part / file, config, family.whole)
         if is_network(part):
             depths, widths = (*DEPTHS, *family.depths), (*WIDTHS, *family.widths)
-            config, header = pipeline.config(part), pipeline.header(part)
-            check_sizes(root / part, config, header, depths, widths)
+            for config in flattened(pipeline.config(part)):
+                check_sizes(root / part, config, pipeline.header(part), depths, widths)
     check_numbers(root / INDEX, index)
     check_numbers(root / SIDE_FILE, pipeline.side)
     _check_tokenizers(pipeline, family)

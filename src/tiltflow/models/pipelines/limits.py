@@ -95,6 +95,16 @@ NULLABLE = (
 """What may be null: a class's default, a formula, or what a later check has a sentence for."""
 
 
+NESTED = ("text_config", "vision_config")
+"""Configurations inside one: of a model that has both a language model and an eye."""
+
+
+def flattened(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A configuration, and those inside it."""
+    inner = (config[key] for key in NESTED if isinstance(config.get(key), dict))
+    return [config, *inner]
+
+
 def check_numbers(
     file: Path, config: Mapping[str, Any], more: Mapping[str, tuple[int, int]] | None = None
 ) -> None:

@@ -1,0 +1,114 @@
+"""What the families share whose autoencoder is Qwen-Image's: a video's, of which images are the
+first frame, with a mean and a deviation a channel; and tokens of square patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tiltflow.core.transfer import to_device
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.limits import is_number, shown
+
+QWEN_VAE = {"_class_name": "AutoencoderKLQwenImage"}
+"""The published one: its class's defaults in diffusers, statistics included."""
+
+WHOLE = {
+    **dict.fromkeys(("base_dim", "z_dim", "out_hidden_size"), (1, 65_536)),
+    **dict.fromkeys(("dim_mult", "input_channels", "spatial_merge_size"), (1, 64)),
+    **dict.fromkeys(("num_res_blocks", "depth"), (0, 1_000)),
+    "temporal_patch_size": (1, 64),
+}
+"""Of the autoencoder, and of the eye that text encoders of the Qwen-VL kind have."""
+DEPTHS = ("num_res_blocks", "depth")
+WIDTHS = ("base_dim", "z_dim", "out_hidden_size")
+MOST_LEVELS = 8
+"""Resolutions of an autoencoder: each halves the side."""
+
+
+class QwenVaeBackbone(PipelineBackbone):
+    """Latents are the autoencoder's, (z_dim, side/8, side/8), packed for the transformer only."""
+
+    axes = 3
+
+    def _check_parts(self) -> None:
+        """Raises ValueError where the autoencoder's lists do not go with its sizes."""
+        vae = self.part_config(self.pipeline, "vae")
+        said = f"the autoencoder in {self.path} has"
+        levels, halves = vae["dim_mult"], vae["temperal_downsample"]
+        if not isinstance(levels, list) or not 2 <= len(levels) <= MOST_LEVELS:
+            raise ValueError(f"{said} dim_mult={shown(levels)}, no list of 2 to {MOST_LEVELS}")
+        flags = isinstance(halves, list) and all(isinstance(value, bool) for value in halves)
+        if not flags or len(halves) != len(levels) - 1:
+            raise ValueError(
+                f"{said} temperal_downsample={shown(halves)}, which is not {len(levels) - 1} "
+                "times true or false, one less than its dim_mult has"
+            )
+        if vae["attn_scales"]:
+            raise ValueError(f"{said} attn_scales={shown(vae['attn_scales'])}, which must be empty")
+        for key, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
+            values = vae[key]
+            whole = isinstance(values, list) and len(values) == vae["z_dim"]
+            if not whole or not all(is_number(value) and value > least for value in values):
+                raise ValueError(
+                    f"{said} {key}={shown(values)}, which is not the {vae['z_dim']} numbers "
+                    f"{'above 0 ' if least == 0 else ''}of its z_dim"
+                )
+
+    def _factor(self, vae: Mapping[str, Any]) -> int:
+        return int(2 ** len(vae["temperal_downsample"]))
+
+    def _latent_channels(self, vae: Mapping[str, Any]) -> int:
+        return int(vae["z_dim"])
+
+    def _patch(self, transformer: Mapping[str, Any]) -> int:
+        return math.isqrt(self.packing)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) as tokens (B, H/p · W/p, C·p²), a channel's p × p cells side by side."""
+        (batch, channels, height, width), p = x.shape, self.geometry.patch
+        cells = x.reshape(batch, channels, height // p, p, width // p, p)
+        return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
+
+    def _unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `_pack`."""
+        p = self.geometry.patch
+        cells = tokens.reshape(len(tokens), height // p, width // p, -1, p, p)
+        return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+    def _to_vae(self, latents: Tensor) -> Tensor:
+        """One frame, (B, C, 1, H, W); divided by 1/std, as the pipelines do."""
+        mean, std = (
+            torch.tensor(self.vae.config[key]).view(1, -1, 1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+        )
+        inverse = to_device(1.0 / std, latents.device)
+        return latents.unsqueeze(2) / inverse + to_device(mean, latents.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] from latents, differentiable, fp32."""
+        z = self._to_vae(latents.float()).to(self.vae.dtype)
+        images: Tensor = self.vae.decode(z, return_dict=False)[0]
+        return self.medium.decode(images[:, :, 0].float())
+
+    def checkpoint_decoder(self) -> None:
+        """By hand, since diffusers has none for this autoencoder. Its blocks hand the last frames
+        on to the next ones, which a second pass would count twice; one frame has no next."""
+        decoder = self.vae.decoder
+        for block in (decoder.mid_block, *decoder.up_blocks):
+            block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def once(x: Tensor, *_: object) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(x)
+        found: Tensor = checkpoint(forward, x, use_reentrant=False)
+        return found
+
+    return once
