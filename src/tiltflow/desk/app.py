@@ -40,6 +40,13 @@ PATIENCE = 10.0
 """Seconds for a request's body."""
 
 
+class Json(JSONResponse):
+    """In ASCII: the name of a file that is no text has halves of surrogates, which UTF-8 has not."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
 class Desk:
     """The runs and evaluations under the given paths, looked for anew with every overview, and the
     file that votes go to."""
@@ -115,10 +122,10 @@ class Answers:
         return FileResponse(PAGE / "index.html", media_type="text/html")
 
     def overview(self, request: Request) -> Response:
-        return JSONResponse(self.desk.overview())
+        return Json(self.desk.overview())
 
     def run(self, request: Request) -> Response:
-        return JSONResponse(self.desk.view(request.path_params["id"]))
+        return Json(self.desk.view(request.path_params["id"]))
 
     def sample(self, request: Request) -> Response:
         run = self.desk.run(request.path_params["id"]).path
@@ -126,7 +133,7 @@ class Answers:
 
     def set(self, request: Request) -> Response:
         table = self.desk.table(request.path_params["id"])
-        return JSONResponse(
+        return Json(
             {
                 "systems": [column.name for column in table.columns],
                 "images": [column.images.is_dir() for column in table.columns],
@@ -138,7 +145,7 @@ class Answers:
 
     def rows(self, request: Request) -> Response:
         table = self.desk.table(request.path_params["id"])
-        return JSONResponse(look(table, _choice(request.query_params)))
+        return Json(look(table, _choice(request.query_params)))
 
     def image(self, request: Request) -> Response:
         table, column = self.desk.table(request.path_params["id"]), request.path_params["column"]
@@ -150,7 +157,7 @@ class Answers:
         """A new pair of images for a vote."""
         asked = await read_body(request)
         match = Match(*(_text(asked, key) for key in ("set", "a", "b")))
-        return JSONResponse(await run_in_threadpool(self._draw, match))
+        return Json(await run_in_threadpool(self._draw, match))
 
     def pair_image(self, request: Request) -> Response:
         pair, side = request.path_params["pair"], request.path_params["side"]
@@ -161,7 +168,7 @@ class Answers:
         said = await read_body(request)
         key, choice = _text(said, "pair"), _text(said, "choice")
         match = await run_in_threadpool(self.desk.ballot.vote, key, choice)
-        return JSONResponse(await run_in_threadpool(self._draw, match))
+        return Json(await run_in_threadpool(self._draw, match))
 
     async def dial_load(self, request: Request) -> Response:
         """Loads the student of some runs."""
@@ -172,15 +179,15 @@ class Answers:
         if side is not None and type(side) is not int:
             raise ValueError("side is a whole number of pixels")
         runs = [self.desk.run(id) for id in ids]
-        return JSONResponse(await run_in_threadpool(self.desk.dial.load, runs, side))
+        return Json(await run_in_threadpool(self.desk.dial.load, runs, side))
 
     async def dial_image(self, request: Request) -> Response:
         asked = await read_body(request)
-        return JSONResponse(await run_in_threadpool(self.desk.dial.image, asked))
+        return Json(await run_in_threadpool(self.desk.dial.image, asked))
 
     async def dial_scores(self, request: Request) -> Response:
         asked = await read_body(request)
-        return JSONResponse(await run_in_threadpool(self.desk.dial.scores, asked))
+        return Json(await run_in_threadpool(self.desk.dial.scores, asked))
 
     def dial_picture(self, request: Request) -> Response:
         return Response(self.desk.dial.picture(request.path_params["key"]), media_type="image/png")
@@ -257,13 +264,13 @@ async def read_body(request: Request) -> dict[str, Any]:
 
 
 async def _missing(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "there is no such thing here (any more)"}, 404)
+    return Json({"error": "there is no such thing here (any more)"}, 404)
 
 
 async def _wrong(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)[:500]}, 422)
+    return Json({"error": str(error)[:500]}, 422)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    return JSONResponse({"error": "there is nothing at this address"}, status)
+    return Json({"error": "there is nothing at this address"}, status)

@@ -22,6 +22,8 @@ TAIL = 65_536
 """Bytes at the end of a log that the list of runs looks at."""
 PIECE = 1 << 20
 """Bytes of a log that are read at a time."""
+LARGEST = 1e300
+"""Of a log's numbers: means of them are finite."""
 SAMPLE = re.compile(r"step-(\d{6,})\.png")
 
 
@@ -97,9 +99,15 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = parse_json(line)
     except ValueError:
         return None
-    whole = isinstance(row, dict) and isinstance(row.get("step"), int)
-    plain = whole and all(isinstance(v, int | float | str) for v in row.values())
-    return row if plain else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if all(map(_plain, row.values())) else None
+
+
+def _plain(value: object) -> bool:
+    """Whether a page can show it: a text, or a number that is finite and whose sums are."""
+    number = isinstance(value, int | float) and abs(value) <= LARGEST  # NaN is not
+    return number or isinstance(value, str)
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -111,7 +119,8 @@ def summary(run: Path) -> dict[str, Any]:
             file.seek(max(0, about.st_size - TAIL))
             for row in filter(None, map(_row, file.read(TAIL).split(b"\n"))):
                 step = max(step, row["step"])
-                alarms = int(row.get("watch/alarms", alarms))
+                found = row.get("watch/alarms", alarms)
+                alarms = alarms if isinstance(found, str) else int(found)
         modified = about.st_mtime
     return {
         "step": step,
@@ -154,8 +163,8 @@ def view(run: Path, log: Log) -> dict[str, Any]:
         left = pace * max(0, total - log.step)
     return {
         "step": log.step,
-        "steps": total,
-        "stage": chosen.get("stage"),
+        "steps": total if isinstance(total, int) else None,
+        "stage": _text(chosen.get("stage", "?")),
         "running": running,
         "seconds_per_step": pace,
         "seconds_left": left,
