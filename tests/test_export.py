@@ -172,6 +172,8 @@ def test_bad_exports(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("stage: cold_start\n")
     with pytest.raises(ValueError, match="--tilt is 2"):
         export_run(tmp_path, tmp_path / "out", Wanted(strengths=(2.0,)))
+    with pytest.raises(ValueError, match=r"two strengths that both read 0\.123457"):
+        Wanted.of(tilt="0.1234567,.5,0.12345671")
 
 
 def test_a_lora_of_another_model_is_one_sentence(tiny_pipeline: Tiny, tmp_path: Path) -> None:

@@ -206,6 +206,16 @@ def test_hpd_is_read(tmp_path):
         ("x.json", "[1]", "entry 1 is not HPD's"),
         ("x.json", '[{"prompt":"a","path1":"../x","path2":"y"}]', "outside its folder"),
         ("x.json", '[{"prompt":"a","path1":"/x","path2":"y"}]', "outside its folder"),
+        (
+            "x.json",
+            '[{"prompt":"a","image_path":["x","y"],"human_preference":["good",0]}]',
+            "entry 1 is not HPD's",
+        ),
+        (
+            "x.json",
+            '[{"prompt":"a","image_path":["x","y"],"human_preference":[NaN,0]}]',
+            "entry 1 is not HPD's",
+        ),
         ("x.parquet", "no parquet", "no parquet file that can be read"),
     ],
 )
@@ -222,6 +232,14 @@ def test_an_image_that_was_changed_after_the_vote_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     (one,) = load_preferences(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match="another image than the one that was voted on"):
+        one.images()
+
+
+def test_an_image_whose_name_no_file_can_have_is_refused_by_name(tmp_path):
+    row = {"prompt": "p", "image_a": "a\0.png", "image_b": "b.png", "choice": "a"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    (one,) = load_preferences(tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match="is no image that can be read"):
         one.images()
 
 

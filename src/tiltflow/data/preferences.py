@@ -49,8 +49,11 @@ def _read(source: Path | bytes, digest: str | None) -> Tensor:
     name = str(source) if isinstance(source, Path) else "an image of the file"
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
-        if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"{name} is another image than the one that was voted on")
+    except (OSError, ValueError) as error:  # a name may have a null character in it
+        raise ValueError(f"{name} is no image that can be read") from error
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"{name} is another image than the one that was voted on")
+    try:
         with Image.open(BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{name} has too many pixels")
@@ -201,7 +204,9 @@ def _hpd_pairs(path: Path, row: Mapping[str, Any]) -> Iterator[Preference]:
         yield Preference(prompt, _beside(path, row["path1"]), _beside(path, row["path2"]), 1.0)
         return
     files = [_beside(path, name) for name in row["image_path"]]
-    marks = [float(mark) for mark in row["human_preference"]]
+    marks = list(row["human_preference"])
+    if not all(isinstance(mark, int | float) and mark == mark for mark in marks):
+        raise TypeError("a mark is no number")
     if len(files) != len(marks):
         raise ValueError(f"{path}: {len(files)} images with {len(marks)} marks")
     for i, first in enumerate(files):

@@ -33,6 +33,12 @@ class Wanted:
         for strength in self.strengths:
             if not 0 <= strength <= 1:
                 raise ValueError(f"--tilt is {strength:g}; it goes from 0 (stage 1) to 1 (stage 2)")
+        names = [f"{strength:g}" for strength in self.strengths]
+        same = [name for name in names if names.count(name) > 1]
+        if same:
+            raise ValueError(
+                f"--tilt has two strengths that both read {same[0]}, and files are called by them"
+            )
         if self.dtype not in (None, *get_args(FileType)):
             raise ValueError(f"--dtype is {self.dtype!r}; it is bf16 or fp8")
         if self.dtype is not None and "merged" not in self.formats:
