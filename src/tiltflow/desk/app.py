@@ -41,7 +41,7 @@ PATIENCE = 10.0
 
 
 class Json(JSONResponse):
-    """In ASCII: the name of a file that is no text has halves of surrogates, which UTF-8 has not."""
+    """In ASCII: a file name that is no text has halves of surrogates, which UTF-8 has not."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
