@@ -187,12 +187,17 @@ def test_what_is_no_bucket_says_one_sentence() -> None:
         ("[[64, 96], [64, 96]]", "data.buckets has 64x96 twice: give it a weight instead"),
         ("[[64, 95]]", "data.buckets has 64x95, which is no multiple of 8"),
         ("[]", "data.buckets is [], but it should have at least 1 item"),
+        ("[{size: 64, weight: 1e308}]", "data.buckets.weight is 1e+308, but it should be less"),
+        (
+            "[32, {size: 64, wieght: 2}]",
+            "unknown key data.buckets.wieght; the nearest is data.buckets.weight",
+        ),
     ):
         with pytest.raises(ValueError) as caught:
             load_config("sd3m_cold_start", ["data.prompts=p.txt", f"data.buckets={value}"])
         assert str(caught.value).startswith(words)
     with pytest.raises(ValueError, match="sizes of pictures, and the mixture makes none"):
         load_config("mixture_cold_start", ["data.buckets=[64]"])
-    for size in (0, 10**9, "2x", [64], True):
+    for size in (0, 10**9, "2x", [64], True, [True, 64]):
         with pytest.raises(ValueError, match="data.buckets: prompt 1"):
             by_column("size", [Prompt("a", {"size": size})])

@@ -24,7 +24,7 @@ from tiltflow.config.recipe_source import (
     recipe_text,
     run_directory_of,
 )
-from tiltflow.config.schema import RewardConfig, Rewards, RunConfig, plain_weight
+from tiltflow.config.schema import BucketConfig, RewardConfig, Rewards, RunConfig, plain_weight
 from tiltflow.core.latest import steps_in
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.settings import complaint
@@ -53,6 +53,7 @@ __all__ = [
 _KINDS = {"model.path": "DIR", "data.prompts": "FILE"}
 """What must be given, where that is no plain value."""
 
+_BUCKET = [f"data.buckets.{key}" for key in BucketConfig.model_fields]
 _REWARDS = (["rewards"], ["watch", "rewards"])
 
 
@@ -177,6 +178,8 @@ def _sentence(error: ValidationError) -> str:
     for unknown in (one for one in (first, *others) if one["type"] == "extra_forbidden"):
         *section, _ = place = [str(part) for part in unknown["loc"]]
         choices = _candidates("".join(f"{part}." for part in section), unknown["input"])
+        if place[:2] == ["data", "buckets"]:  # a union of lists, of whose keys none is in the table
+            place, choices = ["data", "buckets", place[-1]], _BUCKET
         dotted = ".".join(place)
         return f"unknown key {dotted}; the nearest is {nearest(dotted, choices)}"
     if (

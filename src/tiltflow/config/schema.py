@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tiltflow.config.rules import check_together
-from tiltflow.core.limits import LARGEST_RANK, LARGEST_SEED, MOST_IMAGES
+from tiltflow.core.limits import FAR, LARGEST_RANK, LARGEST_SEED, MOST_IMAGES
 from tiltflow.core.settings import (
     Count,
     Images,
@@ -139,7 +139,7 @@ class BucketConfig(Section):
     """A size of pictures, as `model.resolution`, and how often it is drawn beside the others."""
 
     size: Annotated[Side | tuple[Side, Side], BeforeValidator(as_tuple)]
-    weight: Rate = 1.0
+    weight: Annotated[float, Field(gt=0, le=FAR)] = 1.0  # sums of them are finite
 
 
 def plain_size(value: object) -> object:

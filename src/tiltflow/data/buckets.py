@@ -51,7 +51,7 @@ def _size(column: str, number: int, metadata: Mapping[str, object]) -> Resolutio
     match metadata.get(column):
         case int(side) if not isinstance(side, bool):
             return side
-        case [int(height), int(width)]:
+        case [int(height), int(width)] if not {type(height), type(width)} - {int}:
             return plain(height, width)
         case str(text):
             try:
