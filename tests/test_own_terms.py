@@ -16,6 +16,7 @@ from torch import Tensor
 from tiltflow.config.load import load_config
 from tiltflow.core import registry
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.method.boundary import Boundary
 from tiltflow.method.rollout import log_prob
 from tiltflow.setup.build import build_stage
 from tiltflow.tasks.train import run_training
@@ -234,3 +235,49 @@ def test_the_examples_run(examples: None, tmp_path: Path) -> None:
     assert rows(tmp_path / "term" / "tilt", "generator/stay")
     for page in ("own_term", "own_objective"):
         assert len((EXAMPLES / f"{page}.py").read_text().splitlines()) <= 60
+
+
+class Odd(Forward):
+    """Losses of another form than a term's."""
+
+    def __init__(self, parts: Parts, weight: float, form: str) -> None:
+        super().__init__(parts, weight)
+        self.form = form
+
+    def begin(self, epoch: Epoch) -> Loss:
+        right = super().begin(epoch)
+        forms = {
+            "one number": lambda losses: (losses.mean(), {}),
+            "detached": lambda losses: (losses.detach(), {}),
+            "losses alone": lambda losses: losses,
+            "nothing": lambda losses: None,
+        }
+        return lambda at: forms[self.form](right(at)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", ["one number", "detached", "losses alone", "nothing"])
+def test_a_loss_of_another_form_is_refused(cold: Path, tmp_path: Path, form: str) -> None:
+    terms = f"tilt.terms={{test_own_terms:Odd: {{weight: 1.0, form: {form}}}}}"
+    with pytest.raises(ValueError, match="the forward term: a term's loss gives .losses, figures"):
+        tilt(tmp_path, cold, terms)
+
+
+class Flat:
+    """A gradient of one row for all samples, or none."""
+
+    def __init__(self, parts: Parts, rows: int) -> None:
+        self.rows = rows
+
+    def gradient(self, stream: str, draw: int, at: Boundary) -> Tensor:
+        return at.x[: self.rows] if self.rows else None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("rows", "said"), [(1, r"\(1, 2\)"), (0, "NoneType")])
+def test_a_gradient_of_another_shape_is_refused(tmp_path: Path, rows: int, said: str) -> None:
+    options = f"cold_start.objective_options={{rows: {rows}}}"
+    chosen = [
+        f"run.out={tmp_path}", *SHORT, "cold_start.generator_every=1",
+        "cold_start.objective=test_own_terms:Flat", options,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=f"objective Flat: its gradient is {said}, where a tensor"):
+        run_training(load_config("mixture_cold_start", chosen), Console())

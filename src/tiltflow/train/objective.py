@@ -26,6 +26,23 @@ class Objective(Protocol):
         """
 
 
+def pull_of(objective: Objective, stream: str, draw: int, at: Boundary) -> Tensor:
+    """The objective's gradient at a boundary, held to its shape: a smaller one would be broadcast,
+    and every sample follow the same numbers without a word.
+
+    Raises:
+        ValueError: if it is no tensor of the shape of `at.x`.
+    """
+    made: object = objective.gradient(stream, draw, at)
+    if not isinstance(made, Tensor) or made.shape != at.x.shape:
+        given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(
+            f"objective {type(objective).__name__}: its gradient is {given}, where a tensor of "
+            f"{tuple(at.x.shape)} is needed"
+        )
+    return made.detach()
+
+
 def make_objective(name: str, options: Options, parts: Parts) -> Objective:
     """The objective `name`: "ac_dmd", an entry point of `tiltflow.objectives`, or
     `package.module:Class`, which is called with the stage's parts and the options.

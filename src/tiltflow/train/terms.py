@@ -23,7 +23,7 @@ from tiltflow.method.reward_backprop import in_equal_parts
 from tiltflow.method.rollout import Rollout, log_prob
 from tiltflow.method.rollout import step as sampler_step
 from tiltflow.models.roles import Roles
-from tiltflow.train.objective import Objective
+from tiltflow.train.objective import Objective, pull_of
 from tiltflow.train.own import Kind, arguments
 from tiltflow.train.parts import Parts
 from tiltflow.train.scoring import Scored
@@ -89,6 +89,24 @@ class Epoch:
 
 Loss = Callable[[Attached], tuple[Tensor, dict[str, Tensor]]]
 """The weighted loss (b,) at a span, and figures (b,) for the log."""
+
+
+def held_losses(name: str, made: object, n: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a term's loss gave for n samples, held to its form: a 0-d or detached loss would be
+    broadcast over the samples, or train nothing, without a word.
+
+    Raises:
+        ValueError: naming the term, if it is no pair of losses (n,) with a gradient and figures.
+    """
+    if isinstance(made, tuple) and len(made) == 2:
+        losses, seen = made
+        figures = isinstance(seen, dict) and all(isinstance(v, Tensor) for v in seen.values())
+        if isinstance(losses, Tensor) and losses.shape == (n,) and losses.requires_grad and figures:
+            return losses, seen
+    raise ValueError(
+        f"{name}: a term's loss gives (losses, figures): a tensor of ({n},) with a gradient, a "
+        "loss for each sample, and a dict of tensors"
+    )
 
 
 class Term(ABC):
@@ -212,7 +230,7 @@ class Match(Term):
         for span in self.spans(epoch.step):
             at = Boundary.of(epoch.trajectory, span.stop, epoch.prompts)
             stream = f"matching{span.first}"
-            gradients[span] = self.objective.gradient(stream, epoch.step, at)
+            gradients[span] = pull_of(self.objective, stream, epoch.step, at)
 
         def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
             losses = matching_loss(at.x, gradients[at.span][at.rows])

@@ -19,7 +19,7 @@ from tiltflow.rewards.combine import RewardMixture
 from tiltflow.train.parts import Parts, recorded
 from tiltflow.train.scoring import Scored, Scorer
 from tiltflow.train.settings import TiltConfig
-from tiltflow.train.terms import Attached, Epoch, Policy, Span, Term
+from tiltflow.train.terms import Attached, Epoch, Policy, Span, Term, held_losses
 from tiltflow.train.updates import rollout_in_parts
 
 
@@ -220,7 +220,7 @@ class Tilt(Parts):
                 at = self._attach(span, rows, part, graphs, self._most(span, part, whole, counts))
                 total = at.x.new_zeros(len(at.x))
                 for term in (t for t, own in spans.items() if span in own):
-                    values, seen = losses[term](at)
+                    values, seen = held_losses(term.name, losses[term](at), len(at.x))
                     self.updater.watch(term.name, values, epoch.prompts[rows])
                     total = total + values
                     self.share.add(metrics, seen)
