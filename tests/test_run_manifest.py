@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from test_run_directory import start
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
+from tiltflow.setup.manifest import defaults_by_key
 from tiltflow.setup.run_directory import with_absolute_paths
+from tiltflow.train.changes import changes
 
 TINY = (
     "model.path=model", "data.prompts=p.txt", "model.dtype=fp32", "model.resolution=32",
@@ -127,3 +130,20 @@ def test_a_stage_one_without_its_pointer_still_starts_stage_two(
         "train.steps=1",
     )  # fmt: skip
     assert latest_step(tmp_path / "tilt") == 1
+
+
+def test_a_setting_that_a_version_did_not_have_is_no_change(place: Path) -> None:
+    """It did what the default does; another value is told as a change from that."""
+    (state_file,) = (place / "tilt").glob("checkpoints/step-*/state.json")
+    held = json.loads(state_file.read_text())["manifest"]
+    for section, key in (("tilt", "terms"), ("train", "boundary_power"), ("model", "graphs")):
+        del held["config"][section][key]
+    known = defaults_by_key()
+    assert known["tilt.terms"] == {} and known["train.boundary_power"] == 0.0
+    state = {"stage": "tilt", "steps": 4, "manifest": held}
+    here = json.loads(json.dumps(held))
+    here["config"]["tilt"]["terms"] = {}
+    here["config"]["model"]["graphs"] = False
+    here["config"]["train"]["boundary_power"] = 1.0
+    facts = {"stage": "tilt", "steps": 4, "manifest": here}
+    assert changes(state, facts, known) == {"train.boundary_power": "0.0 → 1.0"}

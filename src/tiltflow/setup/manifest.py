@@ -7,8 +7,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from tiltflow.config.load import PromptSets, RunConfig
 from tiltflow.config.schema import ModelConfig
+from tiltflow.core.settings import Section
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.files import check_directory
@@ -19,6 +22,7 @@ from tiltflow.models.pipelines.fingerprint import (
 )
 from tiltflow.models.roles import State
 from tiltflow.setup.run_directory import with_absolute_paths
+from tiltflow.train.changes import by_key
 
 
 def manifest_of(
@@ -61,3 +65,17 @@ def _of_prompts(prompts: Sequence[Prompt]) -> str:
         content = [prompt.text, dict(prompt.metadata)]
         digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
     return f"{len(prompts)} prompts {digest.hexdigest()[:16]}"
+
+
+def defaults_by_key() -> dict[str, Any]:
+    """The default of every setting that has one, by dotted key, as a manifest holds it."""
+    found: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found[name] = {
+                key: value.get_default(call_default_factory=True)
+                for key, value in section.model_fields.items()
+                if not value.is_required()
+            }
+    return by_key(to_jsonable_python(found))

@@ -22,7 +22,7 @@ from tiltflow.models.medium import IMAGES
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build, attention_for, build_stage, device_of
 from tiltflow.setup.checks import Subject, check_run
-from tiltflow.setup.manifest import manifest_of
+from tiltflow.setup.manifest import defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import start_of, with_absolute_paths
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.choices import base_of_start
@@ -118,6 +118,7 @@ def _run(
         wandb=cfg.log.wandb,
         stop_on_alarm=cfg.watch.stop,
         facts=build.facts.as_json() | {"manifest": manifest},
+        defaults=defaults_by_key(),
         skip=cfg.train.skip_nonfinite,
         resume_from=cfg.run.resume_from,
     )

@@ -30,9 +30,12 @@ LONGEST = 60
 """Characters of a value in a sentence."""
 
 
-def changes(state: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str] | None:
+def changes(
+    state: Mapping[str, Any], facts: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, str] | None:
     """What has changed between a checkpoint's state and this run's facts: "old → new" by key.
 
+    `defaults` are of the settings that the checkpoint's version may not have had, by dotted key.
     None where the checkpoint is of a version that kept no manifest, so that there is nothing to
     compare with.
 
@@ -50,7 +53,9 @@ def changes(state: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str
         if key == "encoders" and None in (before.get(key), here[key]):
             continue  # not kept by earlier versions, or not needed beside cached embeddings
         _same(name, before.get(key), here[key])
-    old, new = by_key(before["config"]), by_key(here["config"])
+    new = by_key(here["config"])
+    # a version without a setting did what its default does, or had another way: then it is told
+    old = {n: defaults[n] for n in new if n in defaults} | by_key(before["config"])
     found = {
         name: f"{_short(old.get(name))} → {_short(new.get(name))}"
         for name in dict.fromkeys([*new, *old])

@@ -85,6 +85,8 @@ class LoopSettings:
     """End at the last good checkpoint when the watch raises an alarm; each clean look is saved."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able facts that go into each checkpoint's state (stage, adapters)."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of the settings by dotted key, for checkpoints of versions without some of them."""
 
 
 def train(
@@ -280,7 +282,7 @@ def resumed(
     """
     name = step_name(checkpoint.step)
     try:
-        found = changes(checkpoint.state, settings.facts)
+        found = changes(checkpoint.state, settings.facts, settings.defaults)
     except ValueError as error:
         raise _foreign(checkpoint, str(error)) from error
     done = restore(stage, checkpoint, settings, skips)
