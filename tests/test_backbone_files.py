@@ -64,7 +64,7 @@ def test_wrong_directories(sd3: Path, tmp_path: Path) -> None:
     edit(sd3 / "model_index.json", _class_name="Flux2Pipeline")
     with pytest.raises(
         ValueError,
-        match="holds a Flux2Pipeline, which is none of .*, ChromaPipeline; a family can be",
+        match="holds a Flux2Pipeline, which is none of .*, QwenImagePipeline; a family can be",
     ):
         check_pipeline(sd3)
     (sd3 / "model_index.json").write_text("{")

@@ -341,14 +341,14 @@ def test_the_limits_are_options_with_stated_defaults() -> None:
 
 
 def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiltflow.tasks.reward_server import _bound
+    from tiltflow.tasks.reward_server import bound
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"--host 127.0.0.1 --port {port}: .*in use"):
-            _bound("127.0.0.1", port)
+            bound("127.0.0.1", port)
     with pytest.raises(ValueError, match="--host no.such.host.invalid"):
-        _bound("no.such.host.invalid", 8000)
+        bound("no.such.host.invalid", 8000)
 
 
 def test_a_signal_ends_it_in_good_order(served: Served) -> None:

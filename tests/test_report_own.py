@@ -146,7 +146,7 @@ def test_a_fast_demo_ends_with_a_line_that_its_figures_mean_nothing(
         return out / "report.html"
 
     for name, fake in (
-        ("_train", lambda *given: None),
+        ("train_stage", lambda *given: None),
         ("evaluate_to", lambda *given: Result),
         ("write_evaluation_report", report),
     ):
