@@ -136,7 +136,9 @@ def images(pipe: Any, **call: Any) -> Tensor:
     size = {"height": RESOLUTION, "width": RESOLUTION, "max_sequence_length": TOKENS}
     # SD3 and klein take 1 as no guidance; FLUX.1-dev's student was trained at it
     values = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
-    return pipe(**{"prompt": PROMPTS} | size | values | call).images
+    given = {"prompt": PROMPTS} | size | values | call
+    # Z-Image's pipeline writes its template into the list that it is given
+    return pipe(**given | {"prompt": list(given["prompt"])}).images
 
 
 OFF = {
