@@ -152,7 +152,7 @@ def test_pictures_are_small_until_asked_for(page):
     assert "?" not in full.get_attribute("src")
     assert page.locator("dialog h2").inner_text() == "teacher"
     page.keyboard.press("ArrowRight")
-    assert page.locator("dialog h2").inner_text() == "ac_dmd"
+    page.wait_for_function("() => document.querySelector('dialog h2').innerText === 'ac_dmd'")
     check(page)
     page.keyboard.press("Escape")
     # the dialog goes with its own event, a moment after the key
