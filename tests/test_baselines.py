@@ -11,22 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from short_runs import cold_start, tilt
 from torch import Tensor
 
-from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.method.distribution_matching import matching_gradient
 from tiltflow.method.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.method.forward_process import awm_loss, nft_loss, optimality
 from tiltflow.method.policy import clipped_surrogate, group_advantages, window_steps
 from tiltflow.method.reward_backprop import reward_gradient
-from tiltflow.tasks.train import run_training
 
-SHORT = [
-    "run.device=cpu", "train.batch_size=8", "train.steps=2", "checkpoint.every=1", "log.every=1",
-    "log.samples_every=0", "watch.rewards={}",
-]  # fmt: skip
 ALONE = ["tilt.policy_weight=0", "tilt.matching_weight=0", "tilt.reward_weight=0"]
 
 
@@ -130,15 +124,11 @@ def test_a_window_of_steps_moves_with_the_epochs() -> None:
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("cold")
-    run_training(load_config("mixture_cold_start", [f"run.out={out}", *SHORT]), Console())
-    return out
+    return cold_start(tmp_path_factory.mktemp("cold"))
 
 
 def trained(out: Path, cold: Path, *more: str) -> dict[str, Tensor]:
-    chosen = [f"run.out={out}", f"model.few_step={cold}", *SHORT, "tilt.group_size=4", *more]
-    run_training(load_config("mixture_tilt", chosen), Console())
-    return dict(load_checkpoint(out).tensors["generator"])
+    return tilt(out, cold, "train.steps=2", "checkpoint.every=1", *more)
 
 
 @pytest.mark.parametrize("term", ["nft", "awm"])

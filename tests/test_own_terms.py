@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from short_runs import SHORT, cold_start, tilt
 from torch import Tensor
 
 from tiltflow.config.load import load_config
@@ -25,10 +26,6 @@ from tiltflow.train.terms import Attached, Epoch, Loss, Span, Term, single
 from tiltflow.train.tilt import Tilt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHORT = [
-    "run.device=cpu", "train.batch_size=8", "train.steps=4", "checkpoint.every=2", "log.every=1",
-    "log.samples_every=0", "watch.rewards={}",
-]  # fmt: skip
 STAY = "tilt.terms={own_term:Stay: {weight: %s}}"
 
 
@@ -41,15 +38,7 @@ def examples() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("cold")
-    run_training(load_config("mixture_cold_start", [f"run.out={out}", *SHORT]), Console())
-    return out
-
-
-def tilt(out: Path, cold: Path, *more: str) -> dict[str, Tensor]:
-    chosen = [f"run.out={out}", f"model.few_step={cold}", *SHORT, "tilt.group_size=4", *more]
-    run_training(load_config("mixture_tilt", chosen), Console())
-    return dict(load_checkpoint(out).tensors["generator"])
+    return cold_start(tmp_path_factory.mktemp("cold"))
 
 
 def rows(out: Path, key: str) -> list[float]:

@@ -246,12 +246,10 @@ def adapter_roles(
     switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
     _checkpoint((student, teacher), switches, ("generator", *fakes), checkpointing)
     role = _Maker(backbone, switches, autocast, guidance, graphs).role
+    stack = stack_tilt if few_step else _alone
 
     def fake_below(name: str) -> Role:
         return role(f"few_step_{name}", teacher, (f"few_step_{name}",), below[name])
-
-    def stack(own: str) -> tuple[str, ...]:
-        return stack_tilt(own) if few_step else (own,)
 
     def fake(name: str) -> Role:
         under = (f"few_step_{name}",) if below else ()
@@ -269,6 +267,11 @@ def adapter_roles(
     if start and not below:
         roles.fake_score.load(start)
     return roles
+
+
+def _alone(own: str) -> tuple[str, ...]:
+    """The adapters of a generator of stage 1."""
+    return (own,)
 
 
 @dataclass(frozen=True)

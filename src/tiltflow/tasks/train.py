@@ -18,7 +18,8 @@ from tiltflow.core.errors import NonFiniteError
 from tiltflow.core.run_lock import RunLock, refuse_if_held
 from tiltflow.evaluation.watch.probes import FixedPrompts
 from tiltflow.evaluation.watch.watch import Watch
-from tiltflow.models.medium import IMAGES
+from tiltflow.models.medium import IMAGES, Medium
+from tiltflow.models.roles import Role
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build, attention_for, build_stage, device_of
 from tiltflow.setup.checks import Subject, check_run
@@ -109,19 +110,7 @@ def _run(
     few_step = build.stage.roles.state().get("few_step")
     manifest = manifest_of(cfg, subject.prompts, few_step, subject.pipelines)
     _say_other_base(cfg, manifest, say)
-    settings = LoopSettings(
-        steps=cfg.train.steps,
-        log_every=cfg.log.every,
-        save_every=cfg.checkpoint.every,
-        keep=cfg.checkpoint.keep,
-        tensorboard=cfg.log.tensorboard,
-        wandb=cfg.log.wandb,
-        stop_on_alarm=cfg.watch.stop,
-        facts=build.facts.as_json() | {"manifest": manifest},
-        defaults=defaults_by_key(),
-        skip=cfg.train.skip_nonfinite,
-        resume_from=cfg.run.resume_from,
-    )
+    settings = _loop_settings(cfg, build.facts.as_json() | {"manifest": manifest})
     callbacks.begin(cfg.stage, start or 0, cfg.train.steps)
 
     def begin() -> None:
@@ -152,6 +141,22 @@ def _run(
     return out
 
 
+def _loop_settings(cfg: RunConfig, facts: Mapping[str, Any]) -> LoopSettings:
+    return LoopSettings(
+        steps=cfg.train.steps,
+        log_every=cfg.log.every,
+        save_every=cfg.checkpoint.every,
+        keep=cfg.checkpoint.keep,
+        tensorboard=cfg.log.tensorboard,
+        wandb=cfg.log.wandb,
+        stop_on_alarm=cfg.watch.stop,
+        facts=facts,
+        defaults=defaults_by_key(),
+        skip=cfg.train.skip_nonfinite,
+        resume_from=cfg.run.resume_from,
+    )
+
+
 def _say_other_base(
     cfg: RunConfig, manifest: Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
@@ -176,6 +181,30 @@ def _write_config(cfg: RunConfig, out: Path) -> None:
     run = cfg.run.model_copy(update={"resume": False, "resume_from": "latest"})
     resolved = with_absolute_paths(cfg).model_copy(update={"run": run})
     write_whole(out / "config.yaml", dump_config(resolved))
+
+
+def _save_sheet(
+    fixed: FixedPrompts,
+    ema: Role,
+    count: int,
+    medium: Medium,
+    out: Path,
+    done: int,
+    callbacks: Callbacks,
+    ranks: Ranks,
+) -> None:
+    """The first `count` samples after step `done`, as one picture in `out`/samples by rank 0."""
+    try:
+        images = fixed.images(ema, count)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"step {done}: {error}") from error
+    if ranks.main:
+        assert medium.sheet is not None
+        picture = medium.sheet(medium.rounded(images), COLUMNS)
+        file = out / "samples" / f"step-{done:06d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        IMAGES.save(picture, file)
+        callbacks.samples(done, file)
 
 
 def _hooks(
@@ -206,17 +235,8 @@ def _hooks(
 
     def sample(done: int) -> None:
         if pictures:
-            try:
-                images = fixed.images(ema, min(cfg.log.samples, len(prompts)))
-            except NonFiniteError as error:
-                raise NonFiniteError(f"step {done}: {error}") from error
-            if ranks.main:
-                assert medium.sheet is not None
-                picture = medium.sheet(medium.rounded(images), COLUMNS)
-                file = out / "samples" / f"step-{done:06d}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                IMAGES.save(picture, file)
-                callbacks.samples(done, file)
+            shown = min(cfg.log.samples, len(prompts))
+            _save_sheet(fixed, ema, shown, medium, out, done, callbacks, ranks)
 
     hooks = replace(
         plain,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiltflow.core.transfer import to_device
 from tiltflow.models.family import Family, Published
-from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
+from tiltflow.models.pipelines.backbone import TIMESTEPS
+from tiltflow.models.pipelines.flux_tokens import FluxTokens
 from tiltflow.models.pipelines.published import FLUX_VAE, T5_XXL
 
 # The transformer's sizes are its class's defaults in diffusers, which were made for this model. The
@@ -52,7 +52,7 @@ FAMILY = Family(
 )  # fmt: skip
 
 
-class ChromaBackbone(PipelineBackbone):
+class ChromaBackbone(FluxTokens):
     """A Chroma pipeline; see `PipelineBackbone` for arguments and errors.
 
     Latents are the autoencoder's, (16, side/8, side/8), packed 2×2 for the transformer only.
@@ -64,11 +64,6 @@ class ChromaBackbone(PipelineBackbone):
 
     default_guidance = 5.0
     default_sequence = 512
-    axes = 3
-    packing = 4
-
-    def _begin(self) -> None:
-        self._positions: dict[tuple[int, int], Tensor] = {}
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """T5's tokens and their mask."""
@@ -94,24 +89,6 @@ class ChromaBackbone(PipelineBackbone):
             )[0]
         return self._unpack(v.float(), height, width)
 
-    def _image_ids(self, height: int, width: int) -> Tensor:
-        """The tokens' positions, kept on the device."""
-        if (height, width) not in self._positions:
-            ids = self.pipe._prepare_latent_image_ids(
-                1, height // 2, width // 2, torch.device("cpu"), torch.float32
-            )
-            self._positions[height, width] = to_device(ids, self.device)
-        return self._positions[height, width]
-
-    def _pack(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) as tokens (B, H/2 · W/2, 4C)."""
-        return self.pipe._pack_latents(x.contiguous(), *x.shape)
-
-    def _unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `_pack`."""
-        factor = self.geometry.factor
-        return self.pipe._unpack_latents(tokens, height * factor, width * factor, factor)
-
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _, mask, *_ = self.pipe.encode_prompt(
             prompts,
@@ -120,9 +97,6 @@ class ChromaBackbone(PipelineBackbone):
             max_sequence_length=self.sequence,
         )
         return {"prompt_embeds": embeds, "prompt_mask": mask}
-
-    def _to_vae(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
 
 @contextmanager

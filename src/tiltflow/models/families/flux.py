@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tiltflow.core.transfer import to_device
 from tiltflow.models.backbone import Conditioning
 from tiltflow.models.family import Family
-from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
+from tiltflow.models.pipelines.backbone import TIMESTEPS
+from tiltflow.models.pipelines.flux_tokens import FluxTokens
 from tiltflow.models.pipelines.published import FLUX
 
 FAMILY = Family(
@@ -35,7 +35,7 @@ FAMILY = Family(
 )  # fmt: skip
 
 
-class FluxBackbone(PipelineBackbone):
+class FluxBackbone(FluxTokens):
     """A FLUX.1 pipeline; see `PipelineBackbone` for arguments and errors.
 
     Latents are the autoencoder's, (16, side/8, side/8), packed 2×2 for the transformer only.
@@ -49,16 +49,14 @@ class FluxBackbone(PipelineBackbone):
 
     default_guidance = 3.5
     default_sequence = 512
-    axes = 3
-    packing = 4
 
     def _begin(self) -> None:
+        super()._begin()
         self.guidance_distilled = bool(self.pipe.transformer.config.guidance_embeds)
         self.embedded_guidance = self.guidance
         """The scale given to a guidance-distilled network when none is asked for: published 3.5."""
         if not self.guidance_distilled:
             self.guidance = 1.0
-        self._positions: dict[tuple[int, int], Tensor] = {}
 
     def velocity(
         self,
@@ -115,29 +113,8 @@ class FluxBackbone(PipelineBackbone):
         )[0]
         return self._unpack(v.float(), height, width)
 
-    def _image_ids(self, height: int, width: int) -> Tensor:
-        """The tokens' positions, kept on the device."""
-        if (height, width) not in self._positions:
-            ids = self.pipe._prepare_latent_image_ids(
-                1, height // 2, width // 2, torch.device("cpu"), torch.float32
-            )
-            self._positions[height, width] = to_device(ids, self.device)
-        return self._positions[height, width]
-
-    def _pack(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) as tokens (B, H/2 · W/2, 4C)."""
-        return self.pipe._pack_latents(x.contiguous(), *x.shape)
-
-    def _unpack(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `_pack`."""
-        factor = self.geometry.factor
-        return self.pipe._unpack_latents(tokens, height * factor, width * factor, factor)
-
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, pooled, _ = self.pipe.encode_prompt(
             prompts, device=self.device, max_sequence_length=self.sequence
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-
-    def _to_vae(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
