@@ -41,8 +41,8 @@ from tiltflow.models.pipelines.meta import META
 from tiltflow.models.roles import adapter_roles
 from tiltflow.setup.build import Build, adapter_settings
 from tiltflow.setup.planner import GIB, _conditioning, _latents
-from tiltflow.train.cold_start import ColdStart, Cycle
-from tiltflow.train.loop import Hooks, LoopSettings, Skips, restore, save
+from tiltflow.training.cold_start import ColdStart, Cycle
+from tiltflow.training.loop import Hooks, LoopSettings, Skips, restore, save
 
 EVERY = 10
 """Iterations of stage 1 to one generator update, as published."""

@@ -33,7 +33,7 @@ from support.reference_tilt import BATCH, tilt_of_ours, tilt_of_theirs
 from support.tables import median, ratio, report
 
 from tiltflow.setup.build import attention_for
-from tiltflow.train.cold_start import ColdStart, Cycle
+from tiltflow.training.cold_start import ColdStart, Cycle
 
 EVERY = 10
 STOPS = (2, 3)

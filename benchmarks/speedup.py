@@ -23,7 +23,7 @@ from support.stages import Model, model
 from support.tables import interleaved, median, ratio, report
 
 from tiltflow.setup.build import adapter_settings, attention_for, build_backbone
-from tiltflow.train.cold_start import ColdStart, Cycle
+from tiltflow.training.cold_start import ColdStart, Cycle
 
 PUBLISHED = ["cold_start.generator_every=10", "cold_start.consistency_form=two_sample"]
 LAST_STEP = ["tilt.reward_steps=1", "tilt.reward_normalise=false"]  # as published

@@ -13,7 +13,7 @@ from tiltflow.config.load import load_config
 from tiltflow.flow import broadcast, renoise, renoise_level
 from tiltflow.method.boundary import Boundary
 from tiltflow.tasks.train import run_training
-from tiltflow.train.parts import Parts
+from tiltflow.training.parts import Parts
 
 
 class Difference:

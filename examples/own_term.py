@@ -13,8 +13,8 @@ from tiltflow.config.load import load_config
 from tiltflow.core.settings import Section, Weight
 from tiltflow.method.rollout import step
 from tiltflow.tasks.train import run_training
-from tiltflow.train.parts import Parts
-from tiltflow.train.terms import Attached, Epoch, Loss, Span, Term, single
+from tiltflow.training.parts import Parts
+from tiltflow.training.terms import Attached, Epoch, Loss, Span, Term, single
 
 
 class Stay(Term):

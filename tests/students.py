@@ -15,7 +15,7 @@ from torch import Tensor
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.data.prompts import Prompt
-from tiltflow.export.wanted import Wanted
+from tiltflow.formats.wanted import Wanted
 from tiltflow.models.families import load_backbone
 from tiltflow.models.roles import AdapterSettings, adapter_roles
 from tiltflow.tasks.evaluate import Request, prepare

@@ -22,7 +22,7 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.setup.build import Build, build_stage
 from tiltflow.setup.checks import check_run
 from tiltflow.tasks.train import run_training
-from tiltflow.train.buckets import Bucketed
+from tiltflow.training.buckets import Bucketed
 
 QUIET = Console(quiet=True)
 SIZES = [(32, 48), (48, 32), 32]

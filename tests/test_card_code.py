@@ -19,7 +19,7 @@ from students import RESOLUTION, TOKENS, random_like, request, sampled, student
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.data.prompts import Prompt
-from tiltflow.export.contract import Licence, base_facts, licence_of
+from tiltflow.formats.contract import Licence, base_facts, licence_of
 from tiltflow.models.families import load_backbone
 from tiltflow.models.roles import AdapterSettings, adapter_roles
 from tiltflow.tasks.export import export_checkpoint

@@ -123,7 +123,7 @@ def test_an_exported_lora_loads_in_plain_diffusers(model: Path, tmp_path: Path) 
     """In a process without tiltflow, strength kept (α / r is in B): difference 0 in fp32."""
     from diffusers import StableDiffusion3Pipeline
 
-    from tiltflow.export.writing import baked, save_adapter
+    from tiltflow.formats.writing import baked, save_adapter
     from tiltflow.models.families import load_backbone
     from tiltflow.models.lora_files import read_adapter
     from tiltflow.models.roles import AdapterSettings, adapter_roles

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from students import MERGED, PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
 
 from tiltflow.data.prompts import Prompt
-from tiltflow.export.contract import Contract, parse_contract, plain_rewards, read_contract
-from tiltflow.export.wanted import Wanted
+from tiltflow.formats.contract import Contract, parse_contract, plain_rewards, read_contract
+from tiltflow.formats.wanted import Wanted
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.scheduler import CPSFlowMatchScheduler

@@ -18,8 +18,8 @@ from tiltflow.core.metrics import read_metrics
 from tiltflow.rewards.base import FunctionReward, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.tasks.train import run_training
-from tiltflow.train.optim import Updater
-from tiltflow.train.updates import FakeScoreTrainer
+from tiltflow.training.optim import Updater
+from tiltflow.training.updates import FakeScoreTrainer
 
 WAIT = 20.0  # seconds after which a reward that waits in vain fails
 

@@ -26,8 +26,8 @@ from students import (
 from torch import nn
 
 from tiltflow.core.checkpoint import Checkpoint
-from tiltflow.export.wanted import Wanted
-from tiltflow.export.writing import save_adapter
+from tiltflow.formats.wanted import Wanted
+from tiltflow.formats.writing import save_adapter
 from tiltflow.models.families import load_backbone
 from tiltflow.models.roles import AdapterSettings, adapter_roles, copy_roles
 from tiltflow.tasks.evaluate import prepare
@@ -61,7 +61,7 @@ for job in json.load(sys.stdin):
     images = pipe(prompt=job["prompts"], generator=noise, output_type="pt", **job["call"]).images
     torch.save(images, job["out"])
 try:
-    import tiltflow.train
+    import tiltflow.training
 except ImportError:
     print("inference only")
 """

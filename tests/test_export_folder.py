@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from students import MERGED, Student, student
 
 from tiltflow.config.load import load_config
-from tiltflow.export import writing as writer
-from tiltflow.export.folder import check_export_folder, replacing
-from tiltflow.export.wanted import Wanted
+from tiltflow.formats import writing as writer
+from tiltflow.formats.folder import check_export_folder, replacing
+from tiltflow.formats.wanted import Wanted
 from tiltflow.setup.checks import check_export
 from tiltflow.tasks import export as command
 from tiltflow.tasks.export import export_checkpoint
@@ -164,7 +164,7 @@ def test_a_real_full_disk_is_one_sentence(made: Student, tmp_path: Path) -> None
     """A limit on the size of files, which the system itself enforces, in a process of its own."""
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "import numpy as np; from tiltflow.export import folder as f\n"
+        "import numpy as np; from tiltflow.formats import folder as f\n"
         "from safetensors.numpy import save_file\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"

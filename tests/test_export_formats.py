@@ -26,10 +26,10 @@ from students import Student, random_like, student
 from test_export_strength import Deltas, layer_deltas, products
 from torch import Tensor
 
-from tiltflow.export.contract import read_contract
-from tiltflow.export.formats import write_original
-from tiltflow.export.keys import layout_of, original_lora, original_state
-from tiltflow.export.loras import both
+from tiltflow.formats.contract import read_contract
+from tiltflow.formats.keys import layout_of, original_lora, original_state
+from tiltflow.formats.loras import both
+from tiltflow.formats.programs import write_original
 from tiltflow.models.roles import AdapterSettings
 
 Tiny = Callable[[str], Path]

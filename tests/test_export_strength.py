@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from students import RESOLUTION, Student, random_like, student
 from torch import Tensor
 
-from tiltflow.export.writing import baked, save_adapter
+from tiltflow.formats.writing import baked, save_adapter
 from tiltflow.models.adapters import AdapterSettings
 from tiltflow.models.families import load_backbone
 from tiltflow.models.lora_files import read_adapter

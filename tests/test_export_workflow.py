@@ -21,9 +21,9 @@ from students import PROMPTS, Student, request, sampled, student
 from torch import Tensor
 
 from tiltflow.core.randomness import SAMPLE_INIT, sample_step
-from tiltflow.export.contract import Contract, read_contract
-from tiltflow.export.workflow import NODES, ancestral_eta, spelled, workflow
 from tiltflow.flow import cps_mean_std
+from tiltflow.formats.contract import Contract, read_contract
+from tiltflow.formats.workflow import NODES, ancestral_eta, spelled, workflow
 from tiltflow.method.sampling import numbered_noise
 from tiltflow.tasks.evaluate import prepare
 

@@ -17,8 +17,8 @@ from tiltflow.config.load import load_config
 from tiltflow.core import checkpoint
 from tiltflow.core.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from tiltflow.tasks.failures import explained, memory_advice, resume_command
-from tiltflow.train.loop import LoopSettings, Skips, restore, train
-from tiltflow.train.optim import Guard, NonFiniteError
+from tiltflow.training.loop import LoopSettings, Skips, restore, train
+from tiltflow.training.optim import Guard, NonFiniteError
 
 
 def config(*overrides: str):
@@ -158,7 +158,7 @@ def settings(steps: int, **values: Any) -> LoopSettings:
 
 
 def run_loop(stage: Stage, run: Path, steps: int, resume: bool = False, **values: Any) -> int:
-    from tiltflow.train.loop import Hooks
+    from tiltflow.training.loop import Hooks
 
     return train(stage, run, settings(steps, **values), Hooks(), resume)
 

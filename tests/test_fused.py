@@ -19,7 +19,7 @@ from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.fused import FusedBlock
 from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles
 from tiltflow.setup.build import Build, build_stage
-from tiltflow.train.optim import Updater
+from tiltflow.training.optim import Updater
 
 Tiny = Callable[[str], Path]
 SETTINGS = AdapterSettings(4, 8.0, ["attn.to_q", "attn.to_v", "attn.add_k_proj", "attn.to_out.0"])

@@ -13,8 +13,8 @@ from tiltflow.core.checkpoint import latest_step, load_checkpoint
 from tiltflow.core.metrics import Accumulator, read_metrics
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.roles import Role, Roles
-from tiltflow.train.loop import Hooks, LoopSettings, train
-from tiltflow.train.optim import Attempt, Guard, NonFiniteError, Updater
+from tiltflow.training.loop import Hooks, LoopSettings, train
+from tiltflow.training.optim import Attempt, Guard, NonFiniteError, Updater
 
 PROMPTS = [Prompt("a cat"), Prompt("a dog")]
 NAN = float("nan")

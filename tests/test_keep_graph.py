@@ -12,7 +12,7 @@ from torch import Tensor
 from tiltflow.config.load import load_config
 from tiltflow.models.roles import Role
 from tiltflow.setup.build import build_stage
-from tiltflow.train.cold_start import ColdStart, Cycle
+from tiltflow.training.cold_start import ColdStart, Cycle
 
 SETTINGS = (
     "run.device=cpu", "train.batch_size=6", "train.generator_lr=1e-3",

@@ -17,7 +17,7 @@ from tiltflow.setup.planner import GIB, OVERHEAD, Plan
 from tiltflow.tasks import planning
 from tiltflow.tasks.planning import chosen, with_graphs
 from tiltflow.tasks.train import run_training
-from tiltflow.train.tilt import Tilt
+from tiltflow.training.tilt import Tilt
 
 Tiny = Callable[[str], Path]
 

@@ -25,7 +25,7 @@ def linted(package: Path) -> subprocess.CompletedProcess[str]:
     [
         ("core", "from tiltflow.flow import x", True),
         ("core", "from tiltflow.models import x", False),
-        ("models", "def late():\n    from tiltflow.train import x", False),
+        ("models", "def late():\n    from tiltflow.training import x", False),
     ],
     ids=["downward", "upward", "upward-inside-a-function"],
 )

@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from tiltflow.models.low_rank import Copies, FusedLinear, fused
-from tiltflow.train.optim import Updater
+from tiltflow.training.optim import Updater
 
 ADAPTERS = ("first", "second")
 

@@ -21,9 +21,9 @@ from tiltflow.method.boundary import Boundary
 from tiltflow.method.rollout import log_prob
 from tiltflow.setup.build import build_stage
 from tiltflow.tasks.train import run_training
-from tiltflow.train.parts import Parts
-from tiltflow.train.terms import Attached, Epoch, Loss, Span, Term, single
-from tiltflow.train.tilt import Tilt
+from tiltflow.training.parts import Parts
+from tiltflow.training.terms import Attached, Epoch, Loss, Span, Term, single
+from tiltflow.training.tilt import Tilt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STAY = "tilt.terms={own_term:Stay: {weight: %s}}"

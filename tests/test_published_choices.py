@@ -14,8 +14,8 @@ from tiltflow.models.adapters import AdapterSettings
 from tiltflow.models.families import load_backbone
 from tiltflow.models.families.flux import FluxBackbone
 from tiltflow.models.roles import Role, Roles, adapter_roles
-from tiltflow.train.averaging import Averaging
-from tiltflow.train.optim import Updater
+from tiltflow.training.averaging import Averaging
+from tiltflow.training.optim import Updater
 
 SETTINGS = AdapterSettings(4, 8.0, ["attn.to_q", "attn.to_v", "attn.add_k_proj", "attn.to_out.0"])
 

@@ -13,13 +13,13 @@ from tiltflow.method.rollout import Rollout, log_prob, step
 from tiltflow.models.backbone import Conditioning
 from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.combine import RewardMixture, Weighted
-from tiltflow.train.averaging import Averaging
-from tiltflow.train.optim import Guard
-from tiltflow.train.scoring import Scored, Scorer
-from tiltflow.train.settings import TiltConfig
-from tiltflow.train.terms import Epoch, Match, Policy, Pull, single
-from tiltflow.train.tilt import Counts, Tilt
-from tiltflow.train.updates import Share
+from tiltflow.training.averaging import Averaging
+from tiltflow.training.optim import Guard
+from tiltflow.training.scoring import Scored, Scorer
+from tiltflow.training.settings import TiltConfig
+from tiltflow.training.terms import Epoch, Match, Policy, Pull, single
+from tiltflow.training.tilt import Counts, Tilt
+from tiltflow.training.updates import Share
 
 
 class Toy:

@@ -22,8 +22,8 @@ from tiltflow.rewards.base import at_once_of
 from tiltflow.rewards.batches import in_fixed_batches
 from tiltflow.rewards.worlds.shapes import balanced
 from tiltflow.tasks.train import run_training
-from tiltflow.train.scoring import Scorer
-from tiltflow.train.updates import Share
+from tiltflow.training.scoring import Scorer
+from tiltflow.training.updates import Share
 
 TEXTS = [caption.text for caption in balanced(held_out=True, n=4)]
 PROMPTS = [TEXTS[i % 4] for i in range(20)]

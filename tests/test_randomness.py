@@ -9,7 +9,7 @@ import torch
 
 from tiltflow.core.distributed import Ranks
 from tiltflow.core.randomness import BLOCK, Randomness
-from tiltflow.train.updates import Share
+from tiltflow.training.updates import Share
 
 CPU = torch.device("cpu")
 

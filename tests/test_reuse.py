@@ -11,8 +11,8 @@ import torch
 from tiltflow.config.load import load_config
 from tiltflow.method.rollout import join, rollout
 from tiltflow.setup.build import build_stage
-from tiltflow.train import updates
-from tiltflow.train.cold_start import ColdStart, Cycle
+from tiltflow.training import updates
+from tiltflow.training.cold_start import ColdStart, Cycle
 
 
 @pytest.mark.parametrize(("reuse", "every"), [(1, 10), (4, 10), (4, 4), (2, 2), (3, 8), (4, 3)])

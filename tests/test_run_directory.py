@@ -269,7 +269,7 @@ def test_the_lock_is_gone_after_a_run_and_after_a_failed_one(half: Path, tmp_pat
 def test_a_lock_that_was_lost_ends_the_run_before_it_saves(
     half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiltflow.train import loop
+    from tiltflow.training import loop
 
     real = loop.Skips.iteration
 

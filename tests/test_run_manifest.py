@@ -16,7 +16,7 @@ from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
 from tiltflow.setup.manifest import defaults_by_key
 from tiltflow.setup.run_directory import with_absolute_paths
-from tiltflow.train.changes import changes
+from tiltflow.training.changes import changes
 
 TINY = (
     "model.path=model", "data.prompts=p.txt", "model.dtype=fp32", "model.resolution=32",

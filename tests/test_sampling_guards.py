@@ -22,7 +22,7 @@ from students import Student, request, sampled, student
 from tiltflow.cli import main as cli
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation import chunks
-from tiltflow.export.writing import load_lora
+from tiltflow.formats.writing import load_lora
 from tiltflow.tasks import evaluate as command
 from tiltflow.tasks import request as asking
 from tiltflow.tasks.evaluate import evaluate_to, sample_images

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from tiltflow.export.writing import few_step_scheduler
+from tiltflow.formats.writing import few_step_scheduler
 from tiltflow.models.families import load_backbone
 from tiltflow.models.pipelines.directory import Pipeline
 

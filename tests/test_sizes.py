@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from tiltflow.cli.main import app
 from tiltflow.config.load import dump_config, load_config
 from tiltflow.core.sizes import both, parse_size, plain, said
-from tiltflow.export.contract import Contract, read_contract
+from tiltflow.formats.contract import Contract, read_contract
 from tiltflow.scheduler import latent_shape
 from tiltflow.tasks.export import export_checkpoint
 from tiltflow.tasks.train import run_training

@@ -20,7 +20,7 @@ from tiltflow.core.checkpoint import latest_step, load_checkpoint
 from tiltflow.core.metrics import read_metrics
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.tasks.train import run_training
-from tiltflow.train.optim import NonFiniteError
+from tiltflow.training.optim import NonFiniteError
 
 QUIET = Console(quiet=True)
 SRC = Path(__file__).parents[1] / "src"
@@ -256,7 +256,7 @@ def test_a_reward_that_is_nan_stops_the_run(
 def test_a_loss_that_is_not_finite_names_step_term_and_prompt(
     pipeline: Path, prompts: Path, cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiltflow.train import updates
+    from tiltflow.training import updates
 
     real = updates.fake_score_objective
 

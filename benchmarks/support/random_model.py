@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.data.prompts import Prompt
-from tiltflow.export.writing import save_adapter
+from tiltflow.formats.writing import save_adapter
 from tiltflow.models.backbone import Conditioning, Loading
 from tiltflow.models.family import family_named
 from tiltflow.models.pipelines.backbone import PipelineBackbone

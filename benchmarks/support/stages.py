@@ -16,7 +16,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.core.paths import resolve_path
-from tiltflow.export.writing import save_adapter
+from tiltflow.formats.writing import save_adapter
 from tiltflow.models.roles import adapter_roles
 from tiltflow.setup.build import Build, adapter_settings, build_backbone, build_stage
 

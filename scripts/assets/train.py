@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tiltflow.train.optim import cosine
+from tiltflow.training.optim import cosine
 
 
 def autocast() -> torch.autocast:

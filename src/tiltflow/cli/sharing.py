@@ -47,7 +47,7 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
         dtype: Dtype = None,
     ) -> None:
         """A run's student for diffusers, ComfyUI, PEFT, kohya's scripts, or merged, with a card."""
-        from tiltflow.export.wanted import Wanted
+        from tiltflow.formats.wanted import Wanted
         from tiltflow.tasks import interface
 
         asked = Wanted.of([*(formats or ["diffusers"]), *["merged"] * merged], tilt, dtype)
@@ -72,7 +72,7 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
         ] = False,
     ) -> None:
         """Send a run's student to the Hugging Face Hub: card, pictures, adapters, contract."""
-        from tiltflow.export.wanted import Wanted
+        from tiltflow.formats.wanted import Wanted
         from tiltflow.tasks.push import push_run
 
         wanted = Wanted.of(formats or ["diffusers"], tilt, dtype)

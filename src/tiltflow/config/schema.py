@@ -27,7 +27,7 @@ from tiltflow.core.settings import (
 from tiltflow.evaluation.watch.settings import WatchRules
 from tiltflow.models.family import HOW_TO_ADD, family_named, family_names, has_files
 from tiltflow.models.pipelines.directory import Pipelines
-from tiltflow.train.settings import ColdStartConfig, TiltConfig, TrainConfig
+from tiltflow.training.settings import ColdStartConfig, TiltConfig, TrainConfig
 
 Autocast = Literal["bf16", "auto"]
 """Mixed precision of the networks; `auto` is none on CPUs without bf16 instructions."""

@@ -12,7 +12,7 @@ from typing import Any
 from tiltflow.config.recipe_source import read_recipe
 from tiltflow.core.disk import parse_json
 from tiltflow.core.run_lock import held_by_another
-from tiltflow.train.changes import by_key
+from tiltflow.training.changes import by_key
 
 POINTS = 300
 """Points of a curve that are kept, at least; twice as many at most."""

@@ -20,18 +20,18 @@ from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
-from tiltflow.train.averaging import Averaging
-from tiltflow.train.buckets import Bucketed
-from tiltflow.train.cold_start import ColdStart, Cycle
-from tiltflow.train.loop import Stage
-from tiltflow.train.objective import make_objective
-from tiltflow.train.optim import Guard, Updater, constant, cosine
-from tiltflow.train.parts import Parts
-from tiltflow.train.scoring import Scorer
-from tiltflow.train.settings import TrainConfig
-from tiltflow.train.terms import Match, Policy, Pull, Span, make_terms
-from tiltflow.train.tilt import Tilt
-from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
+from tiltflow.training.averaging import Averaging
+from tiltflow.training.buckets import Bucketed
+from tiltflow.training.cold_start import ColdStart, Cycle
+from tiltflow.training.loop import Stage
+from tiltflow.training.objective import make_objective
+from tiltflow.training.optim import Guard, Updater, constant, cosine
+from tiltflow.training.parts import Parts
+from tiltflow.training.scoring import Scorer
+from tiltflow.training.settings import TrainConfig
+from tiltflow.training.terms import Match, Policy, Pull, Span, make_terms
+from tiltflow.training.tilt import Tilt
+from tiltflow.training.updates import FakeScoreTrainer, Matching, Share
 
 
 def make_stages(

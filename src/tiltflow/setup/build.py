@@ -32,10 +32,10 @@ from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
 from tiltflow.setup.assemble import make_stages
-from tiltflow.train.cold_start import ColdStart
-from tiltflow.train.loop import Stage
-from tiltflow.train.tilt import Tilt
-from tiltflow.train.updates import Share
+from tiltflow.training.cold_start import ColdStart
+from tiltflow.training.loop import Stage
+from tiltflow.training.tilt import Tilt
+from tiltflow.training.updates import Share
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -21,16 +21,16 @@ from tiltflow.config.load import (
 )
 from tiltflow.core.metrics import check_sinks
 from tiltflow.core.paths import check_folder, embedding_cache
-from tiltflow.export.folder import check_export_folder
-from tiltflow.export.writing import check_exportable
+from tiltflow.formats.folder import check_export_folder
+from tiltflow.formats.writing import check_exportable
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
 from tiltflow.setup.model_checks import check_adapters, check_model, check_sizes
-from tiltflow.train.objective import check_objective
-from tiltflow.train.terms import check_terms
+from tiltflow.training.objective import check_objective
+from tiltflow.training.terms import check_terms
 
 
 @dataclass(frozen=True)

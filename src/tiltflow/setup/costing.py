@@ -27,7 +27,7 @@ from tiltflow.rewards.base import Metadata, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.setup.assemble import make_stages
 from tiltflow.setup.build import fake_scores
-from tiltflow.train.updates import Share
+from tiltflow.training.updates import Share
 
 
 @dataclass(frozen=True)

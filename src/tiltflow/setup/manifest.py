@@ -22,7 +22,7 @@ from tiltflow.models.pipelines.fingerprint import (
 )
 from tiltflow.models.roles import State
 from tiltflow.setup.run_directory import with_absolute_paths
-from tiltflow.train.changes import by_key
+from tiltflow.training.changes import by_key
 
 
 def manifest_of(

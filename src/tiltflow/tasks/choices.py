@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
 from tiltflow.core.sizes import Resolution, said
-from tiltflow.export.contract import Contract, read_contract
+from tiltflow.formats.contract import Contract, read_contract
 from tiltflow.models.lora_files import lora_file
 from tiltflow.models.pipelines.directory import INDEX, Pipeline, Pipelines
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint

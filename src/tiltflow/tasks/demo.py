@@ -16,7 +16,7 @@ from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.disk import write_whole
 from tiltflow.data.prompts import load_prompts
 from tiltflow.evaluation.suites import suite_of
-from tiltflow.export.folder import replacing
+from tiltflow.formats.folder import replacing
 from tiltflow.tasks.evaluate import Request, evaluate_to, show
 from tiltflow.tasks.report import NOTICE, write_evaluation_report
 from tiltflow.tasks.train import run_training

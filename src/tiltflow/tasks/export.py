@@ -14,8 +14,8 @@ from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
 from tiltflow.core.sizes import both, said
 from tiltflow.evaluation.files import read_evaluation
-from tiltflow.export.card import Card, model_card
-from tiltflow.export.contract import (
+from tiltflow.formats.card import Card, model_card
+from tiltflow.formats.contract import (
     CONTRACT_FILE,
     AdapterFacts,
     Contract,
@@ -24,20 +24,20 @@ from tiltflow.export.contract import (
     plain_rewards,
     versions,
 )
-from tiltflow.export.folder import check_export_folder, replacing
-from tiltflow.export.formats import (
+from tiltflow.formats.folder import check_export_folder, replacing
+from tiltflow.formats.guides import guides
+from tiltflow.formats.keys import has_layout, layout_of
+from tiltflow.formats.loras import SINGLE, Lora, loras_of
+from tiltflow.formats.programs import (
     rows_of,
     write_comfyui,
     write_kohya,
     write_original,
     write_peft,
 )
-from tiltflow.export.guides import guides
-from tiltflow.export.keys import has_layout, layout_of
-from tiltflow.export.loras import SINGLE, Lora, loras_of
-from tiltflow.export.wanted import Wanted
-from tiltflow.export.workflow import workflow, write_workflow
-from tiltflow.export.writing import (
+from tiltflow.formats.wanted import Wanted
+from tiltflow.formats.workflow import workflow, write_workflow
+from tiltflow.formats.writing import (
     FullWeights,
     LoraWeights,
     baked,

@@ -17,7 +17,7 @@ from tiltflow.core.sizes import Resolution
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.scores import Evaluation
 from tiltflow.evaluation.suites import suite_of
-from tiltflow.export.wanted import FileType, Format, Wanted
+from tiltflow.formats.wanted import FileType, Format, Wanted
 from tiltflow.models import family, medium
 from tiltflow.rewards import base as rewards_base
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
@@ -30,8 +30,8 @@ from tiltflow.tasks.recipes import summaries
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
 from tiltflow.tasks.train import train_run
-from tiltflow.train.objective import OBJECTIVES
-from tiltflow.train.terms import TERMS
+from tiltflow.training.objective import OBJECTIVES
+from tiltflow.training.terms import TERMS
 
 Prompts = str | Path | Sequence[str | Prompt]
 """A prompt file or the name of a packaged set; or the prompts themselves, in a list."""

@@ -11,8 +11,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from tiltflow.export.contract import CONTRACT_FILE
-from tiltflow.export.wanted import Wanted
+from tiltflow.formats.contract import CONTRACT_FILE
+from tiltflow.formats.wanted import Wanted
 from tiltflow.tasks.export import export_run
 from tiltflow.tasks.run import Run
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tiltflow.core.randomness import Randomness
 from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.evaluation.scores import System
-from tiltflow.export.writing import load_lora
+from tiltflow.formats.writing import load_lora
 from tiltflow.method.sampling import DRAW_OFFSET, sample_few_step, sample_ode
 from tiltflow.models.backbone import Backbone, Conditioning
 from tiltflow.models.lora_files import adapter_keys

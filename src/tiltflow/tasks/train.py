@@ -32,7 +32,7 @@ from tiltflow.tasks.failures import explained, resume_command
 from tiltflow.tasks.planning import chosen, device_bytes, is_auto
 from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.watching import build_watch, held_out, look
-from tiltflow.train.loop import Hooks, LoopSettings, Watched, train
+from tiltflow.training.loop import Hooks, LoopSettings, Watched, train
 
 COLUMNS = 8
 """Samples side by side in a run's pictures."""

@@ -18,8 +18,8 @@ from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build
 from tiltflow.tasks.callbacks import Callbacks
-from tiltflow.train.loop import Watched
-from tiltflow.train.tilt import Tilt
+from tiltflow.training.loop import Watched
+from tiltflow.training.tilt import Tilt
 
 
 def build_watch(

@@ -29,7 +29,7 @@ class TrainConfig(Section):
     `fake_scores`: one for the samples of all boundaries, as published, or one for each boundary.
     `boundary_power` p: the matching gradient at level s counts (1 − s)^−p times; 0 as published.
     `skip_nonfinite` is how many steps a run may skip for a non-finite number before it stops.
-    `fake_score_weight_decay`: null is `weight_decay`. `ema_…`: `train/averaging.py`.
+    `fake_score_weight_decay`: null is `weight_decay`. `ema_…`: `training/averaging.py`.
     """
 
     steps: Positive
@@ -66,7 +66,7 @@ class ColdStartConfig(Section):
     kept while the fake score is updated.
     `fresh_boundary`: the generator's update has boundary samples of its own.
     `objective`: what the generator follows at its boundary samples, by name or as a dotted path
-    (`train/objective.py`); `objective_options` are its settings.
+    (`training/objective.py`); `objective_options` are its settings.
     """
 
     generator_every: Positive = 10
@@ -132,5 +132,5 @@ class TiltConfig(Section):
     consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
     consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200
     terms: dict[Text, Options] = Field(default_factory=dict)
-    """Further terms of the generator's loss, by name or as dotted paths (`train/terms.py`), each
+    """Further terms of the generator's loss, by name or as dotted paths (`training/terms.py`), each
     with its settings."""

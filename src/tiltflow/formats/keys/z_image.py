@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from tiltflow.export.keys import Layout
+from tiltflow.formats.keys import Layout
 
 _STACKS = ("noise_refiner.{i}.", "context_refiner.{i}.", "layers.{i}.")
 _SAME = (

@@ -23,15 +23,15 @@ from tiltflow.method.reward_backprop import in_equal_parts
 from tiltflow.method.rollout import Rollout, log_prob
 from tiltflow.method.rollout import step as sampler_step
 from tiltflow.models.roles import Roles
-from tiltflow.train.objective import Objective, pull_of
-from tiltflow.train.own import Kind, arguments
-from tiltflow.train.parts import Parts
-from tiltflow.train.scoring import Scored
-from tiltflow.train.settings import Options, TiltConfig
+from tiltflow.training.objective import Objective, pull_of
+from tiltflow.training.own import Kind, arguments
+from tiltflow.training.parts import Parts
+from tiltflow.training.scoring import Scored
+from tiltflow.training.settings import Options, TiltConfig
 
 BUILTIN = {
-    "awm": "tiltflow.train.forward_process:AWM",
-    "nft": "tiltflow.train.forward_process:NFT",
+    "awm": "tiltflow.training.forward_process:AWM",
+    "nft": "tiltflow.training.forward_process:NFT",
 }
 """Terms that a recipe adds by name; those of METHOD §5 are always there, by their weights."""
 TERMS = Kind("term", "tiltflow.terms", BUILTIN)
@@ -310,6 +310,6 @@ def _kinds(chosen: Mapping[str, Options]) -> list[tuple[str, type[Term]]]:
     for name, options in chosen.items():
         kind = TERMS.check(name, options)
         if not issubclass(kind, Term):
-            raise ValueError(f"term {name!r} does not derive from tiltflow.train.terms.Term")
+            raise ValueError(f"term {name!r} does not derive from tiltflow.training.terms.Term")
         found.append((name, kind))
     return found

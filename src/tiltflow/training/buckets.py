@@ -12,9 +12,9 @@ from torch import Tensor
 from tiltflow.core.randomness import Randomness
 from tiltflow.core.sizes import Resolution, said
 from tiltflow.models.roles import Roles
-from tiltflow.train.cold_start import ColdStart
-from tiltflow.train.optim import Guard, Updater
-from tiltflow.train.tilt import Tilt
+from tiltflow.training.cold_start import ColdStart
+from tiltflow.training.optim import Guard, Updater
+from tiltflow.training.tilt import Tilt
 
 FIGURES = ("generator/matching", "fake_score/ambient")
 """What is logged for each size too, with every reward."""

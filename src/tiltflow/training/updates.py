@@ -19,7 +19,7 @@ from tiltflow.method.policy import share_in_groups
 from tiltflow.method.rollout import NO_GRAPHS, Graphs, Rollout, join, rollout
 from tiltflow.models.backbone import Conditioning, Grouped
 from tiltflow.models.roles import Role
-from tiltflow.train.optim import Updater
+from tiltflow.training.optim import Updater
 
 Given = tuple[
     Tensor, Tensor, dict[str, Tensor], tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from tiltflow.core.sentences import first_sentence
 from tiltflow.core.sizes import Resolution
-from tiltflow.export.contract import CONTRACT_KEY, Contract
-from tiltflow.export.folder import check_export_folder
+from tiltflow.formats.contract import CONTRACT_KEY, Contract
+from tiltflow.formats.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
 from tiltflow.models.pipelines.directory import SIDE_FILE, Pipeline
 from tiltflow.models.roles import AdapterSettings

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tiltflow.core.disk import at_work, fsync, writing
-from tiltflow.export.contract import CONTRACT_FILE, LICENCES
+from tiltflow.formats.contract import CONTRACT_FILE, LICENCES
 from tiltflow.models.switch import FEW_STEP, TILT
 
 STRENGTH = r"_[0-9.e-]+"

@@ -17,8 +17,8 @@ from tiltflow.core.interruption import STOPPING, Stopped, interruptible
 from tiltflow.core.latest import step_name
 from tiltflow.core.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.models.roles import Roles
-from tiltflow.train.changes import bearing, changes, in_words
-from tiltflow.train.optim import NON_FINITE, Guard, Updater
+from tiltflow.training.changes import bearing, changes, in_words
+from tiltflow.training.optim import NON_FINITE, Guard, Updater
 
 
 class Stage(Protocol):

@@ -14,9 +14,9 @@ from tiltflow.core.randomness import Randomness
 from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.data.prompts import PromptSampler
 from tiltflow.models.roles import Roles
-from tiltflow.train.averaging import Averaging
-from tiltflow.train.optim import Guard, Updater
-from tiltflow.train.updates import FakeScoreTrainer, Matching, Share
+from tiltflow.training.averaging import Averaging
+from tiltflow.training.optim import Guard, Updater
+from tiltflow.training.updates import FakeScoreTrainer, Matching, Share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from tiltflow.core.registry import dotted, find, made
 from tiltflow.core.settings import settled
-from tiltflow.train.parts import Parts
-from tiltflow.train.settings import Options
+from tiltflow.training.parts import Parts
+from tiltflow.training.settings import Options
 
 
 @dataclass(frozen=True)

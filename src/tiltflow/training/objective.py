@@ -7,12 +7,14 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from tiltflow.method.boundary import Boundary
-from tiltflow.train.own import Kind
-from tiltflow.train.parts import Parts
-from tiltflow.train.settings import Options
+from tiltflow.training.own import Kind
+from tiltflow.training.parts import Parts
+from tiltflow.training.settings import Options
 
 AC_DMD = "ac_dmd"
-OBJECTIVES = Kind("objective", "tiltflow.objectives", {AC_DMD: "tiltflow.train.updates:Matching"})
+OBJECTIVES = Kind(
+    "objective", "tiltflow.objectives", {AC_DMD: "tiltflow.training.updates:Matching"}
+)
 
 
 @runtime_checkable

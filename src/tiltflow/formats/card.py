@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiltflow.core.sizes import said
-from tiltflow.export.contract import BaseModelFacts, Contract
+from tiltflow.formats.contract import BaseModelFacts, Contract
 from tiltflow.models.switch import TILT, stack_tilt
 
 STAGES = {

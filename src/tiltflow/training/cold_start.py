@@ -12,10 +12,10 @@ from tiltflow.method.boundary import Boundary
 from tiltflow.method.distribution_matching import matching_loss
 from tiltflow.method.rollout import Rollout, advance, attach, stochastic
 from tiltflow.models.backbone import Conditioning, Grouped
-from tiltflow.train.objective import Objective, pull_of
-from tiltflow.train.parts import Parts, recorded
-from tiltflow.train.settings import ColdStartConfig
-from tiltflow.train.updates import rollout_in_parts
+from tiltflow.training.objective import Objective, pull_of
+from tiltflow.training.parts import Parts, recorded
+from tiltflow.training.settings import ColdStartConfig
+from tiltflow.training.updates import rollout_in_parts
 
 Given = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor]
 """A step's two states and levels, the conditioning, and the gradient of the generator's update."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiltflow.export.keys import Layout
+from tiltflow.formats.keys import Layout
 
 _BLOCK, _JOINT = "transformer_blocks.{i}.", "joint_blocks.{i}."
 

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiltflow.export.contract import CONTRACT_KEY, Contract
-from tiltflow.export.keys import Layout, Pair, in_block, original_lora, original_state
-from tiltflow.export.loras import Lora
-from tiltflow.export.wanted import FileType
-from tiltflow.export.writing import lora_metadata
+from tiltflow.formats.contract import CONTRACT_KEY, Contract
+from tiltflow.formats.keys import Layout, Pair, in_block, original_lora, original_state
+from tiltflow.formats.loras import Lora
+from tiltflow.formats.wanted import FileType
+from tiltflow.formats.writing import lora_metadata
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.meta import pipeline_configs
 from tiltflow.models.pipelines.storage import FP8

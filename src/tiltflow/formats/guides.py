@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tiltflow.export.contract import Contract
-from tiltflow.export.keys import has_layout
-from tiltflow.export.wanted import Wanted
+from tiltflow.formats.contract import Contract
+from tiltflow.formats.keys import has_layout
+from tiltflow.formats.wanted import Wanted
 from tiltflow.models.switch import TILT
 
 

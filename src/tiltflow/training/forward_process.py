@@ -16,8 +16,8 @@ from torch import Tensor
 from tiltflow.core.settings import Rate, Section, Steps, Weight
 from tiltflow.flow import interpolate, renoise_level
 from tiltflow.method.forward_process import awm_loss, nft_loss, optimality
-from tiltflow.train.parts import Parts
-from tiltflow.train.terms import Attached, Epoch, Loss, Span, Term
+from tiltflow.training.parts import Parts
+from tiltflow.training.terms import Attached, Epoch, Loss, Span, Term
 
 
 class ForwardSettings(Section):

@@ -15,8 +15,8 @@ from tiltflow.method.reward_backprop import reward_gradient
 from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.rewards.base import NonFiniteScore, checked
 from tiltflow.rewards.combine import RewardMixture
-from tiltflow.train.optim import NonFiniteError
-from tiltflow.train.updates import Share, micro_batches
+from tiltflow.training.optim import NonFiniteError
+from tiltflow.training.updates import Share, micro_batches
 
 
 @dataclass(frozen=True)

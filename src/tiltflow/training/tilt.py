@@ -16,11 +16,11 @@ from tiltflow.method.reward_backprop import equal_norm
 from tiltflow.method.rollout import Graphs, Rollout, attach, attach_from, pinned
 from tiltflow.models.backbone import Grouped
 from tiltflow.rewards.combine import RewardMixture
-from tiltflow.train.parts import Parts, recorded
-from tiltflow.train.scoring import Scored, Scorer
-from tiltflow.train.settings import TiltConfig
-from tiltflow.train.terms import Attached, Epoch, Policy, Span, Term, held_losses
-from tiltflow.train.updates import rollout_in_parts
+from tiltflow.training.parts import Parts, recorded
+from tiltflow.training.scoring import Scored, Scorer
+from tiltflow.training.settings import TiltConfig
+from tiltflow.training.terms import Attached, Epoch, Policy, Span, Term, held_losses
+from tiltflow.training.updates import rollout_in_parts
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from tiltflow.core.sizes import both
-from tiltflow.export.contract import Contract
+from tiltflow.formats.contract import Contract
 
 Link = tuple[str, int]
 Graph = dict[str, dict[str, Any]]

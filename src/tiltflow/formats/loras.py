@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiltflow.core.checkpoint import Checkpoint
-from tiltflow.export.contract import Contract
-from tiltflow.export.writing import baked, exported_adapters
+from tiltflow.formats.contract import Contract
+from tiltflow.formats.writing import baked, exported_adapters
 from tiltflow.models.lora_files import exactly
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.models.switch import FEW_STEP, TILT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiltflow.export.keys import Layout
+from tiltflow.formats.keys import Layout
 
 _BLOCK, _DOUBLE = "transformer_blocks.{i}.", "double_blocks.{i}."
 _SINGLE_BLOCK, _SINGLE = "single_transformer_blocks.{i}.", "single_blocks.{i}."
