@@ -13,7 +13,7 @@ from families_table import CASES
 from rich.console import Console
 from torch import Tensor
 
-from tiltflow.config.load import load_config
+from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.tasks.train import run_training
 
@@ -30,8 +30,8 @@ def bright(images: Tensor, prompts: object, metadata: object) -> Tensor:
 bright.differentiable = True  # type: ignore[attr-defined]
 
 
-def run(stage: str, family: str, tiny: Tiny, out: Path, *more: str) -> dict[str, Tensor]:
-    """A run's weights at its end, by group and name."""
+def recipe(stage: str, family: str, tiny: Tiny, out: Path, *more: str) -> RunConfig:
+    """A run of seconds on the family's first tiny pipeline, with its generator's where it has one."""
     case, prompts = CASES[family], out.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     second = f"model.generator_path={tiny(case.generator)}" if case.generator else ""
@@ -48,7 +48,12 @@ def run(stage: str, family: str, tiny: Tiny, out: Path, *more: str) -> dict[str,
         values += ["tilt.group_size=4", "rewards={test_families_training:bright: 1.0}"]
     else:
         values += ["cold_start.generator_every=1"]
-    run_training(load_config(f"demo_{stage}", [*values, *more]), QUIET)
+    return load_config(f"demo_{stage}", [*values, *more])
+
+
+def run(stage: str, family: str, tiny: Tiny, out: Path, *more: str) -> dict[str, Tensor]:
+    """A run's weights at its end, by group and name."""
+    run_training(recipe(stage, family, tiny, out, *more), QUIET)
     tensors = load_checkpoint(out).tensors
     return {f"{g}/{k}": t for g, group in tensors.items() for k, t in dict(group).items()}
 
