@@ -1,6 +1,7 @@
 """What the tests of families need to know of each: one entry a family.
 
-`names` are tiny pipelines of two sizes at least (`tiny_pipelines`), `generator` one that the first
+`names` are tiny pipelines of two sizes at least (`tiny_pipelines`; test_other_sizes.py has those of
+FLUX.1 and klein, whose last bits depend on how weights are marked), `generator` one that the first
 of them may start its student from. `plain` is what its call takes for a pass without guidance,
 `guided` for guidance, with the scale that this is here. `batched` says whether its call runs both
 passes as one batch. `sizes` are images (height, width) that it can draw. `tokens` is
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+import pytest
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,25 @@ class Case:
 
 UNBINNED = {"use_resolution_binning": False}
 CASES = {
+    "sd3": Case(
+        names=("sd3m", "sd35m"),
+        plain={"guidance_scale": 1.0},
+        guided=({"guidance_scale": 4.5}, 4.5),
+        batched=True,
+    ),
+    "flux": Case(
+        names=("flux_dev",),
+        plain={"guidance_scale": 3.5},
+        guided=({"guidance_scale": 2.0}, 2.0),
+        batched=False,
+    ),
+    "flux2": Case(
+        names=("klein_base",),
+        plain={"guidance_scale": 1.0},
+        guided=({"guidance_scale": 4.0}, 4.0),
+        batched=False,
+        generator="klein",
+    ),
     "chroma": Case(
         names=("chroma", "chroma_wide", "chroma_beta"),
         plain={"guidance_scale": 1.0},
@@ -71,4 +93,7 @@ CASES = {
     ),
 }
 
+ALSO_ELSEWHERE = ("sd3", "flux", "flux2")
+"""Families whose whole runs other tests have too: here these take `make test-slow`."""
+RUNS = [pytest.param(f, marks=pytest.mark.long) if f in ALSO_ELSEWHERE else f for f in CASES]
 PAIRS = [(family, name) for family, case in CASES.items() for name in case.names]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families_table import CASES
+from families_table import CASES, RUNS
 from rich.console import Console
 from torch import Tensor
 
@@ -31,7 +31,7 @@ bright.differentiable = True  # type: ignore[attr-defined]
 
 
 def recipe(stage: str, family: str, tiny: Tiny, out: Path, *more: str) -> RunConfig:
-    """A run of seconds on the family's first tiny pipeline, with its generator's where it has one."""
+    """A run of seconds on the family's first tiny pipeline, and its generator's."""
     case, prompts = CASES[family], out.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     second = f"model.generator_path={tiny(case.generator)}" if case.generator else ""
@@ -62,7 +62,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", RUNS)
 def test_both_stages_train_resume_and_checkpoint_exactly(
     tiny_pipeline: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -81,7 +81,7 @@ def test_both_stages_train_resume_and_checkpoint_exactly(
     assert same(whole, less)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", RUNS)
 def test_a_base_in_8_bits_and_embeddings_from_the_cache(
     tiny_pipeline: Tiny, tmp_path: Path, family: str
 ) -> None:

@@ -81,7 +81,7 @@ class Family:
     """The modules that adapters go on by default (METHOD §6), as PEFT takes them."""
     no_gradient: tuple[str, ...] = ()
     """Ends of the names of adapted modules whose result nothing reads, so that their adapters have
-    no gradient by construction."""
+    no gradient by construction; `{last}` is the number of the last block."""
     input_weight: str = "context_embedder"
     """A module of the transformer whose weight has the type that inputs are given in."""
     blocks: tuple[str, ...] = ()

@@ -33,6 +33,7 @@ FAMILY = Family(
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ),
+    no_gradient=("transformer_blocks.{last}.attn.add_q_proj",),  # the text's result ends there
     blocks=("JointTransformerBlock", "FusedBlock"),  # diffusers' own list of them is empty
     graphs=True,
     published=SD3,
