@@ -345,9 +345,10 @@ def test_the_server_guards_its_door(serve, monkeypatch: pytest.MonkeyPatch) -> N
     address, kind = serve([Mean()]), {"Content-Type": "application/json"}
     good = wire.encode_batch(IMAGES, PROMPTS, [{}] * 3)
     assert post(address, good, kind)[0] == 200
-    assert post(address, b"", {}, "/health") == (
-        200, {"rewards": {"mean": {"differentiable": False}}}
-    )  # fmt: skip
+    status, said = post(address, b"", {}, "/health")
+    assert status == 200 and said["rewards"] == {"mean": {"differentiable": False}}
+    assert set(said) == {"rewards", "made_of"}
+    assert said["made_of"]["torch"] == torch.__version__ and "cpu" in said["made_of"]["device"]
     assert post(address, good, kind, "/maen")[0] == 404
     assert post(address, good, {"Content-Type": "text/plain"})[0] == 415
     assert post(address, b"{}", kind)[0] == 422

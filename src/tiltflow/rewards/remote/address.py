@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pydantic.dataclasses
 from pydantic import Field, ValidationError
@@ -26,6 +26,8 @@ TOKEN_VARIABLE = "TILTFLOW_REWARD_TOKEN"
 """The environment variable of the token, for server and client: so that it is in no recipe, no
 run directory and no list of processes."""
 DAY = 86400.0
+MOST_SERVERS = 100
+"""Of a pool."""
 
 _USER = re.compile(r"[a-z][a-z0-9+.-]*:/+[^/\s]*@", re.IGNORECASE)
 _SECRET = "(?:[a-z]+[_-])?(?:token|api_?key|passw(?:or)?d|pwd|secret|credentials?|signature)"
@@ -94,7 +96,8 @@ class Address:
             )
         shown = repr(text) if _HARMLESS.fullmatch(text) else "what is given"
         wrong = ValueError(
-            f"{shown} is no address of a remote reward: write {REMOTE}http://HOST:PORT/NAME"
+            f"{shown} is no address of a remote reward: write {REMOTE}http://HOST:PORT/NAME, or "
+            f"{REMOTE}NAME with the option servers"
         )
         try:
             parts = urlsplit(text.removeprefix(REMOTE))
@@ -140,7 +143,8 @@ class Settings:
 
     An attempt may take `timeout` seconds in all. `retries` more follow one that failed in spite
     of a server at the address. While there is none, the client waits, for at most `patience`
-    seconds (None: without end). A request holds at most `batch` images.
+    seconds (None: without end). A request holds at most `batch` images. `servers` are those of a
+    pool, each as http[s]://HOST[:PORT].
 
     Raises:
         ValueError: if a value makes no sense.
@@ -150,25 +154,57 @@ class Settings:
     retries: Annotated[int, Field(ge=0, le=1000)] = 3
     patience: Annotated[float, Field(ge=0, le=1000 * DAY)] | None = None
     batch: Annotated[int, Field(ge=1, le=REQUEST_IMAGES)] = 16
+    servers: Annotated[list[str], Field(min_length=1, max_length=MOST_SERVERS)] | None = None
 
 
 def remote_settings(name: str, options: Mapping[str, Any]) -> Settings:
-    """The client's settings from a reward's options.
+    """The client's settings from a reward's options; `remote:NAME` has the option servers.
 
     Raises:
         ValueError: if the reward's name is no address of a server, or an option is unknown or
             makes no sense.
     """
-    Address.of(name)
+    if "servers" not in options:
+        Address.of(name)
     known = [field.name for field in fields(Settings)]
     for key in options:
         if key not in known:
             raise ValueError(f"reward {name!r} has no option {key!r}{nearest(key, known)}")
     try:
-        return Settings(**options)
+        settings = Settings(**options)
     except ValidationError as error:
         first = error.errors()[0]
         wrong = first["msg"].replace("Input should", "must")
         raise ValueError(
             f"reward {name!r}: option {first['loc'][0]} is {first['input']!r}, but it {wrong}"
         ) from error
+    if settings.servers is not None:
+        pool_addresses(name, settings.servers)
+    return settings
+
+
+def pool_addresses(name: str, servers: Sequence[str]) -> list[Address]:
+    """Where the reward `remote:NAME` of a pool is, a place a server.
+
+    Raises:
+        ValueError: if the name has an address in it, or a server is no address, or is given twice.
+    """
+    own = name.removeprefix(REMOTE)
+    if not own or not own.isprintable() or len(own) > 200 or any(mark in own for mark in "/@?#"):
+        raise ValueError(
+            f"the reward that option servers is given for is to be named {REMOTE}NAME, and its "
+            "servers' addresses stand in the option alone"
+        )
+    places: list[Address] = []
+    for number, server in enumerate(servers, start=1):
+        try:
+            place = Address.of(f"{server.rstrip('/')}/{quote(own, safe=':')}")
+        except ValueError:
+            raise ValueError(
+                f"reward {name!r}: option servers, number {number}, is to be host and port alone, "
+                f"such as http://127.0.0.1:8000; a token belongs in {TOKEN_VARIABLE}"
+            ) from None
+        if place in places:
+            raise ValueError(f"reward {name!r}: option servers has {place.url} twice")
+        places.append(place)
+    return places

@@ -201,46 +201,70 @@ class RemoteReward:
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:
-        height, width = images.shape[-2:]
-        size = max(1, min(self.settings.batch, REQUEST_PIXELS // (height * width)))
-        scores = []
-        for start in range(0, len(images), size):
-            rows = slice(start, start + size)
-            scores.append(self._score(images[rows], prompts[rows], metadata[rows]))
+        scores = [
+            self._score(body, count)
+            for body, count in requests(images, prompts, metadata, self.settings.batch)
+        ]
         return torch.cat(scores).to(images.device)
 
     def _find(self) -> None:
         """Checks that the server is there and has this reward."""
+        ask = functools.partial(self._client.exchange, "GET", "health", None, self._known)
+        self._client.insist(ask, self.settings.timeout)
 
-        def read(body: bytes) -> object:
-            try:
-                found = parse(body)
-            except ValueError:
-                found = None
-            rewards = found.get("rewards") if isinstance(found, dict) else None
-            if not isinstance(rewards, dict):
-                raise ValueError(f"answered as no reward server does: {excerpt(body)}")
-            return list(rewards)
+    def _known(self, body: bytes) -> dict[str, Any]:
+        return read_health(body, self.name)
 
-        ask = functools.partial(self._client.exchange, "GET", "health", None, read)
-        names = self._client.insist(ask, self.settings.timeout)
-        if self.name not in names:
-            hint = printable(nearest(self.name, names))
-            raise ValueError(f"the server at {self.url} has no reward {self.name!r}{hint}")
-
-    def _score(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
-    ) -> Tensor:
-        body = encode_batch(images, prompts, metadata)
-        if len(body) > BODY_LIMIT and len(images) > 1:
-            half = len(images) // 2
-            parts = [slice(None, half), slice(half, None)]
-            return torch.cat([self._score(images[p], prompts[p], metadata[p]) for p in parts])
-        read = functools.partial(decode_scores, count=len(images))
+    def _score(self, body: bytes, count: int) -> Tensor:
+        read = functools.partial(decode_scores, count=count)
         path = quote(self.name, safe="")
         ask = functools.partial(self._client.exchange, "POST", path, body, read)
         scores: Tensor = self._client.insist(ask, self.settings.patience)
         return scores
+
+
+def read_health(body: bytes, name: str) -> dict[str, Any]:
+    """What a server says of itself and of its reward `name`.
+
+    Raises:
+        ValueError: if it is no reward server's answer, or there is no such reward.
+    """
+    try:
+        found = parse(body)
+    except ValueError:
+        found = None
+    rewards = found.get("rewards") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(rewards, dict):
+        raise ValueError(f"answered as no reward server does: {excerpt(body)}")
+    if name not in rewards:
+        hint = printable(nearest(name, list(rewards)))
+        raise ValueError(f"has no reward {name!r}{hint}")
+    facts = [part for part in (rewards[name], found.get("made_of")) if isinstance(part, dict)]
+    return {key: value for part in facts for key, value in part.items()}
+
+
+def requests(
+    images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], batch: int
+) -> Iterator[tuple[bytes, int]]:
+    """The bodies of the requests for images (B, 3, H, W), in their order, each made when its turn
+    comes, with how many images it has: at most `batch`, and as many as a server takes."""
+    height, width = images.shape[-2:]
+    size = max(1, min(batch, REQUEST_PIXELS // (height * width)))
+    for start in range(0, len(images), size):
+        rows = slice(start, start + size)
+        yield from _bodies(images[rows], prompts[rows], metadata[rows])
+
+
+def _bodies(
+    images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> Iterator[tuple[bytes, int]]:
+    body = encode_batch(images, prompts, metadata)
+    if len(body) <= BODY_LIMIT or len(images) == 1:
+        yield body, len(images)
+        return
+    half = len(images) // 2
+    for part in (slice(None, half), slice(half, None)):
+        yield from _bodies(images[part], prompts[part], metadata[part])
 
 
 def _headers(token: str | None) -> dict[str, str]:

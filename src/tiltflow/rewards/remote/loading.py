@@ -14,12 +14,17 @@ def load_elsewhere(name: str, options: Mapping[str, Any]) -> Reward:
     """The reward `remote:…` or `judge:…`.
 
     Raises:
-        ValueError: as `RemoteReward` or `Judge`.
+        ValueError: as `RemoteReward`, `PooledReward` or `Judge`.
     """
     if name.startswith(JUDGE):
         from tiltflow.rewards.zoo.judge import Judge
 
         return Judge(name, judge_settings(name, options))
+    settings = remote_settings(name, options)
+    if settings.servers is not None:
+        from tiltflow.rewards.remote.pool import PooledReward
+
+        return PooledReward(name, settings)
     from tiltflow.rewards.remote.client import RemoteReward
 
-    return RemoteReward(name, remote_settings(name, options))
+    return RemoteReward(name, settings)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -67,11 +68,13 @@ class Scorer:
             raise ValueError(f"the batch of a reward server must be 1 or more, got {batch}")
         self.device, self.batch = device, batch
         self.limits = limits or Limits()
+        self.made_of = made_of(torch.device(device))
         self._one_at_a_time = threading.Lock()
 
     def describe(self) -> dict[str, Any]:
         """The answer to /health. Scores come without gradients, whatever the reward could do."""
-        return {"rewards": {name: {"differentiable": False} for name in self.rewards}}
+        rewards = {name: {"differentiable": False} for name in self.rewards}
+        return {"rewards": rewards, "made_of": self.made_of}
 
     def check(self, name: str) -> None:
         """Passes the name of a reward.
@@ -112,6 +115,15 @@ class Scorer:
             log.exception("reward %r failed", name)
             raise Refusal(500, f"reward {name!r} raised {type(error).__name__}: {error}") from error
         return {"scores": torch.cat(parts).tolist()}
+
+
+def made_of(device: torch.device) -> dict[str, str]:
+    """What a score's last bits depend on beside the reward: versions, and the kind of device."""
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+    name = named(device) if named is not None else kind
+    packages = {name: version(name) for name in ("tiltflow", "torch", "transformers")}
+    return packages | {"device": f"{device.type} {name}".strip()}
 
 
 class Bodies:

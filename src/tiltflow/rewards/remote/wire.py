@@ -1,6 +1,6 @@
 """What a reward server and its client say to each other: JSON with PNG images, never pickle.
 
-    GET  /health  ->  {"rewards": {NAME: {"differentiable": false}}}
+    GET  /health  ->  {"rewards": {NAME: {"differentiable": false}}, "made_of": {PACKAGE: VERSION}}
     POST /NAME    {"images": [PNG in base64, …], "prompts": […], "metadata": […]}
                   ->  {"scores": […]}   or, not in 200,   {"error": "one sentence"}
 
