@@ -109,6 +109,15 @@ SETTINGS = [
         "a reward server to be waited for without end",
         TILT + "'rewards={\"remote:http://host/x\": {weight: 1, options: {timeout: .inf}}}'",
     ),
+    Case("a remote reward without an address", TILT + "'rewards={\"remote:mean\": 1}'"),
+    Case(
+        "a pool whose server is no address",
+        TILT + "'rewards={\"remote:mean\": {weight: 1, options: {servers: [host]}}}'",
+    ),
+    Case(
+        "a pool of one server twice",
+        TILT + "'rewards={\"remote:x\": {weight: 1, options: {servers: [http://a, http://a/]}}}'",
+    ),
     Case("a judge without a rubric", TILT + "'rewards={\"judge:m\": 1}'"),
     Case(
         "a judge whose scores have no range",

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
 
 
 def mean(images: Tensor, prompts: Sequence[str], metadata: Sequence[object]) -> Tensor:
     """A reward for real servers."""
+    return images.mean((1, 2, 3))
+
+
+def unhurried_mean(images: Tensor, prompts: Sequence[str], metadata: Sequence[object]) -> Tensor:
+    """A reward that takes a moment, so that several servers have work at a time."""
+    time.sleep(0.05)
     return images.mean((1, 2, 3))
 
 
@@ -86,3 +98,33 @@ def server(score: Reply, port: int = 0, health: Reply | None = None) -> Iterator
         over.set()
         thread.join()
         listener.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def process(name: str, port: int, said: Path) -> subprocess.Popen[bytes]:
+    """A real server of the reward `name`, in a process that may not listen yet."""
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    command = [sys.executable, "-m", "tiltflow", "reward-server", name, "--port", str(port)]
+    with said.open("a") as file:
+        return subprocess.Popen(
+            [*command, "--device", "cpu"],
+            env={**os.environ, "PYTHONPATH": paths}, stdout=file, stderr=file,
+        )  # fmt: skip
+
+
+def await_listening(served: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert served.poll() is None, "the server ended"
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise AssertionError("the server did not start")
