@@ -62,9 +62,9 @@ def main() -> None:
     cells = Cells(args.out, {"rollouts": ROLLOUTS, "look_every": EVERY, "points": POINTS})
     for matching in ("all", "last"):
         cells.cell(f"evaluations, {matching}", partial(evaluations, matching, 20))
-    for seed in range(args.seeds):
-        cold = cold_start(args.runs, STEPS, seed)
-        for matching, rate in ARMS:
+    for matching, rate in ARMS:
+        for seed in range(args.seeds):
+            cold = cold_start(args.runs, STEPS, seed)
             name = f"{matching}, rate {rate:g}, seed {seed}"
             cells.cell(name, partial(one_run, cold, matching, rate, seed))
     print("| matching | rate | seeds | β̂ | KL | share | CPU s a rollout | evaluations a rollout |")
