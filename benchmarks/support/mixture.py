@@ -33,6 +33,8 @@ def cold_start(runs: Path, steps: int, seed: int) -> Path:
     cfg = load_config("mixture_cold_start", [*options, f"run.resume={str(there).lower()}"])
     if not there or load_checkpoint(out).step < cfg.train.steps:
         run_training(cfg, Console(quiet=True))
+        if load_checkpoint(out).step < cfg.train.steps:
+            raise SystemExit(f"{out} was stopped: the same command goes on")
     return out
 
 
