@@ -191,7 +191,7 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(file: Path, tmp_path: Path
     # another budget is another study
     file_2 = tmp_path / "other.yaml"
     file_2.write_text(SMALL.replace("budget: 2000", "budget: 3000"))
-    with pytest.raises(ValueError, match="of other settings than the study has now"):
+    with pytest.raises(ValueError, match=r"study has now \(budget: 2000 → 3000\)"):
         make_cells(file_2, cells_of(load_study(file_2), parts, ["rtdmd"]))
 
 
@@ -283,4 +283,22 @@ def test_a_torn_result_is_said(file: Path, tmp_path: Path) -> None:
     for text in ("{", "[]", json.dumps({"row": "ac_dmd"})):
         (cell.folder / RESULT).write_text(text)
         with pytest.raises(ValueError, match="is no result of a study"):
+            cell.result()
+
+
+def test_a_result_is_read_by_a_later_version(file: Path, tmp_path: Path) -> None:
+    """A setting that its version did not have counts as its default; another value is told,
+    also where it is of the run that a row starts from."""
+    cell = Cell(load_study(file), tmp_path, "rtdmd", 0)
+    cell.folder.mkdir(parents=True)
+    path, asked = cell.folder / RESULT, cell.asked
+    assert asked["tilt.subset"] == 2 and asked["start.train.ema"] == asked["train.ema"]
+    since = {"tilt.subset_order", "start.run.rank_timeout"}
+    result = {"asked": {k: v for k, v in asked.items() if k not in since}, "row": "rtdmd"}
+    assert len(result["asked"]) == len(asked) - 2
+    path.write_text(json.dumps(result))
+    assert cell.result() == result
+    for key in ("tilt.subset", "start.train.ema", "since_removed", *since):
+        path.write_text(json.dumps({"asked": asked | {key: 77}}))
+        with pytest.raises(ValueError, match=rf"study has now \({key}: 77 → "):
             cell.result()

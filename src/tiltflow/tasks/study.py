@@ -6,7 +6,6 @@ So a study can be made in pieces, by several processes, and goes on after a kill
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -29,11 +28,13 @@ from tiltflow.core.settings import Count, Images, Place, Positive, Samples, Sect
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.chunks import Chunks
 from tiltflow.setup.costing import within
+from tiltflow.setup.manifest import defaults_by_key
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.evaluate import asked, evaluate
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
 from tiltflow.tasks.train import train_run
+from tiltflow.training.changes import by_key
 
 RESULT = "result.json"
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
@@ -195,19 +196,17 @@ class Cell:
         return self.study.stages[self.config.stage].budget
 
     @cached_property
-    def asked(self) -> str:
-        """A digest of what its result depends on, wherever it lies."""
+    def asked(self) -> dict[str, Any]:
+        """What its result depends on, wherever it lies, by dotted key."""
         run = self.config.run.model_copy(update={"out": "", "resume": False})
-        model = self.config.model
-        if self.start is not None:
-            model = model.model_copy(update={"few_step": self.start.asked})
+        model = self.config.model.model_copy(update={"few_step": None})
         plain = self.config.model_copy(update={"run": run, "model": model})
         scored = self.study.model_dump(
             mode="json", include={"prompts", "first", "count", "noise", "rewards",
                                   "diversity", "batch"},
         )  # fmt: skip
-        text = json.dumps([dump_config(plain), self.budget, scored], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        found = {**parse_yaml(dump_config(plain), "settings"), "budget": self.budget, "scored": scored}
+        return by_key(found if self.start is None else {**found, "start": self.start.asked})
 
     def result(self) -> dict[str, Any] | None:
         """What it came to; None where it is not done.
@@ -219,16 +218,27 @@ class Cell:
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            of = found["asked"]
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            of: dict[str, Any] = dict(result["asked"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no result of a study") from error
-        if of != self.asked:
+        if found := _another(of, self.asked):
             raise ValueError(
-                f"{path} is of other settings than the study has now: remove {self.folder}, or "
-                "give another --out"
+                f"{path} is of other settings than the study has now ({found}): remove "
+                f"{self.folder}, or give another --out"
             )
-        return dict(found)
+        return result
+
+
+def _another(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that is another, "key: old → new". What the version that made a result
+    had no setting for was as its default is."""
+    defaults = defaults_by_key()
+    for key in dict.fromkeys([*now, *before]):
+        old = before.get(key, defaults.get(key.removeprefix("start.")))
+        if json.dumps(old) != json.dumps(now.get(key)):
+            return f"{key}: {json.dumps(old)} → {json.dumps(now.get(key))}"
+    return None
 
 
 def cells_of(
