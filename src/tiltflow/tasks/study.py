@@ -205,7 +205,8 @@ class Cell:
             mode="json", include={"prompts", "first", "count", "noise", "rewards",
                                   "diversity", "batch"},
         )  # fmt: skip
-        found = {**parse_yaml(dump_config(plain), "settings"), "budget": self.budget, "scored": scored}
+        found = parse_yaml(dump_config(plain), "settings")
+        found |= {"budget": self.budget, "scored": scored}
         return by_key(found if self.start is None else {**found, "start": self.start.asked})
 
     def result(self) -> dict[str, Any] | None:
