@@ -82,6 +82,10 @@ SETTINGS = [
         "a kept graph of samples that are drawn anew",
         TRAIN + "cold_start.keep_graph=true cold_start.fresh_boundary=true",
     ),
+    Case(
+        "a rollout of several boundaries in a phase of one",
+        TRAIN + "cold_start.boundary_order=phased cold_start.reuse=2",
+    ),
     Case("a fresh adapter on copies", TILT + "adapters.kind=copies tilt.fake_score_start=fresh"),
     Case("a start of LoRAs for copies", TRAIN + "adapters.kind=copies adapters.init_std=0.1"),
     Case("an average by iterations in stage 2", TILT + "train.ema_every=iteration"),

@@ -6,20 +6,32 @@ formulas of these papers are checked here against the functions that the terms c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from short_runs import cold_start, tilt
+from rich.console import Console
+from short_runs import SHORT, cold_start, tilt
 from torch import Tensor
 
+from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import load_checkpoint
-from tiltflow.method.distribution_matching import matching_gradient
+from tiltflow.data.prompts import Prompt
+from tiltflow.flow import fake_score_loss, renoise, velocity_target
+from tiltflow.method.boundary import Boundary
+from tiltflow.method.distribution_matching import decoupled_gradient, matching_gradient
 from tiltflow.method.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.method.forward_process import awm_loss, nft_loss, optimality
 from tiltflow.method.policy import clipped_surrogate, group_advantages, window_steps
 from tiltflow.method.reward_backprop import reward_gradient
+from tiltflow.setup.build import build_stage
+from tiltflow.tasks.train import run_training
+from tiltflow.training.cold_start import ColdStart, Cycle
+from tiltflow.training.decoupled import Decoupled
+from tiltflow.training.parts import Parts
+from tiltflow.training.updates import Share
 
 ALONE = ["tilt.policy_weight=0", "tilt.matching_weight=0", "tilt.reward_weight=0"]
 
@@ -80,6 +92,48 @@ def test_matching_at_the_last_step_is_that_of_dmd() -> None:
     near(g, [[(-0.75 - 0.25) / scale, (0.75 + 1.25) / scale]])
 
 
+def test_decoupled_dmd_is_its_papers_formula() -> None:
+    """Decoupled DMD (2511.22677), (8): (s_real − s_fake) at τ_DM and (α − 1)(s_real − s_uncond) at
+    τ_CA; the way back to s = 0 reads the data off, so each part is a difference of predictions."""
+    x, s = torch.tensor([[1.0, -1.0]]), torch.zeros(1)
+    noise, any_z = torch.tensor([[0.5, 0.5]]), torch.tensor([[9.0, 9.0]])
+    real, uncond, fake = (torch.tensor([v]) for v in ([1.0, 2.0], [0.0, 1.0], [3.0, -2.0]))
+    alpha = 3.0
+    guided = uncond + alpha * (real - uncond)  # (3, 4)
+    matching = (torch.tensor([0.5]), noise, any_z)
+    augmenting = (torch.tensor([0.25]), -noise, any_z)
+    fields = [lambda *_, v=v: v for v in (real, guided, fake)]
+    g = decoupled_gradient(x, s, matching, augmenting, *fields, 0.9)
+    # DM at .5: x_t = (.75, −.25), data: real (.25, −1.25), fake (−.75, .75)
+    # CA at .25: x_t = (.625, −.875), data: guided (−.125, −1.875), real (.375, −1.375)
+    dm, ca = (0.75 + 0.25) / 2, (1.125 + 0.875) / 2
+    near(g, [[-1.0 / dm + 0.5 / ca, 2.0 / dm + 0.5 / ca]])
+    # ca's part is t (α − 1)(v_real − v_uncond): .25 · 2 · (1, 1)
+    rest = g - torch.tensor([[-1.0 / dm, 2.0 / dm]])
+    near(rest.round(decimals=4), [[0.25 * 2 / ca] * 2])
+    # on the same draws both parts, without their scales, are DMD's gradient with guidance
+    ca = (abs(1 + 0.75) + abs(-1 + 2.25)) / 2  # at .5, guided: (−.75, −2.25)
+    parts = decoupled_gradient(x, s, matching, matching, *fields, 0.9)
+    whole = matching_gradient(x, s, *matching, fields[1], fields[2], 0.9)
+    near(parts, [[-1.0 / dm + 1.0 / ca, 2.0 / dm + 1.0 / ca]])
+    near(whole * ca, [[-1.0 + 1.0, 2.0 + 1.0]])
+
+
+def test_phased_dmds_target_is_that_of_its_subinterval() -> None:
+    """Phased DMD (2510.27684), (12) and (13), with α = 1 − σ: ψ(x_t) is fitted to
+    (α_s² σ_t + α_t σ_s²)/(α_s² σ_t|s) ε − x_s/α_s, weighted by clamp(1/σ_t|s²) σ_t|s²."""
+    x_s, noise = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 1.0]])
+    s, t = torch.tensor([0.5]), torch.tensor([0.75])
+    # α_t|s = .25/.5, σ_t|s² = .75² − (.5 · .5)² = .5; (.25 · .75 + .25 · .25)/(.25 √.5) = √2
+    near(velocity_target(x_s, s, t, noise), [[0.5 * 2**0.5 - 4, 2**0.5 + 2]])
+    near(renoise(x_s, s, t, noise), [[1 + 0.5 * 0.5**0.5, -0.5 + 0.5**0.5]])
+    v = torch.zeros(1, 2)
+    near(
+        fake_score_loss(v, x_s, s, t, noise),
+        [((0.5 * 2**0.5 - 4) ** 2 + (2**0.5 + 2) ** 2) / 2],  # 10 σ_t|s² = 5, clamped
+    )
+
+
 def test_without_the_regulariser_the_fake_score_is_fitted_by_matching_alone() -> None:
     """A-DMD, γ = 0: min(1, 10 b²) ‖v_φ − v*‖²; at s = 0 v* is n − x₀ and b is t."""
     x, noise = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, 0.5]])
@@ -120,6 +174,90 @@ def test_a_window_of_steps_moves_with_the_epochs() -> None:
     assert found == [(0, 1), (0, 1), (1, 2), (1, 2), (0, 1), (0, 1)]
     assert [window_steps(e, 4, 1, 1) for e in range(5)] == [(0,), (1,), (2,), (3,), (0,)]
     assert window_steps(7, 3, 3, 1) == (0, 1, 2)
+
+
+def stage_1(out: Path, *more: str) -> dict[str, Tensor]:
+    """The generator's weights after 8 iterations of the mixture's stage 1."""
+    chosen = [f"run.out={out}", *SHORT, "train.steps=8", "cold_start.generator_every=1", *more]
+    run_training(load_config("mixture_cold_start", chosen), Console(quiet=True))
+    return dict(load_checkpoint(out).tensors["generator"])
+
+
+PHASED = ("cold_start.boundary_order=phased", "cold_start.phase=2")
+
+
+def test_a_phase_has_one_boundary_for_both_networks(tmp_path: Path) -> None:
+    cfg = load_config("mixture_cold_start", [f"run.out={tmp_path}", *SHORT, *PHASED])
+    stage = build_stage(cfg).stage
+    assert isinstance(stage, ColdStart)
+    found = [stage.stops(Cycle.of(step, 1, 4)) for step in range(10)]
+    assert found == [[1], [1], [2], [2], [3], [3], [4], [4], [4], [4]]
+    assert stage._fresh(2, stage.prompts.select([0] * 8, torch.device("cpu"))[0])[1] == 2
+
+
+def test_phases_go_on_where_they_stopped(tmp_path: Path) -> None:
+    own = ("train.fake_scores=per_boundary", *PHASED)
+    own += ("train.schedule=constant",)
+    whole = stage_1(tmp_path / "whole", *own)
+    stage_1(tmp_path / "parts", *own, "train.steps=4")
+    resumed = stage_1(tmp_path / "parts", *own, "run.resume=true")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    drawn = stage_1(tmp_path / "drawn", *own, "cold_start.boundary_order=random")
+    assert not all(torch.equal(whole[name], drawn[name]) for name in whole)
+
+
+def test_without_guidance_decoupled_dmd_is_dmd(tmp_path: Path) -> None:
+    """The mixture's teacher has none: the augmentation is exactly 0."""
+    plain = stage_1(tmp_path / "plain")
+    decoupled = stage_1(tmp_path / "decoupled", "cold_start.objective=decoupled")
+    assert all(torch.equal(plain[name], decoupled[name]) for name in plain)
+
+
+@dataclasses.dataclass
+class Seen:
+    """A field that keeps the levels that it was asked at; by guidance it says another velocity."""
+
+    levels: list[Tensor] = dataclasses.field(default_factory=list)
+    k: int | None = None
+
+    def at(self, k: int | None) -> Seen:
+        return self
+
+    def field(self, cond: object, guidance: float | None = None):  # type: ignore[no-untyped-def]
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            if guidance == 3.0:
+                self.levels.append(t)
+            return x * (1.0 if guidance is None else guidance)
+
+        return velocity
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_augmentation_is_re_noised_below_its_step(k: int, cold: Path) -> None:
+    """τ_CA > t in the paper's direction of time: between σ_k and σ_k₋₁; and a rank's rows, in
+    micro-batches, have the whole batch's draws."""
+    stage = build_stage(load_config(str(cold / "config.yaml"), ["run.resume=false"])).stage
+    n, seen = 64, Seen()
+    share = Share(n, n)
+    own = dataclasses.replace(
+        stage.matching, teacher=seen, fake_score=Seen(), share=share, guidance=3.0
+    )
+    cond = stage.roles.generator.backbone.encode([""] * n)
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    at = Boundary(x, stage.sigmas[k].expand(n), k, cond, [Prompt("")] * n)
+    g = Decoupled(dataclasses.replace(_parts(stage), matching=own)).gradient("m", 3, at)
+    (levels,) = seen.levels
+    low, high = float(stage.sigmas[k]) + 0.01, float(stage.sigmas[k - 1])
+    assert low - 1e-6 <= levels.min() < levels.max() <= min(high, 0.98) + 1e-6
+    assert levels.max() - levels.min() > 0.8 * (min(high, 0.98) - max(low, 0.02))
+    small = dataclasses.replace(own, share=Share(n, 16))
+    again = Decoupled(dataclasses.replace(_parts(stage), matching=small)).gradient("m", 3, at)
+    assert torch.equal(g, again)
+
+
+def _parts(stage: object) -> Parts:
+    names = [field.name for field in dataclasses.fields(Parts)]
+    return Parts(**{name: getattr(stage, name) for name in names})
 
 
 @pytest.fixture(scope="module")

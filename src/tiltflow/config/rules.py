@@ -53,6 +53,11 @@ def _check_cold_start(config: RunConfig) -> None:
             f"cold_start.reuse {config.cold_start.reuse} is more than the "
             f"{config.sampler.steps} boundaries of sampler.steps {config.sampler.steps}"
         )
+    if config.cold_start.boundary_order == "phased" and config.cold_start.reuse > 1:
+        raise ValueError(
+            f"cold_start.reuse {config.cold_start.reuse} takes several boundaries of a rollout, "
+            "but with cold_start.boundary_order phased a phase has one"
+        )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -12,6 +12,9 @@ from tiltflow.flow import cps_step, renoise
 Field = Callable[[Tensor, Tensor], Tensor]
 """v(x, σ) with the conditioning closed over."""
 
+Draws = tuple[Tensor, Tensor, Tensor]
+"""Levels t (B,), and the noises of the re-noising and of the way back, of the latent's shape."""
+
 EPSILON = 1e-6
 
 
@@ -38,6 +41,27 @@ def matching_gradient(
     from_fake = cps_step(x_t, fake_score(x_t, t), t, s, eta, z)
     scale = (x_s - from_teacher).abs().flatten(1).mean(1) + EPSILON
     return (from_fake - from_teacher) / scale.view(-1, *([1] * (x_s.ndim - 1)))
+
+
+def decoupled_gradient(
+    x_s: Tensor,
+    s: Tensor,
+    matching: Draws,
+    augmenting: Draws,
+    teacher: Field,
+    guided: Field,
+    fake_score: Field,
+    eta: float,
+) -> Tensor:
+    """The generator gradient with the teacher's guidance apart, shape of `x_s`.
+
+    Decoupled DMD (arXiv 2511.22677, its equation 8): s_guided − s_fake = (s_teacher − s_fake) +
+    (s_guided − s_teacher), "distribution matching" and "CFG augmentation", each with draws of its
+    own. On the same draws they add up to `matching_gradient` with the guided teacher but for the
+    scale, by which each part is divided as METHOD §4 does; the paper's equation has none.
+    """
+    part = matching_gradient(x_s, s, *matching, teacher, fake_score, eta)
+    return part + matching_gradient(x_s, s, *augmenting, guided, teacher, eta)
 
 
 def matching_loss(x_s: Tensor, gradient: Tensor) -> Tensor:

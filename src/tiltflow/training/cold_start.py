@@ -96,9 +96,15 @@ class ColdStart(Parts):
         """After how many generator steps each iteration of a cycle takes its boundary."""
         steps, random = self.steps, self.randomness
         if self.settings.reuse == 1:
-            return random.integers("stop", cycle.number, 1, steps + 1, (1,)).tolist()
+            return [self._stop("stop", cycle.first)]
         order = random.permutation("stop", cycle.number, steps)[: cycle.length]
         return [k + 1 for k in order.tolist()]
+
+    def _stop(self, stream: str, step: int) -> int:
+        """The boundary of iteration `step`: that of its phase, or drawn."""
+        if self.settings.boundary_order == "phased":
+            return min(1 + step // self.settings.phase, self.steps)
+        return int(self.randomness.integers(stream, step, 1, self.steps + 1, (1,)))
 
     def _rollout(self, cycle: Cycle) -> tuple[Rollout, list[Prompt]]:
         """As many generator steps from noise as the cycle needs, all of this rank's rows, without
@@ -127,8 +133,7 @@ class ColdStart(Parts):
     def _fresh(self, step: int, cond: Conditioning | Grouped) -> tuple[Rollout, int]:
         """Boundary samples of iteration `step` for the generator's update alone, and after how
         many steps they are."""
-        drawn = self.randomness.integers("fresh/stop", step, 1, self.steps + 1, (1,))
-        stop, random = int(drawn), range(self.steps - 1)
+        stop, random = self._stop("fresh/stop", step), range(self.steps - 1)
         noise = [self._draw(f"fresh/step{k}", step) for k in random[:stop]]
         trajectory = rollout_in_parts(
             self.share,

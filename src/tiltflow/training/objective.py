@@ -1,4 +1,5 @@
-"""What the generator follows at its boundary samples: AC-DMD (METHOD §4), or one of one's own."""
+"""What the generator follows at its boundary samples: AC-DMD (METHOD §4), a published baseline
+(`BUILTIN`), or one of one's own."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from tiltflow.training.parts import Parts
 from tiltflow.training.settings import Options
 
 AC_DMD = "ac_dmd"
-OBJECTIVES = Kind(
-    "objective", "tiltflow.objectives", {AC_DMD: "tiltflow.training.updates:Matching"}
-)
+BUILTIN = {
+    AC_DMD: "tiltflow.training.updates:Matching",
+    "decoupled": "tiltflow.training.decoupled:Decoupled",
+}
+OBJECTIVES = Kind("objective", "tiltflow.objectives", BUILTIN)
 
 
 @runtime_checkable
@@ -46,7 +49,7 @@ def pull_of(objective: Objective, stream: str, draw: int, at: Boundary) -> Tenso
 
 
 def make_objective(name: str, options: Options, parts: Parts) -> Objective:
-    """The objective `name`: "ac_dmd", an entry point of `tiltflow.objectives`, or
+    """The objective `name`: of `BUILTIN`, an entry point of `tiltflow.objectives`, or
     `package.module:Class`, which is called with the stage's parts and the options.
 
     Raises:

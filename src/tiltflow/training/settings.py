@@ -65,6 +65,8 @@ class ColdStartConfig(Section):
     `keep_graph`: the step that the generator's update differentiates is run once, and its graph
     kept while the fake score is updated.
     `fresh_boundary`: the generator's update has boundary samples of its own.
+    `boundary_order`: the boundary of an iteration is drawn, as published, or that of a phase of
+    `phase` iterations, the first boundary's first and the last's to the end (arXiv 2510.27684).
     `objective`: what the generator follows at its boundary samples, by name or as a dotted path
     (`training/objective.py`); `objective_options` are its settings.
     """
@@ -73,6 +75,8 @@ class ColdStartConfig(Section):
     fresh_boundary: bool = False
     reuse: Steps = 1
     keep_graph: bool = False
+    boundary_order: Literal["random", "phased"] = "random"
+    phase: Positive = 1000
     consistency: Weight = 0.01
     consistency_form: Literal["two_sample", "one_sample"] = "two_sample"
     consistency_max_delta: Annotated[int, Field(ge=1, le=1000)] = 200

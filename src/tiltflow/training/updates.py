@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.core.randomness import Randomness
 from tiltflow.core.transfer import to_device
-from tiltflow.flow import renoise_level
+from tiltflow.flow import T_MARGIN, renoise_level
 from tiltflow.method.boundary import Boundary
-from tiltflow.method.distribution_matching import matching_gradient
+from tiltflow.method.distribution_matching import Draws, matching_gradient
 from tiltflow.method.fake_score import FakeScoreDraws, fake_score_objective
 from tiltflow.method.policy import share_in_groups
 from tiltflow.method.rollout import NO_GRAPHS, Graphs, Rollout, join, rollout
@@ -211,26 +211,37 @@ class Matching:
 
     def gradient(self, stream: str, draw: int, at: Boundary) -> Tensor:
         """g at this rank's boundary samples (b, ...), in micro-batches; no graph."""
+        t, noise, z = self.draws(stream, draw, at)
+
+        def part(part: Boundary, rows: slice) -> Tensor:
+            return matching_gradient(
+                part.x,
+                part.s,
+                t[rows],
+                noise[rows],
+                z[rows],
+                self.teacher.field(part.conditioning, self.guidance),
+                self.fake_score.at(part.k).field(part.conditioning),
+                self.eta,
+            )
+
+        return self.in_parts(at, part)
+
+    def draws(self, stream: str, draw: int, at: Boundary, top: Tensor | None = None) -> Draws:
+        """Levels t, uniform between the samples' own and `top` (0-d; None is 1), and noises of this
+        rank's rows."""
         shape, device = at.x.shape[1:], at.x.device
         random, share = self.randomness, self.share
-        uniform = random.uniform(f"{stream}/t", draw, (share.batch,))
-        t = renoise_level(at.s, share.of(uniform, device))
+        uniform = share.of(random.uniform(f"{stream}/t", draw, (share.batch,)), device)
+        if top is not None:
+            low = at.s + T_MARGIN
+            uniform = uniform * (top - low).clamp(min=0) / (1 - low)
         noise = share.noise(random, f"{stream}/noise", draw, shape, device)
         z = share.noise(random, f"{stream}/z", draw, shape, device)
-        parts = []
-        for rows in share.micro_batches():
-            part = at.rows(rows)
-            parts.append(
-                matching_gradient(
-                    part.x,
-                    part.s,
-                    t[rows],
-                    noise[rows],
-                    z[rows],
-                    self.teacher.field(part.conditioning, self.guidance),
-                    self.fake_score.at(part.k).field(part.conditioning),
-                    self.eta,
-                )
-            )
+        return renoise_level(at.s, uniform), noise, z
+
+    def in_parts(self, at: Boundary, part: Callable[[Boundary, slice], Tensor]) -> Tensor:
+        """What `part` gives for the rows of each micro-batch, weighted by the samples' levels."""
+        parts = [part(at.rows(rows), rows) for rows in self.share.micro_batches()]
         weight = (1 - at.s).pow(-self.boundary_power)
-        return torch.cat(parts) * weight.view(-1, *[1] * len(shape))
+        return torch.cat(parts) * weight.view(-1, *[1] * (at.x.ndim - 1))
