@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,14 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(file: Path, tmp_path: Path
         ("ac_dmd", "rtdmd"), ("draft", "rtdmd")
     }  # fmt: skip
     assert "<svg" in pages[2].read_text() and "| draft | 1 |" in pages[1].read_text()
+    # the results alone, as a repository keeps them, make the same table
+    kept = tmp_path / "kept"
+    for cell in cells_of(study, whole):
+        (kept / cell.row / f"seed-{cell.seed}").mkdir(parents=True)
+        shutil.copy(cell.folder / RESULT, kept / cell.row / f"seed-{cell.seed}" / RESULT)
+    assert make_cells(file, cells_of(study, kept))
+    for page in write_study(study, kept, summarise(study, kept))[:2]:
+        assert page.read_bytes() == (whole / page.name).read_bytes()
     # another budget is another study
     file_2 = tmp_path / "other.yaml"
     file_2.write_text(SMALL.replace("budget: 2000", "budget: 3000"))

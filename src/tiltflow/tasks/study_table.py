@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tiltflow.config.recipe_source import recipe_text
+from tiltflow.config.load import dump_config
 from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import read_metrics
 from tiltflow.evaluation.report import SIGNIFICANT, write_report
@@ -164,7 +164,7 @@ def write_study(study: Study, out: Path, summary: Mapping[str, Any]) -> list[Pat
         curves={row: rows for row, rows in curves.items() if rows},
         grids={},
         prompts=[],
-        config={row: recipe_text(str(cell.run / "config.yaml")) for row, cell in first.items()},
+        config={row: dump_config(cell.config) for row, cell in first.items()},
         versions=versions(),
         together=list(stages.values()),
         notice=" ".join(budget_lines(summary)),
@@ -173,10 +173,11 @@ def write_study(study: Study, out: Path, summary: Mapping[str, Any]) -> list[Pat
 
 
 def _curves(study: Study, out: Path, row: str) -> list[dict[str, float]]:
-    """The chosen figures of a row's logs: the mean over the seeds at the steps that all have."""
+    """The chosen figures of a row's logs: the mean over the seeds at the steps that all have.
+    None of them where the results are kept and the runs are not."""
     logs = []
     for cell in cells_of(study, out, [row]):
-        if cell.result() is not None:
+        if cell.result() is not None and cell.run.is_dir():
             lines: dict[int, dict[str, float]] = {}
             for line in read_metrics(cell.run / "metrics.jsonl"):
                 kept = {k: line[k] for k in study.curves if isinstance(line.get(k), float)}
