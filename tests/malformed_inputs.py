@@ -189,6 +189,46 @@ FILES = [
     ),
     Case("a split of a file", PROMPTS + "prompts.txt data.split=train"),
     prompts("parquet without pyarrow", "p.parquet", "PAR1"),
+    prompts("CSV with another mark", "p.csv", "prompt;size\na;1\n"),
+    prompts("CSV whose row is short", "p.csv", "prompt,size\na\n"),
+    prompts("CSV with an open quotation mark", "p.csv", 'prompt\n"a\n'),
+    prompts("TSV with a column twice", "p.tsv", "prompt\tprompt\na\tb\n"),
+    Case(
+        "a column that is not there",
+        PROMPTS + "p.csv data.columns.prompt=Caption",
+        text("p.csv", "prompt\na\n"),
+    ),
+    Case("columns of a plain text", PROMPTS + "prompts.txt data.columns.prompt=q"),
+    Case(
+        "a prompt without a category",
+        PROMPTS + "p.csv data.columns.category=kind",
+        text("p.csv", "prompt,kind\na,\n"),
+    ),
+    *(
+        Case(
+            f"weights: {what}",
+            PROMPTS + "p.csv data.columns.weight=w",
+            text("p.csv", "prompt,w\n" + "".join(f"a,{weight}\n" for weight in weights)),
+        )
+        for what, weights in {
+            "a negative one": ("1", "-1"),
+            "one that is not finite": ("1", "nan"),
+            "all zero": ("0", "0"),
+            "a word": ("1", "often"),
+        }.items()
+    ),
+    Case(
+        "a size that is none in CSV",
+        PROMPTS + "p.csv data.buckets=size",
+        text("p.csv", "prompt,size\na,large\n"),
+    ),
+    Case("a set of datasets that has no name", PROMPTS + "datasets:../x"),
+    Case("--column of nothing", EVALUATE + "--reward shapes --column q"),
+    Case(
+        "a column that sampling has no use for",
+        EVALUATE + "--reward shapes --column weight=w",
+    ),
+    Case("a split of one prompt", SAMPLE + "model --split train"),
     Case("held-out prompts", TRAIN + "data.eval_prompts=p.json", text("p.json", "[1]")),
 ]
 

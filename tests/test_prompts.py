@@ -55,7 +55,7 @@ def test_prompt_comes_before_text_and_caption(tmp_path: Path) -> None:
         ("e.json", b"[]", "has no prompts"),
         ("e.jsonl", b"", "has no prompts"),
         ("l.txt", b"a fox\n\xff\xfe", "not UTF-8 text .byte 6."),
-        ("p.csv", b"a", "should end in one of .txt, .json, .jsonl, .parquet"),
+        ("p.xml", b"a", "should end in one of .txt, .json, .jsonl, .csv, .tsv, .parquet"),
         ("n.jsonl", b'{"prompt": "a"}\n\n{"id": 1}\n', "line 3 has none of the keys prompt, text"),
         ("b.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not valid JSON"),
         ("v.jsonl", b'{"prompt": ""}', "line 1 is an empty prompt"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tiltflow.config.load import RunConfig, load_config, read_prompts
-from tiltflow.data.prompts import load_prompts, split_name
+from tiltflow.data.prompts import load_prompts
+from tiltflow.data.tables import split_name
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

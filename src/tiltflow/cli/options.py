@@ -83,6 +83,17 @@ class SamplingOptions:
             "--prompts", help="prompt file or packaged set", parser=home_for_tilde, metavar="FILE"
         ),
     ] = None
+    split: Annotated[
+        str | None, typer.Option("--split", help="which split of the prompts", metavar="NAME")
+    ] = None
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            help="what the prompts' column is called: prompt=NAME, or category=NAME; repeatable",
+            metavar="KEY=NAME",
+        ),
+    ] = None
     few_step: Annotated[Path | None, option("--few-step", "stage-1 LoRA folder")] = None
     tilt_lora: Annotated[Path | None, option("--tilt-lora", "stage-2 LoRA folder")] = None
     tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1")] = 1.0
@@ -174,6 +185,7 @@ class SamplingOptions:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("model", "prompt", "prompts"):
             del given[name]
+        given["columns"] = named_columns(given.pop("column") or [])
         given["resolution"] = self._resolution(given.pop("size"))
         return cast("Sampling", given | {"generator_path": given.pop("generator")})
 
@@ -242,6 +254,23 @@ def sampling_options(batch: int) -> Callable[[Callable[..., None]], Callable[...
         return run
 
     return wrap
+
+
+def named_columns(given: Sequence[str]) -> Mapping[str, str]:
+    """KEY=NAME as keys and the names of columns.
+
+    Raises:
+        ValueError: if one is written otherwise, or a key is given twice.
+    """
+    columns: dict[str, str] = {}
+    for text in given:
+        key, _, name = text.partition("=")
+        if not (key and name):
+            raise ValueError(f"--column {text!r} should read prompt=NAME or category=NAME")
+        if key in columns:
+            raise ValueError(f"--column {key} is given twice")
+        columns[key] = name
+    return columns
 
 
 def named_rewards(given: Sequence[str]) -> Mapping[str, str | None]:

@@ -28,7 +28,8 @@ from tiltflow.config.schema import BucketConfig, RewardConfig, Rewards, RunConfi
 from tiltflow.core.latest import steps_in
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.settings import complaint
-from tiltflow.data.prompts import Prompt, load_prompts
+from tiltflow.data.columns import weights_of
+from tiltflow.data.prompts import PACKAGED, Prompt, load_prompts
 from tiltflow.models.pipelines.directory import HUB_ID, Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.rewards.remote.address import refuse_secrets
@@ -234,13 +235,17 @@ def read_prompts(config: RunConfig) -> PromptSets:
     """The prompt files of a config, each read once.
 
     Raises:
-        ValueError: as `load_prompts`.
+        ValueError: as `load_prompts` and `weights_of`.
     """
     data = config.data
-    train = load_prompts(data.prompts, data.split)
+    train = load_prompts(data.prompts, data.split, data.columns)
+    weights_of(data.columns.weight, train)
     if data.eval_prompts in (None, data.prompts) and data.eval_split in (None, data.split):
         return PromptSets(train, train)
-    return PromptSets(train, load_prompts(data.eval_prompts or data.prompts, data.eval_split))
+    other = data.eval_prompts or data.prompts
+    plain = other in PACKAGED or other.lower().endswith(".txt")
+    columns = None if plain else data.columns
+    return PromptSets(train, load_prompts(other, data.eval_split, columns))
 
 
 def validate_files(config: RunConfig) -> PromptSets:

@@ -44,11 +44,16 @@ MEANINGS = {
     "adapters.alpha": "α: a LoRA acts at the strength α / rank",
     "adapters.targets": "names or expression of the adapted modules; unset: the family's",
     "adapters.init_std": "standard deviation of A at the start; unset: 1/rank",
-    "data.prompts": "a txt, json, jsonl or parquet file, a folder of parquet files or of "
-    "`datasets`' save_to_disk, or `shapes-train`, `shapes-heldout`, `mixture`",
-    "data.split": "which split of a folder",
+    "data.prompts": "a txt, json, jsonl, csv, tsv or parquet file, a folder of such tables or of "
+    "`datasets`' save_to_disk, `datasets:NAME` in its cache, or `shapes-train`, `shapes-heldout`, "
+    "`mixture`",
+    "data.split": "which split of a folder or of a set of `datasets`",
     "data.eval_prompts": "prompts for held-out rewards and samples",
-    "data.eval_split": "which split of that folder",
+    "data.eval_split": "which split of those",
+    "data.columns.prompt": "the prompts' column; unset: `prompt`, `text` or `caption`",
+    "data.columns.category": "the column of the categories that an evaluation groups by; unset: "
+    "`category`, `tag` or `atom_count`",
+    "data.columns.weight": "the column of the weights that prompts are drawn by; unset: all alike",
     "data.buckets": "sizes of pictures, `[[832, 1216], [1024, 1024]]` or with weights, `[{size: "
     "[832, 1216], weight: 2}]`; or the prompt file's column of sizes; unset: `model.resolution`",
     "data.cache": "directory of the embedding cache; unset: the user's; `off`: none",

@@ -24,6 +24,7 @@ from tiltflow.core.settings import (
     Text,
     Tokens,
 )
+from tiltflow.data.columns import Columns
 from tiltflow.evaluation.watch.settings import WatchRules
 from tiltflow.models.family import HOW_TO_ADD, family_named, family_names, has_files
 from tiltflow.models.pipelines.directory import Pipelines
@@ -156,13 +157,15 @@ class DataConfig(Section):
 
     `cache`: where embeddings are kept; unset is the user's own place, `off` nowhere.
 
-    `split`: which of a directory's splits; `eval_split` that of the other prompts.
+    `split`: which of the splits of a source; `eval_split` that of the other prompts. `columns`:
+    what its columns are called, and those of `eval_prompts`.
     """
 
     prompts: Place
     split: Text | None = None
     eval_prompts: Place | None = None
     eval_split: Text | None = None
+    columns: Columns = Columns()
     cache: Place | None = None
     buckets: Text | Annotated[Buckets, Field(min_length=1, max_length=100)] | None = None
 

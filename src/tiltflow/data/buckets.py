@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,9 +25,11 @@ class Bucket:
     prompts: tuple[int, ...] | None = None
 
 
-def by_column(column: str, prompts: Sequence[Prompt]) -> list[Bucket]:
+def by_column(
+    column: str, prompts: Sequence[Prompt], weights: Sequence[float] | None = None
+) -> list[Bucket]:
     """A bucket for each size in a column of the prompt file, in the order of their first prompts;
-    each weighs as much as it has prompts.
+    each weighs as much as it has prompts, or as these weigh. One of weight 0 is left out.
 
     Raises:
         ValueError: naming the first prompt that has no size there.
@@ -43,16 +47,22 @@ def by_column(column: str, prompts: Sequence[Prompt]) -> list[Bucket]:
         raise ValueError(
             f"data.buckets: the prompts have {len(found)} different sizes; {MOST_SIZES} is the most"
         )
-    return [Bucket(size, len(rows), tuple(rows)) for size, rows in found.items()]
+    heavy = {
+        size: len(rows) if weights is None else math.fsum(weights[row] for row in rows)
+        for size, rows in found.items()
+    }
+    return [Bucket(size, heavy[size], tuple(rows)) for size, rows in found.items() if heavy[size]]
 
 
 def _size(column: str, number: int, metadata: Mapping[str, object]) -> Resolution:
-    """A side, [height, width] or "HEIGHTxWIDTH"."""
+    """A side, [height, width] or "HEIGHTxWIDTH"; a side may be text, as in CSV."""
     match metadata.get(column):
         case int(side) if not isinstance(side, bool):
             return side
         case [int(height), int(width)] if not {type(height), type(width)} - {int}:
             return plain(height, width)
+        case str(text) if re.fullmatch(r"[0-9]{1,9}", text.strip()):
+            return int(text)
         case str(text):
             try:
                 return parse_size(text)

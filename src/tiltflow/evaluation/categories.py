@@ -14,9 +14,9 @@ Scores = Mapping[str, Mapping[str, NDArray[np.float64]]]
 
 
 def category_of(metadata: Mapping[str, object]) -> str | None:
-    """The category of a prompt: GenEval's (and the shapes world's) `tag`, GenEval2's number of
-    atoms, or a general `category`; None where there is none of them."""
-    for key in ("tag", "category"):
+    """The category of a prompt: a general `category`, GenEval's (and the shapes world's) `tag`, or
+    GenEval2's number of atoms; None where there is none of them."""
+    for key in ("category", "tag"):
         if isinstance(metadata.get(key), str):
             return str(metadata[key])
     atoms = metadata.get("atom_count")

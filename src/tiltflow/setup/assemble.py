@@ -12,6 +12,7 @@ from tiltflow.core.randomness import Randomness
 from tiltflow.core.sizes import both, plain
 from tiltflow.core.transfer import to_device
 from tiltflow.data.buckets import Bucket, by_column
+from tiltflow.data.columns import weights_of
 from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.data.prompts import Prompt, PromptSampler
 from tiltflow.models.backbone import Backbone
@@ -82,7 +83,7 @@ def buckets_of(cfg: RunConfig, prompts: Sequence[Prompt]) -> list[Bucket]:
     """
     chosen = cfg.data.buckets
     if isinstance(chosen, str):
-        return by_column(chosen, prompts)
+        return by_column(chosen, prompts, weights_of(cfg.data.columns.weight, prompts))
     return [Bucket(plain(*both(bucket.size)), bucket.weight) for bucket in chosen or ()]
 
 
@@ -90,11 +91,10 @@ def _sized(cfg: RunConfig, backbone: Backbone, parts: Parts, bucket: Bucket) -> 
     """The parts of a stage at another size: latents, noise levels, prompts; the rest is shared."""
     if not isinstance(backbone, PipelineBackbone):
         raise ValueError(f"data.buckets: family {backbone.family} makes pictures of one size only")
-    sized, among = resized(backbone, bucket.size), bucket.prompts
-    count = len(parts.prompts) if among is None else len(among)
+    sized = resized(backbone, bucket.size)
     return replace(
         parts,
-        sampler=PromptSampler(count, parts.randomness, among),
+        sampler=parts.sampler if bucket.prompts is None else parts.sampler.of(bucket.prompts),
         sigmas=to_device(sized.few_step_sigmas(cfg.sampler.steps), backbone.device),
         latent_shape=sized.latent_shape,
     )
@@ -141,7 +141,9 @@ def _parts(
     return Parts(
         roles=roles,
         prompts=encoded,
-        sampler=PromptSampler(len(encoded), randomness),
+        sampler=PromptSampler(
+            len(encoded), randomness, weights=weights_of(cfg.data.columns.weight, encoded.prompts)
+        ),
         randomness=randomness,
         fake=FakeScoreTrainer(
             role=roles.fake_score,

@@ -14,6 +14,7 @@ from tiltflow.config.load import RunConfig, load_config
 from tiltflow.config.schema import Autocast
 from tiltflow.core import registry
 from tiltflow.core.sizes import Resolution
+from tiltflow.data.columns import columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.scores import Evaluation
 from tiltflow.evaluation.suites import suite_of
@@ -40,6 +41,10 @@ Prompts = str | Path | Sequence[str | Prompt]
 class Sampling(TypedDict, total=False):
     """How a model is sampled. What is left out is as the student was trained, or as said here."""
 
+    split: str | None
+    """Which split of a prompt file that has several."""
+    columns: Mapping[str, str]
+    """What the columns of a prompt file are called: {"prompt": NAME, "category": NAME}."""
     few_step: str | Path | None
     """Stage-1 LoRA folder, of the mixture a run directory; without one, the teacher is sampled."""
     tilt_lora: str | Path | None
@@ -273,8 +278,11 @@ def request_of(
             raise ValueError(f"--{option} is {given[option]!r}; it is one of {', '.join(known)}")
     if prompts is None:
         raise ValueError("give either --prompt TEXT or --prompts FILE")
+    split, columns = given.pop("split", None), given.pop("columns", None) or {}
     if isinstance(prompts, str | Path):
-        chosen = load_prompts(str(prompts))
+        chosen = load_prompts(str(prompts), split, columns_of(columns))
+    elif split is not None or columns:
+        raise ValueError("a split, or what columns are called, is said of a prompt file only")
     else:
         chosen = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
     if not chosen:

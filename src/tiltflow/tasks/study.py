@@ -25,6 +25,7 @@ from tiltflow.core.disk import write_whole
 from tiltflow.core.limits import LARGEST_SEED
 from tiltflow.core.paths import nearest, read_text
 from tiltflow.core.settings import Count, Images, Place, Positive, Samples, Section, Text, settled
+from tiltflow.data.columns import Columns, columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.chunks import Chunks
 from tiltflow.setup.costing import within
@@ -76,6 +77,8 @@ class Study(Section):
     stages: dict[Literal["cold_start", "tilt"], StageOf]
     set: Changes = Field(default_factory=dict)
     prompts: Place
+    split: Text | None = None
+    columns: Columns = Columns()
     first: Count = 0
     count: Annotated[Images, Field(ge=2)] = 256
     noise: Seed = 0
@@ -101,7 +104,9 @@ class Study(Section):
         Raises:
             ValueError: if the set has fewer.
         """
-        found = load_prompts(self.prompts)[self.first : self.first + self.count]
+        columns = columns_of(self.columns.model_dump(exclude_none=True))
+        whole = load_prompts(self.prompts, self.split, columns)
+        found = whole[self.first : self.first + self.count]
         if len(found) < self.count:
             raise ValueError(
                 f"study: {self.prompts} has {len(found)} prompts from number {self.first} on, "
@@ -202,8 +207,8 @@ class Cell:
         model = self.config.model.model_copy(update={"few_step": None})
         plain = self.config.model_copy(update={"run": run, "model": model})
         scored = self.study.model_dump(
-            mode="json", include={"prompts", "first", "count", "noise", "rewards",
-                                  "diversity", "batch"},
+            mode="json", include={"prompts", "split", "columns", "first", "count", "noise",
+                                  "rewards", "diversity", "batch"},
         )  # fmt: skip
         found = parse_yaml(dump_config(plain), "settings")
         found |= {"budget": self.budget, "scored": scored}
