@@ -47,3 +47,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TILTFLOW_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """torch's compiler without what it has compiled, and with its limits, which compilation raises
+    for the whole process, as they were afterwards. (monkeypatch takes them away for good.)"""
+    import torch
+
+    config = torch._dynamo.config
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    torch._dynamo.reset()
+    with config.patch({name: getattr(config, name) for name in names}):
+        yield

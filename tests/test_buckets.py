@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from backbone_helpers import Tiny
+from recording import Recording
 from rich.console import Console
 from test_distributed import Runner, run, server  # noqa: F401
 from test_distributed import home as home
+from test_graphs import stage as recorded_stage
+from torch._dynamo.utils import counters
 
-from tiltflow.config.load import RunConfig, load_config
+from tiltflow.config.load import RunConfig, dump_config, load_config
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.metrics import read_metrics
 from tiltflow.core.sizes import said
 from tiltflow.data.buckets import by_column
 from tiltflow.data.prompts import Prompt
+from tiltflow.models.compiled import compile_blocks
+from tiltflow.models.graphs import Graphs
 from tiltflow.setup.build import Build, build_stage
 from tiltflow.setup.checks import check_run
+from tiltflow.tasks.report import write_run_report
 from tiltflow.tasks.train import run_training
 from tiltflow.training.buckets import Bucketed
 
@@ -124,17 +131,78 @@ def test_a_resumed_run_is_the_uninterrupted_one(config: Config, tmp_path: Path, 
     rows = read_metrics(whole / "metrics.jsonl")
     names = {name.split("/")[0] for row in rows for name in row if "x" in name.split("/")[0]}
     assert names <= {"32x48", "48x32"} and names
+    page = write_run_report([whole], None).read_text()
+    drawn = [name for name in names if sum(f"{name}/generator/matching" in row for row in rows) > 1]
+    assert drawn and all(f"{name}/generator/matching" in page for name in drawn)
 
 
 @pytest.mark.long
-def test_two_ranks_are_one(config: Config, run: Runner, tmp_path: Path) -> None:  # noqa: F811
-    from tiltflow.config.load import dump_config
-
-    (tmp_path / "recipe.yaml").write_text(dump_config(config("cold_start", tmp_path / "x", LIST)))
-    one, two = (run(f"buckets{n}", str(tmp_path / "recipe.yaml"), n) for n in (1, 2))
-    a, b = finals(one), finals(two)
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp2"])
+@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+def test_two_ranks_are_one(
+    config: Config,
+    run: Runner,  # noqa: F811
+    tmp_path: Path,
+    stage: str,
+    sharding: str,
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_config(config(stage, tmp_path / "x", LIST)))
+    made = [
+        run(f"buckets_{stage}_{sharding}_{n}", str(tmp_path / "recipe.yaml"), n, *more)
+        for n, more in ((1, []), (2, [f"run.sharding={sharding}"]))
+    ]
+    a, b = map(finals, made)
     for name in (n for n in a if n.startswith(("generator/", "fake_score/"))):
         assert torch.allclose(a[name], b[name], atol=1e-5), name
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+def test_compiled_blocks_take_every_size(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Up to rounding, and within torch's limit of recompilations, past which it would raise."""
+    sizes = "data.buckets=[[32, 48], [48, 32], 32, 48, [16, 64]]"
+    in_short = partial(compile_blocks, backend="aot_eager")
+    monkeypatch.setattr("tiltflow.setup.build.compile_blocks", in_short)
+    plain, fast = (
+        built(config(stage, tmp_path, sizes, f"model.compile={on}")) for on in ("false", "true")
+    )
+    assert isinstance(plain.running, Bucketed)
+    before = counters["stats"]["unique_graphs"]
+    steps = {plain.running.drawn(step): step for step in range(60, -1, -1)}
+    assert len(steps) == 5
+    for step in steps.values():
+        expected, found = plain.running.iteration(step), fast.running.iteration(step)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        for role in ("generator", "fake_score"):  # rounding does not add up from step to step
+            getattr(fast.stage.roles, role).load(getattr(plain.stage.roles, role).state())
+    assert counters["stats"]["unique_graphs"] > before
+
+
+def test_recorded_passes_are_of_their_size(
+    tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model.graphs`: the same bits, and recordings for each size of its own."""
+    graphs, found = Graphs(Recording()), []
+    for on in (False, True):
+        monkeypatch.setattr(
+            "tiltflow.setup.build.graphs_for", lambda *_, g=on: graphs if g else None
+        )
+        more = "data.buckets=[[64, 32], 32]"
+        build = recorded_stage(tiny_pipeline, tmp_path, "cold_start", on, more)
+        assert isinstance(build.running, Bucketed)
+        steps = {build.running.drawn(step): step for step in range(9, -1, -1)}
+        recordings = []
+        for step in steps.values():
+            for _ in range(2):  # recorded, then replayed
+                build.running.iteration(step)
+            recordings.append(len(graphs))
+        found.append(weights(build))
+    assert set(steps) == {0, 1} and 0 < recordings[0] < recordings[1]
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
 
 def test_a_column_of_the_prompt_file_gives_each_prompt_its_size(

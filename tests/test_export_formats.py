@@ -20,10 +20,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils as converters
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from students import Student, random_like, student
 from test_export_strength import Deltas, layer_deltas, products
+from tiny_sana import sana
 from torch import Tensor
 
 from tiltflow.formats.contract import read_contract
@@ -33,7 +35,10 @@ from tiltflow.formats.programs import write_original
 from tiltflow.models.roles import AdapterSettings
 
 Tiny = Callable[[str], Path]
-NAMES = ("sd3m", "sd35m", "flux1_dev", "schnell", "flux2_klein_4b", "z_image")
+NAMES = (
+    "sd3m", "sd35m", "flux1_dev", "schnell", "flux2_klein_4b", "z_image", "chroma", "sana",
+    "qwen_image",
+)  # fmt: skip
 STRENGTHS = (0.0, 0.5, 1.0)
 FILES = ("few_step", "tilt", "baked_0", "baked_0.5", "baked_1")
 TRANSFORMERS = {
@@ -41,7 +46,15 @@ TRANSFORMERS = {
     "flux": converters.convert_flux_transformer_checkpoint_to_diffusers,
     "flux2": converters.convert_flux2_transformer_checkpoint_to_diffusers,
     "z_image": converters.convert_z_image_transformer_checkpoint_to_diffusers,
+    "chroma": converters.convert_chroma_transformer_checkpoint_to_diffusers,
+    "sana": converters.convert_sana_transformer_to_diffusers,
+    # diffusers has the converter of this one as a lambda, which gives what it is given
+    "qwen_image": SINGLE_FILE_LOADABLE_CLASSES["QwenImageTransformer2DModel"][
+        "checkpoint_mapping_fn"
+    ],
 }
+FIXED_WIDTH = ("flux", "chroma")
+"""Families whose converter has the published model's width as a constant."""
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -76,11 +89,11 @@ def family(made: Student) -> str:
     return contract.family
 
 
-def to_diffusers(kind: str, state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+def to_diffusers(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An original state dict through diffusers' own converter."""
     convert: Any = TRANSFORMERS[kind]
-    if kind == "flux":  # has the published model's width as a constant
-        code = convert.__code__
+    if kind in FIXED_WIDTH:
+        code, width = convert.__code__, len(state["img_in.weight"])
         consts = tuple(width if c == 3072 else c for c in code.co_consts)
         convert = types.FunctionType(code.replace(co_consts=consts), convert.__globals__)
     return convert(state)
@@ -134,7 +147,7 @@ def in_diffusers(made: Student, originals: dict[str, Tensor], deltas: Deltas) ->
     for name, delta in deltas.items():
         assert zeros[name].shape == delta.shape
         zeros[name] = delta
-    converted = to_diffusers(family(made), zeros, width=64)
+    converted = to_diffusers(family(made), zeros)
     return {k.removesuffix(".weight"): v for k, v in converted.items() if v.abs().max() > 0}
 
 
@@ -171,13 +184,41 @@ def by_diffusers(made: Student, folder: Path) -> Deltas:
     return layer_deltas(pipe.transformer)
 
 
+@pytest.mark.parametrize("program", ["comfyui", "kohya"])
+def test_diffusers_reads_qwen_images_files_of_other_programs(
+    tiny_pipeline: Tiny, tmp_path: Path, program: str
+) -> None:
+    """Its loader knows both names of this family, and their `.alpha`."""
+    made = student(tiny_pipeline, "qwen_image", tmp_path, formats=(program,), strengths=(0.5,))
+    for name in ("few_step", "baked_0.5"):
+        pipe: Any = DiffusionPipeline.from_pretrained(made.base)
+        pipe.load_lora_weights(
+            made.export / program, weight_name=f"{name}.safetensors", adapter_name="read"
+        )
+        expected, found = trained(made, name), layer_deltas(pipe.transformer)
+        assert found.keys() == expected.keys()
+        for module, delta in expected.items():
+            assert (found[module] - delta).norm() <= 1e-6 * delta.norm(), module
+
+
+def test_the_norms_of_a_larger_sana_have_names_too() -> None:
+    """Those that diffusers' script has and its converter of single files leaves out."""
+    state = sana(wide=True).transformer.state_dict()
+    expected = {name: value.clone() for name, value in state.items()}
+    made = original_state(state, layout_of("sana"))
+    for ours, theirs in (("attn1", "attn"), ("attn2", "cross_attn")):
+        for one in "qk":
+            value = expected[f"transformer_blocks.1.{ours}.norm_{one}.weight"]
+            assert torch.equal(made[f"blocks.1.{theirs}.{one}_norm.weight"], value)
+
+
 def test_the_one_file_loads_back_through_diffusers_converter(
     merged: tuple[Student, dict[str, Tensor]],
 ) -> None:
     """Difference 0 to the merged pipeline, and every tensor of it."""
     made, originals = merged
     expected = DiffusionPipeline.from_pretrained(made.export / "merged").transformer.state_dict()
-    found = to_diffusers(family_of(made.export / "merged"), dict(originals), width=64)
+    found = to_diffusers(family_of(made.export / "merged"), dict(originals))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -186,8 +227,8 @@ def test_from_single_file(merged: tuple[Student, dict[str, Tensor]]) -> None:
     """diffusers finds out what the file is by its names, and loads it."""
     made, _ = merged
     kind = family_of(made.export / "merged")
-    if kind == "flux":
-        pytest.skip("diffusers' converter takes FLUX.1's published width alone")
+    if kind in FIXED_WIDTH:
+        pytest.skip("diffusers' converter takes the published width alone")
     expected = DiffusionPipeline.from_pretrained(made.export / "merged").transformer
     file = made.export / "original" / "transformer.safetensors"
     found = type(expected).from_single_file(
@@ -215,6 +256,7 @@ def test_in_8_bits(made: Student, tmp_path: Path) -> None:
             error = (value.float() - exact[name]).abs()
             assert (error <= exact[name].abs() / 16 + 2**-10).all() and error.max() > 0
             assert re.match(r"\w*(blocks|layers|refiner)\.\d+\.", name) and value.ndim == 2
+            assert name.endswith(".weight")
         else:
             assert torch.equal(value, exact[name].bfloat16())
     assert layout.source
@@ -231,9 +273,7 @@ def test_a_value_beyond_8_bits_is_refused(made: Student, tmp_path: Path) -> None
     folder = tmp_path / "transformer"
     folder.mkdir()
     state = DiffusionPipeline.from_pretrained(made.base).transformer.state_dict()
-    name = next(
-        name for name in state if name.endswith((".attn.to_q.weight", "attention.to_q.weight"))
-    )
+    name = next(name for name in state if re.search(r"\.(attn1?|attention)\.to_q\.weight$", name))
     state[name] = state[name].clone()
     state[name][0, 0] = 449.0
     save_file(state, folder / "diffusion_pytorch_model.safetensors")

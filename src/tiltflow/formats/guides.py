@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tiltflow.formats.contract import Contract
 from tiltflow.formats.keys import has_layout
 from tiltflow.formats.wanted import Wanted
+from tiltflow.formats.workflow import has_workflow
 from tiltflow.models.switch import TILT
 
 
@@ -19,8 +20,8 @@ def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str
         parts.append(
             "## ComfyUI\n\n"
             f"`comfyui/` has {files} with the original names of the model's weights and `.alpha` "
-            "tensors. Put them into `models/loras`, open `comfyui/workflow.json`, and set the file "
-            "names of the base model, text encoders and autoencoder to yours. "
+            "tensors. Put them into `models/loras`"
+            + _graph(contract)
             + _strength(loras)
             + _sampler(contract)
         )
@@ -43,8 +44,13 @@ def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str
         parts.append(
             "## One file\n\n`original/` has the merged transformer "
             f"{kind[wanted.dtype]}, in the layout of the model's makers, for programs that load a "
-            "transformer from one file; `workflow.json` beside it is ComfyUI's, which finds the "
-            "file in `models/diffusion_models`."
+            "transformer from one file"
+            + (
+                "; `workflow.json` beside it is ComfyUI's, which finds the file in "
+                "`models/diffusion_models`."
+                if has_workflow(contract.family)
+                else "."
+            )
             + (
                 " Only the matrices of the blocks are in 8 bits, without scales; the rest is bf16."
                 if wanted.dtype == "fp8"
@@ -52,6 +58,18 @@ def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str
             )
         )
     return parts
+
+
+def _graph(contract: Contract) -> str:
+    if has_workflow(contract.family):
+        return (
+            ", open `comfyui/workflow.json`, and set the file names of the base model, text "
+            "encoders and autoencoder to yours. "
+        )
+    return (
+        ". ComfyUI's own nodes do not load this family, so there is no workflow: load the LoRAs "
+        f"behind the node that loads the model. {_levels(contract)} "
+    )
 
 
 def _strength(loras: Sequence[str]) -> str:

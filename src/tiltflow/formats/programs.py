@@ -92,13 +92,22 @@ def write_original(
         ValueError: if a tensor has no original name, or a value is beyond what 8 bits hold.
     """
     state: dict[str, Tensor] = {}
-    for name in Pipeline(transformer.parent).weight_files(transformer.name):
+    pipeline = Pipeline(transformer.parent)
+    for name in pipeline.weight_files(transformer.name):
         state |= load_file(transformer / name)
     if dtype is not None:
         for name in list(state):
-            eight = dtype == "fp8" and state[name].ndim == 2 and in_block(name)
+            eight = dtype == "fp8" and _matrix(name, state[name]) and in_block(name)
             state[name] = _rounded(name, state[name], FP8 if eight else torch.bfloat16)
-    return _save(original_state(state, layout), file, contract)
+    kind = next(iter(state.values())).dtype if dtype is None else torch.bfloat16
+    dropped = layout.dropped(pipeline.config(transformer.name))
+    made = {name: torch.zeros(shape, dtype=kind) for name, shape in dropped.items()}
+    return _save(made | original_state(state, layout), file, contract)
+
+
+def _matrix(name: str, value: Tensor) -> bool:
+    """Whether a tensor is a linear layer's matrix, and not a table of SANA's modulation."""
+    return name.endswith(".weight") and value.ndim == 2
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -90,7 +90,21 @@ NODES: Mapping[str, Nodes] = {
         autoencoder="ae.safetensors",
         latent="EmptySD3LatentImage",
     ),
+    "chroma": Nodes(
+        transformer="Chroma1-HD.safetensors",
+        encoders=("CLIPLoader", {"clip_name": "t5xxl_fp16.safetensors", "type": "chroma"}),
+        autoencoder="ae.safetensors",
+        latent="EmptySD3LatentImage",
+        t5=True,
+    ),
+    "qwen_image": Nodes(
+        transformer="qwen_image_bf16.safetensors",
+        encoders=("CLIPLoader", {"clip_name": "qwen_2.5_vl_7b.safetensors", "type": "qwen_image"}),
+        autoencoder="qwen_image_vae.safetensors",
+        latent="EmptySD3LatentImage",
+    ),
 }
+"""By family. There is none of SANA, whose models ComfyUI's own nodes do not load."""
 
 
 @dataclass
@@ -104,6 +118,11 @@ class _Builder:
         links = {k: list(v) if isinstance(v, tuple) else v for k, v in inputs.items()}
         self.graph[name] = {"class_type": kind, "inputs": links}
         return name
+
+
+def has_workflow(family: str) -> bool:
+    """Whether ComfyUI's own nodes load a family's models."""
+    return family in NODES
 
 
 def workflow(

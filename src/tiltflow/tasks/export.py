@@ -36,7 +36,7 @@ from tiltflow.formats.programs import (
     write_peft,
 )
 from tiltflow.formats.wanted import Wanted
-from tiltflow.formats.workflow import workflow, write_workflow
+from tiltflow.formats.workflow import has_workflow, workflow, write_workflow
 from tiltflow.formats.writing import (
     FullWeights,
     LoraWeights,
@@ -143,7 +143,8 @@ def _write_loras(wanted: Wanted, loras: list[Lora], source: Source, part: Path) 
             folder = part / "comfyui"
             paths += [write_comfyui(one, layout, rows, folder) for one in loras]
             single = [(f"{one.name}.safetensors", 1.0) for one in loras if one.name in SINGLE]
-            paths.append(write_workflow(workflow(loras[0].contract, single), folder))
+            if has_workflow(source.family.name):
+                paths.append(write_workflow(workflow(loras[0].contract, single), folder))
         if "kohya" in wanted.formats:
             paths += [write_kohya(one, layout, rows, part / "kohya") for one in loras]
     if "peft" in wanted.formats:
@@ -177,8 +178,10 @@ def _write_merged(
         paths.append(folder)
         if has_layout(family):
             write_original(folder / "transformer", layout_of(family), wanted.dtype, file, own)
-            graph = workflow(own, transformer=file.name)
-            paths += [file, write_workflow(graph, file.parent, f"workflow{end}.json")]
+            paths.append(file)
+            if has_workflow(family):
+                graph = workflow(own, transformer=file.name)
+                paths.append(write_workflow(graph, file.parent, f"workflow{end}.json"))
     return paths
 
 

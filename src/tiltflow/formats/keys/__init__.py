@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ class Layout:
     `modules` has, by original module, the diffusers modules whose rows it stacks; `tensors` has
     single tensors that are no module's weight or bias. `swapped` are diffusers modules whose two
     halves of rows (scale, shift) stand the other way round in the original, `swapped_last` those
-    of which it is true in the last block alone. `source` is where the facts are from.
+    of which it is true in the last block alone. `dropped` are the shapes, by the transformer's
+    configuration, of original tensors that diffusers' network has not: readers want them there and
+    take nothing from them. `source` is where the facts are from.
     """
 
     source: str
@@ -35,6 +38,7 @@ class Layout:
     tensors: Mapping[str, str] = field(default_factory=dict)
     swapped: frozenset[str] = frozenset()
     swapped_last: frozenset[str] = frozenset()
+    dropped: Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
 
 @dataclass(frozen=True)
