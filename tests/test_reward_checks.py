@@ -136,6 +136,7 @@ def test_interruption_and_want_of_memory_pass_as_they_are(error: BaseException) 
         (torch.ones(1, dtype=torch.bool), "got .* bool"),
         (torch.tensor(1.0), r"got \(\) float32"),
         (None, "got NoneType"),
+        (torch.ones(1, device="meta"), "float32 on meta"),
         (torch.tensor([1e300], dtype=torch.float64), "non-finite score for 'a cat'"),
         (nn.Parameter(torch.ones(1)), "require a gradient where none was asked for"),
     ],
@@ -143,6 +144,21 @@ def test_interruption_and_want_of_memory_pass_as_they_are(error: BaseException) 
 def test_what_is_no_score_is_refused(result: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checked(FunctionReward(lambda *_: result, "mine"), IMAGES, PROMPTS, NOTHING)
+
+
+def test_a_reward_may_write_into_all_that_it_is_given() -> None:
+    def greedy(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        scores = images.mean((1, 2, 3)) + len(metadata[0]["include"])
+        images.fill_(1.0)
+        metadata[0]["include"].clear()
+        prompts.clear()
+        return scores
+
+    about: list[dict[str, Any]] = [{"include": ["a", "b"]} for _ in PROMPTS]
+    images = IMAGES.clone()
+    for _ in range(2):
+        scores = checked(FunctionReward(greedy, "mine"), images, PROMPTS, about)  # type: ignore[arg-type]
+        assert torch.equal(scores, IMAGES.mean((1, 2, 3)) + 2)
 
 
 # --- quotation marks ------------------------------------------------------------------------------

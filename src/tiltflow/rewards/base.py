@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -177,7 +178,8 @@ def _called(
 ) -> object:
     """What the reward gives; what it raises, as one sentence with its name and the prompt."""
     try:
-        return reward(images, prompts, metadata)
+        # copies: what it writes into them would be the next one's prompt
+        return reward(images, list(prompts), [copy.deepcopy(about) for about in metadata])
     except Stopped:
         raise
     except (Exception, SystemExit) as error:
@@ -221,8 +223,9 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
     if not torch.is_tensor(scores):
         raise ValueError(f"{start}, got {type(scores).__name__}")
     assert isinstance(scores, Tensor)
-    if scores.shape != (len(prompts),) or not scores.is_floating_point():
-        raise ValueError(f"{start}, got {tuple(scores.shape)} {_dtype(scores)}")
+    if scores.shape != (len(prompts),) or not scores.is_floating_point() or scores.is_meta:
+        kind = f"{str(scores.dtype).removeprefix('torch.')} on {scores.device}"
+        raise ValueError(f"{start}, got {tuple(scores.shape)} {kind}")
     promised = images.requires_grad and torch.is_grad_enabled()
     if promised and not scores.requires_grad:
         raise ValueError(
@@ -244,10 +247,6 @@ def _refuse(
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
         raise kind(f"{problem} for {prompts[first]!r} (row {first} of {len(prompts)})")
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _shapes(

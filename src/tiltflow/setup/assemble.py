@@ -27,10 +27,11 @@ from tiltflow.training.cold_start import ColdStart, Cycle
 from tiltflow.training.loop import Stage
 from tiltflow.training.objective import make_objective
 from tiltflow.training.optim import Guard, Updater, constant, cosine
+from tiltflow.training.own_terms import make_terms
 from tiltflow.training.parts import Parts
 from tiltflow.training.scoring import Scorer
 from tiltflow.training.settings import TrainConfig
-from tiltflow.training.terms import Match, Policy, Pull, Span, make_terms
+from tiltflow.training.terms import Match, Policy, Pull, Span
 from tiltflow.training.tilt import Tilt
 from tiltflow.training.updates import FakeScoreTrainer, Matching, Share
 

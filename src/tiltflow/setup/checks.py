@@ -30,7 +30,7 @@ from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
 from tiltflow.setup.model_checks import check_adapters, check_model, check_sizes
 from tiltflow.training.objective import check_objective
-from tiltflow.training.terms import check_terms
+from tiltflow.training.own_terms import check_terms
 
 
 @dataclass(frozen=True)

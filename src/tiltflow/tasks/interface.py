@@ -32,7 +32,7 @@ from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
 from tiltflow.tasks.train import train_run
 from tiltflow.training.objective import OBJECTIVES
-from tiltflow.training.terms import TERMS
+from tiltflow.training.own_terms import TERMS
 
 Prompts = str | Path | Sequence[str | Prompt]
 """A prompt file or the name of a packaged set; or the prompts themselves, in a list."""

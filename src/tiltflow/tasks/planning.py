@@ -24,7 +24,7 @@ from tiltflow.rewards.sizes import reward_memory
 from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
 from tiltflow.setup.model_checks import largest, meta_of
 from tiltflow.setup.planner import GIB, Job, Plan, TiltJob, plan
-from tiltflow.training.terms import most_passes
+from tiltflow.training.own_terms import most_passes
 
 
 def plan_recipe(cfg: RunConfig) -> Plan:

@@ -12,7 +12,7 @@ from tiltflow.method.boundary import Boundary
 from tiltflow.method.distribution_matching import matching_loss
 from tiltflow.method.rollout import Rollout, advance, attach, stochastic
 from tiltflow.models.backbone import Conditioning, Grouped
-from tiltflow.training.objective import Objective, pull_of
+from tiltflow.training.objective import Objective
 from tiltflow.training.parts import Parts, recorded
 from tiltflow.training.settings import ColdStartConfig
 from tiltflow.training.updates import rollout_in_parts
@@ -173,7 +173,7 @@ class ColdStart(Parts):
         `kept` are its graphs by micro-batches, each freed with its backward pass, or nothing."""
         assert at.k is not None
         metrics: dict[str, Tensor] = {}
-        gradient = pull_of(self.objective, "matching", step, at)
+        gradient = self.objective.gradient("matching", step, at)
         for rows in self.share.micro_batches():
             if kept:
                 losses = self._pulled(kept.pop(0), gradient[rows])

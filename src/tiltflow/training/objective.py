@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from tiltflow.method.boundary import Boundary
-from tiltflow.training.own import Kind
+from tiltflow.training.own import Kind, guarded
 from tiltflow.training.parts import Parts
 from tiltflow.training.settings import Options
 
@@ -31,21 +32,34 @@ class Objective(Protocol):
         """
 
 
-def pull_of(objective: Objective, stream: str, draw: int, at: Boundary) -> Tensor:
-    """The objective's gradient at a boundary, held to its shape: a smaller one would be broadcast,
-    and every sample follow the same numbers without a word.
+@dataclass(frozen=True)
+class Held:
+    """An objective from outside: what it raises, gives and writes into."""
 
-    Raises:
-        ValueError: if it is no tensor of the shape of `at.x`.
-    """
-    made: object = objective.gradient(stream, draw, at)
-    if not isinstance(made, Tensor) or made.shape != at.x.shape:
-        given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-        raise ValueError(
-            f"objective {type(objective).__name__}: its gradient is {given}, where a tensor of "
-            f"{tuple(at.x.shape)} is needed"
-        )
-    return made.detach()
+    objective: Objective
+
+    def gradient(self, stream: str, draw: int, at: Boundary) -> Tensor:
+        """The objective's gradient, held to its shape: a smaller one would be broadcast, and every
+        sample follow the same numbers without a word.
+
+        Raises:
+            ValueError: naming it, if it is no float tensor of the shape of `at.x`; and as
+                `guarded`.
+        """
+        name = f"objective {type(self.objective).__name__}"
+        with guarded(name, (at.x, at.s)):
+            made: object = self.objective.gradient(stream, draw, at)
+        if not isinstance(made, Tensor) or made.shape != at.x.shape:
+            given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise ValueError(
+                f"{name}: its gradient is {given}, where a tensor of {tuple(at.x.shape)} is needed"
+            )
+        if not made.is_floating_point() or made.device != at.x.device:
+            given = f"{str(made.dtype).removeprefix('torch.')} on {made.device}"
+            raise ValueError(
+                f"{name}: its gradient is {given}, where floats on {at.x.device} are needed"
+            )
+        return made.detach()
 
 
 def make_objective(name: str, options: Options, parts: Parts) -> Objective:
@@ -60,7 +74,7 @@ def make_objective(name: str, options: Options, parts: Parts) -> Objective:
         return parts.matching
     made = OBJECTIVES.make(name, options, parts)
     assert isinstance(made, Objective)
-    return made
+    return Held(made)
 
 
 def check_objective(name: str, options: Options) -> None:

@@ -1,15 +1,23 @@
-"""Terms and objectives from outside: found by name, their settings checked, made."""
+"""Terms and objectives from outside: found by name, their settings checked, made, and watched at
+work."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel
+from torch import Tensor
 
-from tiltflow.core.registry import dotted, find, made
+from tiltflow.core.allocation import out_of_memory
+from tiltflow.core.errors import NonFiniteError, PeerLost
+from tiltflow.core.interruption import Stopped
+from tiltflow.core.registry import dotted, failure, find, made
+from tiltflow.core.sentences import first_sentence
 from tiltflow.core.settings import settled
+from tiltflow.rewards.base import NonFiniteScore
 from tiltflow.training.parts import Parts
 from tiltflow.training.settings import Options
 
@@ -58,3 +66,29 @@ def arguments(kind: type, options: Options) -> Mapping[str, object]:
     if isinstance(settings, type) and issubclass(settings, BaseModel):
         return {"settings": settled(settings, options)}
     return options
+
+
+@contextmanager
+def guarded(name: str, given: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Code from outside at work, on tensors that others read as well.
+
+    Raises:
+        ValueError: naming it, if it raises anything or has written into what was `given`. Running
+            out of memory, being stopped, a lost rank and numbers that are not finite pass as they
+            are.
+    """
+    before = [(tensor, tensor._version) for tensor in given]
+    try:
+        yield
+    except (Stopped, PeerLost, NonFiniteError, NonFiniteScore):
+        raise
+    except (Exception, SystemExit) as error:
+        if out_of_memory(error):
+            raise
+        what = first_sentence(error) if isinstance(error, ValueError) else failure(error)
+        raise ValueError(f"{name}: {what}") from error
+    if any(tensor._version != version for tensor, version in before):
+        raise ValueError(
+            f"{name}: it has written into a tensor that it was given, which others read after it: "
+            "work on a copy"
+        )

@@ -8,7 +8,7 @@ and is named under `tilt.terms` in a recipe (examples/own_term.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,18 +23,9 @@ from tiltflow.method.reward_backprop import in_equal_parts
 from tiltflow.method.rollout import Rollout, log_prob
 from tiltflow.method.rollout import step as sampler_step
 from tiltflow.models.roles import Roles
-from tiltflow.training.objective import Objective, pull_of
-from tiltflow.training.own import Kind, arguments
-from tiltflow.training.parts import Parts
+from tiltflow.training.objective import Objective
 from tiltflow.training.scoring import Scored
-from tiltflow.training.settings import Options, TiltConfig
-
-BUILTIN = {
-    "awm": "tiltflow.training.forward_process:AWM",
-    "nft": "tiltflow.training.forward_process:NFT",
-}
-"""Terms that a recipe adds by name; those of METHOD §5 are always there, by their weights."""
-TERMS = Kind("term", "tiltflow.terms", BUILTIN)
+from tiltflow.training.settings import TiltConfig
 
 
 @dataclass(frozen=True, order=True)
@@ -89,24 +80,6 @@ class Epoch:
 
 Loss = Callable[[Attached], tuple[Tensor, dict[str, Tensor]]]
 """The weighted loss (b,) at a span, and figures (b,) for the log."""
-
-
-def held_losses(name: str, made: object, n: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a term's loss gave for n samples, held to its form: a 0-d or detached loss would be
-    broadcast over the samples, or train nothing, without a word.
-
-    Raises:
-        ValueError: naming the term, if it is no pair of losses (n,) with a gradient and figures.
-    """
-    if isinstance(made, tuple) and len(made) == 2:
-        losses, seen = made
-        figures = isinstance(seen, dict) and all(isinstance(v, Tensor) for v in seen.values())
-        if isinstance(losses, Tensor) and losses.shape == (n,) and losses.requires_grad and figures:
-            return losses, seen
-    raise ValueError(
-        f"{name}: a term's loss gives (losses, figures): a tensor of ({n},) with a gradient, a "
-        "loss for each sample, and a dict of tensors"
-    )
 
 
 class Term(ABC):
@@ -230,7 +203,7 @@ class Match(Term):
         for span in self.spans(epoch.step):
             at = Boundary.of(epoch.trajectory, span.stop, epoch.prompts)
             stream = f"matching{span.first}"
-            gradients[span] = pull_of(self.objective, stream, epoch.step, at)
+            gradients[span] = self.objective.gradient(stream, epoch.step, at)
 
         def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
             losses = matching_loss(at.x, gradients[at.span][at.rows])
@@ -270,46 +243,3 @@ class Pull(Term):
             return pull, seen
 
         return loss
-
-
-def make_terms(chosen: Mapping[str, Options], parts: Parts) -> list[Term]:
-    """The terms of `tilt.terms`: of `BUILTIN`, entry points of `tiltflow.terms`, or
-    `package.module:Class`; a class is called with the stage's parts and its options.
-
-    Raises:
-        ValueError: as `check_terms`, or what a constructor says.
-    """
-    check_terms(chosen)
-    made = [TERMS.make(name, options, parts) for name, options in chosen.items()]
-    return [term for term in made if isinstance(term, Term)]
-
-
-def most_passes(chosen: Mapping[str, Options], steps: int) -> int:
-    """The most passes that a span of these terms holds at once (`Term.passes`); 0 without any.
-
-    Raises:
-        ValueError: as `check_terms`.
-    """
-    return max(
-        (kind.passes(steps, **arguments(kind, chosen[name])) for name, kind in _kinds(chosen)),
-        default=0,
-    )
-
-
-def check_terms(chosen: Mapping[str, Options]) -> None:
-    """That there are such terms, and that they take these options.
-
-    Raises:
-        ValueError: if not.
-    """
-    _kinds(chosen)
-
-
-def _kinds(chosen: Mapping[str, Options]) -> list[tuple[str, type[Term]]]:
-    found = []
-    for name, options in chosen.items():
-        kind = TERMS.check(name, options)
-        if not issubclass(kind, Term):
-            raise ValueError(f"term {name!r} does not derive from tiltflow.training.terms.Term")
-        found.append((name, kind))
-    return found

@@ -16,10 +16,11 @@ from tiltflow.method.reward_backprop import equal_norm
 from tiltflow.method.rollout import Graphs, Rollout, attach, attach_from, pinned
 from tiltflow.models.backbone import Grouped
 from tiltflow.rewards.combine import RewardMixture
+from tiltflow.training.own_terms import Figures
 from tiltflow.training.parts import Parts, recorded
 from tiltflow.training.scoring import Scored, Scorer
 from tiltflow.training.settings import TiltConfig
-from tiltflow.training.terms import Attached, Epoch, Policy, Span, Term, held_losses
+from tiltflow.training.terms import Attached, Epoch, Policy, Span, Term
 from tiltflow.training.updates import rollout_in_parts
 
 
@@ -59,7 +60,7 @@ class Tilt(Parts):
         """Runs epoch `step` (0, 1, …); metrics are detached 0-d tensors, this rank's share."""
         chosen = self.settings
         cond, prompts = self._prompts(step)
-        spans = self._spans(step)
+        spans = {term: found for term in self.terms if (found := term.spans(step))}
         trajectory, graphs = self._rollout(step, cond, spans)
         scored, metrics = self._scored_and_fake_scores(step, trajectory, prompts)
         labels = self._labels(step)
@@ -69,23 +70,10 @@ class Tilt(Parts):
         counts = self._counts(scored, labels)
         means = {f"reward/{name}": values.mean() for name, values in scored.scores.items()}
         metrics |= {name: self.share.whole(value) for name, value in (means | parts).items()}
+        figures = Figures(self.share, metrics)
         epoch = Epoch(step, trajectory, prompts, scored, advantages[self.share.rows])
-        return metrics | self._generator_update(epoch, spans, counts, graphs)
-
-    def _spans(self, step: int) -> Needed:
-        """Where the terms need a graph.
-
-        Raises:
-            ValueError: if a term asks for steps that the sampler does not have.
-        """
-        needed = {term: found for term in self.terms if (found := term.spans(step))}
-        for term, own in needed.items():
-            for span in own:
-                if not 0 <= span.first <= span.stop <= self.steps:
-                    raise ValueError(
-                        f"{term.name} asks for {span}, but there are {self.steps} steps"
-                    )
-        return needed
+        metrics |= self._generator_update(epoch, spans, counts, graphs, figures)
+        return metrics | figures.metrics
 
     def _labels(self, step: int) -> list[int] | None:
         """A number for each of the global batch's groups, the same for groups of the same text."""
@@ -203,7 +191,12 @@ class Tilt(Parts):
         return Boundary(x_s, trajectory.sigmas[1:][at], None, trajectory.cond, prompts)
 
     def _generator_update(
-        self, epoch: Epoch, spans: Needed, counts: Counts | None, graphs: Graphs
+        self,
+        epoch: Epoch,
+        spans: Needed,
+        counts: Counts | None,
+        graphs: Graphs,
+        figures: Figures,
     ) -> dict[str, Tensor]:
         """One optimizer step on the sum of the terms: SubGRPO, AC-DMD, reward back-propagation.
 
@@ -220,10 +213,10 @@ class Tilt(Parts):
                 at = self._attach(span, rows, part, graphs, self._most(span, part, whole, counts))
                 total = at.x.new_zeros(len(at.x))
                 for term in (t for t, own in spans.items() if span in own):
-                    values, seen = held_losses(term.name, losses[term](at), len(at.x))
+                    values, seen = losses[term](at)
                     self.updater.watch(term.name, values, epoch.prompts[rows])
                     total = total + values
-                    self.share.add(metrics, seen)
+                    figures.add(term, seen)
                 (_counted(total, counts, rows).sum() / whole).backward()
         metrics["generator/grad_norm"] = self.share.whole(self.updater.apply(epoch.step))
         if counts is not None:
