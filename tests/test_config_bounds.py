@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 
-from tiltflow.config.load import RunConfig, load_config
+from tiltflow.config.load import RunConfig, config_keys, load_config
 
 
 def refusal(recipe: str, *overrides: str) -> str:
@@ -56,3 +58,18 @@ def test_numbers_of_any_length_are_refused_in_a_short_sentence() -> None:
     for digits in (3_000, 5_000):
         said = refusal("mixture_tilt", "train.steps=" + "9" * digits)
         assert "train.steps" in said and len(said) < 300
+
+
+WRONG = ("[]", "[[]]", "{}", "{a: 1}", "true", "null", '"\\0"', '"\\ud800"', "x y")
+
+
+def test_no_value_is_answered_in_pydantics_own_words() -> None:
+    said = set()
+    for key, wrong in itertools.product(config_keys(), WRONG):
+        try:
+            load_config("mixture_cold_start", [f"{key.replace('NAME', 'linear')}={wrong}"])
+        except ValueError as error:
+            said.add(str(error))
+    own = r"Value error|Assertion|after validation|valid (array|dictionary|list|tuple)|pattern|JSON"
+    assert len(said) > 500
+    assert [sentence for sentence in said if re.search(own, sentence) or "\n" in sentence] == []

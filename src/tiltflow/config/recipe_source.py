@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -73,7 +74,7 @@ def parse_yaml(text: str, place: str) -> Any:
                     problem="tags, anchors and aliases are not allowed",
                     problem_mark=token.start_mark,
                 )
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = "" if mark is None else f", line {mark.line + 1}"
@@ -82,6 +83,11 @@ def parse_yaml(text: str, place: str) -> Any:
         raise ValueError(f"{place} is nested too deeply") from error
     except ValueError as error:  # Python's own limit for text as an integer
         raise ValueError(f"{place}: a number has too many digits") from error
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} has half of a surrogate pair, which is no character") from error
+    return value
 
 
 def _recipes() -> dict[str, Path]:

@@ -5,6 +5,7 @@ Frozen and strict; what the published runs choose is in the recipes. No file is 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -223,6 +224,20 @@ def resume_choice(value: Any) -> Any:
 Resume = Annotated[bool | str, BeforeValidator(resume_choice)]
 
 
+def device_name(value: str) -> str:
+    """A device as torch writes it, or `auto`."""
+    if not re.fullmatch(r"[a-z]+(:\d+)?", value):
+        raise ValueError("be auto, cpu, cuda, cuda:1 or mps")
+    return value
+
+
+def checkpoint_name(value: str) -> str:
+    """`latest`, or the name of a checkpoint's directory."""
+    if not re.fullmatch(r"latest|step-\d{6,}", value):
+        raise ValueError("be latest or a checkpoint's name, as step-000100")
+    return value
+
+
 class RunSection(Section):
     """`resume`: true goes on with a run that is there, auto also begins one where none is.
 
@@ -234,9 +249,9 @@ class RunSection(Section):
 
     out: Place
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
-    device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] = "auto"
+    device: Annotated[str, AfterValidator(device_name)] = "auto"
     resume: Resume = False
-    resume_from: Annotated[str, Field(pattern=r"^(latest|step-\d{6,})$")] = "latest"
+    resume_from: Annotated[str, AfterValidator(checkpoint_name)] = "latest"
     sharding: Literal["replicated", "fsdp2"] = "replicated"
     replan: bool = False
     rank_timeout: Annotated[float, Field(ge=5, le=86400)] = 100.0

@@ -60,9 +60,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def plain(message: str) -> str:
+    """One of pydantic's messages without its own words: how it went about it, and JSON's names."""
+    message = re.sub(r"^(Value error|Assertion failed), | after validation, not \d+$", "", message)
+    message = re.sub(r"\ba valid (array|list|tuple)$", "a list", message)
+    return re.sub(r"\ban? (object|valid dictionary)$", "a mapping of keys to values", message)
+
+
 def complaint(found: ErrorDetails, key: str) -> str:
     """One of pydantic's complaints about the value of `key`, as a sentence."""
-    message = re.sub(r"^(Value error, )?((Input|String|List|Tuple) should )?", "", found["msg"])
+    message = re.sub(r"^(Input|String|List|Tuple|Dictionary) should ", "", plain(found["msg"]))
     if found["type"] == "missing":
         message = "hold more values"
     if found["type"] in ("model_type", "model_attributes_type"):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from tiltflow.core.paths import PACKAGED
+from tiltflow.core.settings import plain
 from tiltflow.models.lora_files import lora_file
 from tiltflow.models.pipelines.directory import HUB_ID
 
@@ -128,7 +129,7 @@ def parse_contract(text: bytes, place: str) -> Contract:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise ValueError(
-            f"{place} has a contract that cannot be read ({where}: {first['msg']})"
+            f"{place} has a contract that cannot be read ({where}: {plain(first['msg'])})"
         ) from error
 
 

@@ -17,6 +17,7 @@ import pydantic.dataclasses
 from pydantic import Field, ValidationError
 
 from tiltflow.core.paths import nearest
+from tiltflow.core.settings import plain
 from tiltflow.rewards.remote.limits import REQUEST_IMAGES
 
 REMOTE, JUDGE = "remote:", "judge:"
@@ -174,7 +175,7 @@ def remote_settings(name: str, options: Mapping[str, Any]) -> Settings:
         settings = Settings(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        wrong = first["msg"].replace("Input should", "must")
+        wrong = plain(first["msg"]).replace("Input should", "must")
         raise ValueError(
             f"reward {name!r}: option {first['loc'][0]} is {first['input']!r}, but it {wrong}"
         ) from error

@@ -11,6 +11,7 @@ import pydantic.dataclasses
 from pydantic import Field, ValidationError
 
 from tiltflow.core.paths import home_for_tilde, nearest
+from tiltflow.core.settings import plain
 from tiltflow.rewards.remote.address import JUDGE, REMOTE, Address, Settings, remote_settings
 
 KEY_VARIABLE = "TILTFLOW_JUDGE_KEY"
@@ -67,7 +68,7 @@ def judge_settings(name: str, options: Mapping[str, Any]) -> JudgeSettings:
         settings = JudgeSettings(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        wrong = first["msg"].replace("Input should", "must")
+        wrong = plain(first["msg"]).replace("Input should", "must")
         raise ValueError(
             f"reward {name!r}: option {first['loc'][0]} is {first['input']!r}, but it {wrong}"
         ) from error

@@ -29,6 +29,7 @@ from pydantic_core import from_json
 from torch import Tensor
 
 from tiltflow.core.sentences import printable
+from tiltflow.core.settings import plain
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.remote.address import TOKEN_VARIABLE
 from tiltflow.rewards.remote.limits import IMAGE_PIXELS, REQUEST_IMAGES, REQUEST_PIXELS
@@ -142,7 +143,7 @@ def read_batch(
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        said = printable(f"{place} {first['msg']}".strip())
+        said = printable(f"{place} {plain(first['msg'])}".strip())
         raise ValueError(f"no request for scores: {said}") from None
     count = len(batch.images)
     if not 1 <= count <= REQUEST_IMAGES:
