@@ -7,9 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from short_runs import SHORT
 
+import tiltflow
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import Accumulator, MetricsLog, read_metrics
+from tiltflow.tasks.callbacks import SILENT
 
 
 def test_means_are_over_the_calls_that_named_a_metric() -> None:
@@ -159,3 +164,39 @@ def test_a_planted_link_in_the_place_of_the_part_is_not_followed(tmp_path: Path)
     write_whole(tmp_path / "config.yaml", "stage: tilt\n")
     assert secret.read_text() == "kept" and not (tmp_path / "config.yaml").is_symlink()
     assert (tmp_path / "config.yaml").read_text() == "stage: tilt\n"
+
+
+def test_sums_go_on_from_what_was_kept_of_them() -> None:
+    whole, first, second, other = (Accumulator() for _ in range(4))
+    values = [{"a": 0.1, "b": 1.0}, {"a": 0.2}, {"a": 0.7, "c": torch.tensor(2.0)}]
+    for value in values:
+        whole.add(value)
+    for value in values[:2]:
+        first.add(value)
+    second.load(json.loads(json.dumps(first.state())))
+    second.add(values[2])
+    assert second.means() == whole.means()
+    other.load(first.state(), main=False)
+    assert other.means() == {"a": 0.0, "b": 0.0}  # the main rank's share is the whole
+    for bad in ({"a": 1.0}, {"a": [1.0]}, {"a": ["1", 2.0]}, {"a": [1.0, True]}):
+        with pytest.raises(ValueError, match="the sum and count of metric 'a' are"):
+            Accumulator().load(bad)  # type: ignore[arg-type]
+
+
+class Killed(tiltflow.Callbacks):
+    def checkpoint(self, step: int, path: Path) -> None:
+        if step == 4:
+            raise RuntimeError("killed")
+
+
+def test_a_run_that_goes_on_between_two_lines_of_its_log_has_the_same_log(tmp_path: Path) -> None:
+    def run(out: str, callbacks: tiltflow.Callbacks = SILENT, *more: str) -> str:
+        chosen = [f"run.out={tmp_path / out}", *SHORT, "train.steps=6", "log.every=3", *more]
+        tiltflow.train(load_config("mixture_cold_start", chosen), callbacks)
+        return (tmp_path / out / "metrics.jsonl").read_text()
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run("parts", Killed())
+    assert run("parts", SILENT, "run.resume=true") == run("whole")
+    kept = load_checkpoint(tmp_path / "parts", "step-000004").state["since_log"]
+    assert kept and {count for _, count in kept.values()} == {1.0}

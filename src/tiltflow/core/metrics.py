@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tiltflow.core.disk import parse_json, write_whole
 
+Total = Callable[[Sequence[float]], Sequence[float]]
+"""Adds up numbers over the ranks."""
 Values = Mapping[str, Tensor | float]
 
 _HEAD = b'{"step": '
@@ -28,7 +30,7 @@ class Accumulator:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor | int] = {}
+        self._counts: dict[str, Tensor | float] = {}
 
     def add(self, values: Values, refused: Tensor | None = None) -> None:
         """Adds one observation of each metric, or none where `refused` (0-d) is 1.
@@ -48,9 +50,7 @@ class Accumulator:
             count = 1 if refused is None else 1 - refused
             self._counts[name] = self._counts.get(name, 0) + count
 
-    def means(
-        self, total: Callable[[Sequence[float]], Sequence[float]] = lambda values: values
-    ) -> dict[str, float]:
+    def means(self, total: Total = lambda values: values) -> dict[str, float]:
         """The mean of every metric since the last reset; one transfer a device.
 
         `total` adds up the means over ranks, of which each accumulates its share of a metric and
@@ -59,17 +59,45 @@ class Accumulator:
         Raises:
             FloatingPointError: naming the first metric that is NaN or infinite.
         """
-        means: dict[str, float] = {}
+        means = {name: value / count for name, (value, count) in self._read().items() if count}
+        totals = total(list(means.values()))
+        return {n: _finite(n, value) for n, value in zip(means, totals, strict=True)}
+
+    def _read(self) -> dict[str, tuple[float, float]]:
+        """Each metric's sum and count, in order; one transfer a device."""
+        found: dict[str, tuple[float, float]] = {}
         for device in {tensor.device for tensor in self._sums.values()}:
             names = [name for name, tensor in self._sums.items() if tensor.device == device]
             table = [torch.stack([self._sums[name] for name in names])]
             table += [torch.stack([_count(self._counts[n], device) for n in names])]
             sums, counts = torch.stack(table).tolist()
-            found = zip(names, sums, counts, strict=True)
-            means |= {name: value / count for name, value, count in found if count}
-        named = [name for name in self._sums if name in means]
-        totals = total([means[name] for name in named])
-        return {n: _finite(n, value) for n, value in zip(named, totals, strict=True)}
+            found |= dict(zip(names, zip(sums, counts, strict=True), strict=True))
+        return {name: found[name] for name in self._sums}
+
+    def state(self, total: Total = lambda values: values) -> dict[str, list[float]]:
+        """What has been added since the last reset, for `load`: sum over the ranks and count of
+        each metric.
+
+        Raises:
+            FloatingPointError: naming the first metric that is NaN or infinite.
+        """
+        found = self._read()
+        sums = total([value for value, _ in found.values()])
+        pairs = zip(found.items(), sums, strict=True)
+        return {name: [_finite(name, whole), count] for (name, (_, count)), whole in pairs}
+
+    def load(self, state: Mapping[str, Sequence[float]], main: bool = True) -> None:
+        """Goes on from another's `state`. Its sums are the `main` rank's share; the others know of
+        them, so that all have the same metrics.
+
+        Raises:
+            ValueError: if that is no such state.
+        """
+        for name, pair in state.items():
+            if not isinstance(pair, Sequence) or [type(x) for x in pair] != [float, float]:
+                raise ValueError(f"the sum and count of metric {name!r} are {pair!r}")
+            self._sums[name] = torch.tensor(pair[0] if main else 0.0)
+            self._counts[name] = pair[1]
 
     def reset(self) -> None:
         """Forgets everything added so far."""
@@ -77,7 +105,7 @@ class Accumulator:
         self._counts.clear()
 
 
-def _count(count: Tensor | int, device: torch.device) -> Tensor:
+def _count(count: Tensor | float, device: torch.device) -> Tensor:
     return torch.as_tensor(count, dtype=torch.float32, device=device)
 
 

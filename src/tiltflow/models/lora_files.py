@@ -291,7 +291,9 @@ def lora_file(folder: Path) -> Path:
         raise ValueError(f"there is no LoRA folder {folder}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no LoRA (no .safetensors file)")
+        run = (folder / "config.yaml").is_file()
+        hint = f": it is a run directory, whose LoRAs lie in {folder / 'export'}" if run else ""
+        raise ValueError(f"{folder} holds no LoRA (no .safetensors file){hint}")
     if len(files) > 1:
         raise ValueError(f"{folder} should hold one LoRA file (.safetensors), not {len(files)}")
     header(files[0])

@@ -23,6 +23,7 @@ from tiltflow.models import family, medium
 from tiltflow.rewards import base as rewards_base
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import DTYPES
+from tiltflow.tasks.asked import asked
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.compare import comparisons
 from tiltflow.tasks.evaluate import evaluated, sample_to, sampled
@@ -270,9 +271,9 @@ def request_of(
     """The `Request` of these options and the first `count` prompts.
 
     Raises:
-        ValueError: if there is no prompt, or a precision is unknown.
+        ValueError: if there is no prompt, or a keyword's value is of a wrong kind or out of range.
     """
-    given: dict[str, Any] = dict(how)
+    given = asked(how)
     for option, known in (("dtype", tuple(DTYPES)), ("autocast", get_args(Autocast))):
         if given.get(option) not in (None, *known):
             raise ValueError(f"--{option} is {given[option]!r}; it is one of {', '.join(known)}")
@@ -284,13 +285,19 @@ def request_of(
     elif split is not None or columns:
         raise ValueError("a split, or what columns are called, is said of a prompt file only")
     else:
-        chosen = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        chosen = [p if isinstance(p, Prompt) else Prompt(_text(p)) for p in prompts]
     if not chosen:
         raise ValueError("there is no prompt in the list")
     for folder in ("few_step", "tilt_lora"):
         if given.get(folder) is not None:
             given[folder] = Path(given[folder])
     return Request(str(model), chosen[:count], **given, **more)
+
+
+def _text(prompt: object) -> str:
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt is {prompt!r}, but it should be a text or a Prompt")
+    return prompt
 
 
 KINDS: Mapping[str, tuple[str, Collection[str]]] = {

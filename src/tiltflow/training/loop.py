@@ -106,11 +106,12 @@ def train(
     the last good checkpoint, and its step is returned. Counted randomness makes a resumed run
     equal to an uninterrupted one.
     """
-    skips, done, told = Skips(settings.skip), 0, ""
+    skips, done, told, accumulator, stop = Skips(settings.skip), 0, "", Accumulator(), False
     if resume:
-        done, told = resumed(stage, _found(run, settings, ranks), settings, skips, hooks)
+        found = _found(run, settings, ranks)
+        done, told = resumed(stage, found, settings, skips, hooks)
+        go_on(accumulator, found, ranks)
     hooks.begin()
-    accumulator, stop = Accumulator(), False
     if done == 0:
         hooks.sample(0)
     with (
@@ -122,7 +123,8 @@ def train(
             log.say(done, {"changed": told})
         if hooks.watch_every and hooks.good() is None:
             look(log, hooks, done, ranks)  # the reference of all later looks
-            _keep_good(stage, run, done, settings, skips, hooks, ranks)
+            if settings.stop_on_alarm:  # what an alarm would go back to
+                save(stage, run, done, settings, skips, hooks, accumulator, ranks)
         while done < settings.steps and not stop:
             accumulator.add(skips.iteration(stage, done), stage.guard.refused(done))
             done += 1
@@ -142,27 +144,13 @@ def train(
             alarmed = looked and look(log, hooks, done, ranks)
             if alarmed and settings.stop_on_alarm:
                 return end(log, run, done, hooks, ranks)
-            if ranks.main and (due or (looked and settings.stop_on_alarm)):
-                save(stage, run, done, settings, skips, hooks)
+            if due or (looked and settings.stop_on_alarm):
+                save(stage, run, done, settings, skips, hooks, accumulator, ranks)
     if stopped.is_set() and not stop:  # in a wait, which no save above follows
         skips.settle(stage)
-        if ranks.main:
-            save(stage, run, done, settings, skips, hooks)
+        if ranks.main:  # the others are elsewhere: what they have added is lost to the next line
+            save(stage, run, done, settings, skips, hooks, accumulator, ALONE)
     return done
-
-
-def _keep_good(
-    stage: Stage,
-    run: Path,
-    done: int,
-    settings: LoopSettings,
-    skips: Skips,
-    hooks: Hooks,
-    ranks: Ranks,
-) -> None:
-    """Saves what an alarm would go back to."""
-    if ranks.main and settings.stop_on_alarm:
-        save(stage, run, done, settings, skips, hooks)
 
 
 def _log(run: Path, settings: LoopSettings, done: int, ranks: Ranks) -> MetricsLog | NoLog:
@@ -246,16 +234,22 @@ def save(
     settings: LoopSettings,
     skips: Skips,
     hooks: Hooks,
+    accumulator: Accumulator,
+    ranks: Ranks,
 ) -> None:
-    """Weights, EMA and optimizer states as one atomic checkpoint, the same on every rank.
+    """Weights, EMA and optimizer states as one atomic checkpoint, the same on every rank, and what
+    the next line of the log has so far; written by rank 0.
 
     The last good one is kept.
     """
+    since_log = accumulator.state(ranks.total)
+    if not ranks.main:
+        return
     hooks.before_save()
     tensors = dict(stage.roles.state())
     for name, updater in stage.updaters.items():
         tensors[f"optimizer_{name}"] = updater.state()
-    state = {"step": done, "skipped": skips.count, **settings.facts}
+    state = {"step": done, "skipped": skips.count, "since_log": since_log, **settings.facts}
     hooks.saved(done, save_checkpoint(run, done, tensors, state, settings.keep, hooks.good()))
 
 
@@ -294,6 +288,21 @@ def resumed(
     elif found:
         hooks.notice(f"changed since step {done}: {in_words(found)}")
     return done, in_words(bearing(found, settings.facts, done)) if found else ""
+
+
+def go_on(accumulator: Accumulator, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Restores what the next line of the log had so far; versions before it kept none.
+
+    Raises:
+        ValueError: if that is no such state.
+    """
+    kept = checkpoint.state.get("since_log", {})
+    try:
+        if not isinstance(kept, Mapping):
+            raise ValueError(f"its since_log is {kept!r}")
+        accumulator.load(kept, ranks.main)
+    except ValueError as error:
+        raise _foreign(checkpoint, str(error)) from error
 
 
 def _foreign(checkpoint: Checkpoint, reason: str) -> ValueError:
