@@ -25,7 +25,8 @@ from tiltflow.evaluation import chunks
 from tiltflow.formats.writing import load_lora
 from tiltflow.tasks import evaluate as command
 from tiltflow.tasks import request as asking
-from tiltflow.tasks.evaluate import evaluate_to, sample_images
+from tiltflow.tasks.demo import run_demo
+from tiltflow.tasks.evaluate import check_target, evaluate_to, sample_images
 
 Tiny = Callable[[str], Path]
 LORA = "pytorch_lora_weights.safetensors"
@@ -235,6 +236,29 @@ def test_images_of_an_earlier_evaluation_do_not_stay_beside_new_ones(
         {*first, *(p.parent for p in first), Path("prompts.txt")}
     )
     assert not (tmp_path / "e.parts").exists()
+
+
+def test_what_is_no_evaluation_is_not_written_over(tmp_path: Path) -> None:
+    for name, text in (("a.json", "{}"), ("b.yaml", "stage: tilt"), ("c.json", "[" * 100_000)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} is there and is no evaluation"):
+            check_target(tmp_path / name, keep_images=False)
+        assert (tmp_path / name).read_text() == text
+    (tmp_path / "d.images").mkdir()
+    check_target(tmp_path / "d.json", keep_images=False)
+    with pytest.raises(ValueError, match=r"d\.images, .* holds something else"):
+        check_target(tmp_path / "d.json", keep_images=True)
+    (tmp_path / "d.images" / "prompts.txt").touch()
+    (tmp_path / "d.json").touch()  # as one that a script has made room for
+    check_target(tmp_path / "d.json", keep_images=True)
+
+
+def test_a_fresh_demo_deletes_no_more_than_a_demo(tmp_path: Path) -> None:
+    (tmp_path / "cold_start").mkdir()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="it holds 'thesis.tex', which is none of a demo's"):
+        run_demo(tmp_path, fast=True, fresh=True, console=QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cold_start", "thesis.tex"]
 
 
 def test_a_vae_that_scales_by_nothing(made: Student, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -28,6 +29,11 @@ FAST = {
     "tilt": ("train.steps=4", "log.samples_every=4", "watch.every=4", "watch.prompts=12"),
 }
 
+MADE = re.compile(
+    r"cold_start|tilt|loop|export|notice\.txt|report\.html|evaluation\..*|\.export\..*"
+)
+"""What a demo leaves in its folder."""
+
 SMOKE = (
     "This was a smoke run of a few iterations: it shows that everything works, and its figures "
     "mean nothing. The demo itself is the same command without --fast (make demo)."
@@ -38,7 +44,7 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
     """Stage 1, stage 2, evaluation on held-out prompts, report; goes on where it was stopped."""
     began = time.time()
     if fresh and out.exists():
-        shutil.rmtree(out)
+        _delete(out)
     if fast:  # `tiltflow report` is to say it too, whatever was stopped
         write_whole(out / NOTICE, SMOKE + "\n")
     else:
@@ -74,6 +80,21 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
     console.print(f"{(time.time() - began) / 60:.1f} minutes")
     if fast:
         console.print(SMOKE)
+
+
+def _delete(out: Path) -> None:
+    """An earlier demo.
+
+    Raises:
+        ValueError: if there is anything else in the folder.
+    """
+    others = sorted(path.name for path in out.iterdir() if not MADE.fullmatch(path.name))
+    if others:
+        raise ValueError(
+            f"--fresh deletes {out}, but it holds {others[0]!r}, which is none of a demo's: "
+            "give another --out"
+        )
+    shutil.rmtree(out)
 
 
 def train_stage(

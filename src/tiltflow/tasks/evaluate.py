@@ -206,7 +206,7 @@ def evaluated(
     Raises:
         ValueError: before anything loads, if `path` is a folder, or one cannot be made for it.
     """
-    check_target(path)
+    check_target(path, keep_images)
     what, folder = asked(request), path.with_suffix(".images") if keep_images else None
     with ranks_of_job(device_of(request.device)) as ranks:
         callbacks = callbacks if ranks.main else SILENT
@@ -237,8 +237,12 @@ def digest(what: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def check_target(path: Path) -> None:
-    """Raises ValueError if figures cannot go into `path`: it, or what is above, is in the way."""
+def check_target(path: Path, keep_images: bool) -> None:
+    """That figures may go into `path`, and images beside it.
+
+    Raises:
+        ValueError: if it, or what is above, is in the way; or it is there and something else's.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder, but --json names the file that the figures go into")
     above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -246,6 +250,23 @@ def check_target(path: Path) -> None:
         raise ValueError(
             f"{path} cannot be written: {above} is no folder, or one without the right"
         )
+    if path.exists() and not _is_evaluation(path):
+        raise ValueError(f"{path} is there and is no evaluation: give another name with --json")
+    images = path.with_suffix(".images")
+    if keep_images and images.exists() and not (images / PROMPTS).is_file():
+        raise ValueError(
+            f"{images}, the folder of the images, is there and holds something else: give another "
+            "name with --json"
+        )
+
+
+def _is_evaluation(path: Path) -> bool:
+    """Whether a file is an evaluation, or empty."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8") or '{"systems": {}}')
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "systems" in found
 
 
 def asked(request: Request) -> dict[str, Any]:
@@ -274,11 +295,14 @@ def asked(request: Request) -> dict[str, Any]:
     }
 
 
+PROMPTS = "prompts.txt"
+
+
 def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """The prompts of the images in `folder`, one a line, in `prompts.txt`."""
+    """The prompts of the images in `folder`, one a line, in `PROMPTS`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [" ".join(prompt.text.split()) for prompt in prompts]
-    (folder / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / PROMPTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _diversity(medium: Medium, rewards: Sequence[Reward]) -> Diversity:
