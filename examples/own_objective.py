@@ -6,13 +6,11 @@ In a recipe: `cold_start.objective=own_objective:Difference`.
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from torch import Tensor
 
-from tiltflow.config.load import load_config
+import tiltflow
 from tiltflow.flow import broadcast, renoise, renoise_level
 from tiltflow.method.boundary import Boundary
-from tiltflow.tasks.train import run_training
 from tiltflow.training.parts import Parts
 
 
@@ -42,7 +40,8 @@ class Difference:
 
 def main(out: Path, *settings: str) -> None:
     chosen = [f"run.out={out}", "cold_start.objective=own_objective:Difference", *settings]
-    run_training(load_config("mixture_cold_start", chosen), Console())
+    run = tiltflow.train(tiltflow.load_recipe("mixture_cold_start", *chosen))
+    print(f"{run.path} is at step {run.step}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from tiltflow.config.load import load_config
+import tiltflow
 from tiltflow.core.settings import Section, Weight
 from tiltflow.method.rollout import step
-from tiltflow.tasks.train import run_training
 from tiltflow.training.parts import Parts
 from tiltflow.training.terms import Attached, Epoch, Loss, Span, Term, single
 
@@ -48,10 +46,11 @@ class Stay(Term):
 
 
 def main(out: Path, *settings: str) -> None:
-    run_training(load_config("mixture_cold_start", [f"run.out={out}/cold", *settings]), Console())
-    tilt = [f"run.out={out}/tilt", f"model.few_step={out}/cold"]
+    cold = tiltflow.load_recipe("mixture_cold_start", f"run.out={out}/cold", *settings)
+    tilt = [f"run.out={out}/tilt", f"model.few_step={tiltflow.train(cold).path}"]
     tilt += ["tilt.terms={own_term:Stay: {weight: 0.5}}", *settings]
-    run_training(load_config("mixture_tilt", tilt), Console())
+    run = tiltflow.train(tiltflow.load_recipe("mixture_tilt", *tilt))
+    print(f"{run.path}: the distance to stage 1 is {run.metrics[-1]['generator/stay']:.5f}")
 
 
 if __name__ == "__main__":

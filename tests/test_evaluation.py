@@ -234,6 +234,34 @@ def test_compare_two_evaluations(tmp_path: Path) -> None:
         told([one, two, other], None, None)
 
 
+def test_scores_by_other_weights_are_not_compared(tmp_path: Path) -> None:
+    one, two = (store(tmp_path / n, [Painter("a"), Painter("b", 3.0)]) for n in ("one", "two"))
+
+    def ask(path: Path, asked: object) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"asked": asked}))
+
+    def place(folder: str, size: int, time: int) -> dict[str, object]:
+        return {"path": folder, "files": [["model.safetensors", size, time]]}
+
+    ask(one, {"rewards": {"mean": place("/a", 5, 1)}})
+    for asked in (None, 3, {"rewards": None}, {"rewards": {"mean": place("/b", 5, 2)}}):
+        ask(two, asked)
+        told([one, two], "b,a", None)
+    ask(two, {"rewards": {"mean": place("/a", 6, 1)}})
+    with pytest.raises(ValueError, match="have the reward 'mean' with other weights"):
+        told([one, two], "b,a", None)
+
+
+def test_comparisons_are_not_written_over_an_evaluation(tmp_path: Path) -> None:
+    path, out = store(tmp_path, [Painter("a"), Painter("b", 3.0)]), tmp_path / "rows.json"
+    before = path.read_text()
+    with pytest.raises(ValueError, match="is there and holds no comparisons"):
+        told([path], None, path)
+    assert path.read_text() == before
+    for _ in range(2):
+        told([path], None, out)
+
+
 def test_what_is_not_significant_is_said_to_be_so(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     scores = {name: {"r": rng.normal(0, 1, 7)} for name in ("a", "b")}

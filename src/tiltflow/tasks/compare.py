@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def run_compare(
         ValueError: as `comparisons`, or if `systems` is no such pair.
     """
     pair = _pair(systems)
+    if json_file is not None and json_file.exists() and not _is_comparisons(json_file):
+        raise ValueError(
+            f"{json_file} is there and holds no comparisons: give another name with --json"
+        )
     rows = comparisons(evaluations, pair)
     if len(evaluations) == 1 and pair is None:
         show(read_evaluation(evaluations[0]), console)
@@ -48,6 +53,15 @@ def run_compare(
         )
     if json_file is not None:
         write_evaluation(json_file, {"comparisons": rows})
+
+
+def _is_comparisons(path: Path) -> bool:
+    """Whether a file is what `run_compare` writes."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return False
+    return isinstance(found, dict) and list(found) == ["comparisons"]
 
 
 def comparisons(
@@ -68,6 +82,7 @@ def comparisons(
         raise ValueError(f"compare takes one or two evaluations, not {len(evaluations)}")
     summaries = [read_evaluation(path) for path in evaluations]
     if len(evaluations) == 2:
+        _check_rewards(evaluations, summaries)
         return _two(evaluations, pair)
     if pair is not None:
         return _one(evaluations[0], pair)
@@ -88,6 +103,37 @@ def _one(path: Path, pair: tuple[str, str]) -> list[dict[str, Any]]:
     stored = read_scores(scores_path(evaluation_path(path)))
     tables = {name: _measured(_column(stored.scores, name, path)) for name in pair}
     return compare(tables, [pair])
+
+
+def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> None:
+    """That a reward that is in both evaluations had the same weights, as far as they say: files of
+    the same names and sizes, or the same hub id.
+
+    Raises:
+        ValueError: naming the first that had not.
+    """
+    first, second = map(_rewards, summaries)
+    for name in first:
+        if name in second and _weights(first[name]) != _weights(second[name]):
+            raise ValueError(
+                f"{paths[0]} and {paths[1]} have the reward {name!r} with other weights, so its "
+                "scores cannot be compared"
+            )
+
+
+def _rewards(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rewards that an evaluation says it was asked for, with the place of their weights."""
+    asked = summary.get("asked")
+    found = asked.get("rewards") if isinstance(asked, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _weights(place: Any) -> Any:
+    """Of a place, what stays as it is where weights are copied: names and sizes of its files."""
+    files = place.get("files") if isinstance(place, Mapping) else None
+    if not isinstance(files, list):
+        return place
+    return [file[:2] if isinstance(file, list) else file for file in files]
 
 
 def _two(paths: Sequence[Path], pair: tuple[str, str] | None) -> list[dict[str, Any]]:
