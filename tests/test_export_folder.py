@@ -213,7 +213,7 @@ def test_no_file_names_a_path_of_this_machine(made: Student, tmp_path: Path) -> 
     [
         ({"stochastic_sampling": True}, "eta in place of stochastic_sampling"),
         ({"invert_sigmas": True}, "no inverted levels"),
-        ({"shift_terminal": 0.1}, "gives 1 steps the levels"),
+        ({"shift_terminal": 0.1}, "gives 1 step the levels"),
     ],
 )
 def test_a_scheduler_that_no_export_can_have_is_found_before_training(

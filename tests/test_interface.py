@@ -134,7 +134,7 @@ def test_train_tells_its_callbacks_and_opens_the_run(tmp_path: Path) -> None:
     seen = Seen()
     run = tiltflow.train(mixture(tmp_path / "run"), seen)
     assert seen.calls == [
-        ("notice", "encoding 1 prompts"), ("notice", "loading mixture"),
+        ("notice", "encoding 1 prompt"), ("notice", "loading mixture"),
         ("begin", ("cold_start", 0, 4)), ("metrics", 2),
         ("checkpoint", 3), ("metrics", 4), ("checkpoint", 4),
     ]  # fmt: skip

@@ -204,3 +204,8 @@ def test_every_count_of_the_command_line_ends_somewhere(
     said = capsys.readouterr().err
     option = next(part for part in line.split() if part.startswith("--"))
     assert option in said and words in said and said.count("\n") == 1
+
+
+def test_one_is_counted_as_one() -> None:
+    said = [counted(n, "image") for n in (0, 1, 2)] + [counted(2, "batch", "batches")]
+    assert said == ["0 images", "1 image", "2 images", "2 batches"]

@@ -34,7 +34,7 @@ from tiltflow.cli.submit import submit
 from tiltflow.cli.terminal import terminal
 from tiltflow.core.errors import NonFiniteError, PeerLost
 from tiltflow.core.limits import MOST_SAMPLES
-from tiltflow.core.sentences import printable
+from tiltflow.core.sentences import counted, printable
 
 EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, ImportError)
 """What bad input, or too small a machine, raises. Anything else is a mistake in the program, and
@@ -136,7 +136,7 @@ def sample(
             callbacks=callbacks,
             **options.sampling(),
         )
-    console.print(f"{len(paths)} images in {out}")
+    console.print(f"{counted(len(paths), 'image')} in {out}")
 
 
 @app.command(

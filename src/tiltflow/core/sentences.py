@@ -1,4 +1,4 @@
-"""Other libraries' errors in a sentence."""
+"""Sentences: of other libraries' errors, and of counts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def first_sentence(error: BaseException) -> str:
         return type(error).__name__
     begin = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return re.split(r"\.\s+(?=[A-Z])", begin, maxsplit=1)[0].rstrip(".")
+
+
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """1 image, 2 images."""
+    return f"{count} {one if count == 1 else several or f'{one}s'}"
 
 
 def printable(text: str, length: int = 300) -> str:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from tiltflow.core.disk import fsync, save_tensors, sha256
+from tiltflow.core.sentences import counted
 from tiltflow.data.embeddings import (
     BATCH,
     EncodedPrompts,
@@ -241,7 +242,9 @@ def encode_cached(
         lacking = found.without(texts)
         if lacking:
             cache.describe(notice)
-            notice(f"encoding {len(lacking)} prompts, {len(texts) - len(lacking)} are cached")
+            notice(
+                f"encoding {counted(len(lacking), 'prompt')}, {counted(len(texts) - len(lacking), 'is', 'are')} cached"
+            )
             backbone = load()
             _fill(cache, backbone, lacking, batch_size, shard_bytes, notice)
             backbone.free_text_encoders()
@@ -268,7 +271,7 @@ def encoded_sets(
     """
     texts = distinct([prompt for chosen in sets for prompt in chosen])
     if cache is None:
-        notice(f"encoding {len(texts)} prompts")
+        notice(f"encoding {counted(len(texts), 'prompt')}")
         backbone = load()
         whole = encode_prompts(backbone, [Prompt(text) for text in texts], batch_size)
         backbone.free_text_encoders()
@@ -302,7 +305,7 @@ def _fill(
         done = begin + count
         if size >= shard_bytes or count >= SHARD_TEXTS or done == len(texts):
             cache.write(texts[begin:done], parts)
-            notice(f"encoded {done} of {len(texts)} prompts")
+            notice(f"encoded {done} of {counted(len(texts), 'prompt')}")
             parts, begin, size = [], done, 0
 
 

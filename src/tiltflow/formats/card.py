@@ -42,10 +42,10 @@ def model_card(card: Card) -> str:
     holds = _holds(card)
     parts = [
         _front_matter(card),
-        f"# {contract.base.name.rsplit('/', 1)[-1]} in {steps} steps\n\n"
+        f"# {contract.base.name.rsplit('/', 1)[-1]} in {counted(steps, 'step')}\n\n"
         f"Trained with tiltflow by {STAGES[contract.stage]}. Here are {holds} and "
         "`contract.json`, which says for what the student was trained: "
-        f"{steps} steps, η = {contract.eta:g}, guidance {contract.guidance:g}, "
+        f"{counted(steps, 'step')}, η = {contract.eta:g}, guidance {contract.guidance:g}, "
         f"{said(contract.resolution)} pixels, {contract.max_sequence_length} text tokens.\n\n"
         + _base(contract),
         *([_usage(card)] if card.folders or card.merged else []),

@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tiltflow.core.sentences import first_sentence
+from tiltflow.core.sentences import counted, first_sentence
 from tiltflow.core.sizes import Resolution
 from tiltflow.formats.contract import CONTRACT_KEY, Contract
 from tiltflow.formats.folder import check_export_folder
@@ -143,7 +143,7 @@ def check_exportable(model: Pipeline, steps: int, eta: float, out: Path) -> None
     if not all(now > then for now, then in pairwise(levels)) or levels[-1] != 0 or levels[0] > 1:
         said = ", ".join(f"{level:g}" for level in levels)
         raise ValueError(
-            f"the scheduler in {model} gives {steps} steps the levels {said}, which do not fall "
+            f"the scheduler in {model} gives {counted(steps, 'step')} the levels {said}, which do not fall "
             "from 1 at most to 0: take another sampler.steps, or mend its shift"
         )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tiltflow.config.load import load_config
+from tiltflow.core.sentences import counted
 from tiltflow.setup.build import device_of
 from tiltflow.setup.checks import Finding, Subject, findings
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
@@ -52,7 +53,7 @@ def examine(
         raise ValueError(f"--memory is {memory}, but it should be a number of GiB")
     for name, value in versions().items():
         console.print(f"{name} {value}")
-    console.print(f"device {device_of('auto')}, {torch.get_num_threads()} threads")
+    console.print(f"device {device_of('auto')}, {counted(torch.get_num_threads(), 'thread')}")
     if recipe is not None:
         cfg = load_config(recipe, overrides)
         found = list(findings(Subject(cfg)))
@@ -62,7 +63,7 @@ def examine(
         failed = {finding.name: finding for finding in found if finding.failed}
         order = ", in order" if not failed else ""
         console.print(
-            f"{recipe}: {cfg.stage}, {cfg.train.steps} steps of {cfg.train.batch_size} samples"
+            f"{recipe}: {cfg.stage}, {counted(cfg.train.steps, 'step')} of {counted(cfg.train.batch_size, 'sample')}"
             f"{groups}{order}"
         )
         if cfg.model.has_files and not {"model", "weights", "adapters"} & set(failed):

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from tiltflow.config.load import RunConfig, validate_files
 from tiltflow.core.paths import embedding_cache
+from tiltflow.core.sentences import counted
 from tiltflow.setup.build import attention_for, device_of, encode_sets
 
 
@@ -34,4 +35,4 @@ def encode_recipe(cfg: RunConfig, console: Console) -> None:
         for table in encoded.tables
         for value in table.positive.values()
     )
-    console.print(f"{len(encoded)} prompts, {size / 1e6:.1f} MB in {root}", markup=False)
+    console.print(f"{counted(len(encoded), 'prompt')}, {size / 1e6:.1f} MB in {root}", markup=False)

@@ -22,6 +22,7 @@ from tiltflow.core.disk import writing
 from tiltflow.core.distributed import ALONE, Ranks, ranks_of_job
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.precision import attention_of, autocast_dtype
+from tiltflow.core.sentences import counted
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
 from tiltflow.evaluation.diversity import features_of
@@ -214,7 +215,9 @@ def evaluated(
         place = {"rank": ranks.rank, "ranks": ranks.size}
         chunks = Chunks(path.with_suffix(".parts"), what | place | {"keep_images": keep_images})
         if len(chunks):
-            callbacks.notice(f"going on with {len(chunks)} batches of an earlier run")
+            callbacks.notice(
+                f"going on with {counted(len(chunks), 'batch', 'batches')} of an earlier run"
+            )
         made = path.with_suffix(".parts") / f"images-{digest(what)}"
         result = evaluate(request, callbacks, ranks, chunks.take, made if folder else None)
         result.summary["asked"] = what

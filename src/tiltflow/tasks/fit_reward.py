@@ -24,6 +24,7 @@ from scipy.stats import binomtest
 
 from tiltflow.core.disk import save_tensors, write_whole
 from tiltflow.core.paths import check_folder, resolve_path
+from tiltflow.core.sentences import counted
 from tiltflow.data.preferences import Preference, agreement, load_preferences
 from tiltflow.rewards.fitted import FITTED
 from tiltflow.rewards.zoo.clip_family import CLIPScore
@@ -119,12 +120,13 @@ def check_choices(preferences: Sequence[Preference]) -> None:
     prompts = len({one.prompt for one in decided})
     if len(decided) < FEWEST:
         raise ValueError(
-            f"{len(decided)} votes prefer one image ({len(preferences) - len(decided)} none); a "
-            f"reward needs {FEWEST} or more"
+            f"{counted(len(decided), 'vote prefers', 'votes prefer')} one image "
+            f"({len(preferences) - len(decided)} none); a reward needs {FEWEST} or more"
         )
     if prompts < FEWEST_PROMPTS:
         raise ValueError(
-            f"the votes are on {prompts} different prompts; a reward needs {FEWEST_PROMPTS} or more"
+            f"the votes are on {counted(prompts, 'prompt', 'different prompts')}; a reward needs "
+            f"{FEWEST_PROMPTS} or more"
         )
     repeated, contradictory = agreement(preferences)
     if repeated >= REPEATED and contradictory > MOST_CONTRADICTIONS * repeated:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tiltflow.core.sentences import counted
 from tiltflow.core.sizes import Resolution, both, plain, said
 
 LEVEL_KEYS = (
@@ -107,7 +108,7 @@ def _check(scheduler: Any, levels: Tensor, where: str) -> None:
         return
     given = {k: v for k, v in scheduler.config.items() if k in LEVEL_KEYS and v}
     raise ValueError(
-        f"the scheduler in {where} makes of {len(levels) - 1} steps the levels "
+        f"the scheduler in {where} makes of {counted(len(levels) - 1, 'step')} the levels "
         f"{', '.join(f'{level:.3g}' for level in levels[:4].tolist())}, …, which do not fall "
         f"from 1 to 0: see {', '.join(f'{k}={v}' for k, v in given.items())} in its "
         "scheduler_config.json"
