@@ -12,6 +12,7 @@ import pytest
 from test_cli import COMMANDS, SRC, call
 
 from tiltflow.config.load import list_recipes, load_config, recipe_text
+from tiltflow.core.sentences import counted
 from tiltflow.tasks.failures import resume_command
 from tiltflow.tasks.recipes import summary
 

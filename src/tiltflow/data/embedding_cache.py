@@ -242,9 +242,8 @@ def encode_cached(
         lacking = found.without(texts)
         if lacking:
             cache.describe(notice)
-            notice(
-                f"encoding {counted(len(lacking), 'prompt')}, {counted(len(texts) - len(lacking), 'is', 'are')} cached"
-            )
+            known = counted(len(texts) - len(lacking), "is", "are")
+            notice(f"encoding {counted(len(lacking), 'prompt')}, {known} cached")
             backbone = load()
             _fill(cache, backbone, lacking, batch_size, shard_bytes, notice)
             backbone.free_text_encoders()

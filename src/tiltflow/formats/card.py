@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tiltflow.core.sentences import counted
 from tiltflow.core.sizes import said
 from tiltflow.formats.contract import BaseModelFacts, Contract
 from tiltflow.models.switch import TILT, stack_tilt

@@ -143,8 +143,8 @@ def check_exportable(model: Pipeline, steps: int, eta: float, out: Path) -> None
     if not all(now > then for now, then in pairwise(levels)) or levels[-1] != 0 or levels[0] > 1:
         said = ", ".join(f"{level:g}" for level in levels)
         raise ValueError(
-            f"the scheduler in {model} gives {counted(steps, 'step')} the levels {said}, which do not fall "
-            "from 1 at most to 0: take another sampler.steps, or mend its shift"
+            f"the scheduler in {model} gives {counted(steps, 'step')} the levels {said}, which do "
+            "not fall from 1 at most to 0: take another sampler.steps, or mend its shift"
         )
 
 

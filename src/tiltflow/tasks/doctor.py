@@ -63,8 +63,8 @@ def examine(
         failed = {finding.name: finding for finding in found if finding.failed}
         order = ", in order" if not failed else ""
         console.print(
-            f"{recipe}: {cfg.stage}, {counted(cfg.train.steps, 'step')} of {counted(cfg.train.batch_size, 'sample')}"
-            f"{groups}{order}"
+            f"{recipe}: {cfg.stage}, {counted(cfg.train.steps, 'step')} of "
+            f"{counted(cfg.train.batch_size, 'sample')}{groups}{order}"
         )
         if cfg.model.has_files and not {"model", "weights", "adapters"} & set(failed):
             have = memory or device_memory()
