@@ -32,6 +32,7 @@ MODELS = {
     "flux2_klein_9b": "FLUX.2-klein 9B",
     "z_image": "Z-Image",
     "qwen_image": "Qwen-Image",
+    "krea2": "Krea 2",
 }
 STAGES = {"cold_start": "1", "tilt": "2"}
 MEASURED = {"sd35m_cold_start": "13.3 samples/s on an H200, random weights"}

@@ -91,6 +91,17 @@ CASES = {
         blocks="60 + 0",
         adapter=(60 * 8 - 2, (60 * 8 - 2) * 32 * (3072 + 3072)),
     ),
+    "krea2": Case(
+        names=("krea2", "krea2_wide", "krea2_turbo"),
+        plain={"guidance_scale": 0.0},
+        guided=({"guidance_scale": 3.0}, 4.0),
+        batched=False,
+        generator="krea2_turbo",
+        tokens=36,
+        recipe="krea2",
+        blocks="28 + 0",
+        adapter=(28 * 5, 28 * 32 * (3 * (6144 + 6144) + 2 * (6144 + 1536))),
+    ),
 }
 
 ALSO_ELSEWHERE = ("sd3", "flux", "flux2")

@@ -34,6 +34,7 @@ MODELS = {
     "chroma": ("chroma", None),
     "sana": ("sana", None),
     "qwen_image": ("qwen_image", None),
+    "krea2": ("krea2", "krea2_turbo"),
     "other_sizes": ("other_sd3_patch_4", None),
 }
 """A recipe's model (or one that has none), its tiny pipeline and its generator's."""

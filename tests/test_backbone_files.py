@@ -47,7 +47,7 @@ def test_family_is_read_off_the_index(tiny_pipeline: Tiny, name: str, family: st
 def test_the_mixture_has_no_files() -> None:
     assert check_pipeline("mixture") == check_pipeline("anything", "mixture") == "mixture"
     assert load_backbone(None, family="mixture", device="cpu").family == "mixture"
-    with pytest.raises(ValueError, match="generator_path is for family flux2, z_image"):
+    with pytest.raises(ValueError, match="generator_path is for family flux2, z_image, krea2"):
         load_backbone("mixture", generator_path="klein", device="cpu")
 
 
@@ -59,12 +59,14 @@ def test_wrong_directories(sd3: Path, tmp_path: Path) -> None:
         check_pipeline(tmp_path / "empty")
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline .family sd3., not .* flux2"):
         check_pipeline(sd3, "flux2")
-    with pytest.raises(ValueError, match="'sdxl' is none of sd3, .*, chroma, qwen_image, mixture"):
+    with pytest.raises(
+        ValueError, match="'sdxl' is none of sd3, .*, chroma, qwen_image, krea2, mixture"
+    ):
         check_pipeline(sd3, "sdxl")
     edit(sd3 / "model_index.json", _class_name="Flux2Pipeline")
     with pytest.raises(
         ValueError,
-        match="holds a Flux2Pipeline, which is none of .*, QwenImagePipeline; a family can be",
+        match="holds a Flux2Pipeline, which is none of .*, Krea2Pipeline; a family can be",
     ):
         check_pipeline(sd3)
     (sd3 / "model_index.json").write_text("{")
@@ -127,7 +129,7 @@ def test_parts_of_two_models(sd3: Path, no_weights: None) -> None:
 
 def test_generator_paths(tiny_pipeline: Tiny, tmp_path: Path, no_weights: None) -> None:
     klein, base, sd3 = (tiny_pipeline(name) for name in ("klein", "klein_base", "sd3m"))
-    with pytest.raises(ValueError, match="is for family flux2, z_image, not for sd3"):
+    with pytest.raises(ValueError, match="is for family flux2, z_image, krea2, not for sd3"):
         load_backbone(sd3, generator_path=klein, device="cpu")
     with pytest.raises(ValueError, match="the teacher in .* is step-distilled"):
         load_backbone(klein, generator_path=base, device="cpu")

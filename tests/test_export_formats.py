@@ -37,7 +37,7 @@ from tiltflow.models.roles import AdapterSettings
 Tiny = Callable[[str], Path]
 NAMES = (
     "sd3m", "sd35m", "flux1_dev", "schnell", "flux2_klein_4b", "z_image", "chroma", "sana",
-    "qwen_image",
+    "qwen_image", "krea2",
 )  # fmt: skip
 STRENGTHS = (0.0, 0.5, 1.0)
 FILES = ("few_step", "tilt", "baked_0", "baked_0.5", "baked_1")
@@ -52,6 +52,7 @@ TRANSFORMERS = {
     "qwen_image": SINGLE_FILE_LOADABLE_CLASSES["QwenImageTransformer2DModel"][
         "checkpoint_mapping_fn"
     ],
+    "krea2": converters.convert_krea2_transformer_checkpoint_to_diffusers,
 }
 FIXED_WIDTH = ("flux", "chroma")
 """Families whose converter has the published model's width as a constant."""

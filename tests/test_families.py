@@ -74,8 +74,8 @@ def sampled(backbone: Any, x: Tensor, cond: Any, guidance: float | None) -> Tens
 
 def given(backbone: Any, x: Tensor) -> Tensor:
     """Latents as a pipeline's call takes them: plain, or packed tokens."""
-    patch = backbone.record.token_patch
-    return pack(x, patch) if patch > 1 else x.clone()
+    packed = backbone.record.token_patch > 1
+    return pack(x, backbone.geometry.patch) if packed else x.clone()
 
 
 @torch.no_grad()

@@ -143,6 +143,7 @@ def images(pipe: Any, **call: Any) -> Tensor:
 
 OFF = {
     "z_image": {"guidance_scale": 0.0},
+    "krea2": {"guidance_scale": 0.0},
     "sana": {"use_resolution_binning": False},
     "qwen_image": {"guidance_scale": None},
 }

@@ -17,7 +17,7 @@ Tiny = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sd35m", "flux_dev", "klein_base"])
+@pytest.mark.parametrize("name", ["sd35m", "flux_dev", "klein_base", "krea2"])
 def test_a_base_without_values_is_the_same_network(
     name: str, dtype: torch.dtype, tiny_pipeline: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

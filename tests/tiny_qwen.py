@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
@@ -20,6 +23,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2TokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLModel,
 )
 
 WORDS = [
@@ -113,7 +118,57 @@ def qwen_image(wide: bool = False) -> QwenImagePipeline:
     )
 
 
+def krea2(turbo: bool = False, wide: bool = False) -> Krea2Pipeline:
+    """Raw, or Turbo with another transformer and another shift; `wide` has other sizes throughout,
+    other states of its text encoder and no patches."""
+    words, width, states = tokenizer(), 24 if wide else 16, (3, 1) if wide else (0, 1, 2)
+    encoder = Qwen3VLModel(
+        Qwen3VLConfig(
+            text_config=language(len(words), width, 4 if wide else 3) | {"head_dim": width // 2},
+            vision_config=eye(width) | {"deepstack_visual_indexes": [0]},
+        )
+    )
+    vae = autoencoder(wide)
+    if turbo:
+        torch.manual_seed(1000 + torch.initial_seed())
+    transformer = Krea2Transformer2DModel(
+        in_channels=4 if wide else 32,
+        num_layers=3 if wide else 2,
+        attention_head_dim=20 if wide else 16,
+        num_attention_heads=3 if wide else 2,
+        num_key_value_heads=1,
+        intermediate_size=72 if wide else 48,
+        timestep_embed_dim=12 if wide else 16,
+        text_hidden_dim=width,
+        num_text_layers=len(states),
+        text_num_attention_heads=3 if wide else 2,
+        text_num_key_value_heads=3 if wide else 1,
+        text_intermediate_size=40 if wide else 20,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=2 if wide else 1,
+        axes_dims_rope=(8, 6, 6) if wide else (4, 6, 6),
+    )
+    for name, parameter in transformer.named_parameters():
+        if "scale_shift_table" in name or ".norm" in name:  # zeros as they are made
+            parameter.data.normal_(std=0.5)
+    return Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+        ),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=words,
+        transformer=transformer,
+        text_encoder_select_layers=states,
+        is_distilled=turbo,
+        patch_size=1 if wide else 2,
+    )
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "krea2": lambda: krea2(),
+    "krea2_wide": lambda: krea2(wide=True),
+    "krea2_turbo": lambda: krea2(turbo=True),
     "qwen_image": lambda: qwen_image(),
     "qwen_image_wide": lambda: qwen_image(wide=True),
 }

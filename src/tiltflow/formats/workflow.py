@@ -103,6 +103,12 @@ NODES: Mapping[str, Nodes] = {
         autoencoder="qwen_image_vae.safetensors",
         latent="EmptySD3LatentImage",
     ),
+    "krea2": Nodes(
+        transformer="krea2_turbo_bf16.safetensors",
+        encoders=("CLIPLoader", {"clip_name": "qwen3vl_4b_bf16.safetensors", "type": "krea2"}),
+        autoencoder="qwen_image_vae.safetensors",
+        latent="EmptySD3LatentImage",
+    ),
 }
 """By family. There is none of SANA, whose models ComfyUI's own nodes do not load."""
 

@@ -118,9 +118,10 @@ def few_step_scheduler(
     family = model.family
     config = family.few_step_config(model.json("scheduler/scheduler_config.json"))
     size = list(resolution) if isinstance(resolution, tuple) else None
+    patch = model.index.get("patch_size", family.token_patch)
     try:
         return CPSFlowMatchScheduler.from_config(
-            config, eta=eta, patch=family.token_patch, steps=steps, size=size
+            config, eta=eta, patch=patch, steps=steps, size=size
         )
     except ValueError as error:
         raise ValueError(f"the scheduler in {model} cannot be a student's: {error}") from error

@@ -23,6 +23,7 @@ BUILTIN: dict[str, tuple[str | None, str]] = {
     "sana": ("SanaPipeline", "tiltflow.models.families.sana:FAMILY"),
     "chroma": ("ChromaPipeline", "tiltflow.models.families.chroma:FAMILY"),
     "qwen_image": ("QwenImagePipeline", "tiltflow.models.families.qwen_image:FAMILY"),
+    "krea2": ("Krea2Pipeline", "tiltflow.models.families.krea2:FAMILY"),
     "mixture": (None, "tiltflow.models.families:MIXTURE"),
 }
 """By name: the diffusers pipeline (None: the family needs no files), and the record's place."""
@@ -76,7 +77,7 @@ class Family:
     """Of these, sizes that some weight has along some dimension."""
     token_patch: int = 1
     """How many latent cells wide a token of the pipeline's own latents is (1: they are no tokens,
-    or one a cell)."""
+    or one a cell); a `patch_size` in the pipeline's index goes before it."""
     lora_targets: str | tuple[str, ...] = ()
     """The modules that adapters go on by default (METHOD §6), as PEFT takes them."""
     no_gradient: tuple[str, ...] = ()

@@ -229,6 +229,7 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
     """What the student of a run was trained for."""
     backbone = meta_backbone(
         source.model,
+        generator_path=None if source.base is source.model else source.base,
         resolution=cfg.model.resolution,
         max_sequence_length=cfg.model.max_sequence_length,
     )

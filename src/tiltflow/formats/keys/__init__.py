@@ -28,7 +28,8 @@ class Layout:
     `modules` has, by original module, the diffusers modules whose rows it stacks; `tensors` has
     single tensors that are no module's weight or bias. `swapped` are diffusers modules whose two
     halves of rows (scale, shift) stand the other way round in the original, `swapped_last` those
-    of which it is true in the last block alone. `dropped` are the shapes, by the transformer's
+    of which it is true in the last block alone; `flat` are tensors that the original has as one
+    row. `dropped` are the shapes, by the transformer's
     configuration, of original tensors that diffusers' network has not: readers want them there and
     take nothing from them. `source` is where the facts are from.
     """
@@ -39,6 +40,7 @@ class Layout:
     swapped: frozenset[str] = frozenset()
     swapped_last: frozenset[str] = frozenset()
     dropped: Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    flat: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def original_state(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor
             continue  # stacked into another one already
         pattern, number = _numbered(name)
         if pattern in singles:
-            made[singles[pattern].replace(INDEX, number)] = state.pop(name)
+            value = state.pop(name)
+            flat = pattern in layout.flat
+            made[singles[pattern].replace(INDEX, number)] = value.flatten() if flat else value
             continue
         module, _, kind = name.rpartition(".")
         place = _place(module, layout, last)

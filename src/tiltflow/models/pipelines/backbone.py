@@ -16,9 +16,7 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from tiltflow.core.sizes import Resolution
 from tiltflow.flow import raw_levels
@@ -47,7 +45,7 @@ class PipelineBackbone(ABC):
         generator: a directory whose transformer the generator starts from, for families that take
             one (`Family.twin`); None starts it from the teacher. Only its transformer is loaded.
         pipe: a pipeline made already, in place of loading the one in `pipeline`; with
-            `generator_network`, made already too.
+            `generator_network`, made already too, and `generator_config`, its pipeline's index.
 
     Raises:
         ValueError: before weights load, if the directory is not a complete pipeline of the family,
@@ -80,6 +78,7 @@ class PipelineBackbone(ABC):
         *,
         pipe: Any = None,
         generator_network: nn.Module | None = None,
+        generator_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.record, self.family, self.pipeline = family, family.name, pipeline
         self.path = str(pipeline)
@@ -101,7 +100,8 @@ class PipelineBackbone(ABC):
         self.batched_guidance = True
         """Whether both passes of classifier-free guidance run as one batch of twice the size."""
         self.parts = loading.parts
-        self.pipe = pipe or self._load(loading)
+        self.generator_config = generator.index if generator is not None else generator_config
+        self.pipe = pipe or load_pipeline(pipeline, loading)
         self.transformer: nn.Module = self.pipe.transformer
         self.vae = self.pipe.vae
         self.scheduler = self.pipe.scheduler
@@ -137,19 +137,6 @@ class PipelineBackbone(ABC):
     def part_config(self, pipeline: Pipeline, part: str) -> dict[str, Any]:
         """A part's configuration without loading it: its config.json over its class's defaults."""
         return part_config(self.record, pipeline, part)
-
-    def _load(self, loading: Loading) -> Any:
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-        pipe = load_pipeline(
-            self.pipeline,
-            parts=loading.parts,
-            dtype=loading.dtype,
-            vae_dtype=loading.vae_dtype or loading.dtype,
-            empty=loading.base == "empty",
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
 
     def _freeze(self, loading: Loading) -> None:
         if loading.fp8 and self.parts != "text":
@@ -245,6 +232,10 @@ class PipelineBackbone(ABC):
             config.max_shift,
         )
 
+    def _student_mu(self, steps: int) -> float:
+        """The same by the pipeline that a student is sampled in: the generator's, if it has one."""
+        return self._mu(steps)
+
     # ---- the protocol
 
     @property
@@ -338,14 +329,15 @@ class PipelineBackbone(ABC):
             euler = diffusers.FlowMatchEulerDiscreteScheduler
             known = inspect.signature(euler.__init__).parameters
             own = euler(**{key: value for key, value in wanted.items() if key in known})
-        return self._schedule(own, steps, raw=True)
+        return self._schedule(own, steps, raw=True, student=True)
 
     def teacher_sigmas(self, steps: int) -> Tensor:
         """The grid of the pipeline's own call with this number of steps."""
         return self._schedule(self.scheduler, steps, raw=True)
 
-    def _schedule(self, scheduler: Any, steps: int, raw: bool) -> Tensor:
-        mu = self._mu(steps) if scheduler.config.use_dynamic_shifting else None
+    def _schedule(self, scheduler: Any, steps: int, raw: bool, student: bool = False) -> Tensor:
+        own = self._student_mu if student else self._mu
+        mu = own(steps) if scheduler.config.use_dynamic_shifting else None
         levels = self._raw_levels(steps)
         return grid(scheduler, steps, levels if raw else None, mu, self.path)
 

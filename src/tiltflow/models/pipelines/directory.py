@@ -23,7 +23,7 @@ from tiltflow.models.family import (
     pipeline_classes,
 )
 from tiltflow.models.pipelines.headers import Entry, part_header
-from tiltflow.models.pipelines.limits import shown
+from tiltflow.models.pipelines.limits import is_whole, shown
 
 INDEX = "model_index.json"
 SIDE_FILE = "tiltflow.json"
@@ -142,7 +142,7 @@ class Pipeline:
         return {
             part: str(entry[1])
             for part, entry in self.index.items()
-            if isinstance(entry, list) and any(entry) and is_network(part)
+            if is_part(entry) and any(entry) and is_network(part)
         }
 
     def weight_files(self, part: str) -> list[str]:
@@ -246,9 +246,15 @@ def is_network(part: str) -> bool:
     return part in ("transformer", "vae") or part.startswith("text_encoder")
 
 
+def is_part(entry: Any) -> bool:
+    """Whether an entry of the index is a part: a list of a library and a class. A list of whole
+    numbers is an argument of the pipeline's own."""
+    return isinstance(entry, list) and not (entry and all(is_whole(value) for value in entry))
+
+
 def is_null(entry: Any) -> bool:
     """Whether an entry of the index is that of a part which the pipeline was saved without."""
-    return isinstance(entry, list) and not any(entry)
+    return is_part(entry) and not any(entry)
 
 
 def local_pipeline(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from tiltflow.models.pipelines.directory import (
     absent_parts,
     is_network,
     is_null,
+    is_part,
     local_pipeline,
 )
 from tiltflow.models.pipelines.headers import DEPTHS, WIDTHS, check_sizes
@@ -140,7 +141,7 @@ def parts_of(pipeline: Pipeline, family: Family) -> list[str]:
         if not family.absent_encoders or not is_null(index.get(encoder)):
             needed.append(part)
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or is_null(value):
+        if name.startswith("_") or not is_part(value) or is_null(value):
             continue
         if len(value) != 2 or value[0] not in LIBRARIES or not PART_NAME.fullmatch(name):
             raise ValueError(

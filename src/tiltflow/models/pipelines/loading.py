@@ -8,31 +8,30 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from tiltflow.core.sentences import first_sentence
+from tiltflow.models.backbone import Loading
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.weights import check_values, check_weights
 
 
-def load_pipeline(
-    pipeline: Pipeline,
-    *,
-    parts: str,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype,
-    empty: bool = False,
-) -> Any:
+def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
     """The pipeline with its networks, on the CPU.
 
-    `parts` "image" leaves text encoders and tokenizers out. "text" leaves the autoencoder out and
-    gives the transformer without weights, for what an encoder has to know of its configuration.
-    `empty` reads no weights of the transformer, see `load_part`.
+    `loading.parts` "image" leaves text encoders and tokenizers out. "text" leaves the autoencoder
+    out and gives the transformer without weights, for what an encoder has to know of its
+    configuration. `loading.base` "empty" reads no weights of the transformer, see `load_part`.
 
     Raises:
         ValueError: if a part cannot be loaded, or its files do not hold its weights and no others,
             all of them finite.
     """
+    parts, dtype = loading.parts, loading.dtype
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     family, given = pipeline.family, dict[str, Any](pipeline.absent)
     present = [name for name in family.text_encoders if name not in given]
     networks = {"text": [*present, "transformer"], "image": ["transformer", "vae"]}
@@ -47,13 +46,15 @@ def load_pipeline(
             "transformer": _without_weights(pipeline, "transformer"),
         }
     else:
-        given["transformer"] = load_part(pipeline, "transformer", dtype, empty)
-        given["vae"] = load_part(pipeline, "vae", vae_dtype)
+        given["transformer"] = load_part(pipeline, "transformer", dtype, loading.base == "empty")
+        given["vae"] = load_part(pipeline, "vae", loading.vae_dtype or dtype)
     kind = getattr(diffusers, str(family.pipeline))
     try:
-        return kind.from_pretrained(str(pipeline.root), local_files_only=True, **given)
+        pipe = kind.from_pretrained(str(pipeline.root), local_files_only=True, **given)
     except Exception as error:
         raise ValueError(f"{pipeline} cannot be loaded: {first_sentence(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def load_part(pipeline: Pipeline, part: str, dtype: torch.dtype, empty: bool = False) -> nn.Module:
@@ -97,9 +98,11 @@ def _class_of(pipeline: Pipeline, part: str) -> Any:
 
 def _without_values(pipeline: Pipeline, part: str, dtype: torch.dtype) -> nn.Module:
     network = _without_weights(pipeline, part)
-    for module in network.modules():
+    exact = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for place, module in network.named_modules():
+        kept = torch.float32 if exact & set(place.split(".")) else dtype
         for name, parameter in module.named_parameters(recurse=False):
-            made = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+            made = nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False)
             module.register_parameter(name, made)
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():

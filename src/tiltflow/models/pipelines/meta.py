@@ -15,7 +15,7 @@ from tiltflow.core.sizes import Resolution
 from tiltflow.models.backbone import Loading
 from tiltflow.models.family import Family, family_of_class, published
 from tiltflow.models.pipelines.backbone import PipelineBackbone
-from tiltflow.models.pipelines.directory import Pipeline, none_of
+from tiltflow.models.pipelines.directory import Pipeline, is_part, none_of
 from tiltflow.models.pipelines.weights import META, meta_model
 from tiltflow.scheduler import CPSFlowMatchScheduler
 
@@ -32,10 +32,10 @@ def pipeline_configs(place: str | Path | Pipeline) -> Mapping[str, Any]:
         return known.configs
     # Besides parts, an index holds flags of the pipeline's constructor, such as `is_distilled`.
     configs: dict[str, Any] = {
-        name: entry for name, entry in pipeline.index.items() if not isinstance(entry, list)
+        name: entry for name, entry in pipeline.index.items() if not is_part(entry)
     }
     for part, entry in pipeline.index.items():
-        if not isinstance(entry, list) or not any(entry) or part.startswith(NOT_NETWORKS):
+        if not is_part(entry) or not any(entry) or part.startswith(NOT_NETWORKS):
             continue
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         if not pipeline.has(f"{part}/{file}"):
@@ -71,15 +71,17 @@ def meta_backbone(
     configs = pipeline_configs(pipeline)
     family = _family(pipeline, str(configs["_class_name"]))
     loading = Loading(META, dtype, vae_dtype, resolution, max_sequence_length, fp8=fp8)
-    second = None
+    second, given = None, None
     if generator_path is not None and family.twin:
-        second = _cast(meta_model(pipeline_configs(generator_path)["transformer"]), dtype)
+        given = pipeline_configs(generator_path)
+        second = _cast(meta_model(given["transformer"]), dtype)
     made: PipelineBackbone = family.backbone_class()(
         family,
         pipeline,
         loading,
         pipe=meta_pipeline(configs, dtype, vae_dtype or dtype),
         generator_network=second,
+        generator_config=given,
     )
     return made
 
@@ -104,8 +106,10 @@ def meta_pipeline(configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: tor
             {k: v for k, v in configs["scheduler"].items() if not k.startswith("_")}
         )
     parts = inspect.signature(kind.__init__).parameters
-    given: dict[str, Any] = {name: configs[name] for name in parts if name in configs}
-    given |= {n: None for n in parts if n.startswith(("text_encoder", *NOT_NETWORKS))}
+    given: dict[str, Any] = {
+        n: None for n in parts if n.startswith(("text_encoder", *NOT_NETWORKS))
+    }
+    given |= {n: configs[n] for n in parts if not isinstance(configs.get(n, {}), Mapping)}
     given |= {
         "transformer": _cast(meta_model(configs["transformer"]), dtype),
         "vae": _cast(meta_model(configs["vae"]), vae_dtype),
@@ -126,4 +130,8 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 def text_encoders(path: str | Path | Pipeline) -> dict[str, nn.Module]:
     """A pipeline's text encoders by their parts' names, in fp32 and on the meta device."""
     configs = pipeline_configs(path)
-    return {part: meta_model(configs[part]) for part in configs if part.startswith("text_encoder")}
+    return {
+        part: meta_model(config)
+        for part, config in configs.items()
+        if part.startswith("text_encoder") and isinstance(config, Mapping)
+    }

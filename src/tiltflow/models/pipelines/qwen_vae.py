@@ -18,15 +18,39 @@ from tiltflow.models.pipelines.limits import is_number, shown
 QWEN_VAE = {"_class_name": "AutoencoderKLQwenImage"}
 """The published one: its class's defaults in diffusers, statistics included."""
 
+QWEN3_VL_4B = {
+    "_class_name": "Qwen3VLModel",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+    "vision_config": {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "out_hidden_size": 2560,
+        "deepstack_visual_indexes": [5, 11, 17],
+    },
+}
+"""The sizes of the repository Qwen/Qwen3-VL-4B-Instruct."""
+
 WHOLE = {
     **dict.fromkeys(("base_dim", "z_dim", "out_hidden_size"), (1, 65_536)),
     **dict.fromkeys(("dim_mult", "input_channels", "spatial_merge_size"), (1, 64)),
     **dict.fromkeys(("num_res_blocks", "depth"), (0, 1_000)),
     "temporal_patch_size": (1, 64),
+    "num_position_embeddings": (1, 1_000_000),
+    "deepstack_visual_indexes": (0, 1_000),
 }
 """Of the autoencoder, and of the eye that text encoders of the Qwen-VL kind have."""
 DEPTHS = ("num_res_blocks", "depth")
-WIDTHS = ("base_dim", "z_dim", "out_hidden_size")
+WIDTHS = ("base_dim", "z_dim", "out_hidden_size", "num_position_embeddings")
 MOST_LEVELS = 8
 """Resolutions of an autoencoder: each halves the side."""
 
