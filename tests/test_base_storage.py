@@ -17,9 +17,10 @@ from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles
 
 
 def rounded(network: nn.Module) -> None:
-    """Every matrix outside norms to 8 bits and back, by hand."""
+    """Every matrix outside norms to 8 bits and back, by hand, but for what the class leaves out."""
+    left: Any = (*DEFAULT_SKIP_MODULES_PATTERN, *(network._skip_layerwise_casting_patterns or ()))  # type: ignore[misc]
     for name, module in network.named_modules():
-        skipped = any(re.search(pattern, name) for pattern in DEFAULT_SKIP_MODULES_PATTERN)
+        skipped = any(re.search(pattern, name) for pattern in left)
         if isinstance(module, nn.Linear | nn.Conv2d) and not skipped:
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(FP8).to(parameter.dtype)

@@ -29,7 +29,7 @@ from tiny_sana import sana
 from torch import Tensor
 
 from tiltflow.formats.contract import read_contract
-from tiltflow.formats.keys import layout_of, original_lora, original_state
+from tiltflow.formats.keys import in_block, layout_of, original_lora, original_state
 from tiltflow.formats.loras import both
 from tiltflow.formats.programs import write_original
 from tiltflow.models.roles import AdapterSettings
@@ -274,7 +274,8 @@ def test_a_value_beyond_8_bits_is_refused(made: Student, tmp_path: Path) -> None
     folder = tmp_path / "transformer"
     folder.mkdir()
     state = DiffusionPipeline.from_pretrained(made.base).transformer.state_dict()
-    name = next(name for name in state if re.search(r"\.(attn1?|attention)\.to_q\.weight$", name))
+    end = re.compile(r".*\.(attn1?|attention)\.to_q\.weight")
+    name = next(name for name in state if in_block(name) and end.fullmatch(name))
     state[name] = state[name].clone()
     state[name][0, 0] = 449.0
     save_file(state, folder / "diffusion_pytorch_model.safetensors")

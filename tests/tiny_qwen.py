@@ -129,6 +129,7 @@ def krea2(turbo: bool = False, wide: bool = False) -> Krea2Pipeline:
         )
     )
     vae = autoencoder(wide)
+    vae.decoder.conv_out.weight.data *= 3  # pictures with some contrast
     if turbo:
         torch.manual_seed(1000 + torch.initial_seed())
     transformer = Krea2Transformer2DModel(

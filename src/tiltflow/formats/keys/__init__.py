@@ -29,9 +29,9 @@ class Layout:
     single tensors that are no module's weight or bias. `swapped` are diffusers modules whose two
     halves of rows (scale, shift) stand the other way round in the original, `swapped_last` those
     of which it is true in the last block alone; `flat` are tensors that the original has as one
-    row. `dropped` are the shapes, by the transformer's
-    configuration, of original tensors that diffusers' network has not: readers want them there and
-    take nothing from them. `source` is where the facts are from.
+    row. `dropped` are the shapes, by the transformer's configuration, of original tensors that
+    diffusers' network has not: readers want them there and take nothing from them. `source` is
+    where the facts are from.
     """
 
     source: str
