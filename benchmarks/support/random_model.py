@@ -26,6 +26,7 @@ from tiltflow.models.family import family_named
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.meta import META, meta_backbone, meta_pipeline, pipeline_configs
+from tiltflow.models.pipelines.products import take_onednn
 from tiltflow.models.roles import adapter_roles
 from tiltflow.setup import build as building
 from tiltflow.setup.build import DTYPES, Build, adapter_settings, build_stage
@@ -133,6 +134,7 @@ class RandomModel:
         cfg = self.config(stage, *more)
         backbone = self.backbone(cfg)
         backbone.fuse()
+        take_onednn(backbone.transformer)
         if "decoder" in cfg.model.checkpointed:
             backbone.checkpoint_decoder()
         if stage == "tilt":

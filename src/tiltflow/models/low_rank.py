@@ -87,12 +87,12 @@ class FusedLinear(Linear):
         base = self.base_layer
         if type(base) is nn.Linear and _in_one(x, base.weight, parts):
             return low_rank_linear(x, base.weight, base.bias, parts)
-        y = self.base_layer(x)
-        rows = y.view(-1, y.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])  # a sum into a view would copy the gradient
+        y = self.base_layer(rows)
         for down, up, scaling, _, _ in parts:
-            inner = linear(x, down.to(x.dtype)).view(-1, len(down))
-            rows.addmm_(inner, up.to(x.dtype).t(), alpha=scaling)
-        return y
+            inner = linear(rows, down.to(x.dtype))
+            y.addmm_(inner, up.to(x.dtype).t(), alpha=scaling)
+        return y.view(*x.shape[:-1], -1)
 
     def active_parts(self, copies: dict[str, Copies] | None = None) -> tuple[Part, ...] | None:
         """What PEFT's state has active; None if it is a case that is left to PEFT.

@@ -30,6 +30,7 @@ from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
+from tiltflow.models.pipelines.products import take_onednn
 from tiltflow.models.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
 from tiltflow.setup.assemble import make_stages
 from tiltflow.training.cold_start import ColdStart
@@ -138,6 +139,9 @@ def build_backbone(
         backbone.medium = load_medium(model.medium)
     if isinstance(backbone, PipelineBackbone) and parts != "text":
         backbone.fuse()
+        if cfg.adapters.kind == "lora":
+            for base in (backbone.teacher_base, backbone.student_base):
+                take_onednn(base)
         if "decoder" in model.checkpointed:
             backbone.checkpoint_decoder()
     return backbone

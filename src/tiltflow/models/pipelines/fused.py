@@ -2,8 +2,7 @@
 
 The same arithmetic as diffusers' blocks in another grouping: a modulation or a gate is one pass
 (`addcmul`) and not two, query and key norms are torch's own RMS norm, on rows as the projections
-leave them. Rounding differs by a bit of the 16-bit type here and there; in fp32 nothing is fused,
-so that a velocity is diffusers' own to the last bit.
+leave them. Rounding differs by a bit of the 16-bit type here and there; in fp32 nothing is fused.
 """
 
 from __future__ import annotations
