@@ -15,7 +15,7 @@ from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.distributed import ALONE
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
 from tiltflow.tasks import planning
-from tiltflow.tasks.planning import choices, chosen, fastest
+from tiltflow.tasks.planning import choices, chosen, fastest, sized, sizes
 from tiltflow.tasks.train import run_training
 
 Tiny = Callable[[str], Path]
@@ -90,7 +90,8 @@ def test_a_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert at(100, False) == frozenset()
 
 
-def test_a_run_of_auto_goes_on_bit_for_bit(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["2", "auto"])
+def test_a_run_of_auto_goes_on_bit_for_bit(tiny_pipeline: Tiny, tmp_path: Path, size: str) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     quiet = Console(quiet=True)
 
@@ -98,7 +99,7 @@ def test_a_run_of_auto_goes_on_bit_for_bit(tiny_pipeline: Tiny, tmp_path: Path) 
         values = [
             f"model.path={tiny_pipeline('sd35m')}", "model.resolution=64",
             "model.max_sequence_length=24", "model.gradient_checkpointing=auto",
-            "train.batch_size=2", "train.micro_batch_size=2", "adapters.rank=4",
+            "train.batch_size=2", f"train.micro_batch_size={size}", "adapters.rank=4",
             f"data.prompts={tmp_path / 'prompts.txt'}", "data.cache=off", "run.device=cpu",
             f"run.out={tmp_path / out}", "cold_start.generator_every=2", "checkpoint.every=2",
             "log.samples_every=0", *more,
@@ -114,3 +115,70 @@ def test_a_run_of_auto_goes_on_bit_for_bit(tiny_pipeline: Tiny, tmp_path: Path) 
     assert (tmp_path / "parts" / "plan.json").read_text() == plan
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
     assert "gradient_checkpointing: auto" in (tmp_path / "parts" / "config.yaml").read_text()
+
+
+def of_samples(cfg: RunConfig) -> Plan:
+    """A sample takes 1 GiB, and half of one where the fake score is recomputed."""
+    each = 0.5 if "fake_score" in cfg.model.checkpointed else 1.0
+    return Plan({"base weights": GIB}, {"iteration": int(each * cfg.train.micro * GIB)}, 0)
+
+
+SIZE = "train.micro_batch_size=auto"
+
+
+def test_sizes_are_a_ranks_rows_and_their_parts() -> None:
+    assert sizes(config(SIZE), 9) == [9, 5, 3, 2, 1]
+    found = sizes(config(SIZE, "train.batch_size=96", "tilt.group_size=24", stage="tilt"), 96)
+    assert found == [96, 48, 24, 12, 8, 6, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("gib", "size", "parts"),
+    [
+        (10.1, 9, ()),
+        (9.9, 5, ()),  # two micro-batches cost less than recomputing
+        (5.9, 9, ("fake_score",)),  # and recomputing less than three
+        (2.1, 2, ("fake_score",)),
+        (1.2, 1, ("fake_score",)),
+    ],
+)
+def test_the_size_is_of_the_fastest_plan_that_fits(gib: float, size: int, parts: tuple) -> None:
+    """Of stage 1 with 9 samples: 9 passes, 3 more where the fake score is recomputed, and a
+    micro-batch costs a sample beyond its own."""
+    cfg = sized(config(SIZE), memory(gib), 9, of_samples)
+    assert cfg.train.micro_batch_size == size
+    assert fastest(cfg, memory(gib), of_samples)[0] == parts
+
+
+def test_a_size_by_itself_and_where_nothing_is_known() -> None:
+    given = config(SIZE, "model.gradient_checkpointing=[fake_score]")
+    cfg = sized(given, memory(4), 9, of_samples)
+    assert cfg.train.micro == 5 and cfg.model.checkpointed == {"fake_score"}
+    assert sized(config(SIZE), None, 9, of_samples).train.micro == 1
+    assert sized(config(SIZE), memory(0.1), 9, of_samples).train.micro == 1
+    assert sized(config(), memory(9), 9, of_samples) == config()
+    mixture = load_config("mixture_cold_start", [SIZE, "run.out=x"])
+    assert sized(mixture, memory(1), 64).train.micro == 64
+
+
+def test_a_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "plan_recipe", of_samples)
+    monkeypatch.setattr(planning, "fastest", lambda cfg, have, *_: fastest(cfg, have, of_samples))
+    said: list[str] = []
+
+    def at(gib: float, goes_on: bool, *more: str) -> int:
+        values = [SIZE, "model.gradient_checkpointing=false", *more]
+        cfg = chosen(config(*values), tmp_path, goes_on, memory(gib), ALONE, said.append)
+        assert not cfg.model.checkpointed
+        return cfg.train.micro
+
+    assert at(4.1, False) == 3
+    assert said[0].startswith("micro_batch_size=auto is 3: 4.0 GiB of the device's ")
+    assert json.loads((tmp_path / "plan.json").read_text())["micro_batch_size"] == 3
+    assert at(100, True) == 3 and len(said) == 1
+    with pytest.raises(ValueError, match=r"needs 4\.0 GiB and this device has .* run\.replan=true"):
+        at(1, True)
+    assert at(1.6, True, "run.replan=true") == 1
+    assert said[1].startswith("planned anew: micro_batch_size=auto is 1: ")
+    (tmp_path / "plan.json").write_text('{"gradient_checkpointing": [], "bytes": 1}')
+    assert at(100, True) == 9  # it began with a size that was given

@@ -36,6 +36,7 @@ from tiltflow.tasks.planning import (
     fastest,
     is_auto,
     plan_recipe,
+    sized,
     with_graphs,
 )
 
@@ -116,6 +117,7 @@ class RandomModel:
         if not is_auto(cfg):
             return cfg
         memory = device_bytes(self.device)
+        cfg = sized(cfg, memory, cfg.train.batch_size, self.planned)
         parts, plan = fastest(cfg, memory, self.planned)
         return with_graphs(cfg, parts, plan, memory, self.planned)[0]
 

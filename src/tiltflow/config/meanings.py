@@ -61,7 +61,8 @@ MEANINGS = {
     "sampler.eta": "η: 0 is the ODE, 1 noises every prediction anew",
     "train.steps": "iterations of stage 1, rollouts of stage 2",
     "train.batch_size": "samples of a step or rollout, over all ranks",
-    "train.micro_batch_size": "samples that a rank puts through at once; unset: all of its",
+    "train.micro_batch_size": "samples that a rank puts through at once; unset: all of its; "
+    "`auto`: as the device's memory allows",
     "train.generator_lr": "rate of the generator",
     "train.fake_score_lr": "rate of the fake score",
     "train.fake_scores": "one for all boundaries, as published, or one for each",
@@ -145,7 +146,7 @@ MEANINGS = {
     "run.resume": "true: go on; `auto`: go on, or begin where there is no run",
     "run.resume_from": "`latest`, or a checkpoint's name",
     "run.sharding": "of the frozen base over the ranks",
-    "run.replan": "let a run with `gradient_checkpointing=auto` go on with another plan",
+    "run.replan": "let a run whose plan is `auto` go on with another",
     "run.rank_timeout": "seconds of silence after which a rank is given up",
     "checkpoint.every": "steps between two saves",
     "checkpoint.keep": "checkpoints that are kept",

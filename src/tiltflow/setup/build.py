@@ -140,8 +140,8 @@ def build_backbone(
     if isinstance(backbone, PipelineBackbone) and parts != "text":
         backbone.fuse()
         if cfg.adapters.kind == "lora":
-            for base in (backbone.teacher_base, backbone.student_base):
-                take_onednn(base)
+            for network in (backbone.teacher_base, backbone.student_base):
+                take_onednn(network)
         if "decoder" in model.checkpointed:
             backbone.checkpoint_decoder()
     return backbone

@@ -22,6 +22,7 @@ from tiltflow.tasks.planning import (
     plan_recipe,
     reward_models,
     sentence,
+    sized,
     with_graphs,
 )
 
@@ -70,9 +71,10 @@ def examine(
             have = memory or device_memory()
             if is_auto(cfg):
                 room = None if have is None else have * GIB
+                opened, cfg = cfg, sized(cfg, room, cfg.train.batch_size)
                 parts, made = fastest(cfg, room)
                 cfg, made = with_graphs(cfg, parts, made, room)
-                console.print(sentence(parts, made, room, cfg.tilt.keep_graph is True))
+                console.print(sentence(opened, cfg, made, room))
             models, unknown = reward_models(cfg)
             show_plan(plan_recipe(cfg), have, console)
             if models:

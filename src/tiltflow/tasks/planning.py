@@ -1,5 +1,5 @@
-"""What a recipe holds in memory, and `model.gradient_checkpointing=auto`: the fastest plan that
-fits the device, kept in the run."""
+"""What a recipe holds in memory, and what is `auto`, `model.gradient_checkpointing` and
+`train.micro_batch_size`: the fastest plan that fits the device, kept in the run."""
 
 from __future__ import annotations
 
@@ -107,18 +107,40 @@ def device_bytes(device: torch.device) -> float | None:
 
 
 def is_auto(cfg: RunConfig) -> bool:
+    """Whether a setting is left to the planner."""
+    return _parts_are_open(cfg) or _size_is_open(cfg)
+
+
+def _parts_are_open(cfg: RunConfig) -> bool:
     return cfg.model.gradient_checkpointing == AUTO
+
+
+def _size_is_open(cfg: RunConfig) -> bool:
+    return cfg.train.micro_batch_size == AUTO
+
+
+def with_micro_batch(cfg: RunConfig, size: int) -> RunConfig:
+    """The config with an open `train.micro_batch_size` at `size`, checked as a whole again."""
+    if not _size_is_open(cfg):
+        return cfg
+    values = _values(cfg)
+    values["train"]["micro_batch_size"] = size
+    return RunConfig.model_validate_json(json.dumps(values))
 
 
 def with_checkpointing(cfg: RunConfig, parts: tuple[str, ...], keep: bool = False) -> RunConfig:
     """The config with these parts recomputed, checked as a whole again; `keep` is what an open
     `tilt.keep_graph` becomes."""
-    other = "tilt" if cfg.stage == "cold_start" else "cold_start"
-    values = cfg.model_dump(mode="json", exclude={other})
+    values = _values(cfg)
     values["model"]["gradient_checkpointing"] = list(parts)
     if _keep_is_open(cfg):
         values["tilt"]["keep_graph"] = keep
     return RunConfig.model_validate_json(json.dumps(values))
+
+
+def _values(cfg: RunConfig) -> dict[str, Any]:
+    other = "tilt" if cfg.stage == "cold_start" else "cold_start"
+    return cfg.model_dump(mode="json", exclude={other})
 
 
 def _keep_is_open(cfg: RunConfig) -> bool:
@@ -128,15 +150,12 @@ def _keep_is_open(cfg: RunConfig) -> bool:
 def choices(cfg: RunConfig) -> Iterator[tuple[str, ...]]:
     """What may be recomputed, the least work first; what the rest of the config refuses left out.
 
-    The work is counted in passes of the network: of stage 1 the fake score's three an iteration and
-    the generator's one in `generator_every`; of stage 2 the fake score's three an update and one a
-    trained step of the generator. The decoder is less than a pass.
+    Where they are not open they are what the config says.
     """
-    if cfg.stage == "cold_start":
-        work = {"fake_score": 3.0, "generator": 1 / cfg.cold_start.generator_every}
-    else:
-        steps = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
-        work = {"decoder": 0.5, "generator": steps, "fake_score": 3.0 * cfg.tilt.fake_score_updates}
+    if not _parts_are_open(cfg):
+        yield tuple(sorted(cfg.model.checkpointed))
+        return
+    work = _recomputed(cfg)
     found = [parts for n in range(len(work) + 1) for parts in combinations(sorted(work), n)]
     for parts in sorted(found, key=lambda each: sum(work[part] for part in each)):
         try:
@@ -144,6 +163,79 @@ def choices(cfg: RunConfig) -> Iterator[tuple[str, ...]]:
         except ValueError:
             continue
         yield parts
+
+
+def _recomputed(cfg: RunConfig) -> dict[str, float]:
+    """What recomputing a part costs, in passes of the network an iteration.
+
+    Of stage 1 the fake score's three and the generator's one in `generator_every`; of stage 2 the
+    fake score's three an update and one a trained step of the generator. The decoder is less than a
+    pass.
+    """
+    if cfg.stage == "cold_start":
+        return {"fake_score": 3.0, "generator": 1 / cfg.cold_start.generator_every}
+    steps = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
+    return {"decoder": 0.5, "generator": steps, "fake_score": 3.0 * cfg.tilt.fake_score_updates}
+
+
+def _passes(cfg: RunConfig) -> float:
+    """The network's passes an iteration that recomputes nothing; a backward pass through the frozen
+    base counts as one. The fake score has three forward and three backward, the matching gradient
+    three, a rollout of stage 1 on average (K + 1) / 2."""
+    steps = cfg.sampler.steps
+    if cfg.stage == "cold_start":
+        return (steps + 1) / 2 + 6 + 5 / cfg.cold_start.generator_every
+    trained = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
+    return steps + 6 * cfg.tilt.fake_score_updates + 3 + 2 * trained
+
+
+FILL = 1.0
+"""What a micro-batch costs beyond its samples, in samples: an assumption, which tells small ones
+from recomputation. Launches wait for the host, and matrices are read anew."""
+
+
+def sizes(cfg: RunConfig, rows: int) -> list[int]:
+    """What an open `train.micro_batch_size` may be for a rank's `rows`, the largest first: all, and
+    parts of them by halves; of stage 2 the group and its parts too, and what goes with it alone."""
+    found, wanted = [], {-(-rows // 2**k) for k in range(rows.bit_length())} | {1}
+    if cfg.stage == "tilt":
+        group = cfg.tilt.group_size
+        wanted |= {n for n in range(1, min(group, rows) + 1) if group % n == 0}
+    for size in sorted(wanted, reverse=True):
+        try:
+            with_micro_batch(cfg, size)
+        except ValueError:
+            continue
+        found.append(size)
+    return found
+
+
+def sized(
+    cfg: RunConfig,
+    memory: float | None,
+    rows: int,
+    planned: Callable[[RunConfig], Plan] | None = None,
+) -> RunConfig:
+    """The config with an open `train.micro_batch_size` as in the fastest plan that fits `memory`,
+    for a rank's `rows`; the smallest where none does, or where memory is not known."""
+    if not _size_is_open(cfg):
+        return cfg
+    every = sizes(cfg, rows)
+    if not cfg.model.has_files:
+        return with_micro_batch(cfg, every[0])
+    if memory is None:
+        return with_micro_batch(cfg, every[-1])
+    work, passes = _recomputed(cfg), _passes(cfg)
+    best, least = every[-1], float("inf")
+    for size in every:
+        filled = rows + FILL * -(-rows // size)
+        if passes * filled >= least:
+            break  # nothing that comes can be faster
+        parts, made = fastest(with_micro_batch(cfg, size), memory, planned or plan_recipe)
+        time = (passes + sum(work.get(part, 0.0) for part in parts)) * filled
+        if made is not None and made.fits(USED * memory) and time < least:
+            best, least = size, time
+    return with_micro_batch(cfg, best)
 
 
 def fastest(
@@ -157,6 +249,8 @@ def fastest(
     if not cfg.model.has_files:
         return (), None
     every = tuple(part for part in CHECKPOINTED if part != "decoder" or cfg.stage == "tilt")
+    if not _parts_are_open(cfg):
+        every = next(choices(cfg))
     if memory is None:
         return every, None
     made = None
@@ -202,9 +296,13 @@ def chosen(
     if not is_auto(cfg):
         return cfg
     kept = _kept(out) if goes_on else None
+    if kept is not None and _size_is_open(cfg) and "micro_batch_size" not in kept:
+        kept = None  # the run began with a size that was given
     if kept is not None and not _too_large(kept, memory):
-        parts = tuple(kept["gradient_checkpointing"])
-        return with_checkpointing(cfg, parts, kept.get("keep_graph", False))
+        size = kept["micro_batch_size"] if _size_is_open(cfg) else cfg.train.micro
+        same = with_micro_batch(cfg, size)
+        parts = kept["gradient_checkpointing"] if _parts_are_open(cfg) else next(choices(cfg))
+        return with_checkpointing(same, tuple(parts), kept.get("keep_graph", False))
     if kept is not None and not cfg.run.replan:
         assert memory is not None
         raise ValueError(
@@ -212,33 +310,43 @@ def chosen(
             f"{memory / GIB:.1f} GiB: go on where it began, or give run.replan=true, which makes "
             "another plan"
         )
+    opened = cfg
+    size = sized(cfg, memory, -(-cfg.train.batch_size // ranks.size)).train.micro
+    cfg = with_micro_batch(cfg, ranks.from_main(size))
     order = list(choices(cfg))
     parts, made = fastest(cfg, memory)
     parts = order[ranks.from_main(order.index(parts))] if parts in order else parts
     built, made = with_graphs(cfg, parts, made, memory)
     keep = bool(ranks.from_main(int(built.tilt.keep_graph is True)))
+    built = with_checkpointing(cfg, parts, keep)
     again = "planned anew: " if kept is not None else ""
-    say(f"{again}{sentence(parts, made, memory, keep)}")
+    say(f"{again}{sentence(opened, built, made, memory)}")
     if unknown := reward_models(cfg)[1]:
         say(f"not counted, for its size is not known: {', '.join(unknown)}")
     if ranks.main:
-        size = made.peak if made is not None else 0
-        values = {"gradient_checkpointing": list(parts), "keep_graph": keep, "bytes": size}
+        values: dict[str, Any] = {"gradient_checkpointing": list(parts), "keep_graph": keep}
+        if _size_is_open(opened):
+            values["micro_batch_size"] = cfg.train.micro
+        values["bytes"] = made.peak if made is not None else 0
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
-    return with_checkpointing(cfg, parts, keep)
+    return built
 
 
-def sentence(
-    parts: tuple[str, ...], made: Plan | None, memory: float | None, keep: bool = False
-) -> str:
-    """Which plan it is, in one line."""
-    what = f"recomputes {', '.join(parts)}" if parts else "recomputes nothing"
-    what += " and keeps the rollout's graphs" if keep else ""
+def sentence(opened: RunConfig, built: RunConfig, made: Plan | None, memory: float | None) -> str:
+    """What `opened` left open and `built` has, in one line."""
+    said = []
+    if _size_is_open(opened):
+        said.append(f"micro_batch_size=auto is {built.train.micro}")
+    if _parts_are_open(opened):
+        parts = ", ".join(name for name in CHECKPOINTED if name in built.model.checkpointed)
+        said.append(f"gradient_checkpointing=auto recomputes {parts or 'nothing'}")
+    what = ", ".join(said)
+    if _keep_is_open(opened) and built.tilt.keep_graph is True:
+        what += " and keeps the rollout's graphs"
     if made is None or memory is None:
-        return f"gradient_checkpointing=auto {what}"
-    size, whole = made.peak / GIB, memory / GIB
-    return f"gradient_checkpointing=auto {what}: {size:.1f} GiB of the device's {whole:.1f}"
+        return what
+    return f"{what}: {made.peak / GIB:.1f} GiB of the device's {memory / GIB:.1f}"
 
 
 def _kept(out: Path) -> dict[str, Any] | None:

@@ -24,7 +24,8 @@ Options = dict[Text, Any]
 
 
 class TrainConfig(Section):
-    """`batch_size` is global (stage 2: samples a rollout), `micro_batch_size` a rank's.
+    """`batch_size` is global (stage 2: samples a rollout), `micro_batch_size` a rank's; `auto` is
+    what makes the fastest plan that fits the device (`tasks.planning`).
 
     `fake_scores`: one for the samples of all boundaries, as published, or one for each boundary.
     `boundary_power` p: the matching gradient at level s counts (1 − s)^−p times; 0 as published.
@@ -34,7 +35,7 @@ class TrainConfig(Section):
 
     steps: Positive
     batch_size: Samples
-    micro_batch_size: Samples | None = None
+    micro_batch_size: Samples | Literal["auto"] | None = None
     generator_lr: Rate
     fake_score_lr: Rate
     fake_scores: Literal["shared", "per_boundary"] = "shared"
@@ -54,8 +55,10 @@ class TrainConfig(Section):
 
     @property
     def micro(self) -> int:
-        """Samples that go through a network at once: all, or at most `micro_batch_size`."""
-        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+        """Samples that go through a network at once: all, or at most `micro_batch_size`; all while
+        `auto` is open."""
+        chosen = None if self.micro_batch_size == "auto" else self.micro_batch_size
+        return min(chosen or self.batch_size, self.batch_size)
 
 
 class ColdStartConfig(Section):
