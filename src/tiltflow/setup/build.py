@@ -139,7 +139,7 @@ def build_backbone(
         backbone.medium = load_medium(model.medium)
     if isinstance(backbone, PipelineBackbone) and parts != "text":
         backbone.fuse()
-        if cfg.adapters.kind == "lora":
+        if cfg.adapters.kind == "lora" and not _sharded(cfg, ranks):
             for network in (backbone.teacher_base, backbone.student_base):
                 take_onednn(network)
         if "decoder" in model.checkpointed:
