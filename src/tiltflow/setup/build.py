@@ -119,9 +119,8 @@ def build_backbone(
     """
     model = cfg.model
     pipelines = pipelines or model.pipelines
-    base: Base = "device"
-    if _sharded(cfg, ranks):
-        base = "host" if ranks.main else "empty"
+    shared: Base = "host" if ranks.main else "empty"
+    base: Base = shared if _sharded(cfg, ranks) else "device"
     backbone = load_backbone(
         pipelines.model if model.has_files else model.path,
         family=model.family,
@@ -139,9 +138,8 @@ def build_backbone(
         backbone.medium = load_medium(model.medium)
     if isinstance(backbone, PipelineBackbone) and parts != "text":
         backbone.fuse()
-        if cfg.adapters.kind == "lora" and not _sharded(cfg, ranks):
-            for network in (backbone.teacher_base, backbone.student_base):
-                take_onednn(network)
+        if cfg.adapters.kind == "lora" and base == "device":
+            take_onednn(backbone.teacher_base, backbone.student_base)
         if "decoder" in model.checkpointed:
             backbone.checkpoint_decoder()
     return backbone

@@ -64,12 +64,13 @@ def available() -> bool:
     )
 
 
-def take_onednn(network: nn.Module) -> int:
-    """Changes the linear layers of a frozen fp32 network on a CPU in place, before adapters go on;
+def take_onednn(*networks: nn.Module) -> int:
+    """Changes the linear layers of frozen fp32 networks on a CPU in place, before adapters go on;
     how many it changed."""
     if not available():
         return 0
-    layers = [m for m in network.modules() if type(m) is nn.Linear and _fits(m)]
+    every = [module for network in networks for module in network.modules()]
+    layers = [m for m in every if type(m) is nn.Linear and _fits(m)]
     for layer in layers:
         layer.__class__ = FrozenLinear
     return len(layers)
