@@ -50,7 +50,7 @@ matplotlib.use("agg")
 GRIDS = (1, 2, 8, 4)
 BETAS = (0.0, 0.15, 0.3)
 EVERY, MOST = 10, 600
-FIT_BETA, FIT_STEPS, FIT_BATCH, FIT_RATE, FIT_PROJECTIONS = 0.3, 2000, 1024, 1e-3, 64
+FIT_STEPS, FIT_BATCH, FIT_RATE, FIT_PROJECTIONS = 2000, 1024, 1e-3, 64
 SYSTEMS = ("rtdmd", "exact", "fitted", "real")
 
 
@@ -134,8 +134,9 @@ def fill(cells: Cells, runs: Path, seeds: int) -> None:
                 cells.cell(name, partial(exact, target, steps, 1 + seed))
             cold = cold_start(runs, steps, seed)
             cells.cell(f"rtdmd, K {steps}, seed {seed}", partial(student, cold, steps, seed))
-            name = f"fitted, K {steps}, beta {FIT_BETA}, seed {seed}"
-            cells.cell(name, partial(fit, targets[FIT_BETA], steps, seed))
+            for beta in BETAS[1:]:
+                name = f"fitted, K {steps}, beta {beta}, seed {seed}"
+                cells.cell(name, partial(fit, targets[beta], steps, seed))
         for beta, target in targets.items():
             cells.cell(f"real, beta {beta}, seed {seed}", partial(real, target, seed))
 
@@ -220,7 +221,7 @@ def main() -> None:
     cells = Cells(args.out, settings)
     fill(cells, args.runs, args.seeds)
     table(cells)
-    plot(cells, args.figure, FIT_BETA)
+    plot(cells, args.figure, BETAS[1])
 
 
 if __name__ == "__main__":
