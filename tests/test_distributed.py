@@ -163,6 +163,15 @@ def test_a_shared_rollout_is_the_same_on_two_ranks_and_resumed_within_its_cycle(
     assert gap(out, whole) < 1e-5
 
 
+def test_a_term_with_weights_of_its_own_is_the_same_on_two_ranks(
+    mixture: Callable[..., Path],
+) -> None:
+    own = ("tilt.terms={gan: {real_steps: 3, one_in: 4}}", "train.steps=6", "checkpoint.every=6")
+    one, two = (mixture("tilt", size, *own, name="gan") for size in (1, 2))
+    assert "gan_head" in load_checkpoint(one).tensors
+    assert gap(two, one) < 1e-5
+
+
 @pytest.mark.slow
 def test_a_pipelines_ranks_and_sharded_base_equal_one(
     run: Runner, tiny_pipeline: Callable[[str], Path], home: Path

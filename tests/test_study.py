@@ -93,6 +93,8 @@ PASSES = {
     # 4 of the rollout; a step again with its graph, and back; the teacher twice, guided; the fake
     # score's own two passes a sample (γ, one sample), and back
     "ac_dmd_longer": (4 + 1 + 2 + 1 + 2, 1 + 2, 0),
+    "dmd2": (4 + 1 + 3 + 5, 1 + 5, 0),
+    "dmd2_gan": (4 + 1 + 3 + 5 + 2 + 51 / 8, 1 + 5, 0),
     "draft_1": (4 + 1, 1, 1),
     "grpo": (4 + 3, 3, 0),
     "flow_grpo_fast": (4 + 1, 1, 0),
@@ -109,7 +111,7 @@ def test_the_papers_rows_cost_what_their_methods_do(row: str, tmp_path: Path) ->
     forward, backward, pulled = PASSES[row]
     cell = Cell(load_study(STUDIES / "paper.yaml"), tmp_path, row, 0)
     n = 2 * cell.config.train.batch_size
-    assert taken(cell.config, 2) == Cost(n * forward, n * backward, n, n * pulled)
+    assert taken(cell.config, 2) == Cost(int(n * forward), n * backward, n, n * pulled)
 
 
 def test_two_recipes_get_equal_budgets(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def make_stages(
     stage, buckets = make(parts), buckets_of(cfg, encoded.prompts)
     if not buckets:
         return stage, stage
+    if set(stage.updaters) != set(parts.updaters):
+        raise ValueError("data.buckets: a term of tilt.terms that is trained itself has one size")
     stages = [make(_sized(cfg, backbone, parts, bucket)) for bucket in buckets]
     every, reuse = cfg.cold_start.generator_every, cfg.cold_start.reuse
 

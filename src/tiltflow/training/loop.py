@@ -248,6 +248,7 @@ def save(
     hooks.before_save()
     tensors = dict(stage.roles.state())
     for name, updater in stage.updaters.items():
+        tensors.setdefault(updater.role.name, updater.role.state())  # what a term trains itself
         tensors[f"optimizer_{name}"] = updater.state()
     state = {"step": done, "skipped": skips.count, "since_log": since_log, **settings.facts}
     hooks.saved(done, save_checkpoint(run, done, tensors, state, settings.keep, hooks.good()))
@@ -322,6 +323,8 @@ def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips:
                 raise ValueError(f"its {key} is {there}, but here it is {here}")
         stage.roles.load(checkpoint.tensors)
         for name, updater in stage.updaters.items():
+            if updater.role.name not in stage.roles.state():
+                updater.role.load(checkpoint.tensors[updater.role.name])
             updater.load(dict(checkpoint.tensors[f"optimizer_{name}"]))
     except (KeyError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tiltflow.training.optim import Updater
 from tiltflow.training.own import Kind, arguments, guarded
 from tiltflow.training.parts import Parts
 from tiltflow.training.settings import Options
@@ -18,6 +19,7 @@ from tiltflow.training.updates import Share
 
 BUILTIN = {
     "awm": "tiltflow.training.forward_process:AWM",
+    "gan": "tiltflow.training.adversarial:Adversary",
     "nft": "tiltflow.training.forward_process:NFT",
 }
 """Terms that a recipe adds by name; those of METHOD §5 are always there, by their weights."""
@@ -96,6 +98,11 @@ class Held(Term):
     def takes_gradient(self) -> bool:  # type: ignore[override]
         with guarded(self.name):
             return bool(self.term.takes_gradient)
+
+    @property
+    def updaters(self) -> Mapping[str, Updater]:
+        with guarded(self.name):
+            return self.term.updaters
 
     def explores(self, step: int) -> tuple[int, ...]:
         with guarded(self.name):

@@ -8,7 +8,7 @@ and is named under `tilt.terms` in a recipe (examples/own_term.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from tiltflow.method.rollout import Rollout, log_prob
 from tiltflow.method.rollout import step as sampler_step
 from tiltflow.models.roles import Roles
 from tiltflow.training.objective import Objective
+from tiltflow.training.optim import Updater
 from tiltflow.training.scoring import Scored
 from tiltflow.training.settings import TiltConfig
 
@@ -96,6 +97,12 @@ class Term(ABC):
         with the constructor's `settings`: what a plan of memory counts. The steps of its longest
         span, and the passes that the loss makes itself."""
         return 1
+
+    @property
+    def updaters(self) -> Mapping[str, Updater]:
+        """What it trains itself, in `begin`: saved and resumed with the run, each by the name of
+        its role, which no other has."""
+        return {}
 
     def explores(self, step: int) -> tuple[int, ...]:
         """Steps, of 0 … K − 2, at which members of a group have noise of their own in epoch `step`,

@@ -16,6 +16,7 @@ from tiltflow.method.reward_backprop import equal_norm
 from tiltflow.method.rollout import Graphs, Rollout, attach, attach_from, pinned
 from tiltflow.models.backbone import Grouped
 from tiltflow.rewards.combine import RewardMixture
+from tiltflow.training.optim import Updater
 from tiltflow.training.own_terms import Figures
 from tiltflow.training.parts import Parts, recorded
 from tiltflow.training.scoring import Scored, Scorer
@@ -54,6 +55,11 @@ class Tilt(Parts):
     scorer: Scorer
     policy: Policy
     terms: tuple[Term, ...]
+
+    @property
+    def updaters(self) -> dict[str, Updater]:
+        own = {name: made for term in self.terms for name, made in term.updaters.items()}
+        return super().updaters | own
 
     @recorded
     def iteration(self, step: int) -> dict[str, Tensor]:
