@@ -52,6 +52,21 @@ def evaluations(matching: str, rollouts: int) -> float:
     return sum(cost.evaluations for cost in counted) / rollouts
 
 
+def table(cells: Cells) -> None:
+    print("| matching | rate | seeds | β̂ | KL | share | CPU s a rollout | evaluations a rollout |")
+    print("|---|---|---|---|---|---|---|---|")
+    for matching, rate in ARMS:
+        start = f"{matching}, rate {rate:g}, seed "
+        runs = [cell for name, cell in cells.found.items() if name.startswith(start)]
+        if not runs:
+            continue
+        last = [run["looks"][-1] for run in runs]
+        row = [spoken([one[i] for one in last], d) for i, d in ((1, 2), (2, 4), (3, 3))]
+        row += [spoken([run["cpu_seconds"] / ROLLOUTS for run in runs])]
+        cost = cells.found[f"evaluations, {matching}"]
+        print(f"| {matching} | {rate:g} | {len(runs)} | " + " | ".join(row) + f" | {cost:,.0f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -67,16 +82,7 @@ def main() -> None:
             cold = cold_start(args.runs, STEPS, seed)
             name = f"{matching}, rate {rate:g}, seed {seed}"
             cells.cell(name, partial(one_run, cold, matching, rate, seed))
-    print("| matching | rate | seeds | β̂ | KL | share | CPU s a rollout | evaluations a rollout |")
-    print("|---|---|---|---|---|---|---|---|")
-    for matching, rate in ARMS:
-        start = f"{matching}, rate {rate:g}, seed "
-        runs = [cell for name, cell in cells.found.items() if name.startswith(start)]
-        last = [run["looks"][-1] for run in runs]
-        row = [spoken([one[i] for one in last], d) for i, d in ((1, 2), (2, 4), (3, 3))]
-        row += [spoken([run["cpu_seconds"] / ROLLOUTS for run in runs])]
-        cost = cells.found[f"evaluations, {matching}"]
-        print(f"| {matching} | {rate:g} | {len(runs)} | " + " | ".join(row) + f" | {cost:,.0f} |")
+    table(cells)
 
 
 if __name__ == "__main__":

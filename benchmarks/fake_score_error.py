@@ -169,7 +169,7 @@ def arms() -> Sequence[tuple[str, int, float]]:
     """(stage, fake-score updates to one of the generator's, γ)."""
     return [
         (stage, updates, gamma)
-        for stage, usual in (("stage 1", 4), ("stage 2", 5))
+        for stage, usual in (("stage 2", 5), ("stage 1", 4))
         for updates, gamma in itertools.product((usual, 1), GAMMAS)
         if updates == usual or gamma < GAMMAS[-1]
     ]

@@ -19,6 +19,7 @@ them), and KL(mode masses ‖ exact weights).
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ from tiltflow.method.rollout import step
 from tiltflow.models.families.mixture import GaussianMixture, MixtureBackbone, fit_tilt, ring
 
 matplotlib.use("agg")
-GRIDS = (1, 2, 8, 4)
+GRIDS = (4, 1, 2, 8)
 BETAS = (0.0, 0.15, 0.3)
 EVERY, MOST = 10, 600
 FIT_STEPS, FIT_BATCH, FIT_RATE, FIT_PROJECTIONS = 2000, 1024, 1e-3, 64
@@ -128,6 +129,8 @@ def fill(cells: Cells, runs: Path, seeds: int) -> None:
     """Every cell, the first seed of all before the second of any."""
     targets = {beta: ring().tilted(DIRECTION, beta) for beta in BETAS}
     for seed in range(seeds):
+        for beta, target in targets.items():
+            cells.cell(f"real, beta {beta}, seed {seed}", partial(real, target, seed))
         for steps in GRIDS:
             for beta, target in targets.items():
                 name = f"exact, K {steps}, beta {beta}, seed {seed}"
@@ -137,8 +140,6 @@ def fill(cells: Cells, runs: Path, seeds: int) -> None:
             for beta in BETAS[1:]:
                 name = f"fitted, K {steps}, beta {beta}, seed {seed}"
                 cells.cell(name, partial(fit, targets[beta], steps, seed))
-        for beta, target in targets.items():
-            cells.cell(f"real, beta {beta}, seed {seed}", partial(real, target, seed))
 
 
 def values(cells: Cells, system: str, steps: int, beta: float) -> Iterator[dict[str, Any]]:
@@ -155,54 +156,70 @@ def values(cells: Cells, system: str, steps: int, beta: float) -> Iterator[dict[
 
 
 def table(cells: Cells) -> None:
-    print("| β | K | samples | seeds | distance ÷ real samples' | KL of the masses | share |")
-    print("|---|---|---|---|---|---|---|")
-    for beta in BETAS:
-        for steps in sorted(GRIDS):
+    """A row for each β and K; distances over those of real samples."""
+    names = SYSTEMS[:-1]
+    heads = [f"{n} distance" for n in names] + [f"{n} KL" for n in names] + ["rtdmd share"]
+    print("| β | K | seeds | " + " | ".join(heads) + " |")
+    print("|---|---|---|" + "---|" * len(heads))
+    for beta, steps in itertools.product(BETAS, sorted(GRIDS)):
+        found = {name: list(values(cells, name, steps, beta)) for name in SYSTEMS}
+        if not found["exact"]:
+            continue
+        row = [shown([f["distance"] / f["floor"] for f in found[n]], 2) for n in names]
+        row += [shown([f["kl"] for f in found[n]], 4) for n in names]
+        row.append(shown([f["share"] for f in found["rtdmd"]], 3))
+        seeds = len(found["rtdmd"]) or len(reached(cells, steps))
+        print(f"| {beta} | {steps} | {seeds} | " + " | ".join(row) + " |")
+
+
+def shown(found: list[float], digits: int) -> str:
+    return spoken(found, digits) if found else "–"
+
+
+def reached(cells: Cells, steps: int) -> list[str]:
+    """The runs at K, whether they reached a β or not."""
+    return [name for name in cells.found if name.startswith(f"rtdmd, K {steps},")]
+
+
+COLOURS = {"rtdmd": "#1f5fa8", "exact": "#c0392b", "fitted": "#2e8b57", "real": "#777777"}
+LABELS = {
+    "rtdmd": "student (RTDMD)",
+    "exact": "exact tilted velocity in K steps",
+    "fitted": "the same network, fitted to exact samples",
+    "real": "real samples",
+}
+
+
+def line(axis: Any, cells: Cells, system: str, beta: float, figure: str) -> None:
+    """A figure of a system over K: the mean over seeds with its interval."""
+    points = []
+    for steps in sorted(GRIDS):
+        found = list(values(cells, system, steps, beta))
+        if found:
+            points.append((steps, *interval([one[figure] for one in found])))
+    if not points:
+        return
+    at, mean, low, high = zip(*points, strict=True)
+    below = [m - max(lo, m / 3) for m, lo in zip(mean, low, strict=True)]
+    above = [h - m for m, h in zip(mean, high, strict=True)]
+    colour, label = COLOURS[system], LABELS[system]
+    axis.errorbar(at, mean, yerr=[below, above], color=colour, marker="o", label=label)
+
+
+def plot(cells: Cells, path: Path) -> None:
+    """Distance and KL over K, a row of panels for each β."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, sharey="col")
+    titles = {"distance": "sliced Wasserstein distance", "kl": "KL of the mode masses"}
+    for row, beta in zip(axes, BETAS[1:], strict=True):
+        for axis, (name, title) in zip(row, titles.items(), strict=True):
             for system in SYSTEMS:
-                found = list(values(cells, system, steps, beta))
-                if not found:
-                    continue
-                ratio = spoken([f["distance"] / f["floor"] for f in found], 2)
-                kl = spoken([f["kl"] for f in found], 4)
-                share = spoken([f["share"] for f in found])
-                print(f"| {beta} | {steps} | {system} | {len(found)} | {ratio} | {kl} | {share} |")
-
-
-def plot(cells: Cells, path: Path, beta: float) -> None:
-    """Distance and KL over K at one β, the mean over seeds with its interval."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    colours = {"rtdmd": "#1f5fa8", "exact": "#c0392b", "fitted": "#2e8b57", "real": "#777777"}
-    labels = {
-        "rtdmd": "student (RTDMD)",
-        "exact": "exact tilted velocity in K steps",
-        "fitted": "the same network, fitted to exact samples",
-        "real": "real samples",
-    }
-    for system in SYSTEMS:
-        for axis, name in zip(axes, ("distance", "kl"), strict=True):
-            points = []
-            for steps in sorted(GRIDS):
-                found = list(values(cells, system, steps, beta))
-                if found:
-                    points.append((steps, *interval([f[name] for f in found])))
-            if not points:
-                continue
-            at, mean, low, high = zip(*points, strict=True)
-            bars = [
-                [m - max(lo, m / 3) for m, lo in zip(mean, low, strict=True)],
-                [h - m for m, h in zip(mean, high, strict=True)],
-            ]
-            axis.errorbar(
-                at, mean, yerr=bars, color=colours[system], marker="o", label=labels[system]
-            )
-    for axis, name in zip(
-        axes, ("sliced Wasserstein distance", "KL of the mode masses"), strict=True
-    ):
-        axis.set(xscale="log", yscale="log", xlabel="steps K", title=f"{name}, β = {beta}")
-        axis.set_xticks(sorted(GRIDS), [str(k) for k in sorted(GRIDS)])
-        axis.minorticks_off()
-    axes[0].legend(frameon=False, fontsize=8)
+                line(axis, cells, system, beta, name)
+            axis.set(xscale="log", yscale="log", title=f"{title}, β = {beta}")
+            axis.set_xticks(sorted(GRIDS), [str(k) for k in sorted(GRIDS)])
+            axis.minorticks_off()
+    for axis in axes[1]:
+        axis.set_xlabel("steps K")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
@@ -221,7 +238,7 @@ def main() -> None:
     cells = Cells(args.out, settings)
     fill(cells, args.runs, args.seeds)
     table(cells)
-    plot(cells, args.figure, BETAS[1])
+    plot(cells, args.figure)
 
 
 if __name__ == "__main__":

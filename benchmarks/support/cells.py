@@ -51,5 +51,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def spoken(values: list[float], digits: int = 3) -> str:
-    """`interval` as a cell of a table."""
+    """`interval` as a cell of a table; of a single seed, its value."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return "{0:.{d}f} [{1:.{d}f}, {2:.{d}f}]".format(*interval(values), d=digits)
