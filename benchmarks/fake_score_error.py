@@ -170,7 +170,7 @@ def arms() -> Sequence[tuple[str, int, float]]:
     return [
         (stage, updates, gamma)
         for stage, usual in (("stage 2", 5), ("stage 1", 4))
-        for updates, gamma in itertools.product((usual, 1), GAMMAS)
+        for gamma, updates in itertools.product(GAMMAS, (usual, 1))
         if updates == usual or gamma < GAMMAS[-1]
     ]
 
