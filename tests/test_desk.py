@@ -17,7 +17,8 @@ from tiltflow.desk.app import Desk
 from tiltflow.desk.runs import POINTS, Curve, Log
 from tiltflow.desk.sets import PAGE, Choice, load_table, look
 from tiltflow.desk.sources import find_sources
-from tiltflow.evaluation.statistics import paired_comparison
+from tiltflow.evaluation.scores import compare
+from tiltflow.evaluation.statistics import paired_comparison, verdict
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +164,36 @@ def test_the_table_agrees_with_the_statistics(desk):
     assert [row["prompt"] for row in shown["rows"]] == [ODD[0], ODD[2], ODD[1]]
     tilted = next(c for c in shown["columns"] if c["name"] == "rtdmd")
     paired = paired_comparison([0.9, 0.1, 0.5], [0.2, 0.2, 0.3])
-    assert tilted["difference"]["value"] == pytest.approx(paired.difference)
+    assert tilted["difference"]["difference"] == pytest.approx(paired.difference)
     assert tilted["difference"]["ci95"] == pytest.approx(paired.ci95)
     colours = look(table, Choice("shapes", "teacher", ("rtdmd", "teacher"), "colours"))
     assert colours["count"] == 2
     assert [c["name"] for c in colours["columns"]] == ["teacher", "rtdmd"]
-    assert colours["columns"][1]["difference"]["value"] == pytest.approx(0.5)
+    assert colours["columns"][1]["difference"]["difference"] == pytest.approx(0.5)
+
+
+def test_what_the_table_calls_higher_is_what_compare_does(tmp_path):
+    """Three columns against a baseline: alone one is higher, of three it is not, as everywhere."""
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=30)
+    systems = {"base": base} | {
+        name: base + rng.normal(size=30) + shift
+        for name, shift in (("a", 0.42), ("b", 0.0), ("c", 0.0))
+    }
+    prompts = [str(i) for i in range(30)]
+    given = {name: values.tolist() for name, values in systems.items()}
+    place = make_evaluation(tmp_path / "evaluation.json", given, prompts, images=False)
+    desk = Desk([place], tmp_path / "votes.jsonl")
+    table = desk.table(desk.overview()["sets"][0]["id"])
+    tables = {name: {"shapes": values} for name, values in systems.items()}
+    for names in (("a",), ("a", "b", "c")):
+        rows = compare(tables, [(name, "base") for name in names], resamples=10)
+        shown = look(table, Choice("shapes", "base", ("base", *names)))["columns"][1:]
+        said = [column["difference"] for column in shown]
+        assert [one["p_holm"] for one in said] == [row["p_holm"] for row in rows]
+        assert [one["verdict"] for one in said] == [verdict(row) for row in rows]
+        assert (said[0]["verdict"] == "higher") == (names == ("a",))
+        assert said[0]["ci95"][0] > 0
 
 
 def test_evaluations_are_together_only_on_the_same_noise(tmp_path):

@@ -242,15 +242,14 @@ def test_what_is_no_evaluation_is_not_written_over(tmp_path: Path) -> None:
     for name, text in (("a.json", "{}"), ("b.yaml", "stage: tilt"), ("c.json", "[" * 100_000)):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"{name} is there and is no evaluation"):
-            check_target(tmp_path / name, keep_images=False)
+            check_target(tmp_path / name)
         assert (tmp_path / name).read_text() == text
     (tmp_path / "d.images").mkdir()
-    check_target(tmp_path / "d.json", keep_images=False)
     with pytest.raises(ValueError, match=r"d\.images, .* holds something else"):
-        check_target(tmp_path / "d.json", keep_images=True)
+        check_target(tmp_path / "d.json")
     (tmp_path / "d.images" / "prompts.txt").touch()
     (tmp_path / "d.json").touch()  # as one that a script has made room for
-    check_target(tmp_path / "d.json", keep_images=True)
+    check_target(tmp_path / "d.json")
 
 
 def test_a_fresh_demo_deletes_no_more_than_a_demo(tmp_path: Path) -> None:
@@ -259,6 +258,18 @@ def test_a_fresh_demo_deletes_no_more_than_a_demo(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it holds 'thesis.tex', which is none of a demo's"):
         run_demo(tmp_path, fast=True, fresh=True, console=QUIET)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cold_start", "thesis.tex"]
+
+
+def test_the_first_images_are_kept_by_default(
+    made: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "KEPT_IMAGES", 1)
+    evaluate_to(tmp_path / "e.json", scored(made), QUIET)
+    images = tmp_path / "e.images"
+    systems = sorted(p.name for p in images.iterdir() if p.is_dir())
+    assert systems == ["ac_dmd", "rtdmd", "teacher", "teacher_4_step"]
+    assert {p.name for p in images.rglob("*.png")} == {"00000.png"}
+    assert len((images / "prompts.txt").read_text().splitlines()) == 1
 
 
 def test_a_vae_that_scales_by_nothing(made: Student, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tiltflow.desk.sources import Place
 from tiltflow.evaluation.files import StoredScores, read_evaluation, read_scores, scores_path
-from tiltflow.evaluation.statistics import mean_ci, paired_comparison
+from tiltflow.evaluation.statistics import correct, mean_ci, paired_comparison, verdict
 
 PAGE = 12
 """Prompts of a page of the table."""
@@ -167,19 +167,26 @@ def chosen(table: Table, choice: Choice) -> list[Column]:
 
 def look(table: Table, choice: Choice) -> dict[str, Any]:
     """A page of rows, and for each column its mean and its paired difference to the baseline
-    over all rows of the choice, with 95% intervals (`evaluation/statistics.py`)."""
+    over all rows of the choice, with 95% intervals and a verdict, whose p-value is corrected for
+    the number of columns (`evaluation/statistics.py`)."""
     rows = rows_of(table, choice)
     page = rows[choice.page * PAGE : (choice.page + 1) * PAGE]
     base = _values(table.column(choice.baseline), choice.reward, len(table.prompts))[rows]
     columns = chosen(table, choice)
+    figures = [_figures(column, choice, base, rows, len(table.prompts)) for column in columns]
+    compared = [found["difference"] for found in figures if found["difference"]]
+    correct(compared)
+    for found in compared:
+        found["verdict"] = verdict(found)
     return {
-        "columns": [_figures(column, choice, base, rows, len(table.prompts)) for column in columns],
+        "columns": figures,
         "rows": [
             {
                 "row": int(row),
                 "prompt": table.prompts[row],
                 "category": table.categories[row],
                 "scores": {c.name: _at(c, choice.reward, int(row)) for c in columns},
+                "images": [c.name for c in columns if c.image(int(row)).is_file()],
             }
             for row in page
         ],
@@ -195,7 +202,6 @@ def _figures(
     found: dict[str, Any] = {
         "name": column.name,
         "nfe": column.nfe,
-        "images": column.images.is_dir(),
         "mean": None,
         "difference": None,
     }
@@ -205,7 +211,7 @@ def _figures(
         if column.name != choice.baseline and bool(np.isfinite(base).all()):
             paired = paired_comparison(values, base)
             found["difference"] = {
-                "value": paired.difference,
+                "difference": paired.difference,
                 "ci95": list(paired.ci95),
                 "p_value": paired.p_value,
                 "win_rate": paired.win_rate,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tiltflow.evaluation.figures import (
     axis_title,
+    elided,
     frame,
     metric_series,
     number,
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 360, 220
-LEGEND, ROW, FOOT = 18, 42, 56
+WIDTH, HEIGHT = 330, 220
+LEGEND, ROW, FOOT = 18, 36, 52
 """Heights of a line of a legend, of a system in a forest and of what is below them, in units of the
 SVG's view box."""
+LONGEST_NAME, LONGEST_LABEL = 32, 16
+"""Letters of a name in a legend and of a line beside a forest."""
 SERIES = ("#1f5fa8", "#b25a00", "#1b7a4b", "#8b3a8f", "#6b5b1e", "#0f7c86")
 """Colours of lines; a seventh line has the first's."""
 FAINT, SOFT, RULE, ALARM, INK = "#a9c3e0", "#5b6067", "#dcdcd6", "#b3261e", "#1d1f22"
@@ -52,6 +55,7 @@ STYLE = {
     "text.color": SOFT,
     "axes.labelcolor": SOFT,
     "axes.formatter.useoffset": False,
+    "xtick.major.pad": 7,  # the lowest label beside the values stays clear of the first step
     "axes.axisbelow": True,
     "grid.color": RULE,
     "xtick.labelcolor": SOFT,
@@ -104,9 +108,9 @@ def chart(
         raise ValueError(f"the chart {title!r} has no points")
     edges = [e for s in shown for e in (s.low, s.high) if e is not None]
     low, high = frame(np.concatenate([*(s.values for s in shown), *edges]))
-    pad = 0.05 * (high - low)
-    low = min([low, *(value - pad for value, _ in limits)])
-    high = max([high, *(value + pad for value, _ in limits)])
+    low, high = min([low, *(v for v, _ in limits)]), max([high, *(v for v, _ in limits)])
+    pad = 0.05 * (high - low) if limits else 0.0
+    low, high = low - pad, high + pad
 
     def draw(figure: Figure) -> None:
         axes = _axes(figure, axis, (low, high))
@@ -124,7 +128,9 @@ def chart(
                 axes.fill(*outline, color=colour, alpha=0.15, linewidth=0, gid="band")
             dashes = (0, (5, 3)) if s.dashed else "solid"
             lines += _line(axes, s.steps, s.values, colour, linestyle=dashes)
-        names = [f"{s.name}, last {number(float(s.values[-1]))}" for s in shown]
+        names = [
+            f"{elided(s.name, LONGEST_NAME)}, last {number(float(s.values[-1]))}" for s in shown
+        ]
         figure.legend(lines, names, loc="outside lower left", labelspacing=0.3)
 
     label = _words(title, shown, limits, marks)
@@ -175,20 +181,29 @@ def forests(evaluation: Mapping[str, Any]) -> list[Chart]:
     return [_forest(reward, systems) for reward in rewards]
 
 
+def _in_lines(name: str) -> str:
+    """A system's name beside a forest: "SYSTEM, RUN" on two lines, each short enough to leave most
+    of the width to the intervals."""
+    return "\n".join(elided(line, LONGEST_LABEL) for line in name.split(", ", 1))
+
+
 def _forest(reward: str, systems: Mapping[str, Any]) -> Chart:
+    from matplotlib.ticker import MaxNLocator
+
     found = {n: s["scores"][reward] for n, s in systems.items() if reward in s["scores"]}
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for k, (name, score) in enumerate(found.items()):
+        for k, score in enumerate(found.values()):
             axes.plot(score["ci95"], [k, k], color=SERIES[0], linewidth=2.4, gid="bar")
             # no marker, which SVG shares under an id, but the round ends of a line of no length
             dot = [score["mean"]] * 2, [k, k]
             axes.plot(*dot, color=SERIES[0], linewidth=9, solid_capstyle="round", gid="dot")
-            _write(axes, name, (0, k), 7, color=INK, fontsize=12.5)
-        axes.set(ylim=(len(found) - 0.6, -0.8), yticks=[])
-        axes.margins(x=0.08)
-        axes.set_xlabel(f"mean {reward} and its 95% interval (no unit)")
+        axes.set(ylim=(len(found) - 0.5, -0.5), yticks=range(len(found)))
+        axes.set_yticklabels([_in_lines(name) for name in found], color=INK)
+        axes.margins(x=0.06)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("mean and its 95% interval (no unit)")
         _plain(axes, "x")
 
     said = ", ".join(f"{name} {number(score['mean'])}" for name, score in found.items())
@@ -258,7 +273,8 @@ def _axes(figure: Figure, title: str, values: tuple[float, float]) -> Axes:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes = figure.add_subplot()
-    axes.set(xlabel="training step", ylabel=title, ylim=values)
+    axes.set(xlabel="training step", ylim=values)
+    axes.set_ylabel(title, labelpad=8)  # readers' fonts may be wider than the one measured here
     axes.margins(x=0)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -282,7 +298,9 @@ def _line(axes: Axes, at: Array, values: Array, colour: str, **style: Any) -> li
 
 def _write(axes: Axes, text: str, at: tuple[float, float], above: float, **style: Any) -> None:
     """Text at (share of the width, value), `above` it by so many units."""
-    axes.annotate(text, at, (0, above), ("axes fraction", "data"), "offset points", **style)
+    axes.annotate(
+        text, at, (0, above), ("axes fraction", "data"), "offset points", gid="overdata", **style
+    )
 
 
 def _words(

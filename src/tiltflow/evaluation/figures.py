@@ -46,6 +46,15 @@ def number(value: float, digits: int | None = None) -> str:
     return text.replace("-", "−")
 
 
+def elided(text: str, most: int) -> str:
+    """A text of at most so many letters: what is left out of its middle is a mark. Names of runs
+    differ at their ends as a rule."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[-end:]}"
+
+
 def decimals(intervals: Sequence[Sequence[float]]) -> int:
     """The digits after the point that intervals (low, high) warrant: two of the narrowest's half
     width, 0 to 6; three where no interval has a width."""

@@ -59,8 +59,15 @@ class _Comparison(_Part):
     p_value: float
 
 
+class _Asked(_Part):
+    steps: int | None = None
+    teacher_steps: int | None = None
+    tilt: float | None = None
+
+
 class _Evaluation(_Part):
     prompts: int
+    asked: _Asked | None = None
     systems: Annotated[dict[str, _System], Field(min_length=1)]
     comparisons: list[_Comparison] = []
     categories: dict[str, _Category] = {}

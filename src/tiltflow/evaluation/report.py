@@ -6,8 +6,7 @@ fetched and nothing runs.
 
 from __future__ import annotations
 
-import base64
-import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,17 +16,15 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
-from PIL import Image
 
 from tiltflow.core.disk import write_whole
 from tiltflow.evaluation.charts import curves as drawn_curves
 from tiltflow.evaluation.charts import forests, side_by_side
 from tiltflow.evaluation.figures import decimals, number
+from tiltflow.evaluation.pictures import Sheet, grid, progress
+from tiltflow.evaluation.statistics import NO_DIFFERENCE, SIGNIFICANT, verdict
 from tiltflow.evaluation.watch_figures import Watched, alarms, watch_charts
 
-SIGNIFICANT = 0.05
-MAX_SIDE = 256  # pixels; larger images are shrunk, or 24 prompts make a page of 100 MB
-MAX_SHEET = 768  # pixels of the longer side of a sheet of samples
 MAIN_CURVES = 6  # a stage; the others are folded away
 
 # What the columns are, for the rewards that come with the package.
@@ -41,17 +38,16 @@ MEASURES = {
     "vendi": "effective number of different images of one prompt (Vendi score)",
     "cmmd": "distance of the images, as a set, to the teacher's (CMMD); 0 for the same set",
 }
+SYSTEMS = {
+    "teacher": "the base model itself, in many steps with guidance",
+    "teacher_N_step": "the base model in as few steps as the students have",
+    "ac_dmd": "stage 1: the student, distilled to a few steps",
+    "rtdmd": "stage 2: the student of stage 1, tilted to the rewards",
+    "merged": "a student whose few-step weights are merged into the pipeline",
+}
+"""What the systems of `tiltflow evaluate` are."""
 BESIDE = ("vendi", "cmmd")
 """Figures of a system that are shown beside its rewards and not compared."""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A sheet of a run's samples on the fixed prompts and noise, (H, W, 3) uint8, after `step`."""
-
-    run: str
-    step: int
-    image: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -102,6 +98,7 @@ def write_report(
     """
     out = Path(out)
     path = out if out.suffix == ".html" else out / "report.html"
+    samples, whole = progress(sheets)
     page = _template().render(
         title=title,
         notice=notice,
@@ -112,10 +109,11 @@ def write_report(
         watch=watch or {},
         alarms=alarms(watch or {}),
         watch_charts=watch_charts(watch or {}),
-        sheets=[(s.run, f"{s.step:,}", *_png(s.image, s.run, MAX_SHEET)) for s in sheets],
+        samples=samples,
+        sheets=whole,
         main_curves=MAIN_CURVES,
         grid_systems=list(grids),
-        grid=_grid(grids, prompts),
+        grid=grid(grids, prompts),
         config=config,
         versions=versions,
         number=number,
@@ -137,11 +135,12 @@ def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "systems": systems,
         "rewards": list(dict.fromkeys(r for s in systems.values() for r in s["scores"])),
         "beside": beside(systems),
+        "explained": _explained(evaluation),
         "categories": _categories(evaluation),
-        "best": _best(systems),
+        "best": _best(systems, comparisons),
         "digits": _digits(systems),
         "forests": forests(evaluation) if systems else [],
-        "verdicts": [_verdict(c) for c in comparisons],
+        "verdicts": _by_pair([_verdict(c) for c in comparisons]),
         "adjusted": any("p_holm" in c for c in comparisons),
     }
 
@@ -154,15 +153,42 @@ def _template() -> Any:
     return environment.from_string(source.read_text(encoding="utf-8"))
 
 
-def _best(systems: Mapping[str, Any]) -> dict[str, str]:
-    """By reward, the system with the highest mean."""
+def _explained(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """What each system is, where it is one of `SYSTEMS`; of several evaluations on one page, a
+    system is called "SYSTEM, RUN"."""
+    asked, found = evaluation.get("asked") or {}, {}
+    for system in evaluation.get("systems", {}):
+        name = re.sub(r"teacher_\d+_step", "teacher_N_step", system.partition(", ")[0])
+        if name in SYSTEMS:
+            steps = asked.get("teacher_steps" if name == "teacher" else "steps")
+            strength = asked.get("tilt") if name == "rtdmd" else None
+            found[system] = SYSTEMS[name]
+            found[system] += "" if steps is None else f" ({steps} steps)"
+            found[system] += "" if strength in (None, 1) else f", at the strength {strength:g}"
+    return found
+
+
+def _best(systems: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By reward, the system with the highest mean, if it was compared and every comparison of it
+    found it higher."""
     best: dict[str, str] = {}
-    for name, system in systems.items():
-        for reward, score in system["scores"].items():
-            leader = best.get(reward)
-            if leader is None or score["mean"] > systems[leader]["scores"][reward]["mean"]:
-                best[reward] = name
+    for reward in dict.fromkeys(r for s in systems.values() for r in s["scores"]):
+        means = {
+            n: s["scores"][reward]["mean"] for n, s in systems.items() if reward in s["scores"]
+        }
+        leader = max(means, key=lambda name: means[name])
+        rows = [c for c in comparisons if c["reward"] == reward and leader in (c["a"], c["b"])]
+        ahead = [verdict(c) == ("higher" if c["a"] == leader else "lower") for c in rows]
+        if ahead and all(ahead):
+            best[reward] = leader
     return best
+
+
+def _by_pair(verdicts: Sequence[Verdict]) -> dict[tuple[str, str], list[Verdict]]:
+    pairs: dict[tuple[str, str], list[Verdict]] = {}
+    for found in verdicts:
+        pairs.setdefault((found.a, found.b), []).append(found)
+    return pairs
 
 
 def _digits(systems: Mapping[str, Any]) -> dict[str, int]:
@@ -202,51 +228,17 @@ def p_text(p: float) -> str:
 
 
 def _verdict(comparison: Mapping[str, Any]) -> Verdict:
-    """Significance goes by the Holm-adjusted p-value where there is one."""
-    p = comparison.get("p_holm", comparison["p_value"])
-    difference = comparison["difference"]
+    difference, found = comparison["difference"], verdict(comparison)
     digits = decimals([comparison["ci95"]])
     low, high = (number(v, digits) for v in comparison["ci95"])
     size = number(abs(difference), digits)
-    if p >= SIGNIFICANT:
-        words = "no significant difference"
-    else:
-        words = f"{'higher' if difference > 0 else 'lower'} by {size}"
     return Verdict(
         a=comparison["a"],
         b=comparison["b"],
         reward=comparison["reward"],
-        words=words,
-        significant=p < SIGNIFICANT,
+        words=found if found == NO_DIFFERENCE else f"{found} by {size}",
+        significant=found != NO_DIFFERENCE,
         difference=size if difference == 0 else ("+" if difference > 0 else "−") + size,
         interval=f"{low} to {high}",
-        p_value=p_text(p),
+        p_value=p_text(comparison.get("p_holm", comparison["p_value"])),
     )
-
-
-def _grid(
-    grids: Mapping[str, Sequence[NDArray[np.uint8]]], prompts: Sequence[str]
-) -> list[tuple[str, list[tuple[str, str, int, int]]]]:
-    """Rows (prompt, [(system, data URI, width, height), …]), as many as every system has."""
-    for name, images in grids.items():
-        if len(images) > len(prompts):
-            raise ValueError(f"{name!r} has {len(images)} images for {len(prompts)} prompts")
-    count = min((len(images) for images in grids.values()), default=0)
-    return [
-        (prompts[row], [(name, *_png(images[row], name)) for name, images in grids.items()])
-        for row in range(count)
-    ]
-
-
-def _png(image: NDArray[np.uint8], system: str, most: int = MAX_SIDE) -> tuple[str, int, int]:
-    """A data URI, width and height of an image (H, W, 3) uint8, its sides shrunk to `most`."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"{system!r}: report images are (H, W, 3) uint8, got {image.shape} {image.dtype}"
-        )
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((most, most), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f"data:image/png;base64,{data}", picture.width, picture.height

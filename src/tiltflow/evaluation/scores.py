@@ -16,7 +16,7 @@ from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.evaluation.categories import by_category, category_means
 from tiltflow.evaluation.chunks import Made, Take, make_anew
 from tiltflow.evaluation.diversity import cmmd, pairwise_distance, vendi_score
-from tiltflow.evaluation.statistics import bootstrap_ci, holm, mean_ci, paired_comparison
+from tiltflow.evaluation.statistics import bootstrap_ci, correct, mean_ci, paired_comparison
 from tiltflow.models.medium import Features, Medium, article
 from tiltflow.rewards.base import Reward, check_medium, checked, medium_of
 
@@ -195,8 +195,7 @@ def compare(
                     "win_rate": result.win_rate,
                 }
             )
-    for row, adjusted in zip(rows, holm([r["p_value"] for r in rows]), strict=True):
-        row["p_holm"] = adjusted
+    correct(rows)
     return rows
 
 

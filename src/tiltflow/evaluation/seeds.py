@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltflow.evaluation.statistics import holm, mean_ci, paired_comparison
+from tiltflow.evaluation.statistics import correct, mean_ci, paired_comparison
 
 Array = NDArray[np.float64]
 Scores = Mapping[int, Array]
@@ -70,14 +70,9 @@ def compared(
             found = paired_over_seeds(scores[a][reward], scores[b][reward])
             if found is not None:
                 rows.append({"a": a, "b": b, "reward": reward, **found})
-    _correct(rows, "p_value", "p_holm")
-    _correct([row for row in rows if row["p_seeds"] is not None], "p_seeds", "p_seeds_holm")
+    correct(rows)
+    correct([row for row in rows if row["p_seeds"] is not None], "p_seeds", "p_seeds_holm")
     return rows
-
-
-def _correct(rows: Sequence[dict[str, Any]], name: str, corrected: str) -> None:
-    for row, p in zip(rows, holm([row[name] for row in rows]), strict=True):
-        row[corrected] = p
 
 
 def _table(scores: Scores, seeds: Sequence[int]) -> Array:

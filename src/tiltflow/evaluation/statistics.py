@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
+
+SIGNIFICANT = 0.05
+"""Below this corrected p-value, and by it alone, two systems are called different."""
+NO_DIFFERENCE = "no significant difference"
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(values)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return [float(p) for p in adjusted]
+
+
+def correct(rows: Sequence[dict[str, Any]], p: str = "p_value", into: str = "p_holm") -> None:
+    """Gives each of the comparisons that are shown together, rows of an `evaluation.json`, its
+    p-value `p` after `holm`'s adjustment for their number, as `into`."""
+    for row, adjusted in zip(rows, holm([row[p] for row in rows]), strict=True):
+        row[into] = adjusted
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """A comparison's one verdict, "higher", "lower" or `NO_DIFFERENCE`: by its corrected p-value,
+    or its plain one where it was the only one and has no other."""
+    p = row["p_holm"] if "p_holm" in row else row["p_value"]
+    if p >= SIGNIFICANT:
+        return NO_DIFFERENCE
+    return "higher" if row["difference"] > 0 else "lower"
 
 
 def _standard_error(values: Array) -> float:

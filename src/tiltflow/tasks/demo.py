@@ -19,7 +19,7 @@ from tiltflow.data.prompts import load_prompts
 from tiltflow.evaluation.suites import suite_of
 from tiltflow.formats.folder import replacing
 from tiltflow.tasks.evaluate import Request, evaluate_to, show
-from tiltflow.tasks.report import NOTICE, write_evaluation_report
+from tiltflow.tasks.report import NOTICE, write_run_report
 from tiltflow.tasks.train import run_training
 
 MODEL = "packaged:pipeline"
@@ -67,13 +67,7 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
     result = evaluate_to(out / "evaluation.json", request, console)
     with replacing(out / "export") as part:
         shutil.copytree(out / "tilt" / "export", part, dirs_exist_ok=True)
-    page = write_evaluation_report(
-        out,
-        result,
-        request.prompts,
-        {s: out / s for s in ("cold_start", "tilt")},
-        notice=SMOKE if fast else "",
-    )
+    page = write_run_report([out], None)
     if not fast:
         show(result.summary, console)
     console.print(f"report: {page}")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from tiltflow.core.disk import writing
+from tiltflow.core.disk import write_whole, writing
 from tiltflow.core.distributed import ALONE, Ranks, ranks_of_job
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.precision import attention_of, autocast_dtype
@@ -27,8 +27,15 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
 from tiltflow.evaluation.diversity import features_of
 from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
-from tiltflow.evaluation.report import SIGNIFICANT, beside
-from tiltflow.evaluation.scores import Diversity, Evaluation, System, evaluate_systems
+from tiltflow.evaluation.report import beside
+from tiltflow.evaluation.scores import (
+    KEPT_IMAGES,
+    Diversity,
+    Evaluation,
+    System,
+    evaluate_systems,
+)
+from tiltflow.evaluation.statistics import NO_DIFFERENCE, verdict
 from tiltflow.models.medium import Medium
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
 from tiltflow.setup.build import device_of
@@ -36,6 +43,9 @@ from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.request import Request, prepare, say_settled
 from tiltflow.tasks.systems import TEACHER
+
+PROMPTS = "prompts.txt"
+"""In a folder of images: their prompts, one a line."""
 
 
 def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
@@ -149,11 +159,12 @@ def evaluate(
     take: Take = make_anew,
     folder: Path | None = None,
     alone: bool = False,
+    kept: int | None = None,
 ) -> Evaluation:
     """Scores the teacher and the students; every student is compared with the systems before it.
 
-    `alone`: the furthest-trained student only. With `folder`, every sample is saved as
-    `folder`/SYSTEM/NNNNN.
+    `alone`: the furthest-trained student only. With `folder`, the samples of the first `kept`
+    prompts (None: of all) are saved as `folder`/SYSTEM/NNNNN.
     """
     loaded, sampler = prepare(request, ranks)
     systems = sampler.systems(loaded, teacher=not alone)[-1 if alone else 0 :]
@@ -163,7 +174,8 @@ def evaluate(
 
     def save_batch(system: str, rows: Sequence[int], encoded: NDArray[np.generic]) -> None:
         assert folder is not None
-        save_samples(medium, folder / system, rows, encoded)
+        shown = [row for row in rows if kept is None or row < kept]
+        save_samples(medium, folder / system, shown, encoded[: len(shown)])
 
     for name in names:
         callbacks.begin(name, 0, None)
@@ -199,16 +211,16 @@ def evaluated(
     """`evaluate`, written to `path` (an evaluation.json) and beside it.
 
     While it runs, what is done lies in `NAME.parts/`; the same request for the same path goes on
-    from there. With `keep_images`, every image is `NAME.images/SYSTEM/NNNNN.png`; these take the
-    place of an earlier evaluation's when all of them are there.
+    from there. Images are `NAME.images/SYSTEM/NNNNN.png`, those of the first prompts or, with
+    `keep_images`, of all; they take the place of an earlier evaluation's when all are there.
 
     Under torchrun the prompts are split over the ranks, which go on if they are as many as before.
 
     Raises:
         ValueError: before anything loads, if `path` is a folder, or one cannot be made for it.
     """
-    check_target(path, keep_images)
-    what, folder = asked(request), path.with_suffix(".images") if keep_images else None
+    check_target(path)
+    what, folder = asked(request), path.with_suffix(".images")
     with ranks_of_job(device_of(request.device)) as ranks:
         callbacks = callbacks if ranks.main else SILENT
         say_settled(request, callbacks)
@@ -219,16 +231,14 @@ def evaluated(
                 f"going on with {counted(len(chunks), 'batch', 'batches')} of an earlier run"
             )
         made = path.with_suffix(".parts") / f"images-{digest(what)}"
-        result = evaluate(request, callbacks, ranks, chunks.take, made if folder else None)
+        kept = None if keep_images else KEPT_IMAGES
+        result = evaluate(request, callbacks, ranks, chunks.take, made, kept=kept)
         result.summary["asked"] = what
         if ranks.main:
             save(result, request.prompts, path)
-            if folder:
-                save_prompts(made, request.prompts)
-                shutil.rmtree(folder, ignore_errors=True)
-                made.rename(folder)
-            elif path.with_suffix(".images").is_dir():
-                callbacks.notice(f"{path.with_suffix('.images')} is of an earlier evaluation")
+            save_prompts(made, request.prompts[:kept])
+            shutil.rmtree(folder, ignore_errors=True)
+            made.rename(folder)
         ranks.total([0.0])  # what rank 0 has written makes the chunks superfluous
         chunks.clear()
     return result
@@ -240,7 +250,7 @@ def digest(what: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def check_target(path: Path, keep_images: bool) -> None:
+def check_target(path: Path) -> None:
     """That figures may go into `path`, and images beside it.
 
     Raises:
@@ -256,7 +266,7 @@ def check_target(path: Path, keep_images: bool) -> None:
     if path.exists() and not _is_evaluation(path):
         raise ValueError(f"{path} is there and is no evaluation: give another name with --json")
     images = path.with_suffix(".images")
-    if keep_images and images.exists() and not (images / PROMPTS).is_file():
+    if images.exists() and not (images / PROMPTS).is_file():
         raise ValueError(
             f"{images}, the folder of the images, is there and holds something else: give another "
             "name with --json"
@@ -298,14 +308,11 @@ def asked(request: Request) -> dict[str, Any]:
     }
 
 
-PROMPTS = "prompts.txt"
-
-
 def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """The prompts of the images in `folder`, one a line, in `PROMPTS`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [" ".join(prompt.text.split()) for prompt in prompts]
-    (folder / PROMPTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / PROMPTS, "\n".join(lines) + "\n")
 
 
 def _diversity(medium: Medium, rewards: Sequence[Reward]) -> Diversity:
@@ -351,16 +358,10 @@ def show_categories(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def show_comparisons(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Each comparison in a line, with what may be said of it.
-
-    Judged, as in the report, by the p-value after Holm's correction for the number of rows.
-    """
+    """Each comparison in a line, with its `verdict`."""
     for row in rows:
-        p = row.get("p_holm", row["p_value"])
-        if p >= SIGNIFICANT:
-            verdict = "no significant difference"
-        else:
-            verdict = f"{row['a']} is {'higher' if row['difference'] > 0 else 'lower'}"
+        found = verdict(row)
+        said = found if found == NO_DIFFERENCE else f"{row['a']} is {found}"
         parts = [f"{row['difference']:+.4f} {_range(row['ci95'])}"]
         if "bootstrap_ci95" in row:
             parts.append(f"bootstrap {_range(row['bootstrap_ci95'])}")
@@ -368,9 +369,9 @@ def show_comparisons(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
             parts.append(f"wins {row['win_rate']:.0%} of {row['n']}")
         parts.append(f"p = {row['p_value']:.2g}")
         if "p_holm" in row:
-            parts.append(f"corrected {p:.2g}")
+            parts.append(f"corrected {row['p_holm']:.2g}")
         console.print(
-            f"{row['a']} − {row['b']} on {row['reward']}: {', '.join(parts)}: {verdict}",
+            f"{row['a']} − {row['b']} on {row['reward']}: {', '.join(parts)}: {said}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -198,8 +198,8 @@ def evaluate(
         suite: a packaged choice of rewards and, where it brings them, prompts.
         count: the first so many prompts only.
         diversity: also how much images of one prompt differ, and the distance to the teacher's.
-        out: the figures' file; the scores by prompt lie beside it, and with `keep_images` the
-            images. Killed, the same call goes on where it was.
+        out: the figures' file; beside it lie the scores by prompt and the first images, with
+            `keep_images` all of them. Killed, the same call goes on where it was.
 
     Raises:
         ValueError: if no reward or no prompt is given, or a reward cannot score a prompt.

@@ -13,41 +13,22 @@ from PIL import Image
 
 from tiltflow.config.recipe_source import read_recipe, recipe_text
 from tiltflow.core.metrics import read_metrics
-from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.files import read_evaluation
-from tiltflow.evaluation.report import Sheet, write_report
-from tiltflow.evaluation.scores import KEPT_IMAGES, Evaluation
-from tiltflow.evaluation.statistics import holm
+from tiltflow.evaluation.pictures import Sheet
+from tiltflow.evaluation.report import write_report
+from tiltflow.evaluation.scores import KEPT_IMAGES
+from tiltflow.evaluation.statistics import correct
 from tiltflow.evaluation.watch.history import FILE, read_history
 from tiltflow.evaluation.watch_figures import Watched
-from tiltflow.models import medium
 from tiltflow.tasks.doctor import versions
-from tiltflow.tasks.evaluate import save_prompts, save_samples
+from tiltflow.tasks.evaluate import PROMPTS
+from tiltflow.tasks.train import COLUMNS
 
 IMAGES = "evaluation.images"
 """A folder beside evaluation.json: SYSTEM/NNNNN.png, and prompts.txt."""
 
 NOTICE = "notice.txt"
 """In a run directory, or the one above it: a sentence for the top of every page of its figures."""
-
-
-def write_evaluation_report(
-    out: Path,
-    evaluation: Evaluation,
-    prompts: Sequence[Prompt],
-    stages: Mapping[str, Path],
-    notice: str = "",
-) -> Path:
-    """Keeps the first images beside the evaluation and writes `report.html` from what is there,
-    with `notice` above everything else."""
-    folder = out / IMAGES
-    count = 0
-    for system, images in evaluation.images.items():
-        count = max(count, len(images))
-        save_samples(medium.IMAGES, folder / system, range(len(images)), images)
-    if count:
-        save_prompts(folder, prompts[:count])
-    return _write([out, *stages.values()], out, notice)
 
 
 def write_run_report(runs: Sequence[Path], out: Path | None) -> Path:
@@ -101,7 +82,7 @@ def _write(folders: Sequence[Path], out: Path, notice: str = "") -> Path:
             for r in runs
             if (r / FILE).is_file()
         },
-        sheets=[sheet for r in runs for sheet in _sheets(r, names[r])],
+        sheets=[sheet for r in runs for sheet in _sheets(r, names[r], settings[names[r]])],
         together=_together(settings),
         notice=notice or " ".join(dict.fromkeys(filter(None, map(_notice, folders)))),
     )
@@ -144,11 +125,15 @@ def _rules(run: Path, settings: Mapping[str, Any]) -> dict[str, float | None]:
     return rules
 
 
-def _sheets(run: Path, name: str) -> list[Sheet]:
-    """The first and the last sheet of samples that a run drew."""
+def _sheets(run: Path, name: str, settings: Mapping[str, Any]) -> list[Sheet]:
+    """The first and the last sheet of samples that a run drew. Those of a medium of one's own are
+    left in one piece: how it lays out its samples is its own matter."""
     files = sorted((run / "samples").glob("step-*.png"))
+    model = settings.get("model")
+    own = isinstance(model, dict) and model.get("medium") is not None
+    prompts = () if own else _lines(run / "samples" / PROMPTS)
     return [
-        Sheet(name, int(file.stem.removeprefix("step-")), _pixels(file))
+        Sheet(name, int(file.stem.removeprefix("step-")), _pixels(file), prompts, COLUMNS)
         for file in dict.fromkeys([*files[:1], *files[-1:]])
     ]
 
@@ -203,9 +188,9 @@ def _evaluations(
     if not folders:
         return {}, {}, []
     if len(folders) > 1:  # one table, so one correction for the number of its comparisons
-        adjusted = holm([row["p_value"] for row in merged["comparisons"]])
-        for row, p in zip(merged["comparisons"], adjusted, strict=True):
-            row["p_holm"] = p
+        correct(merged["comparisons"])
+    else:
+        merged["asked"] = tables[folders[0]].get("asked")
     merged["prompts"] = " and ".join(dict.fromkeys(str(t["prompts"]) for t in tables.values()))
     return merged, grids, prompts
 
@@ -227,14 +212,27 @@ def run_names(runs: Sequence[Path]) -> dict[Path, str]:
 
 def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarray]], list[str]]:
     """The kept images by system, in the evaluation's order, and their prompts."""
-    if not (folder / "prompts.txt").is_file():
+    prompts = _lines(folder / PROMPTS)
+    if not prompts:
         return {}, []
     grids = {}
     for system in evaluation["systems"]:
         files = sorted((folder / system).glob("*.png"))[:KEPT_IMAGES]
         if files:
             grids[system] = [_pixels(f) for f in files]
-    return grids, (folder / "prompts.txt").read_text().splitlines()
+    return grids, list(prompts)
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    """The prompts of a folder of images (`save_prompts`); none where nobody wrote them down.
+
+    Raises:
+        ValueError: if the file is no text.
+    """
+    try:
+        return tuple(file.read_text(encoding="utf-8").split("\n")[:-1]) if file.is_file() else ()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text") from error
 
 
 def _pixels(file: Path) -> np.ndarray:

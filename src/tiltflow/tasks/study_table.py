@@ -14,9 +14,10 @@ from rich.table import Table
 from tiltflow.config.load import dump_config
 from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import read_metrics
-from tiltflow.evaluation.report import SIGNIFICANT, write_report
+from tiltflow.evaluation.report import write_report
 from tiltflow.evaluation.seeds import compared, over_seeds
-from tiltflow.evaluation.statistics import mean_ci
+from tiltflow.evaluation.statistics import NO_DIFFERENCE, mean_ci
+from tiltflow.evaluation.statistics import verdict as verdict_over_prompts
 from tiltflow.setup.costing import Cost
 from tiltflow.tasks.doctor import versions
 from tiltflow.tasks.study import Cell, Study, cells_of
@@ -122,12 +123,10 @@ def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """In words, by the p-value over prompts after Holm's correction, and whether the seeds' own
-    interval has 0 in it."""
-    if row["p_holm"] >= SIGNIFICANT:
-        return "no significant difference"
-    words = "higher" if row["difference"] > 0 else "lower"
-    seeds = row["seeds_ci95"]
+    """The verdict over prompts, and whether the seeds' own interval has 0 in it."""
+    words, seeds = verdict_over_prompts(row), row["seeds_ci95"]
+    if words == NO_DIFFERENCE:
+        return words
     if seeds is None:
         return f"{words}, of one seed"
     return words if seeds[0] * seeds[1] > 0 else f"{words}, but the seeds' interval has 0 in it"

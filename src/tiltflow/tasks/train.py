@@ -27,6 +27,7 @@ from tiltflow.setup.manifest import defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import start_of, with_absolute_paths
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.choices import base_of_start
+from tiltflow.tasks.evaluate import save_prompts
 from tiltflow.tasks.export import export_checkpoint
 from tiltflow.tasks.failures import explained, resume_command
 from tiltflow.tasks.planning import chosen, device_bytes, is_auto
@@ -204,6 +205,7 @@ def _save_sheet(
         file = out / "samples" / f"step-{done:06d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         IMAGES.save(picture, file)
+        save_prompts(file.parent, fixed.encoded.prompts[:count])
         callbacks.samples(done, file)
 
 

@@ -84,7 +84,7 @@ function table() {
         h("span", { dir: "auto" }, row.prompt), row.category ? h("small", { class: "chip" }, row.category) : null)),
       h("tr", {}, columns.map((column) => cell(row, column)))));
   const made = h("table", { class: "compare" },
-      h("caption", {}, `${chosen.reward}, ${look.count} of ${about.prompts} prompts. Below each system: its mean and 95% interval, then the paired difference to ${chosen.baseline}.`),
+      h("caption", {}, `${chosen.reward}, ${look.count} of ${about.prompts} prompts. Below each system: its mean and 95% interval, then the paired difference to ${chosen.baseline}. Intervals are of one difference each; p-values are corrected (Holm) for the columns shown, and they alone decide what is called higher or lower.`),
       h("thead", {}, head), bodies);
   made.style.setProperty("--columns", columns.length);
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "systems by prompt" }, made);
@@ -95,8 +95,8 @@ function figures(column, widest) {
   const [low, high] = column.mean.ci95;
   const mean = h("span", {}, `${number(column.mean.value)} ± ${number((high - low) / 2, 2)}`);
   if (!column.difference) return h("div", { class: "figures" }, mean, h("span", {}, "baseline"));
-  const { value, ci95, p_value: p, win_rate: wins } = column.difference;
-  const sure = ci95[0] > 0 ? "higher" : ci95[1] < 0 ? "lower" : "unclear";
+  const { difference: value, ci95, p_holm: p, win_rate: wins, verdict } = column.difference;
+  const sure = ["higher", "lower"].includes(verdict) ? verdict : "unclear";
   const x = (v) => 60 + (v / widest) * 54;
   const bar = s("svg", { viewBox: "0 0 120 14", class: `interval ${sure}`, "aria-hidden": "true" },
     s("line", { x1: 60, x2: 60, y1: 0, y2: 14, class: "zero" }),
@@ -104,7 +104,7 @@ function figures(column, widest) {
     s("circle", { cx: x(value), cy: 7, r: 3.4 }));
   return h("div", { class: "figures" }, mean, bar,
     h("span", { class: sure }, `${signed(value)} [${signed(ci95[0])}, ${signed(ci95[1])}]`),
-    h("small", {}, `wins ${Math.round(wins * 100)}%, p = ${number(p, 2)}`));
+    h("small", {}, `${verdict}; wins ${Math.round(wins * 100)}%, p = ${number(p, 2)}`));
 }
 
 function address(row, column, side) {
@@ -116,7 +116,7 @@ function cell(row, column) {
   const score = row.scores[column.name];
   const others = Object.values(row.scores).filter((value) => value !== null);
   const best = others.length > 1 && score === Math.max(...others) && Math.min(...others) < score;
-  const picture = column.images
+  const picture = row.images.includes(column.name)
     ? h("button", { class: "picture", "aria-label": `${column.name}, full size: ${row.prompt}`, onclick: (event) => enlarge(row, column, event.currentTarget) },
         h("img", { src: address(row, column, 192), alt: "", loading: "lazy", decoding: "async", width: 192, height: 192 }))
     : h("div", { class: "picture none" }, "no image kept");
@@ -124,13 +124,14 @@ function cell(row, column) {
 }
 
 function enlarge(row, column, opener) {
-  let at = look.columns.indexOf(column);
+  const columns = look.columns.filter((each) => row.images.includes(each.name));
+  let at = columns.indexOf(column);
   const picture = h("img", { class: "full" });
   const name = h("h2", {});
   const said = h("p", { class: "score" });
   const set = (index) => {
-    at = (index + look.columns.length) % look.columns.length;
-    const shown = look.columns[at];
+    at = (index + columns.length) % columns.length;
+    const shown = columns[at];
     picture.src = address(row, shown);
     picture.alt = `${shown.name}: ${row.prompt}`;
     name.textContent = shown.name;
