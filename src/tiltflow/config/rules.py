@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tiltflow.core.sizes import both, said
 from tiltflow.models.family import graph_families, has_files
 from tiltflow.rewards.remote.address import ELSEWHERE
-from tiltflow.rewards.remote.asking import settings_elsewhere
+from tiltflow.rewards.remote.asking import refuse_ranks, settings_elsewhere
 
 if TYPE_CHECKING:
     from tiltflow.config.schema import AdaptersConfig, ModelConfig, RunConfig, RunSection
@@ -40,6 +40,8 @@ def check_together(config: RunConfig) -> None:
         for name, reward in rewards.items():
             if name.startswith(ELSEWHERE):
                 settings_elsewhere(name, reward.options)
+    for name, reward in config.watch.rewards.items():
+        refuse_ranks(name, reward.options)
 
 
 def _check_cold_start(config: RunConfig) -> None:

@@ -158,7 +158,7 @@ def checked(
             RewardFailed, which is one, if it raises anything but a ValueError. Running out of
             memory, being stopped and being interrupted pass as they are.
     """
-    _check_samples(reward.name, medium_of(reward), images, prompts, metadata)
+    check_samples(reward.name, medium_of(reward), images, prompts, metadata)
     promised = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
     images = (images if promised else images.detach()).float()
     size = at_once_of(reward) or max(len(images), 1)
@@ -196,13 +196,14 @@ def _called(
         raise ValueError(f"reward {reward.name!r}{where}: {error}") from error
 
 
-def _check_samples(
+def check_samples(
     name: str,
     medium: Medium,
     samples: Tensor,
     prompts: Sequence[str],
     metadata: Sequence[Metadata],
 ) -> None:
+    """Raises ValueError, as `checked` does, for samples that are none."""
     try:
         found: Fault | None = medium.check(samples)
     except ValueError as error:
@@ -352,8 +353,7 @@ def target_of(name: str) -> Callable[..., Any]:
     """The function or class that a dotted path or an entry point leads to.
 
     Raises:
-        ValueError: if there is none (names the nearest reward), it cannot be imported, or it is
-            neither.
+        ValueError: if there is none (names the nearest), it cannot be imported, or is neither.
     """
     target = find("reward", name, ENTRY_POINTS, BUILTIN, "function")
     if not callable(target):

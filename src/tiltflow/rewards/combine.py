@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.rewards.base import Metadata, Reward, at_once_of, checked
+from tiltflow.rewards.ranking import WeightedRanker
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,17 @@ class Weighted:
 
 
 class RewardMixture:
-    """Several rewards with weights; at least one, and no two of one name (ValueError)."""
+    """Several rewards with weights, and `rankers`, which have no scores and take part in the policy
+    gradient alone; at least one of either, and no two of one name (ValueError)."""
 
-    def __init__(self, rewards: Sequence[Weighted]) -> None:
-        names = [item.reward.name for item in rewards]
+    def __init__(self, rewards: Sequence[Weighted], rankers: Sequence[WeightedRanker] = ()) -> None:
+        names = [*(item.reward.name for item in rewards), *(r.ranker.name for r in rankers)]
         if not names:
             raise ValueError("a reward mixture needs at least one reward")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"reward {name!r} is given twice")
-        self.rewards = tuple(rewards)
+        self.rewards, self.rankers = tuple(rewards), tuple(rankers)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,6 +53,11 @@ class RewardMixture:
     def weights(self) -> dict[str, float]:
         """The weight of each reward, by name."""
         return {item.reward.name: item.weight for item in self.rewards}
+
+    @property
+    def advantage_weights(self) -> dict[str, float]:
+        """The weight of each reward and of each ranker, by name."""
+        return self.weights | {item.ranker.name: item.weight for item in self.rankers}
 
     @property
     def at_once(self) -> dict[str, int | None]:

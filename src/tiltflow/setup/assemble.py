@@ -16,11 +16,15 @@ from tiltflow.data.columns import weights_of
 from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.data.prompts import Prompt, PromptSampler
 from tiltflow.models.backbone import Backbone
+from tiltflow.models.medium import IMAGES
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
+from tiltflow.rewards.ranking import WeightedRanker
+from tiltflow.rewards.remote.asking import ranks
+from tiltflow.rewards.remote.loading import load_ranker
 from tiltflow.training.averaging import Averaging
 from tiltflow.training.buckets import Bucketed
 from tiltflow.training.cold_start import ColdStart, Cycle
@@ -109,12 +113,20 @@ def build_rewards(table: dict[str, RewardConfig], backbone: Backbone) -> RewardM
     Raises:
         ValueError: if one does not load, or scores another medium than the backbone's.
     """
-    loaded, device = [], str(backbone.device)
+    loaded, rankers, device = [], [], str(backbone.device)
     for name, reward in table.items():
+        if ranks(name, reward.options):
+            rankers.append(WeightedRanker(load_ranker(name, reward.options), reward.weight))
+            continue
         made = load_reward(name, path=reward.path, device=device, options=reward.options)
         check_medium([made], backbone.medium)
         loaded.append(Weighted(made, reward.weight, reward.backprop))
-    return RewardMixture(loaded)
+    if rankers and backbone.medium.name != IMAGES.name:
+        raise ValueError(
+            f"reward {rankers[0].ranker.name!r} ranks images, but here {backbone.medium.name} are "
+            "generated"
+        )
+    return RewardMixture(loaded, rankers)
 
 
 def _updaters(train: TrainConfig, roles: Roles, ranks: Ranks) -> tuple[Updater, Updater]:
@@ -190,6 +202,13 @@ def _tilt(cfg: RunConfig, backbone: Backbone, parts: Parts, rewards: RewardMixtu
     if any(term.takes_gradient for term in own) and not rewards.has_differentiable:
         raise ValueError(
             "a term of tilt.terms takes the rewards' gradient, but no reward is back-propagated"
+        )
+    whole = parts.share.ranks.size * chosen.group_size
+    if rewards.rankers and parts.share.batch % whole:
+        raise ValueError(
+            f"reward {rewards.rankers[0].ranker.name!r} ranks whole groups, but a "
+            f"train.batch_size of {parts.share.batch} gives {parts.share.ranks.size} ranks no "
+            f"whole groups of {chosen.group_size}"
         )
     return Tilt(
         **vars(parts),

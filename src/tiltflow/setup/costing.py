@@ -25,6 +25,7 @@ from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.roles import copy_roles
 from tiltflow.rewards.base import Metadata, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
+from tiltflow.rewards.remote.asking import ranks
 from tiltflow.setup.assemble import make_stages
 from tiltflow.setup.build import fake_scores
 from tiltflow.training.updates import Share
@@ -163,8 +164,12 @@ class _Score:
 def _stands(cfg: RunConfig, counter: Counter) -> list[Weighted]:
     found = []
     for name, chosen in cfg.rewards.items():
-        reward = load_reward(name, path=chosen.path, options=chosen.options)
-        stand = _Score(reward.name, reward.differentiable, counter)
+        if ranks(name, chosen.options):  # it sees as many images as a reward does
+            differentiable = False
+        else:
+            reward = load_reward(name, path=chosen.path, options=chosen.options)
+            name, differentiable = reward.name, reward.differentiable
+        stand = _Score(name, differentiable, counter)
         found.append(Weighted(stand, chosen.weight, chosen.backprop))
     return found
 

@@ -15,13 +15,14 @@ from tiltflow.method.reward_backprop import reward_gradient
 from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.rewards.base import NonFiniteScore, checked
 from tiltflow.rewards.combine import RewardMixture
+from tiltflow.rewards.ranking import Groups, ranked
 from tiltflow.training.optim import NonFiniteError
 from tiltflow.training.updates import Share, micro_batches
 
 
 @dataclass(frozen=True)
 class Scored:
-    """`scores`: every reward of the global batch, name → (B,).
+    """`scores`: every reward of the global batch, name → (B,), and rankers' standings.
 
     `losses` (b,) are relu(target − R) of this rank's samples and `gradient` (b, ...) their
     gradient with respect to x̂₀; None where no reward is back-propagated.
@@ -52,10 +53,16 @@ class Scorer:
         """The images that are scored."""
         return self.medium.rounded(images) if self.rounded else images
 
-    def begin(self, x0: Tensor, prompts: Sequence[Prompt], backprop: bool) -> Scoring:
+    def begin(
+        self,
+        x0: Tensor,
+        prompts: Sequence[Prompt],
+        backprop: bool,
+        groups: Groups | None = None,
+    ) -> Scoring:
         """Scores this rank's samples x0 (b, ...) by the rewards that compute here, and has those
-        that compute elsewhere begin."""
-        scoring = Scoring(self, prompts)
+        that compute elsewhere begin. Rankers rank them within `groups`."""
+        scoring = Scoring(self, prompts, groups)
         try:
             scoring.begin(x0, backprop)
         except BaseException:
@@ -67,8 +74,14 @@ class Scorer:
 class Scoring:
     """The scores of one rollout, on their way; to be closed (a `with` block does)."""
 
-    def __init__(self, scorer: Scorer, prompts: Sequence[Prompt]) -> None:
-        self._scorer, self._prompts = scorer, prompts
+    def __init__(
+        self, scorer: Scorer, prompts: Sequence[Prompt], groups: Groups | None = None
+    ) -> None:
+        self._scorer, self._prompts, self._groups = scorer, prompts, groups
+        self._names = tuple(scorer.rewards.advantage_weights)
+        rankers = [item.ranker for item in scorer.rewards.rankers]
+        self._rankers = [(one, Background(f"reward {one.name}")) for one in rankers]
+        self._decoded: list[tuple[slice, Tensor]] = []
         self._here = scorer.rewards.here
         away = [item.reward for item in scorer.rewards.elsewhere]
         self._threads = [(reward, Background(f"reward {reward.name}")) for reward in away]
@@ -85,12 +98,12 @@ class Scoring:
 
     def close(self) -> None:
         """Calls that have not begun are not made any more."""
-        for _, thread in self._threads:
+        for _, thread in (*self._threads, *self._rankers):
             thread.close()
 
     def begin(self, x0: Tensor, backprop: bool) -> None:
         scorer = self._scorer
-        self._mine = x0.new_full((len(x0), len(scorer.rewards.names)), torch.nan)
+        self._mine = x0.new_full((len(x0), len(self._names)), torch.nan)
         try:
             if backprop:
                 self._losses, self._gradient = reward_gradient(
@@ -100,8 +113,20 @@ class Scoring:
                 for rows in micro_batches(len(x0), scorer.chunk):
                     with torch.no_grad():
                         self._plain(scorer.decode(x0[rows]), rows)
+            self._rank()
         except NonFiniteScore as error:
             self._problem = error
+
+    def _rank(self) -> None:
+        """Has the rankers begin, who need all images of a group."""
+        if not self._rankers:
+            return
+        assert self._groups is not None  # a stage with rankers has groups
+        images = torch.cat([part for _, part in sorted(self._decoded, key=lambda at: at[0].start)])
+        texts, everything = [p.text for p in self._prompts], slice(0, len(images))
+        for ranker, thread in self._rankers:
+            asked = thread.call(ranked, ranker, images, texts, self._groups)
+            self._later.append((ranker.name, everything, asked))
 
     def finish(self, step: int) -> Scored:
         """Every reward of the global batch, of iteration `step`; one gather joins the ranks'.
@@ -114,7 +139,7 @@ class Scoring:
                 self._keep(rows, {name: future.result()})
         except NonFiniteScore as error:
             self._problem = self._problem or error
-        share, names = self._scorer.share, self._scorer.rewards.names
+        share, names = self._scorer.share, self._names
         table = share.ranks.gather(self._mine, share.batch)
         if not bool(torch.isfinite(table).all()):
             message = f"step {step}: a reward on another rank is not finite"
@@ -139,16 +164,18 @@ class Scoring:
             self._keep(rows, self._here.score(shown, *_of(self._prompts[rows])))
 
     def _send(self, images: Tensor, rows: slice) -> None:
-        """To the rewards elsewhere, from host memory: their threads leave the device alone."""
-        if self._threads:
+        """To the rewards elsewhere, and kept for the rankers, from host memory: their threads leave
+        the device alone."""
+        if self._threads or self._rankers:
             there = (self._scorer.shown(images).detach().cpu(), *_of(self._prompts[rows]))
+            if self._rankers:
+                self._decoded.append((rows, there[0]))
             for reward, thread in self._threads:
                 self._later.append((reward.name, rows, thread.call(checked, reward, *there)))
 
     def _keep(self, rows: slice, scores: dict[str, Tensor]) -> None:
-        names = self._scorer.rewards.names
         for name, values in scores.items():
-            self._mine[rows, names.index(name)] = values.to(self._mine)
+            self._mine[rows, self._names.index(name)] = values.to(self._mine)
 
 
 def _of(prompts: Sequence[Prompt]) -> tuple[list[str], list]:

@@ -16,6 +16,7 @@ from tiltflow.method.reward_backprop import equal_norm
 from tiltflow.method.rollout import Graphs, Rollout, attach, attach_from, pinned
 from tiltflow.models.backbone import Grouped
 from tiltflow.rewards.combine import RewardMixture
+from tiltflow.rewards.ranking import Groups
 from tiltflow.training.optim import Updater
 from tiltflow.training.own_terms import Figures
 from tiltflow.training.parts import Parts, recorded
@@ -71,10 +72,16 @@ class Tilt(Parts):
         scored, metrics = self._scored_and_fake_scores(step, trajectory, prompts)
         labels = self._labels(step)
         advantages, parts = group_advantages(
-            scored.scores, self.rewards.weights, chosen.group_size, chosen.advantage_clip, labels
+            scored.scores,
+            self.rewards.advantage_weights,
+            chosen.group_size,
+            chosen.advantage_clip,
+            labels,
         )
         counts = self._counts(scored, labels)
         means = {f"reward/{name}": values.mean() for name, values in scored.scores.items()}
+        for item in self.rewards.rankers:  # a half in every group
+            del means[f"reward/{item.ranker.name}"]
         metrics |= {name: self.share.whole(value) for name, value in (means | parts).items()}
         figures = Figures(self.share, metrics)
         epoch = Epoch(step, trajectory, prompts, scored, advantages[self.share.rows])
@@ -96,7 +103,9 @@ class Tilt(Parts):
         chosen = self.settings
         if not chosen.drop_zero_advantages:
             return None
-        kept = standing_out(scored.scores, self.rewards.weights, chosen.group_size, labels)
+        kept = standing_out(
+            scored.scores, self.rewards.advantage_weights, chosen.group_size, labels
+        )
         most = self.share.batch / kept.sum()
         return Counts(kept[self.share.rows] * most, most)
 
@@ -160,7 +169,8 @@ class Tilt(Parts):
         metrics: dict[str, Tensor] = {}
         updates = self.settings.fake_score_updates
         gradient = any(term.takes_gradient for term in self.terms)
-        with self.scorer.begin(trajectory.end, prompts, gradient) as scoring:
+        groups = Groups(self.settings.group_size, partial(self._order, step))
+        with self.scorer.begin(trajectory.end, prompts, gradient, groups) as scoring:
             try:
                 if updates:
                     metrics = self._fake_score_gradient(step, 0, trajectory, prompts)
@@ -173,6 +183,13 @@ class Tilt(Parts):
                 metrics = self._fake_score_gradient(step, update, trajectory, prompts)
             metrics |= self.fake.apply(step)
         return scored, metrics
+
+    def _order(self, step: int, group: int, n: int) -> list[int]:
+        """The order in which a ranker sees this rank's group of that number."""
+        size = self.settings.group_size
+        number = (step * self.share.batch + self.share.rows.start) // size + group
+        order: list[int] = self.randomness.permutation("rank/order", number, n).tolist()
+        return order
 
     def _fake_score_gradient(
         self, step: int, update: int, trajectory: Rollout, prompts: Sequence[Prompt]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
 from pydantic import Field, ValidationError
@@ -24,7 +24,8 @@ LONGEST_RUBRIC = 64 * 1024
     frozen=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 )
 class JudgeSettings:
-    """How a judge is asked: the `rubric`'s file, the `endpoint` (what stands before
+    """How a judge is asked: the `rubric`'s file, its `form` (a score for each image, or ranks
+    within a group, by pairs or of all at once), the `endpoint` (what stands before
     /chat/completions), the scores that it may give, from `low` to `high`, how many images it is
     asked about at a time, where its answers are kept ("off": nowhere; None: the user's cache), and
     how long an answer is at most, in tokens. The others are as of a remote reward (`Settings`).
@@ -34,6 +35,7 @@ class JudgeSettings:
     """
 
     rubric: Annotated[str, Field(min_length=1)]
+    form: Literal["score", "pairs", "group"] = "score"
     endpoint: str = "http://127.0.0.1:8000/v1"
     low: float = 1.0
     high: float = 10.0
@@ -79,6 +81,25 @@ def judge_settings(name: str, options: Mapping[str, Any]) -> JudgeSettings:
         )
     endpoint_of(name, settings.endpoint)
     return settings
+
+
+def ranks(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a reward of a config ranks images against each other, and so has no scores."""
+    return name.startswith(JUDGE) and options.get("form", "score") != "score"
+
+
+def refuse_ranks(name: str, options: Mapping[str, Any]) -> None:
+    """For whoever needs a score of each image.
+
+    Raises:
+        ValueError: if the reward has none.
+    """
+    if ranks(name, options):
+        raise ValueError(
+            f"reward {name!r} ranks the images of a group against each other (option form "
+            f"{options['form']}), so no image has a score of its own: it can be trained on under "
+            "rewards in stage tilt, and not be evaluated, watched or held out"
+        )
 
 
 def endpoint_of(name: str, endpoint: str) -> Address:

@@ -1,42 +1,24 @@
-"""A vision-language model that is asked how good an image is: `judge:MODEL`.
+"""A vision-language model that is asked how good images are: `judge:MODEL`.
 
 It is behind an endpoint that speaks OpenAI's chat completions, as vLLM, SGLang and llama.cpp's
-server do. It sees one image at a time, with the rubric and the prompt, so a score is of its image
-and prompt alone. (Ranks within a group would not be; they are not offered.)
+server do. `Judge` shows it one image at a time, so that a score is of its image and prompt alone.
+`GroupJudge` shows it the images of a group together, and is no reward but a ranker.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
+import itertools
 import math
-import os
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tiltflow.core.background import Background
-from tiltflow.core.disk import parse_json, write_whole
-from tiltflow.core.paths import embedding_cache, home_for_tilde
-from tiltflow.core.sentences import printable
 from tiltflow.rewards.base import Metadata
-from tiltflow.rewards.remote.address import JUDGE
-from tiltflow.rewards.remote.asking import (
-    KEY_VARIABLE,
-    PLACE,
-    JudgeSettings,
-    endpoint_of,
-    read_rubric,
-)
-from tiltflow.rewards.remote.client import Client, Fault
-from tiltflow.rewards.remote.wire import eight_bits, excerpt, given_token, parse, png
+from tiltflow.rewards.ranking import Groups
+from tiltflow.rewards.remote.asking import JudgeSettings
+from tiltflow.rewards.remote.endpoint import Endpoint, Form, Pixels, Question, seen
+from tiltflow.rewards.remote.wire import eight_bits
 
 FORMAT = "tiltflow-judge-1"
 
@@ -49,8 +31,7 @@ class Judge:
     and the model, so the same is never asked twice.
 
     Raises:
-        ValueError: if the rubric cannot be used; each call, if the endpoint refuses, stays away for
-            longer than `patience`, or gives no score after `retries` more attempts.
+        ValueError: if the rubric cannot be used; each call, as `Endpoint.answers`.
         Stopped: by a call, if the run is asked to stop while it waits.
     """
 
@@ -60,120 +41,31 @@ class Judge:
 
     def __init__(self, name: str, settings: JudgeSettings) -> None:
         self.name, self.settings = name, settings
-        self.model = name.removeprefix(JUDGE)
-        self.rubric = read_rubric(name, settings.rubric)
-        self.cache = _cache(settings.cache)
-        where = endpoint_of(name, settings.endpoint)
-        start = f"start the endpoint of {self.model}"
-        key = functools.partial(given_token, KEY_VARIABLE)
-        self._path = f"{where.name}/chat/completions"
-        self._client = Client(where, settings.client(), start, key, KEY_VARIABLE)
+        self._endpoint = Endpoint(name, settings)
+        low, high = settings.low, settings.high
+        self._form = Form(
+            key="score",
+            example='{"score": N}',
+            noun="score",
+            said=f'Answer with JSON alone: {{"score": N}}, N a number from {low:g} to {high:g}.',
+            schema={"type": "number", "minimum": low, "maximum": high},
+            read=self._score,
+        )
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:
-        threads = [
-            Background(f"{self.name} {number}")
-            for number in range(min(self.settings.parallel, len(prompts)))
-        ]
-        try:
-            asked = [
-                threads[row % len(threads)].call(self._score, pixels, prompt)
-                for row, (pixels, prompt) in enumerate(
-                    zip(eight_bits(images), prompts, strict=True)
-                )
-            ]
-            scores = [future.result() for future in asked]
-        finally:
-            for thread in threads:
-                thread.close()
+        pairs = zip(eight_bits(images), prompts, strict=True)
+        scores = self._endpoint.answers([self._question(*pair) for pair in pairs])
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
-    def _score(self, pixels: np.ndarray, prompt: str) -> float:
-        """The score of one image (H, W, 3) uint8."""
-        if self.cache is None:
-            return self._ask(pixels, prompt)
-        key = self._key(pixels, prompt)
-        file = self.cache / key[:2] / f"{key}.json"
-        if file.is_file():
-            return self._kept(file)
-        score = self._ask(pixels, prompt)
-        # Two runs may ask the same at once: each writes a file of its own, the first is kept.
-        part = file.with_name(f"{key}.{os.getpid()}.{threading.get_ident()}")
-        write_whole(part, json.dumps({"score": score}) + "\n")
-        with suppress(FileExistsError):
-            os.link(part, file)
-        part.unlink()
-        return self._kept(file)
+    def _question(self, pixels: Pixels, prompt: str) -> Question[float]:
+        on, limits = self._endpoint, [self.settings.low, self.settings.high]
+        facts = [FORMAT, on.model, on.rubric, limits, prompt, list(pixels.shape), seen(pixels)]
+        return Question(prompt, [pixels], self._form, facts)
 
-    def _key(self, pixels: np.ndarray, prompt: str) -> str:
-        seen = hashlib.sha256(pixels.tobytes()).hexdigest()
-        limits = [self.settings.low, self.settings.high]
-        facts = [FORMAT, self.model, self.rubric, limits, prompt, list(pixels.shape), seen]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def _kept(self, file: Path) -> float:
-        try:
-            return self._number(parse_json(file.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the kept answer {file} is no score: delete it") from error
-
-    def _ask(self, pixels: np.ndarray, prompt: str) -> float:
-        body = json.dumps(self._request(png(pixels), prompt)).encode()
-        ask = functools.partial(self._client.exchange, "POST", self._path, body, self._read)
-        try:
-            score: float = self._client.insist(ask, self.settings.patience)
-        except ValueError as error:
-            raise ValueError(f"{printable(repr(prompt))}: {error}") from error
-        return score
-
-    def _request(self, picture: str, prompt: str) -> dict[str, Any]:
+    def _score(self, score: object) -> float:
         low, high = self.settings.low, self.settings.high
-        form = f'Answer with JSON alone: {{"score": N}}, N a number from {low:g} to {high:g}.'
-        text = f"{self.rubric.replace(PLACE, prompt)}\n\n{form}"
-        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
-        schema = {
-            "type": "object",
-            "properties": {"score": {"type": "number", "minimum": low, "maximum": high}},
-            "required": ["score"],
-            "additionalProperties": False,
-        }
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": [image, {"type": "text", "text": text}]}],
-            "temperature": 0,
-            "max_tokens": self.settings.tokens,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "score", "schema": schema, "strict": True},
-            },
-        }
-
-    def _read(self, body: bytes) -> float:
-        """The score in an answer; what is none may be asked for once more.
-
-        Raises:
-            Fault: if the answer is no chat completion, was cut off, or holds anything but a score.
-        """
-        try:
-            answer = parse(body)
-            choice = answer["choices"][0]
-            text = choice["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            raise Fault(f"answered as no chat completion does: {excerpt(body)}") from None
-        if choice.get("finish_reason") not in ("stop", None):
-            reason = printable(repr(choice["finish_reason"]), 40)
-            raise Fault(f"ended its answer by {reason}, not by itself")
-        try:
-            return self._number(parse(str(text).strip().encode()))
-        except ValueError as error:
-            said = printable(repr(text), 60)
-            raise Fault(f'answered {said}, which is not {{"score": N}}: {error}') from None
-
-    def _number(self, found: object) -> float:
-        if not isinstance(found, dict) or list(found) != ["score"]:
-            raise ValueError("an object with a score and nothing else is wanted")
-        score, low, high = found["score"], self.settings.low, self.settings.high
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise ValueError("the score is no number")
         if not low <= score <= high or not math.isfinite(score):
@@ -181,13 +73,118 @@ class Judge:
         return float(score)
 
 
-def _cache(setting: str | None) -> Path | None:
-    """Where answers are kept: a folder, the user's own (None; beside the embeddings), or nowhere
-    ("off")."""
-    if setting == "off":
-        return None
-    if setting is not None:
-        return Path(home_for_tilde(setting))
-    own = embedding_cache(None)
-    assert own is not None
-    return own.parent / "judge"
+class GroupJudge:
+    """How the model ranks the images of a prompt: all of a group at once, or by pairs.
+
+    Of n images ranked at once, the k-th of them (from 0) stands at (n − 1 − k) / (n − 1). By pairs
+    every image meets every other, and stands at the share of the meetings that it won, a tie half.
+    The images are shown in the group's counted order, as a model may favour a place. Answers are
+    kept by the images in that order, the prompt, the rubric and the model.
+
+    Raises:
+        ValueError: if the rubric cannot be used; each call, as `Endpoint.answers`.
+        Stopped: by a call, if the run is asked to stop while it waits.
+    """
+
+    def __init__(self, name: str, settings: JudgeSettings) -> None:
+        self.name = name
+        self._endpoint, self._pairs = Endpoint(name, settings), settings.form == "pairs"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], groups: Groups) -> Tensor:
+        pixels, size = list(eight_bits(images)), groups.size
+        firsts = range(0, len(pixels), size)
+        shown = [
+            [first + place for place in groups.order(number, size)]
+            for number, first in enumerate(firsts)
+        ]
+        stand = self._by_pairs if self._pairs else self._at_once
+        found = torch.zeros(len(pixels))
+        for rows, standings in zip(shown, stand(pixels, prompts, shown), strict=True):
+            found[rows] = torch.tensor(standings)
+        return found.to(images.device)
+
+    def _at_once(
+        self, pixels: Sequence[Pixels], prompts: Sequence[str], shown: Sequence[list[int]]
+    ) -> list[list[float]]:
+        """The standings of each group's images in the order in which they were shown."""
+        asked = [self._question(pixels, prompts, rows, _ranking(len(rows))) for rows in shown]
+        found = []
+        for ranking in self._endpoint.answers(asked):
+            last = len(ranking) - 1
+            standings = [0.0] * len(ranking)
+            for place, number in enumerate(ranking):
+                standings[number - 1] = (last - place) / last
+            found.append(standings)
+        return found
+
+    def _by_pairs(
+        self, pixels: Sequence[Pixels], prompts: Sequence[str], shown: Sequence[list[int]]
+    ) -> list[list[float]]:
+        meetings = [
+            (group, pair)
+            for group, rows in enumerate(shown)
+            for pair in itertools.combinations(range(len(rows)), 2)
+        ]
+        asked = [
+            self._question(pixels, prompts, [shown[group][place] for place in pair], CHOICE)
+            for group, pair in meetings
+        ]
+        found = [[0.0] * len(rows) for rows in shown]
+        answers = self._endpoint.answers(asked)
+        for (group, (one, other)), better in zip(meetings, answers, strict=True):
+            won = {1: 1.0, 2: 0.0, 0: 0.5}[better]
+            share = 1 / (len(shown[group]) - 1)
+            found[group][one] += won * share
+            found[group][other] += (1 - won) * share
+        return found
+
+    def _question(
+        self, pixels: Sequence[Pixels], prompts: Sequence[str], rows: Sequence[int], form: Form
+    ) -> Question:
+        on, prompt, pictures = self._endpoint, prompts[rows[0]], [pixels[row] for row in rows]
+        images = [[*picture.shape, seen(picture)] for picture in pictures]
+        facts = [FORMAT, form.key, on.model, on.rubric, prompt, images]
+        return Question(prompt, pictures, form, facts)
+
+
+def _better(number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number not in (0, 1, 2):
+        raise ValueError("the better one is not 1, 2 or 0")
+    return number
+
+
+CHOICE = Form(
+    key="better",
+    example='{"better": N}',
+    noun="choice",
+    said='There are two images. Answer with JSON alone: {"better": N}, N the number of the better '
+    "image, 1 or 2, or 0 if neither is better.",
+    schema={"type": "integer", "enum": [0, 1, 2]},
+    read=_better,
+)
+
+
+def _ranking(n: int) -> Form[list[int]]:
+    """The form of a ranking of n images."""
+
+    def read(ranking: object) -> list[int]:
+        whole = isinstance(ranking, list) and all(type(number) is int for number in ranking)
+        if not whole or sorted(ranking) != list(range(1, n + 1)):  # type: ignore[call-overload]
+            raise ValueError(f"the ranking is not each of 1 to {n} once")
+        return list(ranking)  # type: ignore[call-overload]
+
+    return Form(
+        key="ranking",
+        example='{"ranking": [N, ...]}',
+        noun="ranking",
+        said=f"There are {n} images, numbered from 1 in the order in which they are shown. Answer "
+        'with JSON alone: {"ranking": [N, ...]}, their numbers from the best image to the worst, '
+        "each once.",
+        schema={
+            "type": "array",
+            "items": {"type": "integer", "minimum": 1, "maximum": n},
+            "minItems": n,
+            "maxItems": n,
+        },
+        read=read,
+    )
