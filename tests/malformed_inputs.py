@@ -131,6 +131,12 @@ SETTINGS = [
         "a judge at no address",
         TILT + "'rewards={\"judge:m\": {weight: 1, options: {rubric: r.txt, endpoint: here}}}'",
     ),
+    Case(
+        "a judge of ranks that is watched",
+        TILT + "'watch.rewards={\"judge:m\": {weight: 1, options: {rubric: r, form: group}}}'",
+    ),
+    Case("a dial beyond its end", "dial run --strengths 0,2"),
+    Case("a dial whose seeds are words", "dial run --seeds one"),
     Case("the loop of a demo that is begun anew", "demo --loop --fresh"),
     Case("ranks given up at once", TRAIN + "run.rank_timeout=1"),
     Case("micro-batches across groups", TILT + "train.micro_batch_size=7"),

@@ -20,7 +20,7 @@ from tiltflow.cli import main as cli
 SRC = Path(__file__).parents[1] / "src"
 COMMANDS = (
     "demo", "train", "sample", "evaluate", "compare", "report", "export", "encode", "recipes",
-    "doctor", "reward-server", "desk", "fit-reward", "study",
+    "doctor", "reward-server", "desk", "dial", "fit-reward", "study",
 )  # fmt: skip
 
 

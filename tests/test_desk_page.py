@@ -9,6 +9,7 @@ from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, make_til
 
 from tiltflow.data.preferences import read_votes
 from tiltflow.desk.app import Desk
+from tiltflow.tasks.dial_grid import compute_dial, picture_file
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -209,6 +210,41 @@ def test_the_dial_turns_by_keyboard_and_draws_the_rewards(browser, tmp_path):
                 "() => [...document.querySelectorAll('.plots .readout')].length === 3"
                 " && document.querySelector('.plots .readout').innerText.includes('strength 1.5')"
             )
+            check(page)
+            assert said == []
+            context.close()
+
+
+def test_a_dial_computed_beforehand_turns_the_same_way(browser, tmp_path):
+    (run,) = make_tilts(tmp_path, 1)
+    given = {"seeds": [0, 1], "strengths": [0.0, 1.0, 1.5], "device": "cpu"}
+    grid = compute_dial(run, run / "dial", ["a red circle", ODD[0]], **given)
+    picture_file(run / "dial", 1, 1, 0).unlink()
+    with served(Desk([run / "dial"], tmp_path / "votes.jsonl")) as client:
+        for width, height in SIZES.values():
+            context = browser.new_context(viewport={"width": width, "height": height})
+            page = context.new_page()
+            said: list[str] = []
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.goto(f"{client.address}/?token={TOKEN}#dial")
+            page.get_by_role("button", name="Show").click()
+            page.wait_for_function("() => document.querySelector('.made')?.naturalWidth === 64")
+            assert page.locator(".dial output").inner_text() == "1.00"
+            assert page.locator(".made").get_attribute("src").endswith("/0/0/1")
+            page.get_by_role("slider", name=run.name).focus()
+            page.keyboard.press("End")
+            assert page.locator(".dial output").inner_text() == "1.50"
+            assert page.locator(".made").get_attribute("src").endswith("/0/0/2")
+            texts = page.locator(".plots .readout").all_inner_texts()
+            assert len(texts) == 3 and "strength 1.5" in texts[0]
+            assert page.locator(".plots figcaption").all_inner_texts()[0] == "clipscore (trained)"
+            page.get_by_label("Prompt").select_option(label=ODD[0])
+            page.get_by_label("Seed").select_option(label=str(grid.seeds[1]))
+            assert page.locator(".made").get_attribute("src").endswith("/1/1/2")
+            page.get_by_role("slider", name=run.name).focus()
+            page.keyboard.press("Home")
+            assert "not computed yet (11 of 12 are)" in page.locator(".took").inner_text()
+            assert not page.locator(".made").is_visible()
             check(page)
             assert said == []
             context.close()

@@ -12,6 +12,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from tiltflow.cli.desk import desk
+from tiltflow.cli.dial import dial
 from tiltflow.cli.fit_reward import fit_reward
 from tiltflow.cli.options import (
     NO_PROMPT,
@@ -157,7 +158,8 @@ def evaluate(
         bool, typer.Option("--diversity", help="diversity, and the distance to the teacher, too")
     ] = False,
     keep_images: Annotated[
-        bool, typer.Option("--keep-images", help="every image as a PNG beside the figures")
+        bool,
+        typer.Option("--keep-images", help="all images beside the figures, not the first alone"),
     ] = False,
 ) -> None:
     """Score teacher and students on the same prompts and noise, with intervals and tests.
@@ -321,6 +323,7 @@ def doctor(
 
 
 app.command(epilog="Example: tiltflow desk runs/demo")(desk)
+app.command(epilog="Example: tiltflow dial runs/tilt --prompt 'a red circle' --seeds 0,1,2")(dial)
 app.command(epilog="Example: tiltflow submit sd35m_cold_start data.prompts=FILE --gpus 8")(submit)
 app.command("fit-reward", epilog="Example: tiltflow fit-reward preferences.jsonl --out taste")(
     fit_reward

@@ -24,16 +24,19 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from tiltflow.desk import runs
-from tiltflow.desk.dial import Dial
+from tiltflow.desk.dial import Dial, view
 from tiltflow.desk.guard import Guard
 from tiltflow.desk.images import thumbnail
 from tiltflow.desk.sets import Choice, Table, group, load_table, look
 from tiltflow.desk.sources import Place, Sources, find_sources
 from tiltflow.desk.votes import Ballot, Match
+from tiltflow.tasks.dial_grid import picture_file
 
 PAGE = Path(__file__).parent / "page"
 LOGS = 64
 """Logs that are kept in memory: the runs that were looked at last."""
+LONGEST_NAME = 200
+"""Letters of a file's name: a number in an address may have any length."""
 BODY = 16_384
 """Bytes of a request's body."""
 PATIENCE = 10.0
@@ -67,7 +70,8 @@ class Desk:
             {"id": key, "name": ", ".join(place.name for place in places)}
             for key, places in group(self.sources.evaluations).items()
         ]
-        return {"runs": listed, "sets": sets}
+        dials = [{"id": place.id, "name": place.name} for place in self.sources.dials.values()]
+        return {"runs": listed, "sets": sets, "dials": dials}
 
     def run(self, id: str) -> Place:
         """Raises KeyError if there is none of that id."""
@@ -105,6 +109,8 @@ def make_app(desk: Desk, host: str, port: int, token: str) -> ASGIApp:
         Route("/api/dial/image", answers.dial_image, methods=["POST"]),
         Route("/api/dial/scores", answers.dial_scores, methods=["POST"]),
         Route("/api/dial/picture/{key}", answers.dial_picture),
+        Route("/api/computed/{id}", answers.computed),
+        Route("/api/computed/{id}/{prompt:int}/{seed:int}/{strength:int}", answers.computed_image),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
     handlers = {KeyError: _missing, ValueError: _wrong, HTTPException: _refused}
@@ -192,6 +198,17 @@ class Answers:
     def dial_picture(self, request: Request) -> Response:
         return Response(self.desk.dial.picture(request.path_params["key"]), media_type="image/png")
 
+    def computed(self, request: Request) -> Response:
+        """A dial that was computed beforehand."""
+        return Json(view(self.desk.sources.dials[request.path_params["id"]].path))
+
+    def computed_image(self, request: Request) -> Response:
+        asked = request.path_params
+        folder = self.desk.sources.dials[asked["id"]].path
+        return _picture(
+            request, picture_file(folder, asked["prompt"], asked["seed"], asked["strength"])
+        )
+
     def _draw(self, match: Match) -> dict[str, Any]:
         return self.desk.ballot.draw(match, self.desk.table(match.set))
 
@@ -225,7 +242,7 @@ def _choice(asked: Mapping[str, str]) -> Choice:
 def _picture(request: Request, file: Path) -> Response:
     """A file's image: small with ?side=PIXELS, else the file itself. A browser keeps it for as
     long as the file is the same one."""
-    if not file.is_file():
+    if len(file.name) > LONGEST_NAME or not file.is_file():
         raise KeyError(file.name)
     about = file.stat()
     side = request.query_params.get("side")

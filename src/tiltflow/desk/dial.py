@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 import secrets
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from tiltflow.desk.sources import Place
 from tiltflow.tasks.dial import STRONGEST, Student, facts, load_student
+from tiltflow.tasks.dial_grid import packed, picture_file, read_grid, read_scores
 
 PICTURES = 32
 """Images that are kept for the page to fetch: the latest."""
@@ -64,11 +63,8 @@ class Dial:
             began = time.perf_counter()
             made = self._loaded().image(strengths, prompt, seed, steps)
             took = time.perf_counter() - began
-            pixels = (made * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            packed = io.BytesIO()
-            Image.fromarray(pixels).save(packed, "PNG")
             key = secrets.token_hex(8)
-            self._pictures[key] = packed.getvalue()
+            self._pictures[key] = packed(made)
             while len(self._pictures) > PICTURES:
                 self._pictures.popitem(last=False)
         return {"picture": key, "seconds": took}
@@ -90,6 +86,24 @@ class Dial:
         if self._student is None:
             raise ValueError("no student is loaded")
         return self._student[1]
+
+
+def view(folder: Path) -> dict[str, Any]:
+    """A dial that was computed beforehand: its grid, the pictures that are there as numbers of
+    (prompt, seed, strength), and a row of rewards a strength, None where they are not.
+
+    Raises:
+        ValueError: if a file of it cannot be read.
+    """
+    grid = read_grid(folder)
+    made = {(p, s, t) for p, s, t in grid.places() if picture_file(folder, p, s, t).is_file()}
+    scores = read_scores(folder, grid)
+    return {
+        **grid.model_dump(exclude={"digest"}),
+        "made": sorted(made),
+        "of": len(grid.places()),
+        "scores": [scores.get(strength) for strength in grid.strengths],
+    }
 
 
 def _numbers(asked: Mapping[str, Any]) -> list[float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiltflow.evaluation.files import scores_path
+from tiltflow.tasks.dial_grid import FILE
 from tiltflow.tasks.report import run_names
 
 
@@ -29,35 +30,45 @@ class Sources:
 
     runs: dict[str, Place]
     evaluations: dict[str, Place]
+    dials: dict[str, Place]
+    """Folders that `tiltflow dial` has filled."""
 
 
 def find_sources(given: Sequence[Path]) -> Sources:
     """The runs and evaluations at the paths: run directories, folders of these (one level deep),
-    and evaluations by their JSON file or folder.
+    evaluations by their JSON file or folder, and computed dials by their folder or the run they
+    lie in.
 
     Raises:
         ValueError: naming the first path at which there is none.
     """
     runs: list[Path] = []
     evaluations: list[Path] = []
+    dials: list[Path] = []
     for path in given:
         folders = [path] if path.is_dir() else []
         if folders and not _is_run(path):
             folders += sorted(p for p in path.iterdir() if _is_run(p))
         found = [folder for folder in folders if _is_run(folder)]
         scored = [path] if _is_evaluation(path) else [e for f in folders for e in _evaluations(f)]
-        if not found and not scored:
+        dialled = [p for f in folders for p in (f, *sorted(f.glob("*/"))) if _is_dial(p)]
+        if not found and not scored and not dialled:
             raise ValueError(
                 f"{path} holds nothing for a desk: no run directory (config.yaml) and no "
                 "evaluation (tiltflow evaluate --json)"
             )
         runs += found
         evaluations += scored
-    return Sources(_places(runs), _places(evaluations))
+        dials += dialled
+    return Sources(_places(runs), _places(evaluations), _places(dials))
 
 
 def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
+
+
+def _is_dial(path: Path) -> bool:
+    return (path / FILE).is_file()
 
 
 def _is_evaluation(path: Path) -> bool:
@@ -69,8 +80,8 @@ def _evaluations(folder: Path) -> list[Path]:
 
 
 def _places(paths: Iterable[Path]) -> dict[str, Place]:
-    """By id. An evaluation.json goes by its folder's name."""
-    shown = {(p.parent if p.name == "evaluation.json" else p): p for p in paths}
+    """By id. What lies in a run under its usual name goes by the run's."""
+    shown = {(p.parent if p.name in ("evaluation.json", "dial") else p): p for p in paths}
     found = {_id(path): (shorter, path) for shorter, path in shown.items()}
     named = run_names([shorter for shorter, _ in found.values()])
     return {id: Place(id, named[shorter], path) for id, (shorter, path) in found.items()}

@@ -1,6 +1,6 @@
 // Dial: the strength of each tilt, live on a loaded student, with the rewards drawn below.
-import { chart } from "./chart.js";
-import { colour, duration, fill, h, labelled, post, say } from "./dom.js";
+import { computed, rewards } from "./computed.js";
+import { duration, fill, h, labelled, post, say } from "./dom.js";
 
 const GRID = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5];
 const picked = new Set();
@@ -16,20 +16,22 @@ async function show(panel, overview) {
   home = panel;
   if (panel.firstChild) return;
   const able = overview.runs.filter((run) => run.tilt);
-  if (!able.length) {
+  if (!able.length && !overview.dials.length) {
     return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to dial yet"),
-      h("p", {}, "A dial is the strength of a finished stage-2 run: one with ", h("code", {}, "export/tilt"), ".")));
+      h("p", {}, "A dial is the strength of a finished stage-2 run: one with ", h("code", {}, "export/tilt"), ". ",
+        h("code", {}, "tiltflow dial RUN"), " computes one beforehand, for models whose pictures take long.")));
   }
-  if (!picked.size) picked.add(able.at(-1).id);
+  if (able.length && !picked.size) picked.add(able.at(-1).id);
   const boxes = able.map((run) => h("label", {}, h("input", {
     type: "checkbox", checked: picked.has(run.id),
     onchange: (event) => (event.target.checked ? picked.add(run.id) : picked.delete(run.id)),
   }), " ", h("bdi", {}, run.name)));
   fill(panel,
-    h("div", { class: "toolbar" },
+    overview.dials.length ? computed(panel, overview.dials) : null,
+    able.length ? h("div", { class: "toolbar" },
       h("fieldset", { class: "systems" }, h("legend", {}, "Tilts"), boxes),
       labelled("Size", h("input", { type: "number", id: "side", min: 8, max: 4096, step: 8, placeholder: "as trained" })),
-      h("button", { class: "main", onclick: load }, "Load the student")),
+      h("button", { class: "main", onclick: load }, "Load the student")) : null,
     h("div", { class: "desk" }));
 }
 
@@ -129,14 +131,7 @@ function plots() {
   if (!names.length) {
     return fill(place, h("p", { class: "soft" }, `“Score all strengths” draws the trained and the held-out rewards along ${about.dials[moving]}, on ${about.prompts.length} held-out prompts. Where the trained one still rises and a held-out one falls, the reward is being hacked.`));
   }
-  fill(place, h("div", { class: "cards" }, names.map((name, i) => {
-    const points = [...curves].filter(([, scores]) => scores[name]).sort((a, b) => a[0] - b[0]);
-    const { trained } = points[0][1][name];
-    return chart([{
-      name, colour: colour(i), dashed: !trained, points: points.map(([x, scores]) => [x, scores[name].mean]),
-      low: points.map(([, scores]) => scores[name].ci95[0]), high: points.map(([, scores]) => scores[name].ci95[1]),
-    }], { title: `${name} (${trained ? "trained" : "held out"})`, x: "strength", span: [0, about.strongest], at: strengths[moving] });
-  })));
+  fill(place, rewards(curves, strengths[moving], about.strongest));
 }
 
 export const dial = { show };
