@@ -30,6 +30,7 @@ MODELS = {
     "flux1_dev": "FLUX.1-dev",
     "flux2_klein_4b": "FLUX.2-klein 4B",
     "flux2_klein_9b": "FLUX.2-klein 9B",
+    "flux2_dev": "FLUX.2-dev",
     "z_image": "Z-Image",
     "qwen_image": "Qwen-Image",
     "krea2": "Krea 2",

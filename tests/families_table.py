@@ -91,6 +91,18 @@ CASES = {
         blocks="60 + 0",
         adapter=(60 * 8 - 2, (60 * 8 - 2) * 32 * (3072 + 3072)),
     ),
+    "flux2_dev": Case(
+        names=("flux2_dev", "flux2_dev_wide"),
+        plain={"guidance_scale": 4.0},
+        guided=({"guidance_scale": 2.5}, 2.5),
+        batched=False,
+        recipe="flux2_dev",
+        blocks="8 + 48",
+        adapter=(
+            8 * 8 + 48 * 2,
+            32 * 6144 * (8 * 8 * 2 + 48 * ((1 + 3 + 2 * 3) + (1 + 3 + 1))),
+        ),
+    ),
     "krea2": Case(
         names=("krea2", "krea2_wide", "krea2_turbo"),
         plain={"guidance_scale": 0.0},

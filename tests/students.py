@@ -35,6 +35,7 @@ MODELS = {
     "sana": ("sana", None),
     "qwen_image": ("qwen_image", None),
     "krea2": ("krea2", "krea2_turbo"),
+    "flux2_dev": ("flux2_dev", None),
     "other_sizes": ("other_sd3_patch_4", None),
 }
 """A recipe's model (or one that has none), its tiny pipeline and its generator's."""

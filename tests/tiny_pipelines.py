@@ -288,10 +288,11 @@ def build(name: str, directory: Path, seed: int = 0) -> Path:
     or in `other_sizes` or `tiny_qwen`."""
     from other_sizes import BUILDERS as OTHERS  # which takes tokenizers from here
     from tiny_chroma import BUILDERS as CHROMA
+    from tiny_flux2_dev import BUILDERS as FLUX2
     from tiny_qwen import BUILDERS as QWEN
     from tiny_sana import BUILDERS as SANA
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        {**BUILDERS, **OTHERS, **SANA, **CHROMA, **QWEN}[name]().save_pretrained(directory)
+        {**BUILDERS, **OTHERS, **SANA, **CHROMA, **FLUX2, **QWEN}[name]().save_pretrained(directory)
     return directory

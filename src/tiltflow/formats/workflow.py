@@ -84,6 +84,16 @@ NODES: Mapping[str, Nodes] = {
         autoencoder="flux2-vae.safetensors",
         latent="EmptyFlux2LatentImage",
     ),
+    "flux2_dev": Nodes(
+        transformer="flux2-dev.safetensors",
+        encoders=(
+            "CLIPLoader",
+            {"clip_name": "mistral_3_small_flux2_bf16.safetensors", "type": "flux2"},
+        ),
+        autoencoder="flux2-vae.safetensors",
+        latent="EmptyFlux2LatentImage",
+        embedded_guidance=True,
+    ),
     "z_image": Nodes(
         transformer="z_image_bf16.safetensors",
         encoders=("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}),

@@ -19,6 +19,7 @@ BUILTIN: dict[str, tuple[str | None, str]] = {
     "sd3": ("StableDiffusion3Pipeline", "tiltflow.models.families.sd3:FAMILY"),
     "flux": ("FluxPipeline", "tiltflow.models.families.flux:FAMILY"),
     "flux2": ("Flux2KleinPipeline", "tiltflow.models.families.flux2:FAMILY"),
+    "flux2_dev": ("Flux2Pipeline", "tiltflow.models.families.flux2_dev:FAMILY"),
     "z_image": ("ZImagePipeline", "tiltflow.models.families.z_image:FAMILY"),
     "sana": ("SanaPipeline", "tiltflow.models.families.sana:FAMILY"),
     "chroma": ("ChromaPipeline", "tiltflow.models.families.chroma:FAMILY"),

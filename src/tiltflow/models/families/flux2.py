@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
+import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
@@ -35,9 +37,6 @@ FAMILY = Family(
     published=KLEIN,
 )
 
-HIDDEN_STATES = (9, 18, 27)
-"""Of the text encoder: what the pipeline's call puts side by side as a prompt's embedding."""
-
 
 class Flux2Backbone(PipelineBackbone):
     """A FLUX.2-klein pipeline; see `PipelineBackbone` for the other arguments and errors.
@@ -53,13 +52,16 @@ class Flux2Backbone(PipelineBackbone):
             distilled one of the two.
     """
 
+    states: ClassVar[tuple[int, ...]] = (9, 18, 27)
+    """Hidden states of the text encoder that the pipeline's call puts side by side as a prompt's
+    embedding."""
     default_guidance = 4.0
     default_sequence = 512
     axes = 4
     packing = 4
 
     def _begin(self) -> None:
-        self.step_distilled = bool(self.pipe.config.is_distilled)
+        self.step_distilled = bool(self.pipe.config.get("is_distilled"))
         if self.step_distilled:
             self.guidance = 1.0
         if self.parts != "text" and not self.vae.bn.running_var.is_meta:
@@ -76,18 +78,19 @@ class Flux2Backbone(PipelineBackbone):
 
     def _check_parts(self) -> None:
         config = self.pipeline.config("text_encoder")
+        config = config.get("text_config", config)
         layers = config.get("num_hidden_layers", 0)
-        if layers < HIDDEN_STATES[-1]:
+        if layers < self.states[-1]:
             raise ValueError(
-                f"the text encoder in {self.path} has {layers} layers, but klein is conditioned on "
-                f"the hidden states {', '.join(map(str, HIDDEN_STATES))}"
+                f"the text encoder in {self.path} has {layers} layers, but {self.record.title} is "
+                f"conditioned on the hidden states {', '.join(map(str, self.states))}"
             )
         width = self.part_config(self.pipeline, "transformer")["joint_attention_dim"]
         hidden = config.get("hidden_size", 0)
-        if width != len(HIDDEN_STATES) * hidden:
+        if width != len(self.states) * hidden:
             raise ValueError(
                 f"the transformer in {self.path} has joint_attention_dim={width}, which is not "
-                f"{len(HIDDEN_STATES)} × hidden_size={hidden} of its text encoder"
+                f"{len(self.states)} × hidden_size={hidden} of its text encoder"
             )
 
     def _check_teacher(self) -> None:
@@ -125,19 +128,25 @@ class Flux2Backbone(PipelineBackbone):
         return super().velocity(network, x, sigma, cond, guidance)
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Qwen3's tokens, three of its hidden states side by side."""
+        """The text encoder's tokens, three of its hidden states side by side."""
         return {"prompt_embeds": (self.sequence, self.pipe.transformer.config.joint_attention_dim)}
 
     def _forward(
-        self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Mapping[str, Tensor],
+        scale: float | None = None,
     ) -> Tensor:
         dtype, context = self.input_dtype(network), cond["prompt_embeds"]
         level = (sigma.float() * TIMESTEPS).to(dtype) / TIMESTEPS  # rounded as the pipeline does
+        given = None if scale is None else torch.full_like(sigma, scale, dtype=torch.float32)
         v = network(
             hidden_states=self.pipe._pack_latents(x).to(dtype),
             encoder_hidden_states=context.to(dtype),
             timestep=level,
-            guidance=None,
+            guidance=given,
             txt_ids=self._text_ids(context),
             img_ids=self._image_ids(x),
             return_dict=False,

@@ -10,11 +10,12 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tiltflow.core.sentences import first_sentence
 from tiltflow.models.backbone import Loading
-from tiltflow.models.pipelines.directory import Pipeline
+from tiltflow.models.pipelines.directory import Pipeline, is_part
 from tiltflow.models.pipelines.weights import check_values, check_weights
 
 
@@ -40,6 +41,7 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
         given |= {name: None for part in present for name in (part, _tokenizer(part))}
     else:
         given |= {part: load_part(pipeline, part, dtype) for part in present}
+        given |= _words(pipeline)
     if parts == "text":
         given |= {
             "vae": None,
@@ -89,6 +91,22 @@ def load_part(pipeline: Pipeline, part: str, dtype: torch.dtype, empty: bool = F
             raise ValueError(f"{folder} cannot be loaded: {wrong[0]} did not go in")
     check_values(network, str(folder))
     return network.requires_grad_(False).eval()
+
+
+def _words(pipeline: Pipeline) -> dict[str, Any]:
+    """The tokenizers of processors, which are for pictures too and may ask for more libraries."""
+    parts = [
+        name
+        for name, entry in pipeline.index.items()
+        if is_part(entry) and name.startswith("tokenizer") and str(entry[-1]).endswith("Processor")
+    ]
+    try:
+        return {
+            part: AutoTokenizer.from_pretrained(str(pipeline.root / part), local_files_only=True)
+            for part in parts
+        }
+    except Exception as error:  # whatever a directory can make of a library
+        raise ValueError(f"{pipeline} cannot be loaded: {first_sentence(error)}") from error
 
 
 def _class_of(pipeline: Pipeline, part: str) -> Any:

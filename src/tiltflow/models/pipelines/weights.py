@@ -35,7 +35,7 @@ HARMLESS = {
 0, 1, 2, …, which older versions saved; of a whole T5 the half that is not the encoder; of a whole
 language model its head."""
 
-PREFIX = re.compile(r"^(text_model\.|model\.)?(language_model\.)?")
+PREFIX = re.compile(r"^(text_model\.|model\.)?(language_model\.(model\.)?)?")
 """Before the names of a CLIP text model, in files of some versions and models of others; of a
 language model without its head; and of one beside an eye, by the version that saved it."""
 
