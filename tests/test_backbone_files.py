@@ -63,10 +63,10 @@ def test_wrong_directories(sd3: Path, tmp_path: Path) -> None:
         ValueError, match="'sdxl' is none of sd3, .*, chroma, qwen_image, krea2, mixture"
     ):
         check_pipeline(sd3, "sdxl")
-    edit(sd3 / "model_index.json", _class_name="Flux2Pipeline")
+    edit(sd3 / "model_index.json", _class_name="WanPipeline")
     with pytest.raises(
         ValueError,
-        match="holds a Flux2Pipeline, which is none of .*, Krea2Pipeline; a family can be",
+        match="holds a WanPipeline, which is none of .*, Krea2Pipeline; a family can be",
     ):
         check_pipeline(sd3)
     (sd3 / "model_index.json").write_text("{")

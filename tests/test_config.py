@@ -151,8 +151,8 @@ def test_configs_are_frozen(recipes: Path) -> None:
         ("train.steps.x=1", "train.steps is 10, so it has no x"),
         (
             "model.family=foo",
-            "model.family is 'foo', but it should be 'sd3', 'flux', 'flux2', 'z_image', 'sana', "
-            "'chroma', 'qwen_image', 'krea2' or 'mixture'",
+            "model.family is 'foo', but it should be 'sd3', 'flux', 'flux2', 'flux2_dev', "
+            "'z_image', 'sana', 'chroma', 'qwen_image', 'krea2' or 'mixture'",
         ),
         ("rewards.clip=abc", "rewards.clip is 'abc', but it should be a number or a mapping"),
         ("sampler.eta=1.5", "sampler.eta is 1.5, but it should be less than or equal to 1"),
