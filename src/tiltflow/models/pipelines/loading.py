@@ -35,13 +35,15 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
     transformers_logging.disable_progress_bar()
     family, given = pipeline.family, dict[str, Any](pipeline.absent)
     present = [name for name in family.text_encoders if name not in given]
+    words: dict[str, Any] = {}
     networks = {"text": [*present, "transformer"], "image": ["transformer", "vae"]}
     check_weights(pipeline, networks.get(parts, [*present, "transformer", "vae"]))
     if parts == "image":
         given |= {name: None for part in present for name in (part, _tokenizer(part))}
     else:
         given |= {part: load_part(pipeline, part, dtype) for part in present}
-        given |= _words(pipeline)
+        words = _words(pipeline)
+        given |= dict.fromkeys(words)  # diffusers would look for the processor's class
     if parts == "text":
         given |= {
             "vae": None,
@@ -55,6 +57,8 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
         pipe = kind.from_pretrained(str(pipeline.root), local_files_only=True, **given)
     except Exception as error:
         raise ValueError(f"{pipeline} cannot be loaded: {first_sentence(error)}") from error
+    for part, tokenizer in words.items():
+        setattr(pipe, part, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
