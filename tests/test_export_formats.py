@@ -37,7 +37,7 @@ from tiltflow.models.roles import AdapterSettings
 Tiny = Callable[[str], Path]
 NAMES = (
     "sd3m", "sd35m", "flux1_dev", "schnell", "flux2_klein_4b", "z_image", "chroma", "sana",
-    "qwen_image", "krea2",
+    "qwen_image", "krea2", "flux2_dev",
 )  # fmt: skip
 STRENGTHS = (0.0, 0.5, 1.0)
 FILES = ("few_step", "tilt", "baked_0", "baked_0.5", "baked_1")
@@ -45,6 +45,7 @@ TRANSFORMERS = {
     "sd3": converters.convert_sd3_transformer_checkpoint_to_diffusers,
     "flux": converters.convert_flux_transformer_checkpoint_to_diffusers,
     "flux2": converters.convert_flux2_transformer_checkpoint_to_diffusers,
+    "flux2_dev": converters.convert_flux2_transformer_checkpoint_to_diffusers,
     "z_image": converters.convert_z_image_transformer_checkpoint_to_diffusers,
     "chroma": converters.convert_chroma_transformer_checkpoint_to_diffusers,
     "sana": converters.convert_sana_transformer_to_diffusers,
