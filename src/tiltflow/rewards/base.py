@@ -224,7 +224,8 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
     if not torch.is_tensor(scores):
         raise ValueError(f"{start}, got {type(scores).__name__}")
     assert isinstance(scores, Tensor)
-    if scores.shape != (len(prompts),) or not scores.is_floating_point() or scores.is_meta:
+    empty = scores.is_meta and not images.is_meta  # no numbers for images that have some
+    if scores.shape != (len(prompts),) or not scores.is_floating_point() or empty:
         kind = f"{str(scores.dtype).removeprefix('torch.')} on {scores.device}"
         raise ValueError(f"{start}, got {tuple(scores.shape)} {kind}")
     promised = images.requires_grad and torch.is_grad_enabled()
