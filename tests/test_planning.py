@@ -137,9 +137,10 @@ def test_sizes_are_a_ranks_rows_and_their_parts() -> None:
     [
         (10.1, 9, ()),
         (9.9, 5, ()),  # two micro-batches cost less than recomputing
-        (5.9, 9, ("fake_score",)),  # and recomputing less than three
-        (2.1, 2, ("fake_score",)),
-        (1.2, 1, ("fake_score",)),
+        (3.9, 2, ()),
+        (2.9, 3, ("fake_score",)),  # nine cost more
+        (2.1, 1, ()),
+        (1.9, 1, ("fake_score",)),
     ],
 )
 def test_the_size_is_of_the_fastest_plan_that_fits(gib: float, size: int, parts: tuple) -> None:
@@ -181,4 +182,4 @@ def test_a_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert at(1.6, True, "run.replan=true") == 1
     assert said[1].startswith("planned anew: micro_batch_size=auto is 1: ")
     (tmp_path / "plan.json").write_text('{"gradient_checkpointing": [], "bytes": 1}')
-    assert at(100, True) == 9  # it began with a size that was given
+    assert at(100, True) == 72  # it began with a size that was given: all rows now
