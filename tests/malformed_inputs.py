@@ -229,6 +229,23 @@ FILES = [
         PROMPTS + "p.csv data.buckets=size",
         text("p.csv", "prompt,size\na,large\n"),
     ),
+    Case(
+        "a negative prompt's column that is not there",
+        PROMPTS + "p.csv data.columns.negative=avoid",
+        text("p.csv", "prompt\na\n"),
+    ),
+    Case(
+        "negative prompts of points",
+        "train mixture_cold_start run.device=cpu data.prompts=p.csv data.columns.negative=avoid",
+        text("p.csv", "prompt,avoid\na,b\n"),
+    ),
+    Case(
+        "negative prompts for SANA",
+        TRAIN + "model.path=model model.autocast=null data.prompts=p.csv data.eval_prompts= "
+        "model.resolution=64 data.columns.negative=avoid",
+        text("p.csv", "prompt,avoid\na,b\n"),
+        "sana",
+    ),
     Case("a set of datasets that has no name", PROMPTS + "datasets:../x"),
     Case("--column of nothing", EVALUATE + "--reward shapes --column q"),
     Case(

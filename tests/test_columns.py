@@ -20,8 +20,10 @@ from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.randomness import Randomness
 from tiltflow.data.buckets import by_column
 from tiltflow.data.columns import Columns, weights_of
+from tiltflow.data.embeddings import check_negatives, distinct, encode_prompts
 from tiltflow.data.prompts import Prompt, PromptSampler, load_prompts
 from tiltflow.evaluation.categories import category_of
+from tiltflow.models.families import load_backbone
 from tiltflow.tasks.interface import request_of
 from tiltflow.tasks.study import load_study
 from tiltflow.tasks.train import run_training
@@ -101,6 +103,50 @@ def test_bad_tables(
 def test_packaged_sets_have_no_columns() -> None:
     with pytest.raises(ValueError, match="shapes-train is a packaged set"):
         load_prompts("shapes-train", columns=Columns(weight="w"))
+
+
+def test_negative_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", "prompt,avoid\na, blurry \nb,\n")
+    prompts = load_prompts(path, columns=Columns(negative="avoid"))
+    assert [p.negative for p in prompts] == ["blurry", None]
+    assert [p.negative for p in load_prompts(path)] == [None, None]
+    assert distinct([*prompts, Prompt("blurry")]) == ["a", "b", "blurry"]
+    with pytest.raises(ValueError, match="line 2 has no negative prompt as 'avid'"):
+        load_prompts(path, columns=Columns(negative="avid"))
+
+
+@pytest.mark.parametrize("name", ["sd35m", "qwen_image"])
+def test_the_teacher_is_guided_away_from_each_prompts_own(
+    tiny_pipeline: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """What `select` gives is what encoding the negative texts gives, cached or not."""
+    backbone = load_backbone(tiny_pipeline(name), device="cpu", max_sequence_length=8)
+    prompts = [Prompt("a cat", negative="blurry"), Prompt("a dog"), Prompt("a cat", negative="bad")]
+    encoded = encode_prompts(backbone, prompts, batch_size=2)
+    cond, _ = encoded.select([0, 1, 2], torch.device("cpu"))
+    without = encode_prompts(backbone, [Prompt(p.text) for p in prompts], batch_size=2)
+    plain, _ = without.select([0, 1, 2], torch.device("cpu"))
+    texts = encode_prompts(backbone, [Prompt("blurry"), Prompt("bad")], batch_size=2)
+    own, _ = texts.select([0, 1], torch.device("cpu"))
+    for key, value in cond.negative.items():
+        assert torch.equal(value[1], plain.negative[key][1])
+        assert torch.equal(value[[0, 2]], own.positive[key])
+        assert torch.equal(cond.positive[key], plain.positive[key])
+
+
+def test_who_is_not_guided_has_no_negative_prompts(tiny_pipeline: Callable[[str], Path]) -> None:
+    prompts = [Prompt("a", negative="b")]
+    flux = load_backbone(tiny_pipeline("flux_dev"), device="cpu")
+    with pytest.raises(ValueError, match="need a teacher with classifier-free guidance"):
+        check_negatives(prompts, flux, None)
+    sd35m = load_backbone(tiny_pipeline("sd35m"), device="cpu")
+    with pytest.raises(ValueError, match="need a teacher with classifier-free guidance"):
+        check_negatives(prompts, sd35m, 1.0)
+    check_negatives(prompts, sd35m, None)
+    check_negatives([Prompt("a")], flux, None)
+    sana = load_backbone(tiny_pipeline("sana"), device="cpu")
+    with pytest.raises(ValueError, match="encodes a negative prompt otherwise than a prompt"):
+        check_negatives(prompts, sana, None)
 
 
 # --- weights ------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class SamplingOptions:
         list[str] | None,
         typer.Option(
             "--column",
-            help="what the prompts' column is called: prompt=NAME, or category=NAME; repeatable",
+            help="a column's own name, as prompt=NAME, category=, negative=; repeatable",
             metavar="KEY=NAME",
         ),
     ] = None
@@ -266,7 +266,9 @@ def named_columns(given: Sequence[str]) -> Mapping[str, str]:
     for text in given:
         key, _, name = text.partition("=")
         if not (key and name):
-            raise ValueError(f"--column {text!r} should read prompt=NAME or category=NAME")
+            raise ValueError(
+                f"--column {text!r} should read prompt=NAME, category=NAME or negative=NAME"
+            )
         if key in columns:
             raise ValueError(f"--column {key} is given twice")
         columns[key] = name

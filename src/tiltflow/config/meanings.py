@@ -53,6 +53,8 @@ MEANINGS = {
     "data.columns.prompt": "the prompts' column; unset: `prompt`, `text` or `caption`",
     "data.columns.category": "the column of the categories that an evaluation groups by; unset: "
     "`category`, `tag` or `atom_count`",
+    "data.columns.negative": "the column of negative prompts, which the teacher is guided away "
+    "from; unset: the family's own, as a rule the empty one",
     "data.columns.weight": "the column of the weights that prompts are drawn by; unset: all alike",
     "data.buckets": "sizes of pictures, `[[832, 1216], [1024, 1024]]` or with weights, `[{size: "
     "[832, 1216], weight: 2}]`; or the prompt file's column of sizes; unset: `model.resolution`",

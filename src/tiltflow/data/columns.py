@@ -18,12 +18,14 @@ class Columns(Section):
 
     `prompt`: unset is the first of `prompt`, `text` and `caption` that is there. `category`: what
     `evaluate` groups prompts by; unset is `tag`, `category` or `atom_count`. `weight`: how often a
-    prompt is drawn beside the others; unset, all alike.
+    prompt is drawn beside the others; unset, all alike. `negative`: what the teacher is guided away
+    from; unset, and where there is nothing, the family's own negative prompt.
     """
 
     prompt: Text | None = None
     category: Text | None = None
     weight: Text | None = None
+    negative: Text | None = None
 
     def about(self, row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
         """A prompt's metadata: its row, with the category where it is looked for.
@@ -37,6 +39,19 @@ class Columns(Section):
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
             raise ValueError(f"prompts: {place} has no category as {self.category!r}")
         return {**row, "category": str(value)}
+
+    def negative_of(self, row: Mapping[str, Any], place: str) -> str | None:
+        """A row's negative prompt, if it has one.
+
+        Raises:
+            ValueError: if the row has no such column, or what stands there is no text.
+        """
+        if self.negative is None:
+            return None
+        value = row.get(self.negative, 0)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"prompts: {place} has no negative prompt as {self.negative!r}")
+        return value.strip() or None if value is not None else None
 
 
 def columns_of(given: Mapping[str, str]) -> Columns:

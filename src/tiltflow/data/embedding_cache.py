@@ -278,10 +278,7 @@ def encoded_sets(
     else:
         found = encode_cached(cache, texts, load, batch_size=batch_size, notice=notice)
         tables, places = found.tables, dict(found.places)
-    return [
-        EncodedPrompts(tuple(chosen), tables, tuple(places[p.text] for p in chosen))
-        for chosen in sets
-    ]
+    return [EncodedPrompts.of(chosen, tables, places) for chosen in sets]
 
 
 def _fill(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ BATCH = 64
 """Texts that go through the text encoders at a time."""
 
 Progress = Callable[[int], None]
+Place = tuple[int, int]
+"""A table and a row of it."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,25 @@ class EncodedPrompts:
 
     `places[i]` are the table and the row of prompt i. Each of `tables` has a row a text in
     `positive` and one row in `negative`, the empty prompt's, which is the same in all of them.
+    `negatives[i]` are the table and the row of prompt i's own negative prompt, if it has one.
     """
 
     prompts: tuple[Prompt, ...]
     tables: tuple[Conditioning, ...]
-    places: tuple[tuple[int, int], ...]
+    places: tuple[Place, ...]
+    negatives: tuple[Place | None, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Prompt],
+        tables: tuple[Conditioning, ...],
+        places: Mapping[str, Place],
+    ) -> EncodedPrompts:
+        """Of prompts whose texts, and negative texts, stand at these places."""
+        own = any(prompt.negative for prompt in prompts)
+        negatives = [places[p.negative] if p.negative else None for p in prompts] if own else []
+        return cls(tuple(prompts), tables, tuple(places[p.text] for p in prompts), tuple(negatives))
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -37,26 +53,63 @@ class EncodedPrompts:
         self, indices: Sequence[int], device: torch.device
     ) -> tuple[Conditioning, list[Prompt]]:
         """Conditioning and prompts of some rows, in the order given."""
-        places = [self.places[i] for i in indices]
         first = self.tables[0]
 
         def placed(key: str, value: Tensor) -> Tensor:
             return value if key.endswith(ON_HOST) else to_device(value, device)
 
-        positive = {
-            key: placed(key, torch.stack([self.tables[t].positive[key][row] for t, row in places]))
-            for key in first.positive
-        }
-        negative = {
-            key: placed(key, value).expand(len(places), *value.shape[1:])
-            for key, value in first.negative.items()
-        }
+        def stacked(places: Sequence[Place | None]) -> dict[str, Tensor]:
+            return {
+                key: placed(
+                    key,
+                    torch.stack(
+                        [
+                            first.negative[key][0]
+                            if p is None
+                            else self.tables[p[0]].positive[key][p[1]]
+                            for p in places
+                        ]
+                    ),
+                )
+                for key in first.positive
+            }
+
+        positive = stacked([self.places[i] for i in indices])
+        if self.negatives:
+            negative = stacked([self.negatives[i] for i in indices])
+        else:
+            negative = {
+                key: placed(key, value).expand(len(indices), *value.shape[1:])
+                for key, value in first.negative.items()
+            }
         return Conditioning(positive, negative), [self.prompts[i] for i in indices]
 
 
 def distinct(prompts: Sequence[Prompt]) -> list[str]:
-    """The texts of prompts, each once, in order."""
-    return list(dict.fromkeys(prompt.text for prompt in prompts))
+    """The texts of prompts, each once, in order, and then those of their negative prompts."""
+    negatives = [prompt.negative for prompt in prompts if prompt.negative]
+    return list(dict.fromkeys([*(prompt.text for prompt in prompts), *negatives]))
+
+
+def check_negatives(prompts: Sequence[Prompt], backbone: Backbone, guidance: float | None) -> None:
+    """Passes prompts without negative ones of their own, or whose teacher is guided away from them.
+
+    Raises:
+        ValueError: if there are some and the teacher has no pass without the prompt, or the family
+            does not encode them as it encodes prompts.
+    """
+    if not any(prompt.negative for prompt in prompts):
+        return
+    if backbone.passes(backbone.guidance if guidance is None else guidance) == 1:
+        raise ValueError(
+            "negative prompts need a teacher with classifier-free guidance, which "
+            f"{backbone.family} has not at this guidance"
+        )
+    if not getattr(backbone, "negatives_are_prompts", True):
+        raise ValueError(
+            f"{backbone.family} encodes a negative prompt otherwise than a prompt, so prompts "
+            "cannot have negative ones of their own"
+        )
 
 
 def encode_prompts(
@@ -78,7 +131,7 @@ def encode_prompts(
         tables.append(part)
         progress(min(len(tables) * batch_size, len(texts)))
     places = {text: divmod(i, batch_size) for i, text in enumerate(texts)}
-    return EncodedPrompts(tuple(prompts), tuple(tables), tuple(places[p.text] for p in prompts))
+    return EncodedPrompts.of(prompts, tuple(tables), places)
 
 
 def encoded_batches(

@@ -29,10 +29,12 @@ Plain = tuple[str, object]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption, and the whole object it came with (GenEval's tags, questions, …)."""
+    """A caption, and the whole object it came with (GenEval's tags, questions, …); `negative` is
+    what the teacher is guided away from, the family's own negative prompt where it is None."""
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    negative: str | None = None
 
 
 def _shapes(held_out: bool, n: int) -> list[Prompt]:
@@ -121,9 +123,10 @@ def _keys(columns: Columns) -> tuple[str, ...]:
 def _prompt(value: object, place: str, columns: Columns) -> Prompt:
     """A prompt from a string or an object; `place` says where it stands."""
     metadata: Mapping[str, Any] = {}
+    negative = None
     if isinstance(value, Mapping):
         keys = _keys(columns)
-        metadata = columns.about(value, place)
+        metadata, negative = columns.about(value, place), columns.negative_of(value, place)
         key = next((key for key in keys if value.get(key) is not None), None)
         if key is None:
             raise ValueError(f"prompts: {place} has none of the keys {', '.join(keys)}")
@@ -134,9 +137,9 @@ def _prompt(value: object, place: str, columns: Columns) -> Prompt:
         raise ValueError(f"prompts: {place} is not a string, nor an object with a prompt")
     if not value.strip():
         raise ValueError(f"prompts: {place} is an empty prompt")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if any("\ud800" <= letter <= "\udfff" for letter in value + (negative or "")):
         raise ValueError(f"prompts: {place} has half a surrogate pair, which is no text")
-    return Prompt(value.strip(), metadata)
+    return Prompt(value.strip(), metadata, negative)
 
 
 def _parse(text: str, place: str) -> Any:

@@ -28,7 +28,12 @@ from tiltflow.models.pipelines.files import check_directory
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
-from tiltflow.setup.model_checks import check_adapters, check_model, check_sizes
+from tiltflow.setup.model_checks import (
+    check_adapters,
+    check_guided_from,
+    check_model,
+    check_sizes,
+)
 from tiltflow.training.objective import check_objective
 from tiltflow.training.own_terms import check_terms
 
@@ -119,6 +124,11 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "sizes",
         lambda on: check_sizes(on.cfg, on.prompts.train, on.pipelines),
+        needs=("model", "weights", "prompts"),
+    ),
+    Check(
+        "negative prompts",
+        lambda on: check_guided_from(on.cfg, on.prompts, on.pipelines),
         needs=("model", "weights", "prompts"),
     ),
     Check("prompts and rewards", _check_prompts_fit, needs=("rewards", "prompts")),

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from tiltflow.config.load import RunConfig
+from tiltflow.config.load import PromptSets, RunConfig
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.sizes import Resolution, both
+from tiltflow.data.embeddings import check_negatives
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.family import published
 from tiltflow.models.lora_files import read_adapter
@@ -71,6 +72,24 @@ def check_sizes(
             resized(backbone, bucket.size)
         except ValueError as error:
             raise ValueError(f"data.buckets: {error}") from error
+
+
+def check_guided_from(cfg: RunConfig, sets: PromptSets, pipelines: Pipelines | None = None) -> None:
+    """Whether the negative prompts of the prompt file are something for the teacher.
+
+    Raises:
+        ValueError: as `check_negatives`.
+    """
+    if cfg.data.columns.negative is None:
+        return
+    if not cfg.model.has_files:
+        raise ValueError(
+            f"data.columns.negative is for text, of which the {cfg.model.path} has none"
+        )
+    pipelines = pipelines or cfg.model.pipelines
+    if _here(cfg, pipelines):
+        prompts = [*sets.train, *sets.fixed]
+        check_negatives(prompts, meta_of(cfg, pipelines), cfg.model.guidance)
 
 
 def largest(cfg: RunConfig) -> Resolution | None:

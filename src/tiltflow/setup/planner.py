@@ -83,7 +83,8 @@ class Job:
     """What a run does, as far as its memory goes; the names are the recipe's.
 
     `tilt` None is stage 1; `boundaries` None is one fake score for all of them. `fused` says
-    whether attention is a fused kernel (GPUs) or the plain one that training takes on a CPU.
+    whether attention is a fused kernel (GPUs) or the plain one that training takes on a CPU, and
+    `negatives` whether each prompt has a negative one of its own.
     """
 
     batch: int
@@ -97,6 +98,7 @@ class Job:
     fused: bool = True
     boundaries: int | None = None
     keep_graph: bool = False
+    negatives: bool = False
 
 
 @dataclass(frozen=True)
@@ -359,9 +361,12 @@ def _conditioning(backbone: PipelineBackbone, rows: int) -> Conditioning:
 
 
 def _conditioning_bytes(backbone: PipelineBackbone, job: Job) -> int:
-    """The global batch's conditioning, a group's prompt once; the negative is one row."""
+    """The global batch's conditioning, a group's prompt once; the negative is one row, unless
+    prompts have negative ones of their own."""
     prompts = job.batch // (job.tilt.group if job.tilt else 1)
-    return (prompts + 1) * sum(t.nbytes for t in _conditioning(backbone, 1).positive.values())
+    return (prompts + (prompts if job.negatives else 1)) * sum(
+        t.nbytes for t in _conditioning(backbone, 1).positive.values()
+    )
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -45,7 +45,8 @@ class Sampling(TypedDict, total=False):
     split: str | None
     """Which split of a prompt file that has several."""
     columns: Mapping[str, str]
-    """What the columns of a prompt file are called: {"prompt": NAME, "category": NAME}."""
+    """What the columns of a prompt file are called: {"prompt": NAME, "category": NAME,
+    "negative": NAME}."""
     few_step: str | Path | None
     """Stage-1 LoRA folder, of the mixture a run directory; without one, the teacher is sampled."""
     tilt_lora: str | Path | None

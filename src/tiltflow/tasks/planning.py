@@ -60,6 +60,7 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         fused=cfg.run.device != "cpu",
         boundaries=fake_scores(cfg),
         keep_graph=chosen.keep_graph is True,
+        negatives=cfg.data.columns.negative is not None,
     )
     encoders = sum(
         p.numel() for e in text_encoders(resolve_path(model.path)).values() for p in e.parameters()

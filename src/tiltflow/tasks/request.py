@@ -16,7 +16,13 @@ from tiltflow.core.precision import autocast_dtype
 from tiltflow.core.randomness import Randomness
 from tiltflow.core.sizes import Resolution
 from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
-from tiltflow.data.embeddings import BATCH, EncodedPrompts, distinct, encode_prompts
+from tiltflow.data.embeddings import (
+    BATCH,
+    EncodedPrompts,
+    check_negatives,
+    distinct,
+    encode_prompts,
+)
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.backbone import Backbone, Parts
 from tiltflow.models.families import load_backbone
@@ -148,6 +154,7 @@ def _prepare_copies(request: Request) -> tuple[Loaded, Sampler]:
     device = device_of(request.device)
     request.settled  # noqa: B018  # says what is wrong before anything is made
     loaded = load_copies(request.family or request.model, request.checkpoints, device)
+    check_negatives(request.prompts, loaded.backbone, request.guidance)
     encoded = encode_prompts(loaded.backbone, request.prompts)
     return loaded, _sampler(request, loaded.backbone, encoded)
 
@@ -178,8 +185,9 @@ def check_request(request: Request) -> None:
         generator.asked = generator.asked or family.name
         check_directory(generator)
         check_weights(generator, ["transformer"])
+    shapes = meta_backbone(model, generator_path=generator, **_settings(request))
+    check_negatives(request.prompts, shapes, request.guidance)
     if request.few_step or request.tilt_lora:
-        shapes = meta_backbone(model, generator_path=generator, **_settings(request))
         load_students(shapes, request.few_step, request.tilt_lora)
 
 

@@ -154,6 +154,8 @@ class SanaBackbone(PipelineBackbone):
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         return self._embedded(prompts, INSTRUCTION.default)
 
+    negatives_are_prompts = False  # see `data.embeddings.check_negatives`
+
     def _encode_negative(self) -> dict[str, Tensor]:
         return self._embedded([""], None)
 
