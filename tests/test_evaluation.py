@@ -135,7 +135,7 @@ def test_diversity_vendi_and_distance_stand_beside_the_scores() -> None:
 
 
 def test_categories_by_hand() -> None:
-    assert category_of({"tag": "colors", "category": "x"}) == "colors"
+    assert category_of({"tag": "colors", "category": "x"}) == "x"  # of a column that is named
     assert category_of({"category": "x"}) == "x"
     assert category_of({"atom_count": 3}) == "3 atoms"
     assert category_of({"prompt": "a"}) is None

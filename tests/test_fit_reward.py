@@ -132,7 +132,7 @@ def test_the_regression_is_at_its_optimum():
     [
         ([("p", "x", "y", 1.0)] * 10, "10 votes prefer one image"),
         ([("p", "x", "y", 0.5)] * 60, "0 votes prefer one image .60 none."),
-        ([("p", f"x{i}", "y", 1.0) for i in range(60)], "are on 1 different prompts"),
+        ([("p", f"x{i}", "y", 1.0) for i in range(60)], "are on 1 prompt; a reward needs 10"),
         (
             [(f"p{i % 30}", "x", "y", float(i < 30)) for i in range(60)],
             "contradict each other: of 30 pairs .* 30 were decided both ways",
