@@ -1,8 +1,10 @@
 """`tiltflow demo --loop`: from choices to a tilt, with a simulated person who chooses.
 
-She votes between pairs of the cold start's images, with noise; `fit-reward` makes a reward of the
-votes, and stage 2 tilts to it. Then she chooses, without noise, between the tilted student and the
-cold start on held-out prompts, each pair from the same noise.
+Two rounds. She votes between pairs of the cold start's images, with noise; `fit-reward` makes a
+reward of the votes, and stage 2 tilts to it for a while. Then she votes between that student and
+the cold start, from the same noise: where the first reward went wrong, these votes say so. Stage 2
+tilts the cold start to the reward of all votes. At last she chooses, without noise, between the
+tilted student and the cold start on held-out prompts, each pair from the same noise.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ Array = NDArray[np.float64]
 
 NOISE = 0.15
 """The share of her votes that are the other way round."""
+VOTES = "preferences.jsonl"
 SHOWN = 12
 """Pairs in the picture."""
 CLIPS = {"taste": "packaged:clip", "taste_heldout": "packaged:clip_heldout"}
@@ -48,16 +51,20 @@ CLIPS = {"taste": "packaged:clip", "taste_heldout": "packaged:clip_heldout"}
 
 @dataclass(frozen=True)
 class Size:
-    """How many votes, held-out pairs and iterations of stage 2, of how many images each."""
+    """By round, votes, the fitted reward's weight beside CLIPScore's 1, and iterations of stage 2,
+    of `batch` images each; held-out pairs. The first round goes further than one would keep, so
+    that its votes teach something."""
 
-    votes: int = 200
-    held_out: int = 300
-    steps: int = 80
+    votes: tuple[int, int] = (100, 100)
+    weights: tuple[float, float] = (0.6, 0.15)
+    steps: tuple[int, int] = (60, 120)
     batch: int = 32
+    held_out: int = 300
 
 
 def run_loop(out: Path, console: Console, size: Size | None = None) -> dict[str, Any]:
-    """Votes, fits, tilts and compares in `out`/loop; `out`/cold_start is trained if it is missing.
+    """Votes, fits and tilts twice and compares in `out`/loop, the first round in `out`/loop/first;
+    `out`/cold_start is trained if it is missing.
 
     Returns what `out`/loop/loop.json holds. A part that is there already is not made again.
 
@@ -67,21 +74,23 @@ def run_loop(out: Path, console: Console, size: Size | None = None) -> dict[str,
     size, began, place = size or Size(), time.time(), out / "loop"
     console.rule(Text("cold_start", "bold"))
     train_stage("cold_start", out, (), console)
-    console.rule(Text("votes", "bold"))
-    few_step = out / "cold_start" / "export" / "few_step"
-    file = place / "preferences.jsonl"
-    if not file.exists():
-        vote(few_step, file, size.votes, console)
-    about = {}
-    for name, clip in CLIPS.items():
-        console.print(f"{name}, on {clip}:")
-        about[name] = fit_reward([file], place / name, clip, "cpu", console.print)
-    console.rule(Text("tilt", "bold"))
-    train_stage("tilt", out, changes(place, size), console, "loop/tilt")
+    files = [place / "first" / VOTES, place / VOTES]
+    for number, file in enumerate(files):
+        console.rule(Text(f"votes, round {number + 1}", "bold"))
+        if not file.exists():
+            vote(out, file, number, size.votes, console)
+        about = {}
+        for name, clip in CLIPS.items():
+            console.print(f"{name}, on {clip}:")
+            fitted = file.parent / name
+            about[name] = fit_reward(files[: number + 1], fitted, clip, "cpu", console.print)
+        console.rule(Text(f"tilt, round {number + 1}", "bold"))
+        changed = changes(file.parent, size, number)
+        train_stage("tilt", out, changed, console, str(file.parent.relative_to(out) / "tilt"))
     console.rule(Text("held-out pairs", "bold"))
     found = compared(out, size.held_out)
     found["accuracy"] = {name: one["accuracy"] for name, one in about.items()}
-    found["votes"], found["minutes"] = size.votes, round((time.time() - began) / 60, 1)
+    found["votes"], found["minutes"] = sum(size.votes), round((time.time() - began) / 60, 1)
     write_whole(place / "loop.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     for line in said(found):
         console.print(line, highlight=False)
@@ -89,39 +98,50 @@ def run_loop(out: Path, console: Console, size: Size | None = None) -> dict[str,
     return found
 
 
-def changes(place: Path, size: Size) -> list[str]:
-    """What differs from the recipe `demo_tilt`."""
-    rewards = {"clipscore": 1.0, str(place / "taste"): 0.4}
+def changes(place: Path, size: Size, number: int) -> list[str]:
+    """What differs from the recipe `demo_tilt` in a round, whose rewards were fitted in `place`."""
+    steps = size.steps[number]
+    rewards = {"clipscore": 1.0, str(place / "taste"): size.weights[number]}
     held_out = dict.fromkeys((str(place / "taste_heldout"), "shapes", "clipscore_heldout"), 1.0)
     return [
         f"rewards={json.dumps(rewards)}",
         f"watch.rewards={json.dumps(held_out)}",
-        f"train.steps={size.steps}",
+        f"train.steps={steps}",
         f"train.batch_size={size.batch}",
-        f"watch.every={max(1, size.steps // 2)}",
-        f"log.samples_every={size.steps}",
-        f"checkpoint.every={max(1, size.steps // 2)}",
+        f"watch.every={max(1, steps // 2)}",
+        f"log.samples_every={steps}",
+        f"checkpoint.every={max(1, steps // 2)}",
     ]
 
 
-def vote(few_step: Path, file: Path, count: int, console: Console) -> None:
-    """Shows her `count` pairs, each of one training prompt from two noises, and appends her votes
-    to `file` once all are there; the images are beside it."""
-    prompts = load_prompts("shapes-train")[:count]
+def vote(out: Path, file: Path, number: int, counts: Sequence[int], console: Console) -> None:
+    """Shows her the pairs of round `number`, each of one training prompt, and appends her votes to
+    `file` once all are there; the images are beside it. In round 0 the cold start has made both
+    from two noises, then it and round 0's student from one."""
+    count = counts[number]
+    prompts = load_prompts("shapes-train")[sum(counts[:number]) :][:count]
+    first = file.parent / "first" / "tilt" / "export" / "tilt" if number else None
     # Noise of its own: the evaluation's seed is 0.
-    request = Request(model=MODEL, prompts=prompts, few_step=few_step, autocast="auto", seed=1)
+    request = Request(
+        model=MODEL,
+        prompts=prompts,
+        few_step=out / "cold_start" / "export" / "few_step",
+        tilt_lora=first,
+        autocast="auto",
+        seed=1 + number,
+    )
     loaded, sampler = prepare(request)
-    pair = [_images(sampler, loaded.students["ac_dmd"], count, draw) for draw in (0, 1)]
+    sides = (("rtdmd", 0), ("ac_dmd", 0)) if number else (("ac_dmd", 0), ("ac_dmd", 1))
+    pair = [_images(sampler, loaded.students[name], count, draw) for name, draw in sides]
     liked = [likings(images, prompts) for images in pair]
-    chosen = votes(liked[0], liked[1], NOISE, np.random.default_rng(0))
-    medium = loaded.backbone.medium
+    chosen = votes(liked[0], liked[1], NOISE, np.random.default_rng(number))
     for side, images in zip("ab", pair, strict=True):
-        save_samples(medium, file.parent / "votes" / side, range(count), images)
+        save_samples(loaded.backbone.medium, file.parent / "votes" / side, range(count), images)
     part = file.with_suffix(".part")
     part.unlink(missing_ok=True)
-    for row, (prompt, first) in enumerate(zip(prompts, chosen, strict=True)):
+    for row, (prompt, a) in enumerate(zip(prompts, chosen, strict=True)):
         images_of = {f"image_{side}": f"votes/{side}/{row:05d}.png" for side in "ab"}
-        append_vote(part, {"prompt": prompt.text, **images_of, "choice": "a" if first else "b"})
+        append_vote(part, {"prompt": prompt.text, **images_of, "choice": "a" if a else "b"})
     part.replace(file)
     console.print(f"{count} votes, {NOISE:.0%} of them by chance the other way: {file}")
 
