@@ -156,7 +156,7 @@ def test_configs_are_frozen(recipes: Path) -> None:
         ),
         ("rewards.clip=abc", "rewards.clip is 'abc', but it should be a number or a mapping"),
         ("sampler.eta=1.5", "sampler.eta is 1.5, but it should be less than or equal to 1"),
-        ("run.device='cpu:x'", "run.device is 'cpu:x', but it should match"),
+        ("run.device='cpu:x'", "run.device is 'cpu:x', but it should be auto, cpu"),
         ("data.prompts=''", "data.prompts is '', but it should have at least 1 character"),
         ("data.prompts=[a", "the value of data.prompts, line 1: expected"),
         ("model.path=!!python/object:os.system x", "tags, anchors and aliases are not allowed"),
