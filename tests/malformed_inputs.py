@@ -179,7 +179,7 @@ FILES = [
     Case("no such file", PROMPTS + "none.txt"),
     Case("no such packaged set", PROMPTS + "shapes-trian"),
     Case("a directory", PROMPTS + "."),
-    prompts("another format", "p.csv", "a,b\n"),
+    prompts("another format", "p.xlsx", "a,b\n"),
     prompts("an empty file", "p.txt", "\n \n"),
     prompts("Latin-1 text", "p.txt", b"caf\xe9\n"),
     prompts("a broken line", "p.jsonl", '"a"\n{"b\n'),

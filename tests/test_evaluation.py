@@ -244,11 +244,14 @@ def test_scores_by_other_weights_are_not_compared(tmp_path: Path) -> None:
         return {"path": folder, "files": [["model.safetensors", size, time]]}
 
     ask(one, {"rewards": {"mean": place("/a", 5, 1)}})
-    for asked in (None, 3, {"rewards": None}, {"rewards": {"mean": place("/b", 5, 2)}}):
+    for asked in (None, {"rewards": None}, {"rewards": {"mean": place("/b", 5, 2)}}):
         ask(two, asked)
         told([one, two], "b,a", None)
     ask(two, {"rewards": {"mean": place("/a", 6, 1)}})
     with pytest.raises(ValueError, match="have the reward 'mean' with other weights"):
+        told([one, two], "b,a", None)
+    ask(two, 3)
+    with pytest.raises(ValueError, match=r"\(asked: Input should be a mapping of keys to values\)"):
         told([one, two], "b,a", None)
 
 

@@ -198,7 +198,8 @@ def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             restore(Stage(), found, settings(1, facts=here), Skips(0))
     stage = Stage()
-    stage.updaters = {"generator": SimpleNamespace(load=lambda tensors: None)}
+    role = SimpleNamespace(name="generator")
+    stage.updaters = {"generator": SimpleNamespace(load=lambda tensors: None, role=role)}
     with pytest.raises(ValueError, match="step-000007 is not of this run: it lacks 'optimizer_gen"):
         restore(stage, found, settings(1, facts=facts), Skips(0))
 

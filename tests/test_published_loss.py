@@ -15,6 +15,7 @@ from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.combine import RewardMixture, Weighted
 from tiltflow.training.averaging import Averaging
 from tiltflow.training.optim import Guard
+from tiltflow.training.own_terms import Figures
 from tiltflow.training.scoring import Scored, Scorer
 from tiltflow.training.settings import TiltConfig
 from tiltflow.training.terms import Epoch, Match, Policy, Pull, single
@@ -145,7 +146,7 @@ def test_the_generators_gradient_is_the_published_sum_or_the_mean(
     scored = Scored({}, torch.zeros(4), PULL)
     epoch = Epoch(0, trajectory, ["p"] * 4, scored, ADVANTAGES)  # type: ignore[list-item]
     spans = {term: term.spans(0) for term in stage.terms}
-    stage._generator_update(epoch, spans, counts, {})
+    stage._generator_update(epoch, spans, counts, {}, Figures(stage.share, ()))
     expected = by_hand(trajectory, role, each, policy, whole)
     for found, right in zip(stage.updater.found, expected, strict=True):  # type: ignore[attr-defined]
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-15)

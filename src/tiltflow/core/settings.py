@@ -64,7 +64,11 @@ def plain(message: str) -> str:
     """One of pydantic's messages without its own words: how it went about it, and JSON's names."""
     message = re.sub(r"^(Value error|Assertion failed), | after validation, not \d+$", "", message)
     message = re.sub(r"\ba valid (array|list|tuple)$", "a list", message)
-    return re.sub(r"\ban? (object|valid dictionary)$", "a mapping of keys to values", message)
+    return re.sub(
+        r"\ban? (object|valid dictionary)( or instance of \w+)?$",
+        "a mapping of keys to values",
+        message,
+    )
 
 
 def complaint(found: ErrorDetails, key: str) -> str:

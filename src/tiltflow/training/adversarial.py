@@ -50,8 +50,8 @@ class Head(nn.Module):
 class Features:
     """What the middle block of a velocity network gives, (b, ..., c), on its way to the velocity.
 
-    The middle of the network's longest list of blocks; of a block that gives several streams, the
-    last, the image's.
+    The middle of the longest list of blocks, of two the larger; of a block that gives several
+    streams, the last, the image's.
 
     Raises:
         ValueError: if the network has no list of blocks.
@@ -61,7 +61,7 @@ class Features:
         lists = [m for m in role.network.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         if not lists:
             raise ValueError("term 'gan': the fake score's network has no list of blocks")
-        blocks = max(lists, key=len)
+        blocks = max(lists, key=lambda each: (len(each), sum(p.numel() for p in each.parameters())))
         self.role, self.block = role, blocks[(len(blocks) - 1) // 2]
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
