@@ -99,12 +99,11 @@ def train(
 ) -> int:
     """Runs (or goes on with) a stage in the directory `run`; returns the step of its result.
 
-    Stopped by SIGINT or SIGTERM on any rank, all of them finish the iteration, rank 0 saves, and
-    the loop returns early; from a wait for a reward server it returns at once: an iteration scores
-    before it changes anything, so one that waited is begun anew. (Of several ranks, those that
-    wait for the one that waits lose it.) Ended by an alarm of the watch, rank 0 points `latest` at
-    the last good checkpoint, and its step is returned. Counted randomness makes a resumed run
-    equal to an uninterrupted one.
+    Stopped by SIGINT or SIGTERM on any rank, all finish the iteration, rank 0 saves, and the loop
+    returns early; from a wait for a reward server at once: an iteration scores before it changes
+    anything, so one that waited is begun anew (ranks that wait for that one lose it). Ended by an
+    alarm, rank 0 points `latest` at the last good checkpoint, whose step is returned. Counted
+    randomness makes a resumed run equal to an uninterrupted one.
     """
     skips, done, told, accumulator, stop = Skips(settings.skip), 0, "", Accumulator(), False
     if resume:
