@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tiltflow.models.backbone import Conditioning
 from tiltflow.models.family import Family
 from tiltflow.models.pipelines.backbone import TIMESTEPS
 from tiltflow.models.pipelines.flux_tokens import FluxTokens
@@ -52,34 +51,10 @@ class FluxBackbone(FluxTokens):
 
     def _begin(self) -> None:
         super()._begin()
-        self.guidance_distilled = bool(self.pipe.transformer.config.guidance_embeds)
-        self.embedded_guidance = self.guidance
-        """The scale given to a guidance-distilled network when none is asked for: published 3.5."""
-        if not self.guidance_distilled:
+        if self.pipe.transformer.config.guidance_embeds:
+            self.embedded_guidance = self.guidance
+        else:
             self.guidance = 1.0
-
-    def velocity(
-        self,
-        network: nn.Module,
-        x: Tensor,
-        sigma: Tensor,
-        cond: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """v(x, σ), fp32 (B, C, H, W); what `guidance` means is in the class's docstring."""
-        if not self.guidance_distilled:
-            return super().velocity(network, x, sigma, cond, guidance)
-        scale = self.embedded_guidance if guidance is None else guidance
-        return self._forward(network, x, sigma, cond.positive, scale)
-
-    def passes(self, guidance: float) -> int:
-        """1 where guidance is an input of the network."""
-        return 1 if self.guidance_distilled else super().passes(guidance)
-
-    @property
-    def student_guidance(self) -> float:
-        """The scale of a guidance-distilled network; otherwise 1.0, a pass without."""
-        return self.embedded_guidance if self.guidance_distilled else 1.0
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """T5's tokens; CLIP's pooled output."""
@@ -95,18 +70,16 @@ class FluxBackbone(FluxTokens):
         x: Tensor,
         sigma: Tensor,
         cond: Mapping[str, Tensor],
-        scale: float | None = None,
     ) -> Tensor:
         dtype, (_, _, height, width) = self.input_dtype(network), x.shape
         context = cond["prompt_embeds"].to(dtype)
         level = (sigma.float() * TIMESTEPS).to(dtype) / TIMESTEPS  # rounded as the pipeline does
-        given = None if scale is None else torch.full_like(sigma, scale, dtype=torch.float32)
         v = network(
             hidden_states=self._pack(x).to(dtype),
             encoder_hidden_states=context,
             pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
             timestep=level,
-            guidance=given,
+            guidance=cond.get("guidance"),
             txt_ids=torch.zeros(context.shape[1], 3, device=x.device, dtype=dtype),
             img_ids=self._image_ids(height, width).to(dtype),
             return_dict=False,

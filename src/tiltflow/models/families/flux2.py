@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
@@ -137,16 +136,14 @@ class Flux2Backbone(PipelineBackbone):
         x: Tensor,
         sigma: Tensor,
         cond: Mapping[str, Tensor],
-        scale: float | None = None,
     ) -> Tensor:
         dtype, context = self.input_dtype(network), cond["prompt_embeds"]
         level = (sigma.float() * TIMESTEPS).to(dtype) / TIMESTEPS  # rounded as the pipeline does
-        given = None if scale is None else torch.full_like(sigma, scale, dtype=torch.float32)
         v = network(
             hidden_states=self.pipe._pack_latents(x).to(dtype),
             encoder_hidden_states=context.to(dtype),
             timestep=level,
-            guidance=given,
+            guidance=cond.get("guidance"),
             txt_ids=self._text_ids(context),
             img_ids=self._image_ids(x),
             return_dict=False,

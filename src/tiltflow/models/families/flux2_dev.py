@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from tiltflow.models.backbone import Conditioning
 from tiltflow.models.families import flux2
 from tiltflow.models.families.flux2 import Flux2Backbone
 from tiltflow.models.family import Family, Published
@@ -54,25 +51,3 @@ class Flux2DevBackbone(Flux2Backbone):
     def _begin(self) -> None:
         super()._begin()
         self.embedded_guidance = self.guidance
-        """The scale given to a network when none is asked for: published 4.0."""
-
-    def velocity(
-        self,
-        network: nn.Module,
-        x: Tensor,
-        sigma: Tensor,
-        cond: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """v(x, σ), fp32 (B, C, H, W); what `guidance` means is in the class's docstring."""
-        scale = self.embedded_guidance if guidance is None else guidance
-        return self._forward(network, x, sigma, cond.positive, scale)
-
-    def passes(self, guidance: float) -> int:
-        """1: guidance is an input of the network."""
-        return 1
-
-    @property
-    def student_guidance(self) -> float:
-        """The scale that a network is given when none is asked for."""
-        return self.embedded_guidance

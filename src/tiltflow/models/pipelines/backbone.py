@@ -54,6 +54,8 @@ class PipelineBackbone(ABC):
     """
 
     default_guidance: ClassVar[float]
+    embedded_guidance: float | None = None
+    """The scale that a network which takes it as an input is given when none is asked for."""
     default_sequence: ClassVar[int]
     longest_sequence: ClassVar[int] = 512
     """What the pipelines' own calls refuse to go beyond; klein's tokenizer length in diffusers."""
@@ -255,7 +257,11 @@ class PipelineBackbone(ABC):
         guidance: float | None = None,
     ) -> Tensor:
         """v(x, σ), fp32 (B, C, H, W), with classifier-free guidance unless `guidance` is 1 or
-        None."""
+        None, or the network takes it as an input (`embedded_guidance`)."""
+        if self.embedded_guidance is not None:
+            scale = self.embedded_guidance if guidance is None else guidance
+            given = torch.full_like(sigma, scale, dtype=torch.float32)
+            return self._forward(network, x, sigma, {**cond.positive, "guidance": given})
         if guidance is None or guidance == 1.0:
             return self._forward(network, x, sigma, cond.positive)
         plain, conditional = both_passes(
@@ -274,12 +280,13 @@ class PipelineBackbone(ABC):
 
     def passes(self, guidance: float) -> int:
         """How many passes of the network one velocity with `guidance` takes."""
-        return 1 if guidance == 1.0 else 2
+        return 1 if guidance == 1.0 or self.embedded_guidance is not None else 2
 
     @property
     def student_guidance(self) -> float:
-        """What a student is called with unless the recipe says otherwise: 1.0 is a pass without."""
-        return 1.0
+        """What a student is called with unless the recipe says otherwise: 1.0, a pass without, or
+        the scale that its network takes as an input."""
+        return 1.0 if self.embedded_guidance is None else self.embedded_guidance
 
     def lora_targets(self) -> str | list[str]:
         """The modules that adapters go on by default (METHOD §6)."""
