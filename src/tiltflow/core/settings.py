@@ -71,6 +71,12 @@ def plain(message: str) -> str:
     )
 
 
+def misfit(error: ValidationError) -> str:
+    """The first thing that does not fit a form, with its place: what is said of a file."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {plain(first['msg'])}"
+
+
 def complaint(found: ErrorDetails, key: str) -> str:
     """One of pydantic's complaints about the value of `key`, as a sentence."""
     message = re.sub(r"^(Input|String|List|Tuple|Dictionary) should ", "", plain(found["msg"]))

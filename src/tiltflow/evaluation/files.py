@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tiltflow.core.disk import write_whole
-from tiltflow.core.settings import plain
+from tiltflow.core.settings import misfit
 from tiltflow.evaluation.categories import category_of
 from tiltflow.evaluation.scores import Evaluation, PromptLike
 
@@ -170,9 +170,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     try:
         _Evaluation.model_validate(summary)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is no evaluation ({place}: {plain(first['msg'])})") from error
+        raise ValueError(f"{path} is no evaluation ({misfit(error)})") from error
     for name in summary["systems"]:
         if not NAME.fullmatch(name):
             raise ValueError(f"{path} has a system called {name!r}, which is no plain name")

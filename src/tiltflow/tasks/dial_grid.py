@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from tiltflow.core.disk import parse_json, write_whole, writing
+from tiltflow.core.settings import misfit
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.dial import STRONGEST, Student, load_student
 from tiltflow.tasks.evaluate import asked, digest
@@ -209,8 +210,6 @@ def _read(form: TypeAdapter[Any], file: Path) -> Any:
     try:
         return form.validate_python(parse_json(file.read_bytes()))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file} is of no dial ({place}: {first['msg']})") from error
+        raise ValueError(f"{file} is of no dial ({misfit(error)})") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is of no dial: {error}") from error

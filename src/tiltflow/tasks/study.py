@@ -35,7 +35,7 @@ from tiltflow.tasks.evaluate import asked, evaluate
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
 from tiltflow.tasks.train import train_run
-from tiltflow.training.changes import by_key
+from tiltflow.training.changes import by_key, filled
 
 RESULT = "result.json"
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
@@ -240,10 +240,11 @@ def _another(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first setting that is another, "key: old → new". What the version that made a result
     had no setting for was as its default is."""
     defaults = defaults_by_key()
-    for key in dict.fromkeys([*now, *before]):
-        old = before.get(key, defaults.get(key.removeprefix("start.")))
-        if json.dumps(old) != json.dumps(now.get(key)):
-            return f"{key}: {json.dumps(old)} → {json.dumps(now.get(key))}"
+    old = filled(before, now, defaults | {f"start.{key}": v for key, v in defaults.items()})
+    for key in dict.fromkeys([*now, *old]):
+        was, given = json.dumps(old.get(key)), json.dumps(now.get(key))
+        if was != given:
+            return f"{key}: {was} → {given}"
     return None
 
 

@@ -54,8 +54,7 @@ def changes(
             continue  # not kept by earlier versions, or not needed beside cached embeddings
         _same(name, before.get(key), here[key])
     new = by_key(here["config"])
-    # a version without a setting did what its default does, or had another way: then it is told
-    old = {n: defaults[n] for n in new if n in defaults} | by_key(before["config"])
+    old = filled(by_key(before["config"]), new, defaults)
     found = {
         name: f"{_short(old.get(name))} → {_short(new.get(name))}"
         for name in dict.fromkeys([*new, *old])
@@ -86,6 +85,14 @@ def in_words(found: Mapping[str, str]) -> str:
 def _same(name: str, before: object, here: object) -> None:
     if json.dumps(before) != json.dumps(here):
         raise ValueError(f"its {name} is {_short(before)}, but here it is {_short(here)}")
+
+
+def filled(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings `before`, by dotted key, with those that only this version has: a version without a
+    setting did what its default does, or had another way, which is then told."""
+    return {key: defaults[key] for key in now if key in defaults} | dict(before)
 
 
 def by_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,9 +108,8 @@ def train(
     """
     skips, done, told, accumulator, stop = Skips(settings.skip), 0, "", Accumulator(), False
     if resume:
-        found = _found(run, settings, ranks)
-        done, told = resumed(stage, found, settings, skips, hooks)
-        go_on(accumulator, found, ranks)
+        done, told = resumed(stage, run, settings, skips, hooks, accumulator, ranks)
+    saved = partial(save, stage, run, settings, skips, hooks, accumulator)
     hooks.begin()
     if done == 0:
         hooks.sample(0)
@@ -123,7 +123,7 @@ def train(
         if hooks.watch_every and hooks.good() is None:
             look(log, hooks, done, ranks)  # the reference of all later looks
             if settings.stop_on_alarm:  # what an alarm would go back to
-                save(stage, run, done, settings, skips, hooks, accumulator, ranks)
+                saved(done, ranks)
         while done < settings.steps and not stop:
             accumulator.add(skips.iteration(stage, done), stage.guard.refused(done))
             done += 1
@@ -144,11 +144,11 @@ def train(
             if alarmed and settings.stop_on_alarm:
                 return end(log, run, done, hooks, ranks)
             if due or (looked and settings.stop_on_alarm):
-                save(stage, run, done, settings, skips, hooks, accumulator, ranks)
+                saved(done, ranks)
     if stopped.is_set() and not stop:  # in a wait, which no save above follows
         skips.settle(stage)
         if ranks.main:  # the others are elsewhere: what they have added is lost to the next line
-            save(stage, run, done, settings, skips, hooks, accumulator, ALONE)
+            saved(done, ALONE)
     return done
 
 
@@ -229,11 +229,11 @@ def end(log: MetricsLog | NoLog, run: Path, done: int, hooks: Hooks, ranks: Rank
 def save(
     stage: Stage,
     run: Path,
-    done: int,
     settings: LoopSettings,
     skips: Skips,
     hooks: Hooks,
     accumulator: Accumulator,
+    done: int,
     ranks: Ranks,
 ) -> None:
     """Weights, EMA and optimizer states as one atomic checkpoint, the same on every rank, and what
@@ -267,13 +267,21 @@ def _found(run: Path, settings: LoopSettings, ranks: Ranks) -> Checkpoint:
 
 
 def resumed(
-    stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips: Skips, hooks: Hooks
+    stage: Stage,
+    run: Path,
+    settings: LoopSettings,
+    skips: Skips,
+    hooks: Hooks,
+    accumulator: Accumulator,
+    ranks: Ranks,
 ) -> tuple[int, str]:
-    """Restores a checkpoint of this run; its step, and what has changed since, for the log.
+    """Restores the run's checkpoint; its step, and what has changed since, for the log.
 
     Raises:
-        ValueError: as `restore`, and if the run's manifest is another's.
+        ValueError: as `restore`, if the checkpoint is missing or torn, or the run's manifest is
+            another's.
     """
+    checkpoint = _found(run, settings, ranks)
     name = step_name(checkpoint.step)
     try:
         found = changes(checkpoint.state, settings.facts, settings.defaults)
@@ -287,6 +295,7 @@ def resumed(
         )
     elif found:
         hooks.notice(f"changed since step {done}: {in_words(found)}")
+    go_on(accumulator, checkpoint, ranks)
     return done, in_words(bearing(found, settings.facts, done)) if found else ""
 
 
@@ -321,8 +330,9 @@ def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips:
             if json.dumps(here) != json.dumps(there):
                 raise ValueError(f"its {key} is {there}, but here it is {here}")
         stage.roles.load(checkpoint.tensors)
+        own = stage.roles.state()
         for name, updater in stage.updaters.items():
-            if updater.role.name not in stage.roles.state():
+            if updater.role.name not in own:
                 updater.role.load(checkpoint.tensors[updater.role.name])
             updater.load(dict(checkpoint.tensors[f"optimizer_{name}"]))
     except (KeyError, ValueError) as error:

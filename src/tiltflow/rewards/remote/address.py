@@ -10,7 +10,7 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import pydantic.dataclasses
@@ -19,6 +19,11 @@ from pydantic import Field, ValidationError
 from tiltflow.core.paths import nearest
 from tiltflow.core.settings import plain
 from tiltflow.rewards.remote.limits import REQUEST_IMAGES
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 REMOTE, JUDGE = "remote:", "judge:"
 ELSEWHERE = (REMOTE, JUDGE)
@@ -167,21 +172,36 @@ def remote_settings(name: str, options: Mapping[str, Any]) -> Settings:
     """
     if "servers" not in options:
         Address.of(name)
-    known = [field.name for field in fields(Settings)]
+    settings = options_of(Settings, name, options)
+    if settings.servers is not None:
+        pool_addresses(name, settings.servers)
+    return settings
+
+
+def options_of(
+    kind: type[Kind], name: str, options: Mapping[str, Any], needs: Mapping[str, str] | None = None
+) -> Kind:
+    """A reward's options as a dataclass that pydantic checks; `needs` says what those are that must
+    be there.
+
+    Raises:
+        ValueError: naming the first option that is unknown, missing or makes no sense.
+    """
+    known = [field.name for field in fields(kind)]
     for key in options:
         if key not in known:
             raise ValueError(f"reward {name!r} has no option {key!r}{nearest(key, known)}")
+    for key, what in (needs or {}).items():
+        if key not in options:
+            raise ValueError(f"reward {name!r} needs the option {key}, {what}")
     try:
-        settings = Settings(**options)
+        return kind(**options)
     except ValidationError as error:
         first = error.errors()[0]
         wrong = plain(first["msg"]).replace("Input should", "must")
         raise ValueError(
             f"reward {name!r}: option {first['loc'][0]} is {first['input']!r}, but it {wrong}"
         ) from error
-    if settings.servers is not None:
-        pool_addresses(name, settings.servers)
-    return settings
 
 
 def pool_addresses(name: str, servers: Sequence[str]) -> list[Address]:

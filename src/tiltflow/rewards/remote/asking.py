@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from tiltflow.core.paths import home_for_tilde, nearest
-from tiltflow.core.settings import plain
-from tiltflow.rewards.remote.address import JUDGE, REMOTE, Address, Settings, remote_settings
+from tiltflow.core.paths import home_for_tilde
+from tiltflow.rewards.remote.address import (
+    JUDGE,
+    REMOTE,
+    Address,
+    Settings,
+    options_of,
+    remote_settings,
+)
 
 KEY_VARIABLE = "TILTFLOW_JUDGE_KEY"
 """The environment variable of the endpoint's key: it is in no recipe, no run and no log."""
@@ -60,20 +65,8 @@ def judge_settings(name: str, options: Mapping[str, Any]) -> JudgeSettings:
     model = name.removeprefix(JUDGE)
     if not model or not model.isprintable() or len(model) > 200:
         raise ValueError(f"reward {name[:60]!r} names no model: write {JUDGE}MODEL")
-    known = [field.name for field in fields(JudgeSettings)]
-    for key in options:
-        if key not in known:
-            raise ValueError(f"reward {name!r} has no option {key!r}{nearest(key, known)}")
-    if "rubric" not in options:
-        raise ValueError(f"reward {name!r} needs the option rubric, a file that says what is good")
-    try:
-        settings = JudgeSettings(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        wrong = plain(first["msg"]).replace("Input should", "must")
-        raise ValueError(
-            f"reward {name!r}: option {first['loc'][0]} is {first['input']!r}, but it {wrong}"
-        ) from error
+    needs = {"rubric": "a file that says what is good"}
+    settings = options_of(JudgeSettings, name, options, needs)
     if not settings.low < settings.high:
         raise ValueError(
             f"reward {name!r}: option low is {settings.low:g}, which is not below high "
