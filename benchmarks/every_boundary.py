@@ -11,15 +11,13 @@ student every 50 rollouts; CPU seconds of the rollouts, and network evaluations 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from support.cells import Cells, spoken
+from support.cells import Cells, arguments, spoken
 from support.mixture import DIRECTION, POINTS, cold_start, mixture_of, sample, tilt
 
 from tiltflow.config.load import load_config
@@ -68,12 +66,7 @@ def table(cells: Cells) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--out", type=Path, default=Path("docs/data/every_boundary.json"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments("every_boundary", __doc__, 5, figure=False)
     cells = Cells(args.out, {"rollouts": ROLLOUTS, "look_every": EVERY, "points": POINTS})
     for matching in ("all", "last"):
         cells.cell(f"evaluations, {matching}", partial(evaluations, matching, 20))

@@ -22,7 +22,6 @@ each with γ = 0 and .01 (published) at the recipe's fake-score updates to one o
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -32,7 +31,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from support.cells import Cells, interval, spoken
+from support.cells import Cells, arguments, interval, save_figure, spoken
 from support.mixture import (
     DIRECTION,
     ETA,
@@ -224,19 +223,11 @@ def plot(cells: Cells, path: Path) -> None:
         axis.set(title=title, xlabel="updates of the generator", ylabel="relative squared error")
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--out", type=Path, default=Path("docs/data/fake_score_error.json"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/figures/fake_score_error.svg"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments("fake_score_error", __doc__, 3)
     settings = {"population": POPULATION, "queries": QUERIES, "places": PLACES, "looks": LOOKS}
     cells = Cells(args.out, settings | {"updates": UPDATES, "rollouts": ROLLOUTS})
     for seed in range(args.seeds):

@@ -18,7 +18,6 @@ them), and KL(mode masses ‖ exact weights).
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +27,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from support.cells import Cells, interval, spoken
+from support.cells import Cells, arguments, interval, save_figure, spoken
 from support.mixture import (
     DIRECTION,
     ETA,
@@ -220,19 +219,11 @@ def plot(cells: Cells, path: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel("steps K")
     axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--out", type=Path, default=Path("docs/data/tilted_target.json"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/figures/tilted_target.svg"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments("tilted_target", __doc__, 3)
     settings = {"betas": BETAS, "points": POINTS, "look_every": EVERY, "most_rollouts": MOST}
     settings |= {"fit_steps": FIT_STEPS, "fit_batch": FIT_BATCH, "fit_rate": FIT_RATE}
     cells = Cells(args.out, settings)

@@ -49,6 +49,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """A real browser, for a module with the marks `chromium.NEEDED`."""
+    from chromium import launched
+
+    with launched() as opened:
+        yield opened
+
+
 @pytest.fixture
 def compiler() -> Iterator[None]:
     """torch's compiler without what it has compiled, and with its limits, which compilation raises

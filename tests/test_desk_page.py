@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
+from chromium import NEEDED, check_access, opened
 from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, make_tilts, served
 
 from tiltflow.data.preferences import read_votes
 from tiltflow.desk.app import Desk
 from tiltflow.tasks.dial_grid import compute_dial, picture_file
 
-playwright = pytest.importorskip("playwright.sync_api")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
-]
+pytestmark = NEEDED
 SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +39,20 @@ def client(place):
 @pytest.fixture(params=SIZES)
 def page(request, browser, client):
     """The open page; at the end, that it was silent and asked nobody else for anything."""
-    width, height = SIZES[request.param]
-    context = browser.new_context(viewport={"width": width, "height": height})
-    page = context.new_page()
-    said: list[str] = []
     asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda sent: asked.append(sent.url))
-    page.goto(f"{client.address}/?token={TOKEN}")
-    page.wait_for_selector("#runs .card")
-    yield page
-    assert said == []
-    assert all(url.startswith(client.address) for url in asked) and asked
-    context.close()
+    with opened(browser, SIZES[request.param]) as (page, said):
+        page.on("request", lambda sent: asked.append(sent.url))
+        page.goto(f"{client.address}/?token={TOKEN}")
+        page.wait_for_selector("#runs .card")
+        yield page
+        assert said == []
+        assert all(url.startswith(client.address) for url in asked) and asked
 
 
 def check(page) -> None:
     """Nothing wider than the window, and no serious finding of axe-core."""
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    found = axe.Axe().run(page).response["violations"]
-    serious = [v for v in found if v["impact"] in ("serious", "critical")]
-    assert serious == [], [(v["id"], [n["html"] for n in v["nodes"]]) for v in serious]
+    check_access(page)
 
 
 def open_view(page, name: str) -> None:
@@ -190,29 +167,26 @@ def test_votes_by_keyboard_and_mouse_change_the_tally(page, place):
 def test_the_dial_turns_by_keyboard_and_draws_the_rewards(browser, tmp_path):
     runs = make_tilts(tmp_path, 1)
     with served(Desk(runs, tmp_path / "votes.jsonl")) as client:
-        for width, height in SIZES.values():
-            context = browser.new_context(viewport={"width": width, "height": height})
-            page = context.new_page()
-            said: list[str] = []
-            page.on("console", lambda message, said=said: said.append(message.text))
-            page.goto(f"{client.address}/?token={TOKEN}#dial")
-            page.get_by_role("button", name="Load the student").click()
-            page.wait_for_function("() => document.querySelector('.made')?.naturalWidth === 64")
-            before = page.locator(".made").get_attribute("src")
-            page.get_by_role("slider", name="tilt-0").focus()
-            page.keyboard.press("End")
-            page.wait_for_function(
-                "old => document.querySelector('.made').getAttribute('src') !== old", arg=before
-            )
-            assert page.locator(".dial output").inner_text() == "1.50"
-            page.get_by_role("button", name="Score all strengths").click()
-            page.wait_for_function(
-                "() => [...document.querySelectorAll('.plots .readout')].length === 3"
-                " && document.querySelector('.plots .readout').innerText.includes('strength 1.5')"
-            )
-            check(page)
-            assert said == []
-            context.close()
+        for size in SIZES.values():
+            with opened(browser, size) as (page, said):
+                page.goto(f"{client.address}/?token={TOKEN}#dial")
+                page.get_by_role("button", name="Load the student").click()
+                page.wait_for_function("() => document.querySelector('.made')?.naturalWidth === 64")
+                before = page.locator(".made").get_attribute("src")
+                page.get_by_role("slider", name="tilt-0").focus()
+                page.keyboard.press("End")
+                page.wait_for_function(
+                    "old => document.querySelector('.made').getAttribute('src') !== old", arg=before
+                )
+                assert page.locator(".dial output").inner_text() == "1.50"
+                page.get_by_role("button", name="Score all strengths").click()
+                page.wait_for_function(
+                    "() => [...document.querySelectorAll('.plots .readout')].length === 3"
+                    " && document.querySelector('.plots .readout')"
+                    ".innerText.includes('strength 1.5')"
+                )
+                check(page)
+                assert said == []
 
 
 def test_a_dial_computed_beforehand_turns_the_same_way(browser, tmp_path):
@@ -221,33 +195,31 @@ def test_a_dial_computed_beforehand_turns_the_same_way(browser, tmp_path):
     grid = compute_dial(run, run / "dial", ["a red circle", ODD[0]], **given)
     picture_file(run / "dial", 1, 1, 0).unlink()
     with served(Desk([run / "dial"], tmp_path / "votes.jsonl")) as client:
-        for width, height in SIZES.values():
-            context = browser.new_context(viewport={"width": width, "height": height})
-            page = context.new_page()
-            said: list[str] = []
-            page.on("console", lambda message, said=said: said.append(message.text))
-            page.goto(f"{client.address}/?token={TOKEN}#dial")
-            page.get_by_role("button", name="Show").click()
-            page.wait_for_function("() => document.querySelector('.made')?.naturalWidth === 64")
-            assert page.locator(".dial output").inner_text() == "1.00"
-            assert page.locator(".made").get_attribute("src").endswith("/0/0/1")
-            page.get_by_role("slider", name=run.name).focus()
-            page.keyboard.press("End")
-            assert page.locator(".dial output").inner_text() == "1.50"
-            assert page.locator(".made").get_attribute("src").endswith("/0/0/2")
-            texts = page.locator(".plots .readout").all_inner_texts()
-            assert len(texts) == 3 and "strength 1.5" in texts[0]
-            assert page.locator(".plots figcaption").all_inner_texts()[0] == "clipscore (trained)"
-            page.get_by_label("Prompt").select_option(label=ODD[0])
-            page.get_by_label("Seed").select_option(label=str(grid.seeds[1]))
-            assert page.locator(".made").get_attribute("src").endswith("/1/1/2")
-            page.get_by_role("slider", name=run.name).focus()
-            page.keyboard.press("Home")
-            assert "not computed yet (11 of 12 are)" in page.locator(".took").inner_text()
-            assert not page.locator(".made").is_visible()
-            check(page)
-            assert said == []
-            context.close()
+        for size in SIZES.values():
+            with opened(browser, size) as (page, said):
+                page.goto(f"{client.address}/?token={TOKEN}#dial")
+                page.get_by_role("button", name="Show").click()
+                page.wait_for_function("() => document.querySelector('.made')?.naturalWidth === 64")
+                assert page.locator(".dial output").inner_text() == "1.00"
+                assert page.locator(".made").get_attribute("src").endswith("/0/0/1")
+                page.get_by_role("slider", name=run.name).focus()
+                page.keyboard.press("End")
+                assert page.locator(".dial output").inner_text() == "1.50"
+                assert page.locator(".made").get_attribute("src").endswith("/0/0/2")
+                texts = page.locator(".plots .readout").all_inner_texts()
+                assert len(texts) == 3 and "strength 1.5" in texts[0]
+                assert (
+                    page.locator(".plots figcaption").all_inner_texts()[0] == "clipscore (trained)"
+                )
+                page.get_by_label("Prompt").select_option(label=ODD[0])
+                page.get_by_label("Seed").select_option(label=str(grid.seeds[1]))
+                assert page.locator(".made").get_attribute("src").endswith("/1/1/2")
+                page.get_by_role("slider", name=run.name).focus()
+                page.keyboard.press("Home")
+                assert "not computed yet (11 of 12 are)" in page.locator(".took").inner_text()
+                assert not page.locator(".made").is_visible()
+                check(page)
+                assert said == []
 
 
 def test_the_keyboard_alone_goes_through_the_views(page):

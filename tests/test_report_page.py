@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from chromium import NEEDED, check_access
 from test_report_runs import make_run
 
 from tiltflow.evaluation.charts import curves
 from tiltflow.tasks.report import write_run_report
 
-playwright = pytest.importorskip("playwright.sync_api")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
-]
+pytestmark = NEEDED
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 NAMES = ("calm", "a_run_whose_name_is_much_longer_than_its_figure", "hacked")
 
@@ -48,14 +42,6 @@ CLASHES = """() => {
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     runs = [make_run(folder / name, k, name == "hacked") for k, name in enumerate(NAMES)]
@@ -77,9 +63,7 @@ def test_labels_stay_apart(browser, report: Path, size: str) -> None:
     assert page.locator("svg[role=img]").count() > 12
     assert page.evaluate(CLASHES) == []
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    found = axe.Axe().run(page).response["violations"]
-    serious = [v for v in found if v["impact"] in ("serious", "critical")]
-    assert serious == [], [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in serious]
+    check_access(page)
     page.close()
 
 

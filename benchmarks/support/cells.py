@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.figure import Figure
+
 from tiltflow.evaluation.statistics import mean_ci
+
+
+def arguments(name: str, about: str | None, seeds: int, figure: bool = True) -> argparse.Namespace:
+    """What such a script is asked: `seeds`, where its `runs` lie, its `out` and its `figure`."""
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--out", type=Path, default=Path(f"docs/data/{name}.json"))
+    if figure:
+        parser.add_argument("--figure", type=Path, default=Path(f"docs/figures/{name}.svg"))
+    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """The same bytes for the same figure."""
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 class Cells:

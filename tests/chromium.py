@@ -1,0 +1,48 @@
+"""A real browser for the tests of pages, and what holds for every page."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+CHROMIUM = shutil.which("chromium")
+NEEDED = [
+    pytest.mark.long,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
+]
+"""The marks of a module that opens it."""
+
+
+@contextmanager
+def launched() -> Iterator[Any]:
+    """The browser itself; the fixture `browser` of conftest.py has one for a module."""
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@contextmanager
+def opened(browser: Any, size: tuple[int, int]) -> Iterator[tuple[Any, list[str]]]:
+    """An empty page of that width and height, and what its console and its errors will say."""
+    width, height = size
+    context = browser.new_context(viewport={"width": width, "height": height})
+    page = context.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    yield page, said
+    context.close()
+
+
+def check_access(page: Any) -> None:
+    """No serious finding of axe-core."""
+    found = axe.Axe().run(page).response["violations"]
+    serious = [v for v in found if v["impact"] in ("serious", "critical")]
+    assert serious == [], [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in serious]
