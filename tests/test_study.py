@@ -199,6 +199,15 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(file: Path, tmp_path: Path
     assert make_cells(file, cells_of(study, kept))
     for page in write_study(study, kept, summarise(study, kept))[:2]:
         assert page.read_bytes() == (whole / page.name).read_bytes()
+    # and the study goes on from them: a run that is started from is trained again
+    left = kept / "rtdmd" / "seed-1" / RESULT
+    before, start = left.read_bytes(), kept / "ac_dmd" / "seed-1"
+    scored = (start / RESULT).stat().st_mtime_ns
+    left.unlink()
+    assert make_cells(file, cells_of(study, kept, ["rtdmd"]))
+    assert left.read_bytes() == before and (start / "run" / "config.yaml").is_file()
+    assert (start / RESULT).stat().st_mtime_ns == scored
+    assert not (kept / "ac_dmd" / "seed-0" / "run").exists()
     # another budget is another study
     file_2 = tmp_path / "other.yaml"
     file_2.write_text(SMALL.replace("budget: 2000", "budget: 3000"))

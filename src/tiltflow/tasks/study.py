@@ -288,6 +288,9 @@ def make_cells(
     first = [*starts.values(), *(c for c in cells if c.start is None and c.folder not in starts)]
     for cell in (*first, *cells):
         cell.config  # noqa: B018  # settings are wrong before the first run, not after it
+    lost = {c.start.folder: c.start for c in cells if c.start is not None and c.result() is None}
+    if not all(make_cell(c, callbacks, say) for c in lost.values() if _lacks_run(c)):
+        return False
     for wave in (first, [c for c in cells if c.start is not None]):
         todo = [cell for cell in wave if cell.result() is None]
         if jobs > 1 and len(todo) > 1:
@@ -300,8 +303,17 @@ def make_cells(
     return True
 
 
+def _lacks_run(cell: Cell) -> bool:
+    """Whether a cell's result is kept and its run is not, or not whole."""
+    found = cell.result()
+    if found is None:
+        return False
+    return not ((cell.run / "config.yaml").is_file() and _trained(Run(cell.run), found["steps"]))
+
+
 def make_cell(cell: Cell, callbacks: Callbacks, say: Callable[[str], None]) -> bool:
-    """Trains and scores one cell, from where it was; whether it is done."""
+    """Trains and scores one cell, from where it was; whether it is done. Of one that is done, a run
+    that is not there is trained again, for others to start from."""
     cfg = cell.config
     steps, cost = within(cfg, cell.budget)
     say(f"{cell.row}, seed {cell.seed}: {steps} iterations, {cost.evaluations:,} evaluations")
@@ -311,6 +323,8 @@ def make_cell(cell: Cell, callbacks: Callbacks, say: Callable[[str], None]) -> b
         run = Run(train_run(cfg, callbacks))
     if not _trained(run, steps):
         return False
+    if cell.result() is not None:
+        return True
     request = _request(cell)
     chunks = Chunks(cell.folder / "parts", asked(request))
     found = evaluate(request, callbacks, take=chunks.take, alone=True)
