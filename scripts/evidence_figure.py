@@ -15,7 +15,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from tiltflow.core.disk import write_whole
-from tiltflow.tasks.study import load_study
+from tiltflow.tasks.study_file import load_study
 from tiltflow.tasks.study_table import markdown, summarise
 
 matplotlib.use("agg")

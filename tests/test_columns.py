@@ -25,7 +25,7 @@ from tiltflow.data.prompts import Prompt, PromptSampler, load_prompts
 from tiltflow.evaluation.categories import category_of
 from tiltflow.models.families import load_backbone
 from tiltflow.tasks.interface import request_of
-from tiltflow.tasks.study import load_study
+from tiltflow.tasks.study_file import load_study
 from tiltflow.tasks.train import run_training
 
 

@@ -22,7 +22,8 @@ from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.evaluation.seeds import compared, over_seeds
 from tiltflow.setup.build import build_stage
 from tiltflow.setup.costing import Cost, Counter, costs, within
-from tiltflow.tasks.study import RESULT, Cell, cells_of, load_study, make_cells
+from tiltflow.tasks.study import RESULT, Cell, cells_of, make_cells
+from tiltflow.tasks.study_file import load_study
 from tiltflow.tasks.study_table import budgets, summarise, verdict, write_study
 from tiltflow.tasks.train import train_run
 
@@ -143,6 +144,21 @@ def test_every_row_of_the_paper_is_in_order(tmp_path: Path) -> None:
         )
 
 
+def test_the_tuning_runs_are_the_papers_rows_at_three_rates(tmp_path: Path) -> None:
+    paper, tuning = (load_study(STUDIES / name) for name in ("paper.yaml", "tuning.yaml"))
+    rates: dict[str, set[float]] = {}
+    for row in tuning.rows:
+        model = tuning.rows[row].like or row
+        here, there = Cell(tuning, tmp_path, row, 0), Cell(paper, tmp_path, model, 0)
+        change = ("scored", "train.generator_lr", "start.scored")
+        apart = {k for k in here.asked if here.asked[k] != there.asked[k]}
+        assert all(key.startswith(change) for key in apart), row
+        rates.setdefault(model, set()).add(here.config.train.generator_lr)
+    assert {len(found) for model, found in rates.items() if model != "ac_dmd"} == {3}
+    used = {p.text for p in paper.scored()}
+    assert not used & {p.text for p in tuning.scored()}
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study") / "small.yaml"
@@ -154,7 +170,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tiltflow.tasks.callbacks import Callbacks
-from tiltflow.tasks.study import cells_of, load_study, make_cells
+from tiltflow.tasks.study import cells_of, make_cells
+from tiltflow.tasks.study_file import load_study
 
 class Killed(Callbacks):
     def checkpoint(self, step, path):
@@ -268,6 +285,8 @@ def test_means_and_differences_over_prompts_and_over_seeds() -> None:
         ("count: 16", "count: 1", "count is 1, but it should be greater than"),
         ("rewards: [linear]", "", "rewards is not set"),
         ("rows:", "rose:", "rows is not set|no setting rose"),
+        ("recipe: mixture_cold_start,", "", "row 'ac_dmd' has no recipe"),
+        ("start: ac_dmd}", "start: ac_dmd, like: draft}", "is like 'draft', no row before it"),
     ],
 )
 def test_what_is_no_study_says_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:

@@ -29,7 +29,8 @@ def study(
     Each finished cell is kept: asked again, the study goes on where it was.
     """
     from tiltflow.tasks.progress import Terminal
-    from tiltflow.tasks.study import cells_of, load_study, make_cells
+    from tiltflow.tasks.study import cells_of, make_cells
+    from tiltflow.tasks.study_file import load_study
     from tiltflow.tasks.study_table import show_study, summarise, write_study
 
     console, chosen = terminal(), load_study(file)

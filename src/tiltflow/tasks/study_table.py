@@ -20,7 +20,8 @@ from tiltflow.evaluation.statistics import NO_DIFFERENCE, mean_ci
 from tiltflow.evaluation.statistics import verdict as verdict_over_prompts
 from tiltflow.setup.costing import Cost
 from tiltflow.tasks.doctor import versions
-from tiltflow.tasks.study import Cell, Study, cells_of
+from tiltflow.tasks.study import Cell, cells_of
+from tiltflow.tasks.study_file import Study
 
 AGREE = 0.02
 """The share by which the network evaluations of a stage's cells may differ."""
