@@ -12,50 +12,35 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
+from scipy.special import betaln
 
 Array = NDArray[np.float64]
 
-GRID = 512
-MIDDLE = (0.1, 0.9)
-"""The rates between which most of the weight lies, and how much of it."""
-MIDDLE_SHARE = 0.9
-
-
-def _weights() -> tuple[Array, Array]:
-    """Rates (2 × GRID,) and the logarithms of their weights: even in arcsin √rate (Jeffreys'
-    choice, for which the width is the same multiple of Wilson's at all rates), more in the middle.
-    """
-    rates, logs = [], []
-    for (low, high), share in ((MIDDLE, MIDDLE_SHARE), ((0.0, 1.0), 1 - MIDDLE_SHARE)):
-        ends = np.arcsin(np.sqrt([low, high]))
-        places = ends[0] + (np.arange(GRID) + 0.5) / GRID * (ends[1] - ends[0])
-        rates.append(np.sin(places) ** 2)
-        logs.append(np.full(GRID, math.log(share / GRID)))
-    return np.concatenate(rates), np.concatenate(logs)
-
-
-_RATES, _LOGS = _weights()
+PRIOR_VOTES = 20.0
+"""How many votes the prior around a rate is worth: about a tenth of the votes for which the
+interval is to be narrow, here 200."""
 
 
 def log_evidence(wins: ArrayLike, losses: ArrayLike, rate: float) -> Array:
-    """How strongly votes speak against `rate`: the logarithm of the mixture of likelihood ratios
-    ∫ (q/p)^wins ((1−q)/(1−p))^losses w(q) dq with p = `rate` in (0, 1).
+    """How strongly votes speak against a `rate` p in (0, 1): the logarithm of the mixture of
+    likelihood ratios ∫ (q/p)^wins ((1−q)/(1−p))^losses Beta(q; c p, c (1−p)) dq, c `PRIOR_VOTES`.
 
     If every vote has mean p, this is a nonnegative supermartingale that starts at 1, so by Ville's
     inequality it ever exceeds 1/α with probability α at most (Robbins 1970, Ann. Math. Stat. 41,
-    1397; Howard, Ramdas, McAuliffe and Sekhon 2021, Ann. Stat. 49, 1055). A tie counts half to each
-    side: a^x b^(1−x) ≤ x a + (1−x) b for x in [0, 1], so it stays one.
+    1397; the mixture is the beta-binomial one of Howard, Ramdas, McAuliffe and Sekhon 2021, Ann.
+    Stat. 49, 1055). A tie counts half to each side: a^x b^(1−x) ≤ x a + (1−x) b for x in [0, 1],
+    so it stays one. The prior may have its mean at p, as each rate is tested by itself.
     """
     won, lost = np.asarray(wins, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    terms = _LOGS + won[..., None] * np.log(_RATES) + lost[..., None] * np.log1p(-_RATES)
-    mixture: Array = np.logaddexp.reduce(terms, axis=-1)
+    a, b = PRIOR_VOTES * rate, PRIOR_VOTES * (1 - rate)
+    mixture: Array = betaln(a + won, b + lost) - betaln(a, b)
     return mixture - won * math.log(rate) - lost * math.log1p(-rate)
 
 
 def win_rate_interval(wins: float, losses: float, level: float = 0.95) -> tuple[float, float]:
     """The confidence sequence of a win rate at (`wins`, `losses`), ties counted half to each.
 
-    At 200 votes it is at most 1.7 times as wide as Wilson's for rates from .15 to .85.
+    At 200 votes it is at most 1.56 times as wide as Wilson's, whatever the rate.
 
     Raises:
         ValueError: if a count is negative or no number, or the level not in (0, 1).
