@@ -262,7 +262,7 @@ LINES = [
     Case("an unknown option", SAMPLE + "model --stpes 4"),
     Case("a word for a number", SAMPLE + "model --seed abc"),
     Case("no steps", SAMPLE + "model --steps 0"),
-    Case("a strength beyond 1", SAMPLE + "model --tilt 2"),
+    Case("a strength beyond the dial", SAMPLE + "model --tilt 2"),
     Case("a guidance that is no number", SAMPLE + "model --guidance nan"),
     Case("an unknown precision", SAMPLE + "model --dtype fp8"),
     Case("an unknown mixed precision", SAMPLE + "model --autocast fp16"),

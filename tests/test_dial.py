@@ -10,9 +10,10 @@ import torch
 from desk_data import make_run, make_tilts, served
 from PIL import Image
 
+from tiltflow.core.limits import STRONGEST_TILT
 from tiltflow.data.prompts import Prompt
 from tiltflow.desk.app import Desk
-from tiltflow.tasks.dial import STRONGEST, load_student
+from tiltflow.tasks.dial import load_student
 from tiltflow.tasks.request import Request, prepare
 
 TEXT = "a red circle on white"
@@ -28,7 +29,7 @@ def student(runs):
     return load_student(runs, None, "cpu")
 
 
-@pytest.mark.parametrize("tilt", [0.0, 0.35, 1.0])
+@pytest.mark.parametrize("tilt", [0.0, 0.35, 1.0, 1.5])
 def test_a_strength_makes_what_sampling_with_it_makes(runs, student, tilt):
     request = Request(
         model="packaged:pipeline",
@@ -51,7 +52,7 @@ def test_dials_are_apart_and_go_back(student):
     images = list(at.values())
     for i, one in enumerate(images):
         assert all((one - other).abs().max() > 1e-3 for other in images[:i])
-    student.image((STRONGEST, STRONGEST), TEXT, 0, 4)
+    student.image((STRONGEST_TILT, STRONGEST_TILT), TEXT, 0, 4)
     assert torch.equal(student.image((0.0, 0.0), TEXT, 0, 4), at[0.0, 0.0])
 
 
@@ -68,7 +69,7 @@ def test_scores_are_of_trained_and_held_out_rewards(student):
     ("strengths", "seed", "steps", "sentence"),
     [
         ([1.0], 0, 4, "has 2 dials"),
-        ([1.6, 0.0], 0, 4, "from 0 to 1.5"),
+        ([1.6, 0.0], 0, 4, "a dial is 1.6; it goes from 0 .* to 1.5"),
         ([1.0, 0.0], -1, 4, "a seed goes"),
         ([1.0, 0.0], 0, 1000, "steps go"),
     ],

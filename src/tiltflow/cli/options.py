@@ -96,7 +96,7 @@ class SamplingOptions:
     ] = None
     few_step: Annotated[Path | None, option("--few-step", "stage-1 LoRA folder")] = None
     tilt_lora: Annotated[Path | None, option("--tilt-lora", "stage-2 LoRA folder")] = None
-    tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1")] = 1.0
+    tilt: Annotated[float, typer.Option("--tilt", help="stage-2 strength, 0 to 1.5")] = 1.0
     steps: Annotated[
         int | None,
         typer.Option(

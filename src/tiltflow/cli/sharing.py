@@ -22,7 +22,7 @@ Formats = Annotated[
 Tilt = Annotated[
     str | None,
     typer.Option(
-        "--tilt", metavar="STRENGTH,...", help="also bake stage 2 in at these strengths, 0 to 1"
+        "--tilt", metavar="STRENGTH,...", help="also bake stage 2 in at these strengths, 0 to 1.5"
     ),
 ]
 Dtype = Annotated[

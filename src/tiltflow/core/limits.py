@@ -20,8 +20,20 @@ LONGEST_SIDE = 4_096
 LARGEST_RANK = 4_096
 """Of an adapter."""
 
+STRONGEST_TILT = 1.5
+"""Of the dial from stage 1 (0) to stage 2 (1): half as much again as was trained, to see where it
+leads."""
+
 LARGEST_SEED = 2**63 - 1
 """torch takes 64 bits, and a few seeds are counted on from a run's."""
 
 FAR = 1_000_000_000
 """Of what takes time alone."""
+
+
+def check_tilt(what: str, strength: float) -> None:
+    """Raises ValueError, naming `what` was given, if `strength` is not on the dial."""
+    if not 0 <= strength <= STRONGEST_TILT:
+        raise ValueError(
+            f"{what} is {strength:g}; it goes from 0 (stage 1) over 1 (stage 2) to {STRONGEST_TILT}"
+        )

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tiltflow.core.limits import STRONGEST_TILT
 from tiltflow.desk.sources import Place
-from tiltflow.tasks.dial import STRONGEST, Student, facts, load_student
+from tiltflow.tasks.dial import Student, facts, load_student
 from tiltflow.tasks.dial_grid import packed, picture_file, read_grid, read_scores
 
 PICTURES = 32
@@ -45,7 +46,7 @@ class Dial:
                 self._student = (key, made)
             about = facts(self._student[1])
         names = [place.name for place in runs]
-        return {**about, "dials": names, "strongest": STRONGEST}
+        return {**about, "dials": names, "strongest": STRONGEST_TILT}
 
     def image(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Makes an image; the answer names it and says how long it took.

@@ -146,7 +146,7 @@ def _code(card: Card, merged: str | None = None) -> str:
         code += [f'pipe.load_lora_weights("{name}", adapter_name="{name}")' for name in names]
         if TILT in names:
             stack = json.dumps(stack_tilt())
-            code.append(f"pipe.set_adapters({stack}, [1.0, 1.0])  # tilt: 0 to 1")
+            code.append(f"pipe.set_adapters({stack}, [1.0, 1.0])  # tilt: 0 to 1.5")
         code.append('pipe.scheduler = CPSFlowMatchScheduler.from_pretrained("scheduler")')
     code += [
         'prompts = ["a red fox in the snow"]',

@@ -76,7 +76,7 @@ def _strength(loras: Sequence[str]) -> str:
     if TILT not in loras:
         return ""
     baked = [name for name in loras if name.startswith("baked_")]
-    said = "The tilt's strength, 0 to 1, is `strength_model` of its loader. "
+    said = "The tilt's strength, 0 to 1.5, is `strength_model` of its loader. "
     if baked:
         said += f"`{baked[0]}` is both in one: load it alone, at strength 1. "
     return said

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tiltflow.core.limits import check_tilt
+
 Format = Literal["diffusers", "comfyui", "peft", "kohya", "merged"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 FileType = Literal["bf16", "fp8"]
@@ -14,7 +16,7 @@ FileType = Literal["bf16", "fp8"]
 
 @dataclass(frozen=True)
 class Wanted:
-    """Formats without repetition; strengths of stage 2 in [0, 1] to bake, none for its own file
+    """Formats without repetition; strengths of stage 2 in [0, 1.5] to bake, none for its own file
     alone; `dtype` of the merged transformer's one file, None for that of the base in training.
 
     Raises:
@@ -31,8 +33,7 @@ class Wanted:
             said = repr(odd[0]) if odd else "empty"
             raise ValueError(f"--for is {said}; it is one of {', '.join(FORMATS)}")
         for strength in self.strengths:
-            if not 0 <= strength <= 1:
-                raise ValueError(f"--tilt is {strength:g}; it goes from 0 (stage 1) to 1 (stage 2)")
+            check_tilt("--tilt", strength)
         names = [f"{strength:g}" for strength in self.strengths]
         same = [name for name in names if names.count(name) > 1]
         if same:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tiltflow.config.load import RunConfig, load_config, read_prompts
-from tiltflow.core.limits import LONGEST_SIDE
+from tiltflow.core.limits import LONGEST_SIDE, check_tilt
 from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.core.randomness import Randomness
 from tiltflow.data.embeddings import EncodedPrompts, encode_prompts
@@ -30,8 +30,6 @@ from tiltflow.setup.assemble import build_rewards
 from tiltflow.tasks.request import Request, backbone_of, check_request
 from tiltflow.tasks.systems import Sampler, load_adapter
 
-STRONGEST = 1.5
-"""Of a dial: half as much again as was trained, to see where it leads."""
 MOST_STEPS = 64
 MOST_DIALS = 8
 SCORED = 16
@@ -105,9 +103,8 @@ class Student:
     ) -> Tensor:
         if len(strengths) != len(self.dials):
             raise ValueError(f"this student has {len(self.dials)} dials")
-        if not all(0 <= strength <= STRONGEST for strength in strengths):
-            raise ValueError(f"a dial goes from 0 to {STRONGEST}")
         for name, strength in zip(self.dials, strengths, strict=True):
+            check_tilt("a dial", strength)
             self.switch.scale(name, strength)
         sampler = Sampler(encoded, Randomness(seed), steps, self.request.settled.eta)
         mixed = self.role.autocast

@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from tiltflow.core.disk import parse_json, write_whole, writing
+from tiltflow.core.limits import check_tilt
 from tiltflow.core.settings import misfit
 from tiltflow.tasks.callbacks import SILENT, Callbacks
-from tiltflow.tasks.dial import STRONGEST, Student, load_student
+from tiltflow.tasks.dial import Student, load_student
 from tiltflow.tasks.evaluate import asked, digest
 
 FILE = "dial.json"
@@ -112,8 +113,10 @@ def compute_dial(
 
 
 def _check(seeds: Sequence[int], strengths: Sequence[float], prompts: Sequence[str] | None) -> None:
-    if not strengths or any(not 0 <= x <= STRONGEST for x in strengths):
-        raise ValueError(f"strengths go from 0 to {STRONGEST}")
+    if not strengths:
+        raise ValueError("--strengths has none")
+    for strength in strengths:
+        check_tilt("--strengths", strength)
     if list(strengths) != sorted(set(strengths)):
         raise ValueError("strengths grow from one to the next")
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= s < 2**63 for s in seeds):

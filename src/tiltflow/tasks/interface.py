@@ -52,7 +52,7 @@ class Sampling(TypedDict, total=False):
     tilt_lora: str | Path | None
     """Stage-2 LoRA folder, on top of `few_step`; of the mixture a run directory."""
     tilt: float
-    """Strength of stage 2, 0 to 1. Left out: 1."""
+    """Strength of stage 2, 0 to 1.5. Left out: 1."""
     steps: int | None
     """Sampling steps of the students."""
     eta: float | None
@@ -249,7 +249,7 @@ def export(
 
     Args:
         formats: "diffusers", "comfyui", "peft", "kohya" (LoRAs), "merged" (whole pipelines).
-        strengths: stage 2's, in [0, 1], to bake in; none leaves the tilt a file of its own, and
+        strengths: stage 2's, in [0, 1.5], to bake in; none leaves the tilt a file of its own, and
             merges it at 1.
         dtype: of the merged transformer's one file, "bf16" or "fp8"; None as trained.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.core.distributed import ALONE, Ranks
+from tiltflow.core.limits import check_tilt
 from tiltflow.core.paths import embedding_cache
 from tiltflow.core.precision import autocast_dtype
 from tiltflow.core.randomness import Randomness
@@ -81,8 +82,8 @@ class Request:
         """How the students are sampled, by the contract of their export.
 
         Raises:
-            ValueError: if `tilt` is outside [0, 1], a number is not finite, or a LoRA folder or its
-                contract cannot be read.
+            ValueError: if `tilt` is outside [0, 1.5], a number is not finite, or a LoRA folder or
+                its contract cannot be read.
         """
         self._check()
         asked = {
@@ -114,8 +115,7 @@ class Request:
 
     def _check(self) -> None:
         """Raises ValueError for what is wrong whatever the model is."""
-        if not 0 <= self.tilt <= 1:
-            raise ValueError(f"--tilt is {self.tilt}; it goes from 0 (stage 1) to 1 (stage 2)")
+        check_tilt("--tilt", self.tilt)
         for option, value in (
             ("--guidance", self.guidance), ("--student-guidance", self.student_guidance)
         ):  # fmt: skip

@@ -53,9 +53,9 @@ def load_students(
     """Loads LoRA folders through the pipeline's own loader.
 
     The students are `ac_dmd` (the few-step adapter) and `rtdmd` (the tilt adapter on top, at
-    `strength` in [0, 1]); of a merged pipeline, whose scheduler is the students', itself: `merged`.
-    Every network runs under `autocast`, if given; the students with `guidance`, None being what
-    the model's own expect.
+    `strength` in [0, 1.5]); of a merged pipeline, whose scheduler is the students', itself:
+    `merged`. Every network runs under `autocast`, if given; the students with `guidance`, None
+    being what the model's own expect.
 
     Raises:
         ValueError: if a folder holds no LoRA, or one of another model.
