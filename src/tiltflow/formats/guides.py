@@ -101,5 +101,6 @@ def _sampler(contract: Contract) -> str:
         "(η = 0) and `lcm` (η = 1). The workflow therefore has a sampler node a step, "
         "`SamplerEulerAncestral` with a setting of its own each; together they are the student's "
         "sampler up to rounding. A single `lcm` node over all levels is simpler and is η = 1: it "
-        f"draws all noise anew, where the student keeps {kept:.3f} of the noise that it predicts."
+        f"draws all noise anew, where the student keeps {kept:.3f} of the noise that it predicts. "
+        "A student trained with `sampler.eta=1.0` needs none of this."
     )

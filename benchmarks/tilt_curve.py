@@ -1,0 +1,119 @@
+"""Rewards and diversity along the dial: a tilt at strengths from 0 (stage 1) over 1 to 1.5.
+
+For finished stage-2 runs of the embedded model, by name. Scored as studies/paper.yaml scores: its
+prompts, from the same noise at every strength, in as many steps as were trained.
+
+    python benchmarks/tilt_curve.py NAME=RUN... [--count 512]
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from support.cells import Cells, save_figure
+
+from tiltflow.data.prompts import load_prompts
+from tiltflow.evaluation.scores import DIVERSITY
+from tiltflow.evaluation.statistics import paired_comparison
+from tiltflow.tasks.evaluate import evaluate
+from tiltflow.tasks.request import Request
+from tiltflow.tasks.run import Run
+
+matplotlib.use("agg")
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+REWARDS = ("shapes", "clipscore", "clipscore_heldout")
+COLUMNS = (*REWARDS, DIVERSITY)
+
+
+def scored(run: Path, strength: float, count: int) -> dict[str, list[float]]:
+    """Every column's scores of the prompts, or of those that diversity is measured on."""
+    cfg = Run(run).config
+    request = Request(
+        model=cfg.model.path,
+        prompts=load_prompts("shapes-heldout")[:count],
+        few_step=run / "export" / "few_step",
+        tilt_lora=run / "export" / "tilt",
+        tilt=strength,
+        batch=128,
+        device="cpu",
+        autocast=cfg.model.autocast,
+        rewards=dict.fromkeys(REWARDS),
+        diversity=True,
+    )
+    ((_, found),) = evaluate(request, alone=True).scores.items()
+    return {name: [float(f"{x:.5g}") for x in found[name].tolist()] for name in COLUMNS}
+
+
+def named(text: str) -> tuple[str, Path]:
+    name, _, run = text.partition("=")
+    if not run:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=RUN")
+    return name, Path(run)
+
+
+def rows(cells: Cells, name: str) -> list[tuple[float, dict[str, tuple[float, float, float]]]]:
+    """Of each strength, every column's difference to strength 0, paired, with its 95% interval."""
+    start: dict[str, Any] = cells.found[f"{name}, 0"]
+    found = []
+    for strength in STRENGTHS:
+        at = cells.found[f"{name}, {strength:g}"]
+        pairs = {c: paired_comparison(at[c], start[c]) for c in COLUMNS}
+        found.append((strength, {c: (p.difference, *p.ci95) for c, p in pairs.items()}))
+    return found
+
+
+def table(cells: Cells, names: list[str]) -> None:
+    print("| run | strength | " + " | ".join(COLUMNS) + " |\n|---|---" + "|---" * 4 + "|")
+    for name in names:
+        for strength, columns in rows(cells, name):
+            at = cells.found[f"{name}, {strength:g}"]
+            texts = []
+            for column, (middle, low, high) in columns.items():
+                mean = sum(at[column]) / len(at[column])
+                change = f" ({middle:+.3f} [{low:+.3f}, {high:+.3f}])" if strength else ""
+                texts.append(f"{mean:.3f}{change}")
+            print(f"| `{name}` | {strength:g} | " + " | ".join(texts) + " |")
+
+
+def plot(cells: Cells, names: list[str], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(COLUMNS), figsize=(12, 3))
+    colours = ("#1f5fa8", "#c0392b", "#2e8b57")
+    for name, colour in zip(names, colours, strict=False):
+        found = rows(cells, name)
+        for axis, column in zip(axes, COLUMNS, strict=True):
+            middle, low, high = zip(*(columns[column] for _, columns in found), strict=True)
+            axis.plot(STRENGTHS, middle, color=colour, marker="o", markersize=3, label=name)
+            axis.fill_between(STRENGTHS, low, high, color=colour, alpha=0.15, linewidth=0)
+    for axis, column in zip(axes, COLUMNS, strict=True):
+        axis.axhline(0, color="#999999", linewidth=0.8)
+        axis.set(title=column, xlabel="strength of the tilt")
+    axes[0].set_ylabel("difference to stage 1")
+    axes[0].legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("runs", nargs="+", type=named, metavar="NAME=RUN")
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("docs/data/tilt_curve.json"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/tilt_curve.svg"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = Cells(args.out, {"count": args.count})
+    for name, run in args.runs:
+        for strength in STRENGTHS:
+            cells.cell(f"{name}, {strength:g}", partial(scored, run, strength, args.count))
+    names = [name for name, _ in args.runs]
+    table(cells, names)
+    plot(cells, names, args.figure)
+
+
+if __name__ == "__main__":
+    main()
