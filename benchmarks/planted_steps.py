@@ -1,0 +1,94 @@
+"""A reward with a planted bias, seen at 4 steps and at 50.
+
+The embedded model's stage 2 (`demo_tilt`) with its CLIP reward and, at the same weight, a bias that
+nobody asked for: brightness. Does the bias show only in the few steps that the reward has seen, or
+in the student's samples in 50 steps as well? The student before and after, on the same prompts and
+noise, at each number of steps.
+
+    python benchmarks/planted_steps.py --few-step runs/demo/cold_start [--seeds 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from support.cells import Cells
+from watch_planted import brightness
+
+from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import latest_step
+from tiltflow.data.prompts import load_prompts
+from tiltflow.evaluation.statistics import paired_comparison
+from tiltflow.tasks.evaluate import evaluate
+from tiltflow.tasks.request import Request
+from tiltflow.tasks.train import run_training
+
+PLANTED = f"{brightness.__module__}:{brightness.__name__}"
+REWARDS = (PLANTED, "clipscore", "clipscore_heldout", "shapes")
+STEPS = (4, 50)
+
+
+def trained(out: Path, few_step: Path, seed: int) -> Path:
+    """The run, gone on with where it was stopped."""
+    rewards = f"rewards={{clipscore: 1.0, '{PLANTED}': 1.0}}"
+    given = [f"run.out={out}", f"model.few_step={few_step}", f"run.seed={seed}", rewards]
+    cfg = load_config("demo_tilt", [*given, "run.resume=auto", "train.steps=75", "watch.every=0"])
+    if latest_step(out) != cfg.train.steps:
+        run_training(cfg, Console())
+    return out
+
+
+def scored(run: Path, steps: int, tilt: float, count: int) -> dict[str, list[float]]:
+    request = Request(
+        model="packaged:pipeline",
+        prompts=load_prompts("shapes-heldout")[:count],
+        few_step=run / "export" / "few_step",
+        tilt_lora=run / "export" / "tilt",
+        tilt=tilt,
+        steps=steps,
+        batch=128,
+        device="cpu",
+        autocast="auto",
+        rewards=dict.fromkeys(REWARDS),
+    )
+    ((_, found),) = evaluate(request, alone=True).scores.items()
+    return {name: [float(f"{x:.5g}") for x in found[name].tolist()] for name in REWARDS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--few-step", type=Path, default=Path("runs/demo/cold_start"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("docs/data/planted_steps.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = Cells(args.out, {"count": args.count})
+    print("| seed | steps | reward | before | after | difference |\n|---|---|---|---|---|---|")
+    for seed in range(args.seeds):
+        run = trained(args.runs / f"planted-steps-seed-{seed}", args.few_step, seed)
+        for steps in STEPS:
+            before, after = (
+                cells.cell(
+                    f"seed {seed}, {steps} steps, tilt {tilt}",
+                    partial(scored, run, steps, tilt, args.count),
+                )
+                for tilt in (0, 1)
+            )
+            for name in REWARDS:
+                means = [sum(at[name]) / args.count for at in (before, after)]
+                found = paired_comparison(after[name], before[name])
+                low, high = found.ci95
+                print(
+                    f"| {seed} | {steps} | {name.rpartition(':')[2]} | {means[0]:.3f} "
+                    f"| {means[1]:.3f} | {found.difference:+.3f} [{low:+.3f}, {high:+.3f}] |"
+                )
+
+
+if __name__ == "__main__":
+    main()
