@@ -187,7 +187,7 @@ def test_what_the_table_calls_higher_is_what_compare_does(tmp_path):
     table = desk.table(desk.overview()["sets"][0]["id"])
     tables = {name: {"shapes": values} for name, values in systems.items()}
     for names in (("a",), ("a", "b", "c")):
-        rows = compare(tables, [(name, "base") for name in names], resamples=10)
+        rows = compare(tables, [(name, "base") for name in names], prompts, resamples=10)
         shown = look(table, Choice("shapes", "base", ("base", *names)))["columns"][1:]
         said = [column["difference"] for column in shown]
         assert [one["p_holm"] for one in said] == [row["p_holm"] for row in rows]

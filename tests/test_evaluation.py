@@ -141,7 +141,7 @@ def test_categories_by_hand() -> None:
     assert category_of({"prompt": "a"}) is None
     metadata = [{"tag": "one"}, {"tag": "two"}, {"tag": "one"}, {"tag": "one"}]
     scores = {"s": {"r": np.array([1.0, 0.0, 0.0, 1.0]), "some": np.array([1.0, 2.0])}}
-    table = by_category(metadata, scores)
+    table = by_category(metadata, scores, "wxyz")
     assert list(table) == ["one", "two"] and table["one"]["prompts"] == 3
     one = table["one"]["systems"]["s"]
     assert list(one) == ["r"] and one["r"]["mean"] == pytest.approx(2 / 3)
@@ -149,8 +149,8 @@ def test_categories_by_hand() -> None:
     assert table["two"]["systems"]["s"]["r"] == {"mean": 0.0, "ci95": None}
     # GenEval's overall score: of the categories' means, not of the prompts.
     assert category_means(table, "s") == {"r": pytest.approx(1 / 3)}
-    assert by_category([{}, *metadata[1:]], scores) == {}
-    assert by_category([{"tag": "one"}] * 4, scores) == {}
+    assert by_category([{}, *metadata[1:]], scores, "wxyz") == {}
+    assert by_category([{"tag": "one"}] * 4, scores, "wxyz") == {}
 
 
 def test_an_evaluation_has_its_categories() -> None:

@@ -57,6 +57,37 @@ def test_paired_comparison_keeps_its_error_rate() -> None:
     assert np.mean(np.array(moved) < 0.05) > 0.7
 
 
+def test_images_of_one_prompt_are_no_independent_draws_of_prompts() -> None:
+    """Three images of each of 40 prompts that differ: the plain interval is too short for other
+    prompts, and its test too sure; what is said with the prompts named is not."""
+    rng = np.random.default_rng(7)
+    texts = [f"prompt {i // 3}" for i in range(120)]
+    covered, plain, false, short = 0, 0, 0, []
+    for _ in range(1000):
+        values = np.repeat(rng.normal(0, 1, 40), 3) + rng.normal(0, 0.7, 120)
+        found = paired_comparison(values, np.zeros(120), texts)
+        covered += found.ci95[0] <= 0 <= found.ci95[1]
+        false += found.p_value < 0.05
+        low, high = mean_ci(values)[1:]
+        plain += low <= 0 <= high
+        short.append((high - low) / (found.ci95[1] - found.ci95[0]))
+    assert 0.93 <= covered / 1000 <= 0.97 and 0.03 <= false / 1000 <= 0.07
+    assert plain / 1000 < 0.85 and np.mean(short) < 0.75
+    low, high = bootstrap_ci(values, 0, clusters=texts)
+    assert high - low == pytest.approx(np.subtract(*found.ci95[::-1]), rel=0.1)
+    alone = mean_ci(values[:10], clusters=["one"] * 10)
+    assert alone == mean_ci(values[:10], clusters=range(10)) == mean_ci(values[:10])
+    with pytest.raises(ValueError, match="2 clusters for 10 scores"):
+        mean_ci(values[:10], clusters=["a", "b"])
+
+
+def test_the_cluster_robust_error_by_hand() -> None:
+    """(1, 3), (2,), (6,): the mean 3, the sums of deviations −2, −1, 3, of three prompts."""
+    mean, low, high = mean_ci([1.0, 3.0, 2.0, 6.0], clusters=["a", "a", "b", "c"])
+    half = 4.302653 * np.sqrt(3 / 2 * 14) / 4
+    np.testing.assert_allclose([mean, low, high], [3, 3 - half, 3 + half], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["normal", "skewed", "right or wrong"])
 def test_bootstrap_interval_has_its_coverage(kind: str) -> None:
     rng = np.random.default_rng(4)
@@ -84,7 +115,7 @@ def test_compare_keeps_its_error_rate_over_several_rewards() -> None:
         a, b = shared + by_system
         a[:, 3], b[:, 3] = a[:, 3] > 0, b[:, 3] > 0  # right or wrong, as a checker says
         scores = {s: {str(r): t[:, r] for r in range(4)} for s, t in (("a", a), ("b", b))}
-        rows = compare(scores, [("a", "b")], resamples=2)
+        rows = compare(scores, [("a", "b")], [str(i) for i in range(60)], resamples=2)
         false_alarms += any(row["p_holm"] < 0.05 for row in rows)
     assert false_alarms / 1000 <= 0.06
 
@@ -253,7 +284,7 @@ def test_evaluation_refuses(change: dict[str, object], message: str) -> None:
 def test_evaluation_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "run" / "evaluation.json"
     scores = {"a": {"r": np.array([1.0, 2, 4])}, "b": {"r": np.array([0.0, 2, 3])}}
-    write_evaluation(path, {"comparisons": compare(scores, [("a", "b")])})
+    write_evaluation(path, {"comparisons": compare(scores, [("a", "b")], ["x", "y", "z"])})
     assert json.loads(path.read_text())["comparisons"][0]["test"] == "paired t"
     with pytest.raises(ValueError, match="JSON"):
         write_evaluation(path, {"x": float("nan")})

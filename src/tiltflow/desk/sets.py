@@ -173,7 +173,7 @@ def look(table: Table, choice: Choice) -> dict[str, Any]:
     page = rows[choice.page * PAGE : (choice.page + 1) * PAGE]
     base = _values(table.column(choice.baseline), choice.reward, len(table.prompts))[rows]
     columns = chosen(table, choice)
-    figures = [_figures(column, choice, base, rows, len(table.prompts)) for column in columns]
+    figures = [_figures(column, choice, base, rows, table.prompts) for column in columns]
     compared = [found["difference"] for found in figures if found["difference"]]
     correct(compared)
     for found in compared:
@@ -196,9 +196,14 @@ def look(table: Table, choice: Choice) -> dict[str, Any]:
 
 
 def _figures(
-    column: Column, choice: Choice, base: NDArray[np.float64], rows: NDArray[np.intp], n: int
+    column: Column,
+    choice: Choice,
+    base: NDArray[np.float64],
+    rows: NDArray[np.intp],
+    prompts: Sequence[str],
 ) -> dict[str, Any]:
-    values = _values(column, choice.reward, n)[rows]
+    values = _values(column, choice.reward, len(prompts))[rows]
+    texts = [prompts[row] for row in rows]
     found: dict[str, Any] = {
         "name": column.name,
         "nfe": column.nfe,
@@ -206,10 +211,10 @@ def _figures(
         "difference": None,
     }
     if len(values) > 1 and bool(np.isfinite(values).all()):
-        mean, low, high = mean_ci(values)
+        mean, low, high = mean_ci(values, clusters=texts)
         found["mean"] = {"value": mean, "ci95": [low, high]}
         if column.name != choice.baseline and bool(np.isfinite(base).all()):
-            paired = paired_comparison(values, base)
+            paired = paired_comparison(values, base, texts)
             found["difference"] = {
                 "difference": paired.difference,
                 "ci95": list(paired.ci95),

@@ -23,11 +23,14 @@ def category_of(metadata: Mapping[str, object]) -> str | None:
     return f"{atoms} atoms" if isinstance(atoms, int) else None
 
 
-def by_category(metadata: Sequence[Mapping[str, object]], scores: Scores) -> dict[str, Any]:
+def by_category(
+    metadata: Sequence[Mapping[str, object]], scores: Scores, texts: Sequence[str]
+) -> dict[str, Any]:
     """The `categories` of `evaluation.json`: {CATEGORY: {"prompts": n, "systems": {SYSTEM:
     {REWARD: {"mean": x, "ci95": [lo, hi] or null}}}}}; empty where a prompt has no category.
 
-    An interval needs two prompts. Rewards that were not measured on every prompt are left out.
+    An interval needs two prompts; `texts` are the prompts, of which some may repeat. Rewards that
+    were not measured on every prompt are left out.
     """
     found = [category_of(about) for about in metadata]
     names = list(dict.fromkeys(found))
@@ -40,7 +43,7 @@ def by_category(metadata: Sequence[Mapping[str, object]], scores: Scores) -> dic
             "prompts": len(rows),
             "systems": {
                 system: {
-                    reward: _figures(values[rows])
+                    reward: _figures(values[rows], [texts[i] for i in rows])
                     for reward, values in columns.items()
                     if len(values) == len(found)
                 }
@@ -57,8 +60,8 @@ def category_means(categories: Mapping[str, Any], system: str) -> dict[str, floa
     return {r: float(np.mean([table[r]["mean"] for table in tables])) for r in tables[0]}
 
 
-def _figures(values: NDArray[np.float64]) -> dict[str, Any]:
+def _figures(values: NDArray[np.float64], texts: Sequence[str]) -> dict[str, Any]:
     if len(values) < 2:
         return {"mean": float(values.mean()), "ci95": None}
-    mean, low, high = mean_ci(values)
+    mean, low, high = mean_ci(values, clusters=texts)
     return {"mean": mean, "ci95": [low, high]}

@@ -131,21 +131,22 @@ def evaluate_systems(
     job = _Job(prompts, rewards, batch_size, diversity, keep, take, save_images, ranks, of)
     found = {system.name: job.measure(system, progress) for system in systems}
     scores = {name: measured.scores for name, measured in found.items()}
-    categories = by_category([p.metadata for p in prompts], scores)
+    texts = [prompt.text for prompt in prompts]
+    categories = by_category([p.metadata for p in prompts], scores, texts)
     summary: dict[str, Any] = {"prompts": len(prompts), "systems": {}}
     for system in systems:
         measured = found[system.name]
-        table = {reward: _interval(values) for reward, values in measured.scores.items()}
+        table = {r: _interval(values, texts) for r, values in measured.scores.items()}
         summary["systems"][system.name] = {"nfe": system.nfe, "scores": table}
         if measured.vendi is not None:
-            summary["systems"][system.name]["vendi"] = _interval(measured.vendi)
+            summary["systems"][system.name]["vendi"] = _interval(measured.vendi, texts)
         distance = _distance(found, system.name, diversity)
         if distance is not None:
             summary["systems"][system.name]["cmmd"] = distance
         if categories:
             means = category_means(categories, system.name)
             summary["systems"][system.name]["category_means"] = means
-    summary["comparisons"] = compare(scores, comparisons)
+    summary["comparisons"] = compare(scores, comparisons, texts)
     if categories:
         summary["categories"] = categories
     images = {name: m.images for name, m in found.items() if m.images is not None}
@@ -169,9 +170,11 @@ def _distance(
 def compare(
     scores: Mapping[str, Mapping[str, NDArray[np.float64]]],
     pairs: Sequence[tuple[str, str]],
+    texts: Sequence[str],
     resamples: int = 10_000,
 ) -> list[dict[str, Any]]:
     """The `comparisons` of `evaluation.json`: every pair (a, b) on every reward both have.
+    `texts` are the prompts, of which some may repeat.
 
     `difference` is a − b; `ci95` its t interval and `bootstrap_ci95` that of `resamples`
     resamples; `p_holm` is the p-value adjusted for the number of comparisons here.
@@ -179,8 +182,10 @@ def compare(
     rows: list[dict[str, Any]] = []
     for a, b in pairs:
         for reward in (name for name in scores[a] if name in scores[b]):
-            result = paired_comparison(scores[a][reward], scores[b][reward])
-            differences = scores[a][reward] - scores[b][reward]
+            first, second = scores[a][reward], scores[b][reward]
+            of = texts_of(texts, len(first))
+            result = paired_comparison(first, second, of)
+            spread = bootstrap_ci(first - second, 0, resamples=resamples, clusters=of)
             rows.append(
                 {
                     "a": a,
@@ -188,7 +193,7 @@ def compare(
                     "reward": reward,
                     "difference": result.difference,
                     "ci95": list(result.ci95),
-                    "bootstrap_ci95": list(bootstrap_ci(differences, 0, resamples=resamples)),
+                    "bootstrap_ci95": list(spread),
                     "p_value": result.p_value,
                     "test": result.test,
                     "n": result.n,
@@ -349,8 +354,13 @@ def _spread(total: int, wanted: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, count).round()]
 
 
-def _interval(values: NDArray[np.float64]) -> dict[str, Any]:
-    mean, low, high = mean_ci(values)
+def texts_of(texts: Sequence[str], n: int) -> Sequence[str]:
+    """The prompts that `n` scores are of: all, or those that diversity is measured on."""
+    return texts if n == len(texts) else [texts[i] for i in _spread(len(texts), n)]
+
+
+def _interval(values: NDArray[np.float64], texts: Sequence[str]) -> dict[str, Any]:
+    mean, low, high = mean_ci(values, clusters=texts_of(texts, len(values)))
     return {"mean": mean, "ci95": [low, high]}
 
 

@@ -7,25 +7,25 @@ prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltflow.evaluation.statistics import correct, mean_ci, paired_comparison
+from tiltflow.evaluation.statistics import Clusters, correct, mean_ci, paired_comparison
 
 Array = NDArray[np.float64]
 Scores = Mapping[int, Array]
 """By seed, the scores (N,) of a system under one reward."""
 
 
-def over_seeds(scores: Scores) -> dict[str, Any]:
+def over_seeds(scores: Scores, clusters: Clusters = None) -> dict[str, Any]:
     """`mean`, its 95% interval over prompts (`ci95`) and over seeds (`seeds_ci95`, None of a single
-    seed), and each seed's mean (`by_seed`)."""
+    seed), and each seed's mean (`by_seed`). `clusters`: the prompts, where some repeat."""
     table = _table(scores, list(scores))
     each = table.mean(1)
-    mean, low, high = mean_ci(table.mean(0))
+    mean, low, high = mean_ci(table.mean(0), clusters=clusters)
     return {
         "mean": mean,
         "ci95": [low, high],
@@ -34,7 +34,7 @@ def over_seeds(scores: Scores) -> dict[str, Any]:
     }
 
 
-def paired_over_seeds(a: Scores, b: Scores) -> dict[str, Any] | None:
+def paired_over_seeds(a: Scores, b: Scores, clusters: Clusters = None) -> dict[str, Any] | None:
     """a − b on the prompts and seeds that both have; None without a seed in common.
 
     `p_value` is the paired t test's over prompts, `p_seeds` its over seeds (None of a single one).
@@ -43,7 +43,7 @@ def paired_over_seeds(a: Scores, b: Scores) -> dict[str, Any] | None:
     if not common:
         return None
     first, second = _table(a, common), _table(b, common)
-    result = paired_comparison(first.mean(0), second.mean(0))
+    result = paired_comparison(first.mean(0), second.mean(0), clusters)
     means = first.mean(1), second.mean(1)
     return {
         "difference": result.difference,
@@ -59,15 +59,19 @@ def paired_over_seeds(a: Scores, b: Scores) -> dict[str, Any] | None:
 
 
 def compared(
-    scores: Mapping[str, Mapping[str, Scores]], pairs: Sequence[tuple[str, str]]
+    scores: Mapping[str, Mapping[str, Scores]],
+    pairs: Sequence[tuple[str, str]],
+    clusters: Callable[[int], Clusters] = lambda n: None,
 ) -> list[dict[str, Any]]:
     """Each pair (a, b) of systems under each reward, `scores[system][reward]`, as rows of an
     `evaluation.json`; `p_holm` is corrected for all of them, `p_seeds_holm` for those with seeds.
+    `clusters(n)`: the prompts that `n` scores are of.
     """
     rows: list[dict[str, Any]] = []
     for a, b in pairs:
         for reward in (name for name in scores[a] if name in scores[b]):
-            found = paired_over_seeds(scores[a][reward], scores[b][reward])
+            first, second = scores[a][reward], scores[b][reward]
+            found = paired_over_seeds(first, second, clusters(len(next(iter(first.values())))))
             if found is not None:
                 rows.append({"a": a, "b": b, "reward": reward, **found})
     correct(rows)

@@ -1,9 +1,15 @@
-"""Intervals and paired tests over prompts: how sure a difference between two systems is."""
+"""Intervals and paired tests over prompts: how sure a difference between two systems is.
+
+Several images of one prompt are no independent draws from the prompts that there are. So where
+prompts repeat, what is said of the mean is cluster-robust: a prompt's scores count as one term
+(Liang and Zeger 1986, with the factor G/(G − 1) and a t distribution of G − 1 degrees of freedom
+for G prompts). Where none repeats it is the plain t test.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
+Clusters = Sequence[Hashable] | None
+"""What each score is of, such as its prompt's text; None where no two are of the same. Where all
+are of one, there is nothing but its own noise to go by, and the scores count one by one."""
 
 SIGNIFICANT = 0.05
 """Below this corrected p-value, and by it alone, two systems are called different."""
@@ -34,25 +43,30 @@ class Comparison:
     test: str = "paired t"
 
 
-def mean_ci(scores: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
+def mean_ci(
+    scores: ArrayLike, level: float = 0.95, clusters: Clusters = None
+) -> tuple[float, float, float]:
     """The mean of (n,) scores and its t interval (mean, low, high), n >= 2.
 
     Raises:
-        ValueError: if there are fewer than two scores, or one is not finite.
+        ValueError: if there are fewer than two scores, one is not finite, or there are not as many
+            `clusters`.
     """
     values = _vector(scores)
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval must lie in (0, 1), got {level}")
     mean = float(values.mean())
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * _standard_error(values)
+    error, freedom = _standard_error(values, _codes(clusters, len(values)))
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
     return mean, mean - half, mean + half
 
 
-def paired_comparison(a: ArrayLike, b: ArrayLike) -> Comparison:
+def paired_comparison(a: ArrayLike, b: ArrayLike, clusters: Clusters = None) -> Comparison:
     """Compare (n,) scores of two systems on the same prompts by the paired t test, n >= 2.
 
     Where all differences are equal the t test has no variance to go by: equal scores give p = 1;
-    one and the same shift everywhere is judged by the exact sign test, p = 2^(1−n).
+    one and the same shift everywhere is judged by the exact sign test, p = 2^(1−n), or 2^(1−G) for
+    G clusters.
 
     Raises:
         ValueError: if the lengths differ, or there are fewer than two finite scores each.
@@ -63,28 +77,38 @@ def paired_comparison(a: ArrayLike, b: ArrayLike) -> Comparison:
     differences = first - second
     # Equal up to the rounding of the subtraction, whose remains would pass for a tiny variance.
     rounding = 4 * np.finfo(np.float64).eps * max(np.abs(first).max(), np.abs(second).max())
-    n, error, test = len(differences), _standard_error(differences), "paired t"
+    n, test = len(differences), "paired t"
+    error, freedom = _standard_error(differences, _codes(clusters, n))
     if np.ptp(differences) <= rounding:
         shifted = abs(differences.mean()) > rounding
-        p_value, test = (2.0 ** (1 - n), "sign") if shifted else (1.0, test)
+        p_value, test = (2.0**-freedom, "sign") if shifted else (1.0, test)
     else:
-        p_value = float(2 * stats.t.sf(abs(differences.mean()) / error, n - 1))
-    mean, low, high = mean_ci(differences)
+        t = abs(differences.mean()) / error if error > 0 else math.inf
+        p_value = float(2 * stats.t.sf(t, freedom))
+    mean, low, high = mean_ci(differences, clusters=clusters)
     wins = float(((differences > 0) + 0.5 * (differences == 0)).mean())
     return Comparison(mean, (low, high), p_value, n, wins, test)
 
 
 def bootstrap_ci(
-    differences: ArrayLike, seed: int, level: float = 0.95, resamples: int = 10_000
+    differences: ArrayLike,
+    seed: int,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    clusters: Clusters = None,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of (n,) differences; no normality assumed."""
+    """The percentile bootstrap interval of the mean of (n,) differences; no normality assumed.
+    Clusters are drawn whole."""
     values = _vector(differences)
+    codes = _codes(clusters, len(values))
+    each = np.arange(len(values)) if codes is None else codes
     found = stats.bootstrap(
-        (values,),
-        np.mean,
+        (np.bincount(each, values), np.bincount(each)),
+        _mean_of_sums,
         n_resamples=resamples,
         batch=max(1, 2_000_000 // len(values)),  # bounds the memory of the resampled indices
         confidence_level=level,
+        paired=True,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -122,8 +146,30 @@ def verdict(row: Mapping[str, Any]) -> str:
     return "higher" if row["difference"] > 0 else "lower"
 
 
-def _standard_error(values: Array) -> float:
-    return float(values.std(ddof=1)) / math.sqrt(len(values))
+def _mean_of_sums(sums: Array, sizes: NDArray[np.intp], axis: int = -1) -> Array:
+    found: Array = sums.sum(axis) / sizes.sum(axis)
+    return found
+
+
+def _codes(clusters: Clusters, n: int) -> NDArray[np.intp] | None:
+    """The clusters as numbers (n,) from 0; None where each score is a cluster, or all are one."""
+    if clusters is None:
+        return None
+    if len(clusters) != n:
+        raise ValueError(f"{len(clusters)} clusters for {n} scores")
+    numbers: dict[Hashable, int] = {}
+    codes = np.array([numbers.setdefault(each, len(numbers)) for each in clusters], dtype=np.intp)
+    return codes if 1 < len(numbers) < n else None
+
+
+def _standard_error(values: Array, codes: NDArray[np.intp] | None) -> tuple[float, int]:
+    """Of the mean, with its degrees of freedom."""
+    n = len(values)
+    if codes is None:
+        return float(values.std(ddof=1)) / math.sqrt(n), n - 1
+    sums = np.bincount(codes, values - values.mean())
+    groups = len(sums)
+    return math.sqrt(groups / (groups - 1) * float(np.square(sums).sum())) / n, groups - 1
 
 
 def _vector(scores: ArrayLike) -> Array:

@@ -102,7 +102,7 @@ def _pair(systems: str | None) -> tuple[str, str] | None:
 def _one(path: Path, pair: tuple[str, str]) -> list[dict[str, Any]]:
     stored = read_scores(scores_path(evaluation_path(path)))
     tables = {name: _measured(_column(stored.scores, name, path)) for name in pair}
-    return compare(tables, [pair])
+    return compare(tables, [pair], stored.prompts)
 
 
 def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> None:
@@ -160,7 +160,7 @@ def _two(paths: Sequence[Path], pair: tuple[str, str] | None) -> list[dict[str, 
             continue
         named.append((f"{labels[0]}:{a}", f"{labels[1]}:{b}"))
         tables |= {named[-1][0]: one, named[-1][1]: other}
-    return compare(tables, named)
+    return compare(tables, named, first.prompts)
 
 
 def _column(scores: Mapping[str, Columns], name: str, path: Path) -> Columns:

@@ -87,7 +87,7 @@ class Student:
         for trained, rewards in ((True, self.trained), (False, self.held_out)):
             scored = {} if rewards is None else rewards.score(images, texts, about)
             for name, values in scored.items():
-                mean, low, high = mean_ci(values.double().cpu().numpy())
+                mean, low, high = mean_ci(values.double().cpu().numpy(), clusters=texts)
                 key = name if trained or name not in found else f"{name} (held out)"
                 found[key] = {"mean": mean, "ci95": [low, high], "trained": trained}
         return found

@@ -167,11 +167,13 @@ def compared(out: Path, count: int) -> dict[str, Any]:
     cold, tilted = (
         _images(sampler, loaded.students[name], count, 0) for name in ("ac_dmd", "rtdmd")
     )
-    chosen = paired_comparison(likings(tilted, prompts), likings(cold, prompts))
-    liked = likings(tilted, prompts) - likings(cold, prompts)
-    rate = mean_ci((liked > 0) + 0.5 * (liked == 0))
-    right = [_shapes(images, prompts) for images in (tilted, cold)]
-    shapes = paired_comparison(*right)
+    texts = [prompt.text for prompt in prompts]
+    after, before = likings(tilted, prompts), likings(cold, prompts)
+    liked = after - before
+    chosen = paired_comparison(after, before, texts)
+    rate = mean_ci((liked > 0) + 0.5 * (liked == 0), clusters=texts)
+    right = _shapes(tilted, prompts), _shapes(cold, prompts)
+    shapes = paired_comparison(*right, texts)
     picture(out / "loop" / "pairs.png", cold, tilted)
     alarms = [
         text for one in read_history(out / "loop" / "tilt" / FILE) for text in one.alarms.values()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiltflow.config.load import dump_config
 from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import read_metrics
 from tiltflow.evaluation.report import write_report
+from tiltflow.evaluation.scores import texts_of
 from tiltflow.evaluation.seeds import compared, over_seeds
 from tiltflow.evaluation.statistics import NO_DIFFERENCE, mean_ci
 from tiltflow.evaluation.statistics import verdict as verdict_over_prompts
@@ -41,18 +43,22 @@ def summarise(study: Study, out: Path) -> dict[str, Any]:
         for reward, values in found["scores"].items():
             by_seed = scores.setdefault(cell.row, {}).setdefault(reward, {})
             by_seed[cell.seed] = np.asarray(values)
+    of = partial(texts_of, [prompt.text for prompt in study.scored()])
     pairs = [pair for pair in study.pairs if all(name in scores for name in pair)]
     return {
         "prompts": study.count,
         "cells": {"done": len(done), "of": len(cells_of(study, out))},
-        "systems": {row: _system(row, done, scores[row]) for row in scores},
-        "comparisons": compared(scores, pairs),
+        "systems": {row: _system(row, done, scores[row], of) for row in scores},
+        "comparisons": compared(scores, pairs, of),
         "budgets": budgets([found for _, found in done]),
     }
 
 
 def _system(
-    row: str, done: Sequence[tuple[Cell, dict[str, Any]]], scores: Mapping[str, Mapping[int, Any]]
+    row: str,
+    done: Sequence[tuple[Cell, dict[str, Any]]],
+    scores: Mapping[str, Mapping[int, Any]],
+    of: Callable[[int], Sequence[str]],
 ) -> dict[str, Any]:
     found = [result for cell, result in done if cell.row == row]
     system: dict[str, Any] = {
@@ -61,7 +67,10 @@ def _system(
         "seeds": [result["seed"] for result in found],
         "steps": [result["steps"] for result in found],
         "cost": [result["cost"] for result in found],
-        "scores": {reward: over_seeds(values) for reward, values in scores.items()},
+        "scores": {
+            reward: over_seeds(values, of(len(next(iter(values.values())))))
+            for reward, values in scores.items()
+        },
     }
     vendi = [result["vendi"]["mean"] for result in found if result["vendi"] is not None]
     if vendi:
