@@ -132,6 +132,14 @@ SETTINGS = [
         TILT + "'rewards={\"judge:m\": {weight: 1, options: {rubric: r.txt, endpoint: here}}}'",
     ),
     Case(
+        "a judge at an endpoint with a local one's option",
+        TILT + "'rewards={\"judge:m\": {weight: 1, options: {rubric: r.txt, dtype: fp32}}}'",
+    ),
+    Case(
+        "a local judge with an endpoint's option",
+        TILT + "'rewards={\"judge:m\": {weight: 1, path: m, options: {rubric: r, retries: 1}}}'",
+    ),
+    Case(
         "a judge of ranks that is watched",
         TILT + "'watch.rewards={\"judge:m\": {weight: 1, options: {rubric: r, form: group}}}'",
     ),

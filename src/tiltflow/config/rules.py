@@ -39,7 +39,7 @@ def check_together(config: RunConfig) -> None:
     for rewards in (config.rewards, config.watch.rewards):
         for name, reward in rewards.items():
             if name.startswith(ELSEWHERE):
-                settings_elsewhere(name, reward.options)
+                settings_elsewhere(name, reward.options, reward.path)
     for name, reward in config.watch.rewards.items():
         refuse_ranks(name, reward.options)
 

@@ -331,7 +331,7 @@ def load_reward(
 ) -> Reward:
     """A reward by builtin name, entry point (group `tiltflow.rewards`), `package.module:name`,
     `remote:http://HOST:PORT/NAME` for one behind a reward server, `judge:MODEL` for a model that is
-    asked, or the folder of a fitted one.
+    asked (here, if it has a `path`), or the folder of a fitted one.
 
     An entry point or dotted path leads either to a plain function `f(images, prompts, metadata)
     -> (B,)`, which may have attributes `differentiable`, `domain`, `elsewhere` and `at_once`
@@ -346,7 +346,9 @@ def load_reward(
     if name in BUILTIN or is_fitted(name):
         return BUILTIN.get(name, load_fitted)(name, path, device, options)
     if name.startswith(ELSEWHERE):
-        return _remote(name, path, options)
+        from tiltflow.rewards.remote.loading import load_elsewhere
+
+        return load_elsewhere(name, options, path, device)
     return _from_target(target_of(name), name, path, device, options)
 
 
@@ -360,13 +362,6 @@ def target_of(name: str) -> Callable[..., Any]:
     if not callable(target):
         raise ValueError(f"reward {name!r} is neither a function nor a class")
     return target
-
-
-def _remote(name: str, path: str | None, options: Mapping[str, Any]) -> Reward:
-    from tiltflow.rewards.remote.loading import load_elsewhere
-
-    _no_path(name, path)
-    return load_elsewhere(name, options)
 
 
 def _from_target(

@@ -34,9 +34,10 @@ class Groups:
 
 class Ranker(Protocol):
     """Ranks images (B, 3, H, W) in [0, 1] within `groups`: standings (B,) from 0 (the last of its
-    group) to 1 (the first), ½ on average in every group. It computes elsewhere."""
+    group) to 1 (the first), ½ on average in every group. `elsewhere` is as of a `Reward`."""
 
     name: str
+    elsewhere: bool
 
     def __call__(self, images: Tensor, prompts: Sequence[str], groups: Groups) -> Tensor: ...
 

@@ -18,7 +18,7 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.core.sentences import first_sentence
 from tiltflow.rewards.base import BUILTIN
 from tiltflow.rewards.fitted import fitted_folder, is_fitted
-from tiltflow.rewards.remote.address import ELSEWHERE
+from tiltflow.rewards.remote.address import ELSEWHERE, JUDGE
 from tiltflow.rewards.weights import DTYPES, scoring_mlp
 from tiltflow.rewards.zoo.aesthetic import VIT_L_14
 from tiltflow.rewards.zoo.geneval import MASK2FORMER
@@ -130,6 +130,10 @@ def reward_memory(table: Mapping[str, RewardLike]) -> dict[str, int | None]:
 
 
 def _bytes(name: str, reward: RewardLike) -> int | None:
+    if name.startswith(JUDGE) and reward.path is not None:
+        with torch.device("meta"):
+            judge = _model(reward.path, "AutoModelForImageTextToText")
+        return None if judge is None else _width(reward.options) * _count(judge)
     if name in NO_MODEL or name.startswith(ELSEWHERE):
         return 0
     if is_fitted(name):
@@ -190,6 +194,8 @@ def _model(place: str, kind: str) -> Any:
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no configuration of a model in {place}")
     try:
+        if kind.startswith("Auto"):
+            return made.from_config(transformers.AutoConfig.from_pretrained(folder))
         return made(made.config_class.from_pretrained(folder))
     except Exception as error:  # whatever a configuration can make of the library
         raise ValueError(

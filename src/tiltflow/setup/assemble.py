@@ -116,7 +116,8 @@ def build_rewards(table: dict[str, RewardConfig], backbone: Backbone) -> RewardM
     loaded, rankers, device = [], [], str(backbone.device)
     for name, reward in table.items():
         if ranks(name, reward.options):
-            rankers.append(WeightedRanker(load_ranker(name, reward.options), reward.weight))
+            ranker = load_ranker(name, reward.options, reward.path, device)
+            rankers.append(WeightedRanker(ranker, reward.weight))
             continue
         made = load_reward(name, path=reward.path, device=device, options=reward.options)
         check_medium([made], backbone.medium)

@@ -80,7 +80,10 @@ class Scoring:
         self._scorer, self._prompts, self._groups = scorer, prompts, groups
         self._names = tuple(scorer.rewards.advantage_weights)
         rankers = [item.ranker for item in scorer.rewards.rankers]
-        self._rankers = [(one, Background(f"reward {one.name}")) for one in rankers]
+        # One that computes here does so at once: it may have the device of this thread's work.
+        self._rankers = [
+            (one, Background(f"reward {one.name}") if one.elsewhere else None) for one in rankers
+        ]
         self._decoded: list[tuple[slice, Tensor]] = []
         self._here = scorer.rewards.here
         away = [item.reward for item in scorer.rewards.elsewhere]
@@ -99,7 +102,8 @@ class Scoring:
     def close(self) -> None:
         """Calls that have not begun are not made any more."""
         for _, thread in (*self._threads, *self._rankers):
-            thread.close()
+            if thread is not None:
+                thread.close()
 
     def begin(self, x0: Tensor, backprop: bool) -> None:
         scorer = self._scorer
@@ -125,8 +129,11 @@ class Scoring:
         images = torch.cat([part for _, part in sorted(self._decoded, key=lambda at: at[0].start)])
         texts, everything = [p.text for p in self._prompts], slice(0, len(images))
         for ranker, thread in self._rankers:
-            asked = thread.call(ranked, ranker, images, texts, self._groups)
-            self._later.append((ranker.name, everything, asked))
+            asked = (ranker, images, texts, self._groups)
+            if thread is None:
+                self._keep(everything, {ranker.name: ranked(*asked)})
+            else:
+                self._later.append((ranker.name, everything, thread.call(ranked, *asked)))
 
     def finish(self, step: int) -> Scored:
         """Every reward of the global batch, of iteration `step`; one gather joins the ranks'.

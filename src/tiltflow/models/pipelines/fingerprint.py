@@ -107,7 +107,7 @@ def encoders_fingerprint(pipeline: Pipeline) -> str | None:
 def _part_facts(pipeline: Pipeline, part: str) -> dict[str, object]:
     facts: dict[str, object] = {part: _settings(pipeline, f"{part}/config.json")}
     for name in pipeline.weight_files(part):
-        facts[f"{part}/{name}"] = _content(pipeline.root / part / name)
+        facts[f"{part}/{name}"] = content_digest(pipeline.root / part / name)
     return facts
 
 
@@ -120,7 +120,12 @@ def _settings(pipeline: Pipeline, name: str) -> dict[str, object]:
     }
 
 
-def _content(file: Path) -> str:
+def content_digest(file: Path) -> str:
+    """64 hexadecimal digits for a file of weights, as `pipeline_fingerprint` takes it.
+
+    Raises:
+        ValueError: if there is none.
+    """
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     size = os.path.getsize(file)

@@ -33,7 +33,8 @@ class JudgeSettings:
     within a group, by pairs or of all at once), the `endpoint` (what stands before
     /chat/completions), the scores that it may give, from `low` to `high`, how many images it is
     asked about at a time, where its answers are kept ("off": nowhere; None: the user's cache), and
-    how long an answer is at most, in tokens. The others are as of a remote reward (`Settings`).
+    how long an answer is at most, in tokens. `dtype` is the precision of a model that runs here.
+    The others are as of a remote reward (`Settings`).
 
     Raises:
         ValueError: if a value makes no sense.
@@ -47,6 +48,7 @@ class JudgeSettings:
     parallel: Annotated[int, Field(ge=1, le=64)] = 8
     cache: str | None = None
     tokens: Annotated[int, Field(ge=8, le=65536)] = 64
+    dtype: Literal["bf16", "fp32"] = "bf16"
     timeout: Annotated[float, Field(gt=0, le=86400.0)] = 120.0
     retries: Annotated[int, Field(ge=0, le=1000)] = 3
     patience: Annotated[float, Field(ge=0, le=8.64e7)] | None = None
@@ -56,8 +58,14 @@ class JudgeSettings:
         return Settings(timeout=self.timeout, retries=self.retries, patience=self.patience)
 
 
-def judge_settings(name: str, options: Mapping[str, Any]) -> JudgeSettings:
-    """The settings of `judge:MODEL` from its options.
+AWAY = ("endpoint", "parallel", "timeout", "retries", "patience")
+"""Options of a judge behind an endpoint."""
+HERE = ("dtype",)
+"""Those of one with a `path`, which runs in this process."""
+
+
+def judge_settings(name: str, options: Mapping[str, Any], path: str | None = None) -> JudgeSettings:
+    """The settings of `judge:MODEL` from its options; with a `path` the model runs here.
 
     Raises:
         ValueError: if the name has no model, or an option is missing, unknown or makes no sense.
@@ -67,6 +75,11 @@ def judge_settings(name: str, options: Mapping[str, Any]) -> JudgeSettings:
         raise ValueError(f"reward {name[:60]!r} names no model: write {JUDGE}MODEL")
     needs = {"rubric": "a file that says what is good"}
     settings = options_of(JudgeSettings, name, options, needs)
+    for key in HERE if path is None else AWAY:
+        if key in options:
+            why = "has no path, so it" if path is None else f"has the path {path!r}, so it"
+            place = "runs behind an endpoint" if path is None else "runs here, behind no endpoint"
+            raise ValueError(f"reward {name!r} {why} {place}: it takes no option {key}")
     if not settings.low < settings.high:
         raise ValueError(
             f"reward {name!r}: option low is {settings.low:g}, which is not below high "
@@ -128,12 +141,16 @@ def read_rubric(name: str, place: str) -> str:
     return text
 
 
-def settings_elsewhere(name: str, options: Mapping[str, Any]) -> Settings | JudgeSettings:
-    """The settings of a reward that another process computes.
+def settings_elsewhere(
+    name: str, options: Mapping[str, Any], path: str | None = None
+) -> Settings | JudgeSettings:
+    """The settings of a judge, or of a reward that another process computes.
 
     Raises:
-        ValueError: as `remote_settings` or `judge_settings`.
+        ValueError: as `remote_settings` or `judge_settings`, or if it has a path and no weights.
     """
     if name.startswith(JUDGE):
-        return judge_settings(name, options)
+        return judge_settings(name, options, path)
+    if path is not None:
+        raise ValueError(f"reward {name!r} has no weights to load, so it takes no path")
     return remote_settings(name, options)

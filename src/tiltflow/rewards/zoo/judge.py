@@ -1,7 +1,8 @@
 """A vision-language model that is asked how good images are: `judge:MODEL`.
 
 It is behind an endpoint that speaks OpenAI's chat completions, as vLLM, SGLang and llama.cpp's
-server do. `Judge` shows it one image at a time, so that a score is of its image and prompt alone.
+server do (`remote/endpoint.py`), or runs here (`judge_local.py`). `Judge` shows it one image at a
+time, so that a score is of its image and prompt alone.
 `GroupJudge` shows it the images of a group together, and is no reward but a ranker.
 """
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.questions import Form, Model, Pixels, Question, seen
 from tiltflow.rewards.ranking import Groups
 from tiltflow.rewards.remote.asking import JudgeSettings
-from tiltflow.rewards.remote.endpoint import Endpoint, Form, Pixels, Question, seen
 from tiltflow.rewards.remote.wire import eight_bits
 
 FORMAT = "tiltflow-judge-1"
@@ -26,22 +27,20 @@ FORMAT = "tiltflow-judge-1"
 class Judge:
     """What the model says of each image, from `low` to `high`; not differentiable.
 
-    Images are rounded to eight bits. The key, where the endpoint asks for one, is read from the
-    environment variable TILTFLOW_JUDGE_KEY. An answer is kept by the image, the prompt, the rubric
-    and the model, so the same is never asked twice.
+    Images are rounded to eight bits. An answer is kept by the image, the prompt, the rubric and the
+    model, so the same is never asked twice.
 
     Raises:
-        ValueError: if the rubric cannot be used; each call, as `Endpoint.answers`.
+        ValueError: by a call, as the model's `answers`.
         Stopped: by a call, if the run is asked to stop while it waits.
     """
 
     differentiable = False
     domain = "images"
-    elsewhere = True
 
-    def __init__(self, name: str, settings: JudgeSettings) -> None:
-        self.name, self.settings = name, settings
-        self._endpoint = Endpoint(name, settings)
+    def __init__(self, name: str, settings: JudgeSettings, model: Model) -> None:
+        self.name, self.settings, self._model = name, settings, model
+        self.elsewhere = model.elsewhere
         low, high = settings.low, settings.high
         self._form = Form(
             key="score",
@@ -56,12 +55,12 @@ class Judge:
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> Tensor:
         pairs = zip(eight_bits(images), prompts, strict=True)
-        scores = self._endpoint.answers([self._question(*pair) for pair in pairs])
+        scores = self._model.answers([self._question(*pair) for pair in pairs])
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _question(self, pixels: Pixels, prompt: str) -> Question[float]:
-        on, limits = self._endpoint, [self.settings.low, self.settings.high]
-        facts = [FORMAT, on.model, on.rubric, limits, prompt, list(pixels.shape), seen(pixels)]
+        on, limits = self._model, [self.settings.low, self.settings.high]
+        facts = [FORMAT, on.identity, on.rubric, limits, prompt, list(pixels.shape), seen(pixels)]
         return Question(prompt, [pixels], self._form, facts)
 
     def _score(self, score: object) -> float:
@@ -82,13 +81,13 @@ class GroupJudge:
     kept by the images in that order, the prompt, the rubric and the model.
 
     Raises:
-        ValueError: if the rubric cannot be used; each call, as `Endpoint.answers`.
+        ValueError: by a call, as the model's `answers`.
         Stopped: by a call, if the run is asked to stop while it waits.
     """
 
-    def __init__(self, name: str, settings: JudgeSettings) -> None:
-        self.name = name
-        self._endpoint, self._pairs = Endpoint(name, settings), settings.form == "pairs"
+    def __init__(self, name: str, settings: JudgeSettings, model: Model) -> None:
+        self.name, self.elsewhere = name, model.elsewhere
+        self._model, self._pairs = model, settings.form == "pairs"
 
     def __call__(self, images: Tensor, prompts: Sequence[str], groups: Groups) -> Tensor:
         pixels, size = list(eight_bits(images)), groups.size
@@ -107,9 +106,9 @@ class GroupJudge:
         self, pixels: Sequence[Pixels], prompts: Sequence[str], shown: Sequence[list[int]]
     ) -> list[list[float]]:
         """The standings of each group's images in the order in which they were shown."""
-        asked = [self._question(pixels, prompts, rows, _ranking(len(rows))) for rows in shown]
+        asked = [self._question(pixels, prompts, rows, ranking_form(len(rows))) for rows in shown]
         found = []
-        for ranking in self._endpoint.answers(asked):
+        for ranking in self._model.answers(asked):
             last = len(ranking) - 1
             standings = [0.0] * len(ranking)
             for place, number in enumerate(ranking):
@@ -130,7 +129,7 @@ class GroupJudge:
             for group, pair in meetings
         ]
         found = [[0.0] * len(rows) for rows in shown]
-        answers = self._endpoint.answers(asked)
+        answers = self._model.answers(asked)
         for (group, (one, other)), better in zip(meetings, answers, strict=True):
             won = {1: 1.0, 2: 0.0, 0: 0.5}[better]
             share = 1 / (len(shown[group]) - 1)
@@ -141,9 +140,9 @@ class GroupJudge:
     def _question(
         self, pixels: Sequence[Pixels], prompts: Sequence[str], rows: Sequence[int], form: Form
     ) -> Question:
-        on, prompt, pictures = self._endpoint, prompts[rows[0]], [pixels[row] for row in rows]
+        on, prompt, pictures = self._model, prompts[rows[0]], [pixels[row] for row in rows]
         images = [[*picture.shape, seen(picture)] for picture in pictures]
-        facts = [FORMAT, form.key, on.model, on.rubric, prompt, images]
+        facts = [FORMAT, form.key, on.identity, on.rubric, prompt, images]
         return Question(prompt, pictures, form, facts)
 
 
@@ -164,7 +163,7 @@ CHOICE = Form(
 )
 
 
-def _ranking(n: int) -> Form[list[int]]:
+def ranking_form(n: int) -> Form[list[int]]:
     """The form of a ranking of n images."""
 
     def read(ranking: object) -> list[int]:
