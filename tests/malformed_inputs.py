@@ -166,6 +166,8 @@ SETTINGS = [
     Case("a picture with an odd side", TRAIN + "'model.resolution=[32, 30]'"),
     Case("a picture with three sides", TRAIN + "'model.resolution=[32, 32, 3]'"),
     Case("a size that is none", SAMPLE + "packaged:pipeline --size 32"),
+    Case("one size twice", SAMPLE + "packaged:pipeline --size 64x96 --size 64x96"),
+    Case("a side and a size", SAMPLE + "packaged:pipeline --resolution 64 --size 64x96"),
     Case("half of a character", TRAIN + """'data.prompts="\\ud800"'"""),
     Case("the mixture with a path", TRAIN + "model.family=mixture"),
     Case("a device that does not exist", "train demo_cold_start run.device=gpu"),

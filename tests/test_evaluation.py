@@ -21,7 +21,7 @@ from tiltflow.evaluation.scores import Diversity, Evaluation, System, evaluate_s
 from tiltflow.evaluation.suites import SUITES, suite_of
 from tiltflow.rewards import FunctionReward
 from tiltflow.tasks.compare import run_compare
-from tiltflow.tasks.evaluate import show_categories
+from tiltflow.tasks.tables import show_categories
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PUBLISHED = {

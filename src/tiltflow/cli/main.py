@@ -167,8 +167,8 @@ def evaluate(
     Killed, it goes on where it was when the same is asked again.
     """
     from tiltflow.tasks import interface
-    from tiltflow.tasks.evaluate import show, show_categories
     from tiltflow.tasks.progress import Terminal
+    from tiltflow.tasks.tables import show, show_categories, show_sizes
 
     with Terminal(console) as callbacks:
         result = interface.evaluate(
@@ -184,6 +184,7 @@ def evaluate(
             **options.sampling(),
         )
     show(result.summary, console)
+    show_sizes(result.summary, console)
     show_categories(result.summary, console)
     console.print(f"figures: {json_file}")
 
@@ -202,12 +203,16 @@ def compare(
     systems: Annotated[
         str | None, typer.Option("--systems", help="A,B: these two alone (of two files: A then B)")
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="of several sizes, this one", metavar="HEIGHTxWIDTH"),
+    ] = None,
     json_file: Annotated[Path | None, option("--json", "write the comparisons here too")] = None,
 ) -> None:
     """Systems against each other, prompt by prompt: differences, intervals and p-values."""
     from tiltflow.tasks.compare import run_compare
 
-    run_compare(evaluations, systems, json_file, console)
+    run_compare(evaluations, systems, json_file, console, size)
 
 
 @app.command("reward-server", epilog="Example: tiltflow reward-server hpsv3 --port 8000")

@@ -90,7 +90,7 @@ class SamplingOptions:
         list[str] | None,
         typer.Option(
             "--column",
-            help="a column's own name, as prompt=NAME, category=, negative=; repeatable",
+            help="a column's own name, as prompt=NAME, category=, negative=, size=; repeatable",
             metavar="KEY=NAME",
         ),
     ] = None
@@ -140,8 +140,10 @@ class SamplingOptions:
         ),
     ] = None
     size: Annotated[
-        str | None,
-        typer.Option("--size", help="of images that are not square", metavar="HEIGHTxWIDTH"),
+        list[str] | None,
+        typer.Option(
+            "--size", help="of images; repeatable: every prompt at each", metavar="HEIGHTxWIDTH"
+        ),
     ] = None
     max_sequence_length: Annotated[
         int | None,
@@ -186,26 +188,29 @@ class SamplingOptions:
         for name in ("model", "prompt", "prompts"):
             del given[name]
         given["columns"] = named_columns(given.pop("column") or [])
-        given["resolution"] = self._resolution(given.pop("size"))
+        sizes = [_size(size) for size in given.pop("size") or ()]
+        if sizes and self.resolution is not None:
+            raise ValueError("give either --resolution SIDE or --size HEIGHTxWIDTH")
+        if len(sizes) == 1:
+            given["resolution"] = sizes[0]
+        elif sizes:
+            given["sizes"] = sizes
         return cast("Sampling", given | {"generator_path": given.pop("generator")})
 
-    def _resolution(self, size: str | None) -> Resolution | None:
-        """Of --resolution or --size.
 
-        Raises:
-            ValueError: if both are given, or the size is none.
-        """
-        if size is None:
-            return self.resolution
-        if self.resolution is not None:
-            raise ValueError("give either --resolution SIDE or --size HEIGHTxWIDTH")
-        try:
-            found = parse_size(size)
-        except ValueError as error:
-            raise ValueError(f"--size: {error}") from error
-        if max(both(found)) > LONGEST_SIDE:
-            raise ValueError(f"--size is {size}, but a side is at most {LONGEST_SIDE}")
-        return found
+def _size(text: str) -> Resolution:
+    """Of --size.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        found = parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"--size: {error}") from error
+    if max(both(found)) > LONGEST_SIDE:
+        raise ValueError(f"--size is {text}, but a side is at most {LONGEST_SIDE}")
+    return found
 
 
 def _is_text(text: str) -> bool:
@@ -267,7 +272,8 @@ def named_columns(given: Sequence[str]) -> Mapping[str, str]:
         key, _, name = text.partition("=")
         if not (key and name):
             raise ValueError(
-                f"--column {text!r} should read prompt=NAME, category=NAME or negative=NAME"
+                f"--column {text!r} should read prompt=NAME, category=NAME, negative=NAME or "
+                "size=NAME"
             )
         if key in columns:
             raise ValueError(f"--column {key} is given twice")

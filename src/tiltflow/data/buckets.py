@@ -26,26 +26,30 @@ class Bucket:
 
 
 def by_column(
-    column: str, prompts: Sequence[Prompt], weights: Sequence[float] | None = None
+    column: str,
+    prompts: Sequence[Prompt],
+    weights: Sequence[float] | None = None,
+    where: str = "data.buckets",
 ) -> list[Bucket]:
     """A bucket for each size in a column of the prompt file, in the order of their first prompts;
-    each weighs as much as it has prompts, or as these weigh. One of weight 0 is left out.
+    each weighs as much as it has prompts, or as these weigh. One of weight 0 is left out. `where`
+    names the column in an error.
 
     Raises:
         ValueError: naming the first prompt that has no size there.
     """
     found: dict[Resolution, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        size = _size(column, number, prompt.metadata)
+        size = _size(column, number, prompt.metadata, where)
         if not all(1 <= side <= LONGEST_SIDE for side in both(size)):
             raise ValueError(
-                f"data.buckets: prompt {number + 1} has the size {said(size)}; a side goes from 1 "
-                f"to {LONGEST_SIDE}"
+                f"{where}: prompt {number + 1} has the size {said(size)}; a side goes from 1 to "
+                f"{LONGEST_SIDE}"
             )
         found.setdefault(size, []).append(number)
     if len(found) > MOST_SIZES:
         raise ValueError(
-            f"data.buckets: the prompts have {len(found)} different sizes; {MOST_SIZES} is the most"
+            f"{where}: the prompts have {len(found)} different sizes; {MOST_SIZES} is the most"
         )
     heavy = {
         size: len(rows) if weights is None else math.fsum(weights[row] for row in rows)
@@ -54,7 +58,7 @@ def by_column(
     return [Bucket(size, heavy[size], tuple(rows)) for size, rows in found.items() if heavy[size]]
 
 
-def _size(column: str, number: int, metadata: Mapping[str, object]) -> Resolution:
+def _size(column: str, number: int, metadata: Mapping[str, object], where: str) -> Resolution:
     """A side, [height, width] or "HEIGHTxWIDTH"; a side may be text, as in CSV."""
     match metadata.get(column):
         case int(side) if not isinstance(side, bool):
@@ -67,8 +71,8 @@ def _size(column: str, number: int, metadata: Mapping[str, object]) -> Resolutio
             try:
                 return parse_size(text)
             except ValueError as error:
-                raise ValueError(f"data.buckets: prompt {number + 1}: {error}") from error
+                raise ValueError(f"{where}: prompt {number + 1}: {error}") from error
     raise ValueError(
-        f"data.buckets: prompt {number + 1} has no size as {column!r}: a side, [height, width] or "
+        f"{where}: prompt {number + 1} has no size as {column!r}: a side, [height, width] or "
         "HEIGHTxWIDTH"
     )

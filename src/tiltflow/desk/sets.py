@@ -81,7 +81,10 @@ def group(evaluations: Mapping[str, Place]) -> dict[str, list[Place]]:
     sets: dict[str, list[Place]] = {}
     for place in evaluations.values():
         asked = _summary(place.path).get("asked")
-        same = {key: asked.get(key) for key in NOISE} if isinstance(asked, dict) else place.id
+        same: Any = place.id
+        if isinstance(asked, dict):
+            several = {"sizes": asked["sizes"]} if "sizes" in asked else {}
+            same = {key: asked.get(key) for key in NOISE} | several
         text = json.dumps(same, sort_keys=True)
         key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         sets.setdefault(key, []).append(place)
@@ -119,7 +122,11 @@ def _column(
     asked = summary.get("asked") or {}
     tilt = asked.get("tilt") if asked.get("tilt_lora") and system == "rtdmd" else None
     nfe = int(summary["systems"].get(system, {}).get("nfe", 0))
-    return Column(name, nfe, scores, path.with_suffix(".images") / system, tilt)
+    images = path.with_suffix(".images") / system
+    first = next(iter(summary.get("sizes", {})), "")  # where a prompt has several, that is shown
+    if (images / first).is_dir():
+        images = images / first
+    return Column(name, nfe, scores, images, tilt)
 
 
 def _same(

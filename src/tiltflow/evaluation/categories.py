@@ -43,7 +43,7 @@ def by_category(
             "prompts": len(rows),
             "systems": {
                 system: {
-                    reward: _figures(values[rows], [texts[i] for i in rows])
+                    reward: figures_of(values[rows], [texts[i] for i in rows])
                     for reward, values in columns.items()
                     if len(values) == len(found)
                 }
@@ -60,7 +60,8 @@ def category_means(categories: Mapping[str, Any], system: str) -> dict[str, floa
     return {r: float(np.mean([table[r]["mean"] for table in tables])) for r in tables[0]}
 
 
-def _figures(values: NDArray[np.float64], texts: Sequence[str]) -> dict[str, Any]:
+def figures_of(values: NDArray[np.float64], texts: Sequence[str]) -> dict[str, Any]:
+    """The mean of scores of these prompts and its 95% interval, None of one."""
     if len(values) < 2:
         return {"mean": float(values.mean()), "ci95": None}
     mean, low, high = mean_ci(values, clusters=texts)

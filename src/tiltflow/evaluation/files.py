@@ -50,6 +50,10 @@ class _Category(_Part):
     systems: dict[str, dict[str, _Mean]]
 
 
+SIZE = r"[0-9]{1,9}(x[0-9]{1,9})?"
+"""A size's name, which is a folder's as well."""
+
+
 class _Comparison(_Part):
     a: str
     b: str
@@ -71,17 +75,19 @@ class _Evaluation(_Part):
     systems: Annotated[dict[str, _System], Field(min_length=1)]
     comparisons: list[_Comparison] = []
     categories: dict[str, _Category] = {}
+    sizes: dict[Annotated[str, Field(pattern=f"^{SIZE}$")], _Category] = {}
 
 
 @dataclass(frozen=True)
 class StoredScores:
     """The scores of an evaluation: `scores[system][reward]` are values (N,) by prompt, not a
     number where a prompt was not measured; `prompts` are the N texts, `categories` theirs, None
-    where there is none."""
+    where there is none; `sizes` those that each has samples of, where there are several."""
 
     prompts: tuple[str, ...]
     scores: dict[str, dict[str, NDArray[np.float64]]]
     categories: tuple[str | None, ...] = ()
+    sizes: tuple[tuple[str, ...], ...] = ()
 
 
 def write_evaluation(path: str | Path, summary: Mapping[str, Any]) -> None:
@@ -101,7 +107,7 @@ def scores_path(path: Path) -> Path:
 
 def write_scores(path: Path, evaluation: Evaluation, prompts: Sequence[PromptLike]) -> None:
     """Write `path`, one JSON object a prompt: {"prompt": TEXT, "scores": {SYSTEM: {REWARD: x}}},
-    with its "category" where it has one.
+    with its "category" where it has one, and of several sizes the "sizes" with the scores at each.
 
     What was measured on some of the prompts only (diversity) stands at these.
     """
@@ -115,36 +121,51 @@ def write_scores(path: Path, evaluation: Evaluation, prompts: Sequence[PromptLik
             at = evaluation.measured.get(reward, range(len(prompts)))
             for index, value in zip(at, values, strict=True):
                 rows[index]["scores"][system][reward] = float(value)
+    for size, sized in evaluation.sizes.items():
+        for place, number in enumerate(sized.rows):
+            rows[number].setdefault("sizes", {})[size] = {
+                system: {reward: float(values[place]) for reward, values in table.items()}
+                for system, table in sized.scores.items()
+            }
     lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows]
     write_whole(path, "\n".join(lines) + "\n")
 
 
-def read_scores(path: Path) -> StoredScores:
-    """What `write_scores` wrote.
+def read_scores(path: Path, size: str | None = None) -> StoredScores:
+    """What `write_scores` wrote; of several sizes, the means over them, or the prompts and scores
+    at one `size`.
 
     Raises:
-        ValueError: if there is no such file, or a line of it is none of an evaluation.
+        ValueError: if there is no such file, or size in it, or a line is none of an evaluation.
     """
     if not path.is_file():
         raise ValueError(f"there are no scores at {path}: run tiltflow evaluate again")
-    rows, categories = [], []
+    rows, categories, sizes = [], [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             category = row.get("category")
-            rows.append((str(row["prompt"]), {s: dict(t) for s, t in row["scores"].items()}))
+            of = {str(name): table for name, table in row.get("sizes", {}).items()}
+            if size is not None and size not in of:
+                continue
+            scores = row["scores"] if size is None else of[size]
+            rows.append((str(row["prompt"]), {s: dict(t) for s, t in scores.items()}))
             categories.append(None if category is None else str(category))
+            sizes.append(tuple(of) if size is None else ())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number} holds no scores of an evaluation") from error
+    if size is not None and not rows:
+        raise ValueError(f"{path} has no scores of pictures of the size {size}")
     names = {s: dict.fromkeys(r for _, table in rows for r in table.get(s, {})) for s in _all(rows)}
-    scores = {
+    found = {
         system: {
             reward: np.array([table.get(system, {}).get(reward, np.nan) for _, table in rows])
             for reward in rewards
         }
         for system, rewards in names.items()
     }
-    return StoredScores(tuple(text for text, _ in rows), scores, tuple(categories))
+    texts = tuple(text for text, _ in rows)
+    return StoredScores(texts, found, tuple(categories), tuple(sizes))
 
 
 def _all(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

@@ -25,6 +25,8 @@ from tiltflow.evaluation.pictures import Sheet, grid, progress
 from tiltflow.evaluation.statistics import NO_DIFFERENCE, SIGNIFICANT, verdict
 from tiltflow.evaluation.watch_figures import Watched, alarms, watch_charts
 
+Tables = list[tuple[str, list[tuple[str, list[str]]]]]
+"""By reward, rows of a system and its cells."""
 MAIN_CURVES = 6  # a stage; the others are folded away
 
 # What the columns are, for the rewards that come with the package.
@@ -137,6 +139,7 @@ def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "beside": beside(systems),
         "explained": _explained(evaluation),
         "categories": _categories(evaluation),
+        "sizes": _sizes(evaluation),
         "best": _best(systems, comparisons),
         "digits": _digits(systems),
         "forests": forests(evaluation) if systems else [],
@@ -200,22 +203,48 @@ def _digits(systems: Mapping[str, Any]) -> dict[str, int]:
     return {reward: decimals(found) for reward, found in intervals.items()}
 
 
-def _categories(evaluation: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+def _categories(evaluation: Mapping[str, Any]) -> Tables:
     """By reward, a row a system: its means in each category, and over the categories; "" where it
     was not measured."""
     found = evaluation.get("categories", {})
     means = {s: v.get("category_means", {}) for s, v in evaluation.get("systems", {}).items()}
+    tables = _groups(found, means)
+    return [
+        (reward, [(s, [*cells, _cell(means[s].get(reward))]) for s, cells in rows])
+        for reward, rows in tables
+    ]
+
+
+def _sizes(evaluation: Mapping[str, Any]) -> Tables:
+    """By reward, a row a system: its means at each size of pictures; "" where it was not
+    measured."""
+    found = evaluation.get("sizes", {})
+    measured: dict[str, dict[str, None]] = {}
+    for group in found.values():
+        for system, table in group["systems"].items():
+            measured.setdefault(system, {}).update(dict.fromkeys(table))
+    return _groups(found, measured)
+
+
+def _groups(found: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> Tables:
     tables = []
-    for reward in dict.fromkeys(name for table in means.values() for name in table):
-        rows = []
-        for system, table in means.items():
-            cells = [
-                c["systems"].get(system, {}).get(reward, {}).get("mean") for c in found.values()
-            ]
-            cells.append(table.get(reward))
-            rows.append((system, ["" if x is None else number(x, 3) for x in cells]))
+    for reward in dict.fromkeys(name for table in measured.values() for name in table):
+        rows = [
+            (
+                system,
+                [
+                    _cell(c["systems"].get(system, {}).get(reward, {}).get("mean"))
+                    for c in found.values()
+                ],
+            )
+            for system in measured
+        ]
         tables.append((reward, rows))
     return tables if found else []
+
+
+def _cell(mean: float | None) -> str:
+    return "" if mean is None else number(mean, 3)
 
 
 def p_text(p: float) -> str:

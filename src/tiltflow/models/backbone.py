@@ -27,7 +27,7 @@ class Loading:
     autoencoder's, by default `dtype`. `resolution` is the image's side in pixels, or its height and
     width; None is the model's own. `max_sequence_length` are text tokens (of the longest encoder);
     None is the side file's value, else the pipeline's own default. `fp8` keeps the transformer's
-    matrices in 8 bits (`keep_in_fp8`).
+    matrices in 8 bits (`keep_in_fp8`). `size_name` is what stands before a resolution in an error.
     """
 
     device: torch.device | str
@@ -38,6 +38,7 @@ class Loading:
     parts: Parts = "all"
     fp8: bool = False
     base: Base = "device"
+    size_name: str = "model.resolution="
 
 
 ON_HOST = "_lengths"

@@ -12,6 +12,7 @@ from tiltflow.config.schema import as_tuple
 from tiltflow.core.limits import LARGEST_SEED
 from tiltflow.core.settings import Place, Samples, Section, Side, Steps, Text, Tokens, complaint
 from tiltflow.core.sizes import both, plain
+from tiltflow.data.buckets import MOST_SIZES
 
 
 def _path(value: object) -> object:
@@ -19,6 +20,7 @@ def _path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+Size = Annotated[Side | tuple[Side, Side], BeforeValidator(as_tuple)]
 Where = Annotated[Place, BeforeValidator(_path)]
 
 
@@ -38,7 +40,8 @@ class Asked(Section):
     teacher_steps: Steps = 50
     batch: Samples = 64
     device: Text = "auto"
-    resolution: Annotated[Side | tuple[Side, Side], BeforeValidator(as_tuple)] | None = None
+    resolution: Size | None = None
+    sizes: Annotated[tuple[Size, ...], BeforeValidator(as_tuple), Field(max_length=MOST_SIZES)] = ()
     max_sequence_length: Tokens | None = None
     generator_path: Where | None = None
     family: Text | None = None
@@ -62,4 +65,6 @@ def asked(how: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(how) | {name: getattr(found, name) for name in known}
     if given.get("resolution") is not None:
         given["resolution"] = plain(*both(given["resolution"]))
+    if "sizes" in given:
+        given["sizes"] = tuple(plain(*both(size)) for size in given["sizes"])
     return given

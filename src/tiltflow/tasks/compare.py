@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from tiltflow.core.paths import nearest
+from tiltflow.core.sizes import parse_size, said
 from tiltflow.evaluation.files import (
     evaluation_path,
     read_evaluation,
@@ -20,16 +21,20 @@ from tiltflow.evaluation.files import (
     write_evaluation,
 )
 from tiltflow.evaluation.scores import compare
-from tiltflow.tasks.evaluate import show, show_comparisons
+from tiltflow.tasks.tables import show, show_comparisons, show_sizes
 
 Columns = dict[str, NDArray[np.float64]]
 
 
 def run_compare(
-    evaluations: Sequence[Path], systems: str | None, json_file: Path | None, console: Console
+    evaluations: Sequence[Path],
+    systems: str | None,
+    json_file: Path | None,
+    console: Console,
+    size: str | None = None,
 ) -> None:
     """Prints (and writes) `comparisons`; of one evaluation as it is, its table, too. `systems` is
-    "A,B".
+    "A,B", `size` HEIGHTxWIDTH.
 
     Raises:
         ValueError: as `comparisons`, or if `systems` is no such pair.
@@ -39,9 +44,11 @@ def run_compare(
         raise ValueError(
             f"{json_file} is there and holds no comparisons: give another name with --json"
         )
-    rows = comparisons(evaluations, pair)
-    if len(evaluations) == 1 and pair is None:
-        show(read_evaluation(evaluations[0]), console)
+    rows = comparisons(evaluations, pair, None if size is None else said(parse_size(size)))
+    if len(evaluations) == 1 and pair is None and size is None:
+        summary = read_evaluation(evaluations[0])
+        show(summary, console)
+        show_sizes(summary, console)
     else:
         show_comparisons(rows, console)
     if not rows:
@@ -65,28 +72,31 @@ def _is_comparisons(path: Path) -> bool:
 
 
 def comparisons(
-    evaluations: Sequence[Path], pair: tuple[str, str] | None = None
+    evaluations: Sequence[Path], pair: tuple[str, str] | None = None, size: str | None = None
 ) -> list[dict[str, Any]]:
     """The comparisons of one evaluation, or of two.
 
     One: those that it was made with, or the two systems `pair` of it, tested anew. Two: every
     system that is in both, or the first of `pair` in the first against the second in the second.
     The p-values are corrected for the comparisons that come back, so name the pair that the
-    question is about.
+    question is about. Of evaluations over several sizes of pictures, a prompt's score is the mean
+    over its sizes, or that at `size`.
 
     Raises:
-        ValueError: if there are more than two, a system is in neither, the prompts of two
-            evaluations differ, or an evaluation has no scores by prompt.
+        ValueError: if there are more than two, a system is in neither, the prompts or the sizes of
+            two evaluations differ, one has not `size`, or an evaluation has no scores by prompt.
     """
     if not 1 <= len(evaluations) <= 2:
         raise ValueError(f"compare takes one or two evaluations, not {len(evaluations)}")
     summaries = [read_evaluation(path) for path in evaluations]
     if len(evaluations) == 2:
         _check_rewards(evaluations, summaries)
-        return _two(evaluations, pair)
-    if pair is not None:
-        return _one(evaluations[0], pair)
+        return _two(evaluations, pair, size)
     rows: list[dict[str, Any]] = summaries[0]["comparisons"]
+    if pair is not None:
+        return _compared(evaluations[0], [pair], size)
+    if size is not None:
+        return _compared(evaluations[0], [(row["a"], row["b"]) for row in rows], size)
     return rows
 
 
@@ -99,10 +109,13 @@ def _pair(systems: str | None) -> tuple[str, str] | None:
     return names[0], names[1]
 
 
-def _one(path: Path, pair: tuple[str, str]) -> list[dict[str, Any]]:
-    stored = read_scores(scores_path(evaluation_path(path)))
-    tables = {name: _measured(_column(stored.scores, name, path)) for name in pair}
-    return compare(tables, [pair], stored.prompts)
+def _compared(
+    path: Path, pairs: Sequence[tuple[str, str]], size: str | None
+) -> list[dict[str, Any]]:
+    stored = read_scores(scores_path(evaluation_path(path)), size)
+    names = dict.fromkeys(name for pair in pairs for name in pair)
+    tables = {name: _measured(_column(stored.scores, name, path)) for name in names}
+    return compare(tables, list(dict.fromkeys(pairs)), stored.prompts)
 
 
 def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> None:
@@ -136,13 +149,20 @@ def _weights(place: Any) -> Any:
     return [file[:2] if isinstance(file, list) else file for file in files]
 
 
-def _two(paths: Sequence[Path], pair: tuple[str, str] | None) -> list[dict[str, Any]]:
+def _two(
+    paths: Sequence[Path], pair: tuple[str, str] | None, size: str | None
+) -> list[dict[str, Any]]:
     """Systems of two evaluations; those of equal scores (one and the same teacher) are left out,
     for there is nothing to test."""
-    first, second = (read_scores(scores_path(evaluation_path(path))) for path in paths)
+    first, second = (read_scores(scores_path(evaluation_path(path)), size) for path in paths)
     if first.prompts != second.prompts:
         raise ValueError(
             f"{paths[0]} and {paths[1]} are on different prompts, so there are no pairs to compare"
+        )
+    if first.sizes != second.sizes:
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} are on different sizes of pictures: name one that both "
+            "have with --size"
         )
     pairs = [pair] if pair else [(name, name) for name in first.scores if name in second.scores]
     if not pairs:

@@ -18,8 +18,9 @@ from tiltflow.core.disk import write_whole
 from tiltflow.data.prompts import load_prompts
 from tiltflow.evaluation.suites import suite_of
 from tiltflow.formats.folder import replacing
-from tiltflow.tasks.evaluate import Request, evaluate_to, show
+from tiltflow.tasks.evaluate import Request, evaluate_to
 from tiltflow.tasks.report import NOTICE, write_run_report
+from tiltflow.tasks.tables import show
 from tiltflow.tasks.train import run_training
 
 MODEL = "packaged:pipeline"

@@ -16,32 +16,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from tiltflow.core.disk import write_whole, writing
 from tiltflow.core.distributed import ALONE, Ranks, ranks_of_job
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.core.sentences import counted
+from tiltflow.core.sizes import said
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
 from tiltflow.evaluation.diversity import features_of
 from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
-from tiltflow.evaluation.report import beside
 from tiltflow.evaluation.scores import (
     KEPT_IMAGES,
+    AtSize,
     Diversity,
     Evaluation,
-    System,
     evaluate_systems,
 )
-from tiltflow.evaluation.statistics import NO_DIFFERENCE, verdict
 from tiltflow.models.medium import Medium
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
 from tiltflow.setup.build import device_of
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.request import Request, prepare, say_settled
+from tiltflow.tasks.sized import at_sizes
 from tiltflow.tasks.systems import TEACHER
 
 PROMPTS = "prompts.txt"
@@ -57,6 +56,7 @@ def sample_images(request: Request, out: Path, console: Console) -> list[Path]:
 def sample_to(request: Request, out: Path, callbacks: Callbacks = SILENT) -> list[Path]:
     """One file a prompt in `out`, a PNG of images, from the furthest-trained system given.
 
+    Where every prompt is sampled at several sizes, a size's files lie in a folder of its name.
     Under torchrun the prompts are split over the ranks.
 
     Raises:
@@ -67,14 +67,19 @@ def sample_to(request: Request, out: Path, callbacks: Callbacks = SILENT) -> lis
         raise ValueError(f"{out} is a file, but the images go into a folder")
     with ranks_of_job(device_of(request.device)) as ranks:
         callbacks = callbacks if ranks.main else SILENT
-        system, medium = _chosen_system(request, callbacks, ranks)
+        sizes, medium = _chosen_system(request, callbacks, ranks)
         out.mkdir(parents=True, exist_ok=True)
-        for rows, encoded in _batches(system, medium, request, callbacks, ranks):
-            save_samples(medium, out, rows, encoded)
+        folders = [out / size.name if size.folder else out for size in sizes]
+        for which, rows, encoded in _batches(sizes, medium, request, callbacks, ranks):
+            save_samples(medium, folders[which], rows, encoded)
         ranks.total([0.0])  # all samples are there when rank 0 says so
         if ranks.main:
-            _say_older(out, len(request.prompts), medium, callbacks)
-    return [_file(out, row, medium) for row in range(len(request.prompts))]
+            for folder in dict.fromkeys(folders):
+                _say_older(folder, len(request.prompts), medium, callbacks)
+    made = [(f, row) for f, size in zip(folders, sizes, strict=True) for row in size.rows]
+    if not any(size.folder for size in sizes):
+        made.sort(key=lambda one: one[1])
+    return [_file(folder, row, medium) for folder, row in made]
 
 
 def sampled(request: Request, callbacks: Callbacks = SILENT) -> NDArray[np.generic]:
@@ -82,36 +87,50 @@ def sampled(request: Request, callbacks: Callbacks = SILENT) -> NDArray[np.gener
     uint8, points (N, D).
 
     Raises:
-        ValueError: if there is no prompt, a sample is not finite, or as `prepare`.
+        ValueError: if there is no prompt, a sample is not finite, there are several sizes, or as
+            `prepare`.
     """
-    system, medium = _chosen_system(request, callbacks, ALONE)
-    made = _batches(system, medium, request, callbacks, ALONE)
-    return np.concatenate([encoded for _, encoded in made])
+    if len(request.buckets) > 1:
+        raise ValueError("images of several sizes are no one array: say by out= where they go")
+    sizes, medium = _chosen_system(request, callbacks, ALONE)
+    made = _batches(sizes, medium, request, callbacks, ALONE)
+    return np.concatenate([encoded for _, _, encoded in made])
 
 
 def _file(folder: Path, row: int, medium: Medium) -> Path:
     return folder / f"{row:05d}{medium.suffix}"
 
 
-def _chosen_system(request: Request, callbacks: Callbacks, ranks: Ranks) -> tuple[System, Medium]:
-    """The furthest-trained system of a request, and what it makes."""
+def _chosen_system(
+    request: Request, callbacks: Callbacks, ranks: Ranks
+) -> tuple[list[AtSize], Medium]:
+    """The furthest-trained system of a request, at each size, and what it makes."""
     say_settled(request, callbacks)
     loaded, sampler = prepare(request, ranks)
-    systems = sampler.systems(loaded, teacher=not loaded.students)
-    return systems[-1 if loaded.students else 0], loaded.backbone.medium
+    which = slice(-1, None) if loaded.students else slice(1)
+    sizes = at_sizes(request.buckets, loaded, sampler, which, teacher=not loaded.students)
+    return sizes, loaded.backbone.medium
 
 
 def _batches(
-    system: System, medium: Medium, request: Request, callbacks: Callbacks, ranks: Ranks
-) -> Iterator[tuple[range, NDArray[np.generic]]]:
-    """A rank's prompts by their numbers, and their encoded samples, batch by batch."""
-    mine = range(len(request.prompts))[ranks.share(len(request.prompts))]
-    callbacks.begin(system.name, 0, None)
+    sizes: Sequence[AtSize],
+    medium: Medium,
+    request: Request,
+    callbacks: Callbacks,
+    ranks: Ranks,
+) -> Iterator[tuple[int, Sequence[int], NDArray[np.generic]]]:
+    """The number of a size, a rank's prompts of it by their numbers, and their encoded samples,
+    batch by batch."""
+    mine = [list(size.rows)[ranks.share(len(size.rows))] for size in sizes]
+    done, total, name = 0, sum(map(len, mine)), sizes[0].systems[0].name
+    callbacks.begin(name, 0, None)
     with _attention(request):
-        for start in range(0, len(mine), request.batch):
-            rows = mine[start : start + request.batch]
-            yield rows, medium.encode(medium.rounded(system.sample(list(rows))))
-            callbacks.progress(system.name, start + len(rows), len(mine))
+        for which, size in enumerate(sizes):
+            for start in range(0, len(mine[which]), request.batch):
+                rows = mine[which][start : start + request.batch]
+                yield which, rows, medium.encode(medium.rounded(size.systems[0].sample(rows)))
+                done += len(rows)
+                callbacks.progress(name, done, total)
 
 
 def _say_older(out: Path, count: int, medium: Medium, callbacks: Callbacks) -> None:
@@ -164,10 +183,13 @@ def evaluate(
     """Scores the teacher and the students; every student is compared with the systems before it.
 
     `alone`: the furthest-trained student only. With `folder`, the samples of the first `kept`
-    prompts (None: of all) are saved as `folder`/SYSTEM/NNNNN.
+    prompts (None: of all) are saved as `folder`/SYSTEM/NNNNN, or `folder`/SYSTEM/SIZE/NNNNN where
+    every prompt is sampled at several sizes.
     """
     loaded, sampler = prepare(request, ranks)
-    systems = sampler.systems(loaded, teacher=not alone)[-1 if alone else 0 :]
+    chosen = slice(-1 if alone else 0, None)
+    sizes = at_sizes(request.buckets, loaded, sampler, chosen, teacher=not alone)
+    systems = sizes[0].systems
     rewards = load_rewards(request.rewards, request.device)
     names, medium = [s.name for s in systems], loaded.backbone.medium
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
@@ -192,6 +214,7 @@ def evaluate(
             save_images=save_batch if folder else None,
             ranks=ranks,
             medium=medium,
+            sizes=sizes if request.buckets else (),
         )
     result.summary["rewards_at_once"] = {reward.name: at_once_of(reward) for reward in rewards}
     return result
@@ -290,10 +313,12 @@ def asked(request: Request) -> dict[str, Any]:
     plain = ("tilt", "teacher_steps", "guidance", "seed", "batch", "autocast", "diversity")
     chosen = request.settled
     settled = ("steps", "eta", "dtype", "resolution", "max_sequence_length")
+    sizes = [[said(bucket.size), bucket.prompts] for bucket in request.buckets]
     prompts = json.dumps([[p.text, p.metadata] for p in request.prompts], default=str)
     return {
         **{name: getattr(request, name) for name in plain},
         **{name: getattr(chosen, name) for name in settled},
+        **({"sizes": sizes} if sizes else {}),
         "student_guidance": chosen.guidance,
         "device": device_of(request.device).type,
         "model": place_of(resolve_path(request.model)),
@@ -322,74 +347,6 @@ def _diversity(medium: Medium, rewards: Sequence[Reward]) -> Diversity:
     if features is None:
         raise ValueError("--diversity measures distances in a CLIP: add --reward clipscore")
     return Diversity(features, reference=TEACHER)
-
-
-def show(summary: Mapping[str, Any], console: Console) -> None:
-    """The table of an evaluation, a column a system, and its comparisons, in the terminal."""
-    systems = summary["systems"]
-    table = Table(title=f"{summary['prompts']} prompts, mean ± half the 95% interval")
-    table.add_column("", no_wrap=True)
-    for name in systems:
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_row("NFE", *(str(system["nfe"]) for system in systems.values()))
-    for reward in next(iter(systems.values()))["scores"]:
-        table.add_row(reward, *(_cell(s["scores"].get(reward)) for s in systems.values()))
-    for name in beside(systems):
-        table.add_row(name, *(_cell(system.get(name)) for system in systems.values()))
-    console.print(table)
-    show_comparisons(summary["comparisons"], console)
-
-
-def show_categories(summary: Mapping[str, Any], console: Console) -> None:
-    """For each reward, the means by category of prompt and their mean; nothing without any."""
-    categories = summary.get("categories")
-    if not categories:
-        return
-    for reward in next(iter(summary["systems"].values()))["category_means"]:
-        table = Table(title=f"{reward} by category (prompts)")
-        table.add_column("system", no_wrap=True, min_width=14)
-        for name, category in categories.items():
-            table.add_column(f"{name} ({category['prompts']})", justify="right")
-        table.add_column("mean of categories", justify="right")
-        for system, figures in summary["systems"].items():
-            cells = [f"{c['systems'][system][reward]['mean']:.4f}" for c in categories.values()]
-            table.add_row(system, *cells, f"{figures['category_means'][reward]:.4f}")
-        console.print(table)
-
-
-def show_comparisons(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Each comparison in a line, with its `verdict`."""
-    for row in rows:
-        found = verdict(row)
-        said = found if found == NO_DIFFERENCE else f"{row['a']} is {found}"
-        parts = [f"{row['difference']:+.4f} {_range(row['ci95'])}"]
-        if "bootstrap_ci95" in row:
-            parts.append(f"bootstrap {_range(row['bootstrap_ci95'])}")
-        if "win_rate" in row:
-            parts.append(f"wins {row['win_rate']:.0%} of {row['n']}")
-        parts.append(f"p = {row['p_value']:.2g}")
-        if "p_holm" in row:
-            parts.append(f"corrected {row['p_holm']:.2g}")
-        console.print(
-            f"{row['a']} − {row['b']} on {row['reward']}: {', '.join(parts)}: {said}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def _range(interval: Sequence[float]) -> str:
-    return f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
-
-
-def _cell(score: Mapping[str, Any] | float | None) -> str:
-    if score is None:
-        return "–"
-    if isinstance(score, float):
-        return f"{score:.4f}"
-    low, high = score["ci95"]
-    half = f"{(high - low) / 2:.3f}".removeprefix("0")  # four systems fit into 80 columns
-    return f"{score['mean']:.3f} ±{half}"
 
 
 def save(evaluation: Evaluation, prompts: Sequence[Prompt], path: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.config.schema import Autocast
 from tiltflow.core import registry
-from tiltflow.core.sizes import Resolution
+from tiltflow.core.sizes import Resolution, both, plain, said
 from tiltflow.data.columns import columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.scores import Evaluation
@@ -31,6 +31,7 @@ from tiltflow.tasks.export import export_run
 from tiltflow.tasks.recipes import summaries
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
+from tiltflow.tasks.sized import buckets_asked
 from tiltflow.tasks.train import train_run
 from tiltflow.training.objective import OBJECTIVES
 from tiltflow.training.own_terms import TERMS
@@ -46,7 +47,7 @@ class Sampling(TypedDict, total=False):
     """Which split of a prompt file that has several."""
     columns: Mapping[str, str]
     """What the columns of a prompt file are called: {"prompt": NAME, "category": NAME,
-    "negative": NAME}."""
+    "negative": NAME}; and with "size" the column that has each prompt's size of pictures."""
     few_step: str | Path | None
     """Stage-1 LoRA folder, of the mixture a run directory; without one, the teacher is sampled."""
     tilt_lora: str | Path | None
@@ -75,6 +76,8 @@ class Sampling(TypedDict, total=False):
     """bf16 or auto: networks in mixed precision."""
     resolution: Resolution | None
     """A square image's side in pixels, or (height, width)."""
+    sizes: Sequence[Resolution]
+    """Several of them: every prompt is sampled at each."""
     max_sequence_length: int | None
     """Text tokens."""
     generator_path: str | None
@@ -221,19 +224,24 @@ def evaluate(
 
 
 def compare(
-    first: str | Path, second: str | Path | None = None, *, systems: tuple[str, str] | None = None
+    first: str | Path,
+    second: str | Path | None = None,
+    *,
+    systems: tuple[str, str] | None = None,
+    size: Resolution | None = None,
 ) -> list[dict[str, Any]]:
     """The systems of one evaluation, or of two, against each other prompt by prompt.
 
     Each row has `a`, `b`, `reward`, `difference` (a − b), `ci95`, `p_value` and, of several rows,
     `p_holm`, corrected for their number. `systems` names two alone: of two evaluations, the first's
-    and the second's.
+    and the second's; `size`, of evaluations over several sizes, one of them.
 
     Raises:
-        ValueError: if a system is in neither, the prompts differ, or scores are missing.
+        ValueError: if a system is in neither, the prompts or sizes differ, or scores are missing.
     """
     paths = [Path(path) for path in (first, second) if path is not None]
-    return comparisons(paths, systems)
+    chosen = None if size is None else said(plain(*both(size)))
+    return comparisons(paths, systems, chosen)
 
 
 def export(
@@ -280,10 +288,11 @@ def request_of(
             raise ValueError(f"--{option} is {given[option]!r}; it is one of {', '.join(known)}")
     if prompts is None:
         raise ValueError("give either --prompt TEXT or --prompts FILE")
-    split, columns = given.pop("split", None), given.pop("columns", None) or {}
+    split, columns = given.pop("split", None), dict(given.pop("columns", None) or {})
+    sizes, size_column = given.pop("sizes", ()), columns.pop("size", None)
     if isinstance(prompts, str | Path):
         chosen = load_prompts(str(prompts), split, columns_of(columns))
-    elif split is not None or columns:
+    elif split is not None or columns or size_column is not None:
         raise ValueError("a split, or what columns are called, is said of a prompt file only")
     else:
         chosen = [p if isinstance(p, Prompt) else Prompt(_text(p)) for p in prompts]
@@ -292,7 +301,10 @@ def request_of(
     for folder in ("few_step", "tilt_lora"):
         if given.get(folder) is not None:
             given[folder] = Path(given[folder])
-    return Request(str(model), chosen[:count], **given, **more)
+    if sum(map(bool, (given.get("resolution"), sizes, size_column))) > 1:
+        raise ValueError("give either --resolution, or --size, or a column of the prompts' sizes")
+    buckets = buckets_asked(sizes, size_column, chosen[:count])
+    return Request(str(model), chosen[:count], buckets=buckets, **given, **more)
 
 
 def _text(prompt: object) -> str:

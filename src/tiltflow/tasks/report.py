@@ -27,6 +27,9 @@ from tiltflow.tasks.train import COLUMNS
 IMAGES = "evaluation.images"
 """A folder beside evaluation.json: SYSTEM/NNNNN.png, and prompts.txt."""
 
+GROUPS = ("categories", "sizes")
+"""Of an evaluation: figures by groups of its prompts, or of its pictures."""
+
 NOTICE = "notice.txt"
 """In a run directory, or the one above it: a sentence for the top of every page of its figures."""
 
@@ -157,26 +160,26 @@ def _evaluations(
 
     Of several, a system is called by its folder, too, unless it has the same scores in every
     folder (the teacher, as a rule). Images are shown of those folders whose prompts are the
-    first's, and categories where all have the same ones.
+    first's, and categories and sizes where all have the same ones.
     """
-    merged: dict[str, Any] = {"prompts": 0, "systems": {}, "comparisons": [], "categories": {}}
+    merged: dict[str, Any] = {"prompts": 0, "systems": {}, "comparisons": []} | {
+        kind: {} for kind in GROUPS
+    }
     grids: dict[str, list[np.ndarray]] = {}
     prompts: list[str] = []
     names = run_names(folders)
     tables = {folder: read_evaluation(folder) for folder in folders}
-    categories = {folder: table.get("categories", {}) for folder, table in tables.items()}
-    sizes = [{name: c["prompts"] for name, c in found.items()} for found in categories.values()]
-    if any(size != sizes[0] for size in sizes):
-        categories = {folder: {} for folder in folders}
+    groups = {kind: _groups(kind, tables) for kind in GROUPS}
     for folder, found in tables.items():
         called = {}
         for system, values in found["systems"].items():
             same = all(t["systems"].get(system) == values for t in tables.values())
             called[system] = system if same else f"{system}, {names[folder]}"
             merged["systems"][called[system]] = values
-        for category, table in categories[folder].items():
-            into = merged["categories"].setdefault(category, table | {"systems": {}})
-            into["systems"] |= {called[s]: v for s, v in table["systems"].items()}
+        for kind in GROUPS:
+            for group, table in groups[kind][folder].items():
+                into = merged[kind].setdefault(group, table | {"systems": {}})
+                into["systems"] |= {called[s]: v for s, v in table["systems"].items()}
         for row in found["comparisons"]:
             renamed = row | {"a": called[row["a"]], "b": called[row["b"]]}
             if renamed not in merged["comparisons"]:
@@ -195,6 +198,14 @@ def _evaluations(
     return merged, grids, prompts
 
 
+def _groups(kind: str, tables: Mapping[Path, Mapping[str, Any]]) -> dict[Path, Mapping[str, Any]]:
+    """The categories, or sizes, of each folder's evaluation; of none, if they are not alike."""
+    found = {folder: table.get(kind, {}) for folder, table in tables.items()}
+    shapes = [{name: c["prompts"] for name, c in groups.items()} for groups in found.values()]
+    alike = all(shape == shapes[0] for shape in shapes)
+    return found if alike else {folder: {} for folder in tables}
+
+
 def run_names(runs: Sequence[Path]) -> dict[Path, str]:
     """A run's name: its folder's, with as many of the parents' as tell it from the others."""
 
@@ -211,16 +222,26 @@ def run_names(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarray]], list[str]]:
-    """The kept images by system, in the evaluation's order, and their prompts."""
+    """The kept images by system, in the evaluation's order, and their prompts; of a prompt at
+    several sizes one after the other."""
     prompts = _lines(folder / PROMPTS)
     if not prompts:
         return {}, []
+    systems = evaluation["systems"]
+    sizes = [
+        size
+        for size in evaluation.get("sizes", {})
+        if any((folder / system / size).is_dir() for system in systems)
+    ]
     grids = {}
-    for system in evaluation["systems"]:
-        files = sorted((folder / system).glob("*.png"))[:KEPT_IMAGES]
-        if files:
-            grids[system] = [_pixels(f) for f in files]
-    return grids, list(prompts)
+    for system in systems:
+        places = [folder / system / size for size in sizes] or [folder / system]
+        files = [sorted(place.glob("*.png"))[:KEPT_IMAGES] for place in places]
+        shown = [file for row in zip(*files, strict=False) for file in row][:KEPT_IMAGES]
+        if shown:
+            grids[system] = [_pixels(f) for f in shown]
+    named = [f"{prompt} ({size})" for prompt in prompts for size in sizes]
+    return grids, named or list(prompts)
 
 
 def _lines(file: Path) -> tuple[str, ...]:

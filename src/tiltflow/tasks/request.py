@@ -16,6 +16,7 @@ from tiltflow.core.paths import embedding_cache
 from tiltflow.core.precision import autocast_dtype
 from tiltflow.core.randomness import Randomness
 from tiltflow.core.sizes import Resolution
+from tiltflow.data.buckets import Bucket
 from tiltflow.data.embedding_cache import EmbeddingCache, EncoderKey, encoded_sets
 from tiltflow.data.embeddings import (
     BATCH,
@@ -37,6 +38,7 @@ from tiltflow.setup.build import DTYPES, device_of
 from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.tasks.choices import Choices, Dtype, settle
 from tiltflow.tasks.copies import checkpoints_of, load_copies, settle_copies
+from tiltflow.tasks.sized import check_sizes
 from tiltflow.tasks.systems import Loaded, Sampler, load_students
 
 
@@ -62,6 +64,8 @@ class Request:
     autocast: str | None = None
     """As `model.autocast` of a run: bf16, auto or None."""
     resolution: Resolution | None = None
+    buckets: tuple[Bucket, ...] = ()
+    """Sizes of pictures in the place of `resolution`, each of all prompts or of its own."""
     max_sequence_length: int | None = None
     generator_path: str | None = None
     family: str | None = None
@@ -123,6 +127,8 @@ class Request:
                 raise ValueError(f"{option} is {value}, which is no finite number")
         if not self.has_files and self.tilt != 1:
             raise ValueError(f"--tilt is {self.tilt}, but a student without adapters has no dial")
+        if not self.has_files and self.buckets:
+            raise ValueError(f"sizes are of pictures, and the {self.model} makes none")
         if not self.has_files and self.few_step is None:
             raise ValueError(
                 f"the {self.model} backbone has no images to sample; use tiltflow train"
@@ -176,7 +182,8 @@ def check_request(request: Request) -> None:
     any weight of the model loads: the students are made once in shape only.
 
     Raises:
-        ValueError: as `check_pipeline`, `check_weights`, `meta_backbone` and `load_students`.
+        ValueError: as `check_pipeline`, `check_weights`, `meta_backbone`, `check_sizes` and
+            `load_students`.
     """
     model, generator = request.pipelines.model, request.pipelines.generator
     family = check_directory(model)
@@ -185,7 +192,10 @@ def check_request(request: Request) -> None:
         generator.asked = generator.asked or family.name
         check_directory(generator)
         check_weights(generator, ["transformer"])
-    shapes = meta_backbone(model, generator_path=generator, **_settings(request))
+    named = "--size " if isinstance(request.resolution, tuple) else "the size "
+    settings = _settings(request) | {"size_name": named}
+    shapes = meta_backbone(model, generator_path=generator, **settings)
+    check_sizes(request.buckets, shapes)
     check_negatives(request.prompts, shapes, request.guidance)
     if request.few_step or request.tilt_lora:
         load_students(shapes, request.few_step, request.tilt_lora)

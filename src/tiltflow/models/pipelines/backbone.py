@@ -18,7 +18,6 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from tiltflow.core.sizes import Resolution
 from tiltflow.flow import raw_levels
 from tiltflow.models.backbone import Conditioning, Loading
 from tiltflow.models.family import Family
@@ -94,7 +93,7 @@ class PipelineBackbone(ABC):
         self.medium: Medium = IMAGES
         self.device = torch.device(loading.device)
         transformer, vae = self._part_configs(pipe)
-        self.geometry = self._geometry(transformer, vae, loading.resolution)
+        self.geometry = self._geometry(transformer, vae, loading)
         self.resolution = self.geometry.resolution
         self.latent_shape = self._latent_shape(int(transformer["in_channels"]))
         self.guidance = float(pipeline.side.get("guidance", self.default_guidance))
@@ -377,7 +376,7 @@ class PipelineBackbone(ABC):
     # ---- checks
 
     def _geometry(
-        self, transformer: Mapping[str, Any], vae: Mapping[str, Any], resolution: Resolution | None
+        self, transformer: Mapping[str, Any], vae: Mapping[str, Any], loading: Loading
     ) -> Geometry:
         channels, latent = transformer["in_channels"], self._latent_channels(vae)
         if channels != self.packing * latent:
@@ -395,5 +394,6 @@ class PipelineBackbone(ABC):
             )
         factor = self._factor(vae)
         patch = self._patch(transformer)
-        size = self._default_latent(transformer) * factor if resolution is None else resolution
-        return geometry_of(size, factor, patch, self._max_cells(transformer), self.path)
+        size, most = loading.resolution, self._max_cells(transformer)
+        size = self._default_latent(transformer) * factor if size is None else size
+        return geometry_of(size, factor, patch, most, self.path, loading.size_name)

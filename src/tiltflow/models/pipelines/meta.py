@@ -60,6 +60,7 @@ def meta_backbone(
     resolution: Resolution | None = None,
     max_sequence_length: int | None = None,
     fp8: bool = False,
+    size_name: str = "model.resolution=",
 ) -> PipelineBackbone:
     """`load_backbone` without weights: every method but `encode` works, on meta tensors.
 
@@ -70,7 +71,9 @@ def meta_backbone(
     pipeline = Pipeline.of(place)
     configs = pipeline_configs(pipeline)
     family = _family(pipeline, str(configs["_class_name"]))
-    loading = Loading(META, dtype, vae_dtype, resolution, max_sequence_length, fp8=fp8)
+    loading = Loading(
+        META, dtype, vae_dtype, resolution, max_sequence_length, fp8=fp8, size_name=size_name
+    )
     second, given = None, None
     if generator_path is not None and family.twin:
         given = pipeline_configs(generator_path)

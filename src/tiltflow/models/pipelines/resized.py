@@ -9,15 +9,18 @@ from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.geometry import geometry_of
 
 
-def resized(backbone: PipelineBackbone, resolution: Resolution) -> PipelineBackbone:
-    """The backbone with the latents and noise levels of another size; networks are shared.
+def resized(
+    backbone: PipelineBackbone, resolution: Resolution, what: str = "the size "
+) -> PipelineBackbone:
+    """The backbone with the latents and noise levels of another size; networks are shared. `what`
+    is the size's name in an error.
 
     Raises:
         ValueError: if the size does not fit the model.
     """
     other, config = copy.copy(backbone), dict(backbone.pipe.transformer.config)
     factor, patch, most = other.geometry.factor, other.geometry.patch, other._max_cells(config)
-    other.geometry = geometry_of(resolution, factor, patch, most, other.path, "the size ")
+    other.geometry = geometry_of(resolution, factor, patch, most, other.path, what)
     other.resolution = other.geometry.resolution
     other.latent_shape = other._latent_shape(int(config["in_channels"]))
     return other
