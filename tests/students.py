@@ -27,6 +27,7 @@ PROMPTS = ["a red cat", "two dogs"]
 MODELS = {
     "sd3m": ("sd3m", None),
     "sd35m": ("sd35m", None),
+    "sd35l": ("sd35l", None),
     "flux1_dev": ("flux_dev", None),
     "schnell": ("flux_schnell", None),
     "flux2_klein_4b": ("klein_base", "klein"),

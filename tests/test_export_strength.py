@@ -87,9 +87,10 @@ def by_peft(base: Path, file: Path) -> Deltas:
     return layer_deltas(network)
 
 
-def layer_deltas(network: Any) -> Deltas:
+def layer_deltas(network: Any, *adapters: str) -> Deltas:
+    """ΔW by module, summed over the adapters (by default the one that is called `read`)."""
     return {
-        name: layer.get_delta_weight("read").double()
+        name: sum(layer.get_delta_weight(one).double() for one in adapters or ("read",))
         for name, layer in network.named_modules()
         if hasattr(layer, "get_delta_weight")
     }

@@ -19,19 +19,56 @@ import pytest
 import torch
 from students import PROMPTS, Student, request, sampled, student
 from torch import Tensor
+from typer.testing import CliRunner
 
+from tiltflow.cli.main import app
+from tiltflow.config.load import dump_config
+from tiltflow.core.checkpoint import save_checkpoint
 from tiltflow.core.randomness import SAMPLE_INIT, sample_step
 from tiltflow.flow import cps_mean_std
 from tiltflow.formats.contract import Contract, read_contract
-from tiltflow.formats.workflow import NODES, ancestral_eta, spelled, workflow
+from tiltflow.formats.workflow import (
+    NO_WORKFLOW,
+    NODES,
+    TRANSFORMERS,
+    ancestral_eta,
+    has_workflow,
+    spelled,
+    workflow,
+)
 from tiltflow.method.sampling import numbered_noise
+from tiltflow.models.family import families
 from tiltflow.tasks.evaluate import prepare
 
 Tiny = Callable[[str], Path]
 Denoise = Callable[[Tensor, float], Tensor]
 
 
-@pytest.fixture(scope="module", params=["sd35m", "flux1_dev", "flux2_klein_4b"])
+MODELS = {
+    "sd3": ("sd35m", "sd3m", "sd35l"),
+    "flux": ("flux1_dev", "schnell"),
+    "flux2": ("flux2_klein_4b",),
+    "flux2_dev": ("flux2_dev",),
+    "z_image": ("z_image",),
+    "chroma": ("chroma",),
+    "qwen_image": ("qwen_image",),
+    "krea2": ("krea2",),
+}
+ALWAYS = ("sd35m", "flux1_dev", "flux2_klein_4b")
+"""What `make test` has; the others are in `make test-slow`."""
+ROUNDINGS = {"krea2": 5e-5}
+"""For η between 0 and 1, where the ancestral form rounds otherwise than CPS's own. One unit in the
+last place of the noise is 2.7e-5 in this tiny network's images, and 3e-6 in SD3.5's."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in ALWAYS else pytest.mark.long)
+        for names in MODELS.values()
+        for name in names
+    ],
+)
 def made(
     request: pytest.FixtureRequest, tiny_pipeline: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> Student:
@@ -117,7 +154,9 @@ def by_workflow(made: Student, graph: dict[str, Any]) -> Tensor:
 def test_the_workflow_gives_the_students_images(made: Student, eta: float) -> None:
     graph = workflow(contract_of(made).model_copy(update={"eta": eta}))
     found, expected = by_workflow(made, graph), sampled(request(made, seed=7, eta=eta))
-    assert (found - expected).abs().max() <= 1e-5
+    between = 0 < eta < 1
+    bound = ROUNDINGS.get(contract_of(made).family, 1e-5) if between else 1e-5
+    assert (found - expected).abs().max() <= bound
     other = sampled(request(made, seed=7, eta=1 - eta if eta != 0.4 else 0.9))
     assert (found - other).abs().max() > 1e-3
 
@@ -167,3 +206,48 @@ def test_levels_are_spelled_without_exponents() -> None:
     assert text == "1, 0.9, 0.3, 0.000012345678, 0" and "e" not in text
     read = torch.tensor([float(part) for part in text.split(",")])
     assert torch.equal(read, torch.tensor(levels))
+
+
+def test_every_family_with_a_workflow_is_executed(made: Student) -> None:
+    assert MODELS.keys() == NODES.keys()
+    assert any(name in made.export.parent.name for name in MODELS[contract_of(made).family])
+
+
+def test_the_workflow_asks_for_the_students_own_base(made: Student) -> None:
+    """Not for another model of the family, with which ComfyUI would sample without a word."""
+    contract = contract_of(made)
+
+    def named(**base: str | None) -> str:
+        facts = contract.base.model_copy(update=base)
+        graph = workflow(contract.model_copy(update={"base": facts}), LORAS)
+        return graph["1"]["inputs"]["unet_name"] + " " + str(graph["4"]["inputs"])
+
+    assert named().startswith(f"{contract.base.name}.safetensors ")
+    assert named(hub_id="me/my-own").startswith("my-own.safetensors ")
+    large = "stabilityai/stable-diffusion-3.5-large"
+    assert named(hub_id=large).startswith("sd3.5_large.safetensors ")
+    nine = named(hub_id="black-forest-labs/FLUX.2-klein-9B")
+    assert nine.startswith("flux-2-klein-9b.safetensors ") and "qwen_3_8b.safetensors" in nine
+
+
+def test_every_base_of_a_recipe_has_a_file() -> None:
+    for family in families():
+        if has_workflow(family.name):
+            assert set(family.published) <= set(TRANSFORMERS), family.name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "said"), [("sana", True), ("z_image", False)])
+def test_an_export_without_a_workflow_says_so(
+    tiny_pipeline: Tiny, tmp_path: Path, name: str, said: bool
+) -> None:
+    made = student(tiny_pipeline, name, tmp_path / "made")
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_config(made.config))
+    save_checkpoint(run, 3, made.checkpoint.tensors, {"step": 3, **made.checkpoint.state}, keep=1)
+    asked = ["export", str(run), "--out", str(out), "--for", "comfyui"]
+    told = CliRunner().invoke(app, asked).output
+    assert (" ".join(NO_WORKFLOW.split()) in " ".join(told.split())) is said, told
+    assert (NO_WORKFLOW in (out / "README.md").read_text()) is said
+    assert (out / "comfyui" / "workflow.json").is_file() is not said

@@ -143,9 +143,10 @@ def autoencoder_flux2() -> AutoencoderKLFlux2:
     return vae
 
 
-def sd3(dual: bool, with_t5: bool = True) -> StableDiffusion3Pipeline:
-    """SD3-M, or SD3.5-M with its dual attention and query-key norm; T5 may be left out."""
-    extra = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"} if dual else {}
+def sd3(dual: bool, with_t5: bool = True, norm: str | None = None) -> StableDiffusion3Pipeline:
+    """SD3-M, SD3.5-M with its dual attention and query-key norm, or SD3.5-L with the norm alone;
+    T5 may be left out."""
+    extra = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"} if dual else {"qk_norm": norm}
     transformer = SD3Transformer2DModel(
         sample_size=RESOLUTION // 8,
         patch_size=2,
@@ -273,6 +274,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3m": lambda: sd3(dual=False),
     "sd3m_without_t5": lambda: sd3(dual=False, with_t5=False),
     "sd35m": lambda: sd3(dual=True),
+    "sd35l": lambda: sd3(dual=False, norm="rms_norm"),
     "flux_dev": lambda: flux(distilled=True),
     "flux_schnell": lambda: flux(distilled=False),
     "klein_base": lambda: klein(distilled=False),

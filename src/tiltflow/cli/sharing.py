@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -51,10 +52,12 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
         from tiltflow.tasks import interface
 
         asked = Wanted.of([*(formats or ["diffusers"]), *["merged"] * merged], tilt, dtype)
-        for path in interface.export(
+        paths = interface.export(
             run, out, formats=asked.formats, strengths=asked.strengths, dtype=asked.dtype
-        ):
+        )
+        for path in paths:
             console.print(f"wrote {path}")
+        _say_what_is_absent(console, asked.formats, [path.name for path in paths])
 
     @app.command(epilog="Example: tiltflow push runs/tilt OWNER/NAME --private")
     @with_debug
@@ -79,7 +82,15 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
         pushed = push_run(run, repository, wanted, private, dry_run)
         for file in pushed.files:
             console.print(f"{'would send' if dry_run else 'sent'} {pushed.folder / file}")
+        _say_what_is_absent(console, wanted.formats, [Path(file).name for file in pushed.files])
         if pushed.base is None:
             console.print("the card's base_model is a directory's name: put its hub id there")
         if pushed.url is not None:
             console.print(pushed.url)
+
+
+def _say_what_is_absent(console: Console, formats: Sequence[str], files: Sequence[str]) -> None:
+    from tiltflow.formats.workflow import NO_WORKFLOW, WORKFLOW
+
+    if "comfyui" in formats and WORKFLOW not in files:
+        console.print(f"{NO_WORKFLOW}: README.md says at which levels the student samples")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tiltflow.formats.contract import Contract
 from tiltflow.formats.keys import has_layout
 from tiltflow.formats.wanted import Wanted
-from tiltflow.formats.workflow import has_workflow
+from tiltflow.formats.workflow import NO_WORKFLOW, has_workflow
 from tiltflow.models.switch import TILT
 
 
@@ -67,8 +67,8 @@ def _graph(contract: Contract) -> str:
             "encoders and autoencoder to yours. "
         )
     return (
-        ". ComfyUI's own nodes do not load this family, so there is no workflow: load the LoRAs "
-        f"behind the node that loads the model. {_levels(contract)} "
+        f". {NO_WORKFLOW}: load the LoRAs behind the node that loads the model. "
+        f"{_levels(contract)} "
     )
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from tiltflow.core.sizes import both
-from tiltflow.formats.contract import Contract
+from tiltflow.formats.contract import BaseModelFacts, Contract
 
 Link = tuple[str, int]
 Graph = dict[str, dict[str, Any]]
@@ -36,10 +36,9 @@ Graph = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Nodes:
-    """What a family's workflow is made of: loader nodes by (class, inputs), and the file names of
-    the published base models, which the user sets to those at hand."""
+    """What a family's workflow is made of: loader nodes by (class, inputs), with the file names of
+    the published models, which the user sets to those at hand."""
 
-    transformer: str
     encoders: tuple[str, Mapping[str, Any]]
     autoencoder: str
     latent: str
@@ -50,7 +49,6 @@ class Nodes:
 
 NODES: Mapping[str, Nodes] = {
     "sd3": Nodes(
-        transformer="sd3.5_medium.safetensors",
         encoders=(
             "TripleCLIPLoader",
             {
@@ -64,7 +62,6 @@ NODES: Mapping[str, Nodes] = {
         t5=True,
     ),
     "flux": Nodes(
-        transformer="flux1-dev.safetensors",
         encoders=(
             "DualCLIPLoader",
             {
@@ -79,13 +76,11 @@ NODES: Mapping[str, Nodes] = {
         embedded_guidance=True,
     ),
     "flux2": Nodes(
-        transformer="flux-2-klein-4b.safetensors",
         encoders=("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "flux2"}),
         autoencoder="flux2-vae.safetensors",
         latent="EmptyFlux2LatentImage",
     ),
     "flux2_dev": Nodes(
-        transformer="flux2-dev.safetensors",
         encoders=(
             "CLIPLoader",
             {"clip_name": "mistral_3_small_flux2_bf16.safetensors", "type": "flux2"},
@@ -95,32 +90,58 @@ NODES: Mapping[str, Nodes] = {
         embedded_guidance=True,
     ),
     "z_image": Nodes(
-        transformer="z_image_bf16.safetensors",
         encoders=("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"}),
         autoencoder="ae.safetensors",
         latent="EmptySD3LatentImage",
     ),
     "chroma": Nodes(
-        transformer="Chroma1-HD.safetensors",
         encoders=("CLIPLoader", {"clip_name": "t5xxl_fp16.safetensors", "type": "chroma"}),
         autoencoder="ae.safetensors",
         latent="EmptySD3LatentImage",
         t5=True,
     ),
     "qwen_image": Nodes(
-        transformer="qwen_image_bf16.safetensors",
         encoders=("CLIPLoader", {"clip_name": "qwen_2.5_vl_7b.safetensors", "type": "qwen_image"}),
         autoencoder="qwen_image_vae.safetensors",
         latent="EmptySD3LatentImage",
     ),
     "krea2": Nodes(
-        transformer="krea2_turbo_bf16.safetensors",
         encoders=("CLIPLoader", {"clip_name": "qwen3vl_4b_bf16.safetensors", "type": "krea2"}),
         autoencoder="qwen_image_vae.safetensors",
         latent="EmptySD3LatentImage",
     ),
 }
 """By family. There is none of SANA, whose models ComfyUI's own nodes do not load."""
+
+WORKFLOW = "workflow.json"
+NO_WORKFLOW = "ComfyUI's own nodes do not load this family, so there is no workflow"
+
+TRANSFORMERS: Mapping[str, str] = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium.safetensors",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3.5_medium.safetensors",
+    "stabilityai/stable-diffusion-3.5-large": "sd3.5_large.safetensors",
+    "black-forest-labs/FLUX.1-dev": "flux1-dev.safetensors",
+    "black-forest-labs/FLUX.1-schnell": "flux1-schnell.safetensors",
+    "black-forest-labs/FLUX.2-klein-4B": "flux-2-klein-4b.safetensors",
+    "black-forest-labs/FLUX.2-klein-9B": "flux-2-klein-9b.safetensors",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux-2-klein-base-4b.safetensors",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux-2-klein-base-9b.safetensors",
+    "black-forest-labs/FLUX.2-dev": "flux2-dev.safetensors",
+    "Tongyi-MAI/Z-Image": "z_image_bf16.safetensors",
+    "Tongyi-MAI/Z-Image-Turbo": "z_image_turbo_bf16.safetensors",
+    "lodestones/Chroma1-HD": "Chroma1-HD.safetensors",
+    "Qwen/Qwen-Image": "qwen_image_bf16.safetensors",
+    "krea/Krea-2-Raw": "krea2_raw_bf16.safetensors",
+    "krea/Krea-2-Turbo": "krea2_turbo_bf16.safetensors",
+}
+"""The published transformers' file names by the pipeline's hub id."""
+
+_KLEIN_9B = {"clip_name": "qwen_3_8b.safetensors"}
+ENCODERS: Mapping[str, Mapping[str, str]] = {
+    "black-forest-labs/FLUX.2-klein-9B": _KLEIN_9B,
+    "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
+}
+"""What is another encoder than the family's, by hub id."""
 
 
 @dataclass
@@ -147,10 +168,10 @@ def workflow(
     """The graph for the student of a contract.
 
     `loras` are file names in ComfyUI's loras folder with their strengths; `transformer` is a file
-    among its diffusion models, the published base's by default.
+    among its diffusion models, by default that of the student's own base.
     """
     nodes, make = NODES[contract.family], _Builder()
-    name = transformer or nodes.transformer
+    name = transformer or _transformer(contract.base)
     model: Link = (make.add("UNETLoader", unet_name=name, weight_dtype="default"), 0)
     for file, strength in loras:
         loader = make.add(
@@ -158,6 +179,7 @@ def workflow(
         )
         model = (loader, 0)
     kind, files = nodes.encoders
+    files = {**files, **ENCODERS.get(contract.base.hub_id or "", {})}
     clip: Link = (make.add(kind, **files), 0)
     if nodes.t5:
         length = contract.max_sequence_length
@@ -187,6 +209,13 @@ def workflow(
     image: Link = (make.add("VAEDecode", samples=latent, vae=vae), 0)
     make.add("SaveImage", images=image, filename_prefix="tiltflow")
     return make.graph
+
+
+def _transformer(base: BaseModelFacts) -> str:
+    """The file of a base. One that is not published is called as its folder is: ComfyUI then asks
+    for the file, where another model of the family would be sampled without a word."""
+    own = (base.hub_id or base.name).rpartition("/")[2]
+    return TRANSFORMERS.get(base.hub_id or "", f"{own}.safetensors")
 
 
 def _steps(make: _Builder, contract: Contract) -> list[tuple[Link, Link]]:
@@ -221,7 +250,7 @@ def spelled(levels: Sequence[float]) -> str:
     )
 
 
-def write_workflow(graph: Graph, folder: Path, name: str = "workflow.json") -> Path:
+def write_workflow(graph: Graph, folder: Path, name: str = WORKFLOW) -> Path:
     """The graph as a file that ComfyUI opens."""
     file = folder / name
     file.write_text(json.dumps(graph, indent=2) + "\n", encoding="utf-8")
