@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 import pytest
 import slurm
@@ -79,6 +81,42 @@ def test_the_script_is_what_was_asked(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     assert "--rdzv-endpoint=one:20012" in words and "--nnodes=2" in words
     assert "--nproc-per-node=8" in words and "--rdzv-id=12-0" in words
+
+
+@pytest.mark.parametrize(
+    ("restarts", "saves", "requeued"), [(0, False, True), (1, False, False), (1, True, True)]
+)
+def test_a_start_that_saves_nothing_is_not_followed_by_the_same_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: int, saves: bool, requeued: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    latest = tmp_path / "it's here" / "checkpoints" / "latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step-000002")
+    stand_ins = {
+        "srun": "sleep 1; touch began; while [ ! -e asked ]; do sleep 1; done"
+        + (f"; echo step-000004 > {quote(str(latest))}" if saves else ""),
+        "scancel": "touch asked",
+        "scontrol": 'echo "$1" >> told; echo one',
+        "sleep": f"exec {shutil.which('sleep')} 0.05",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, does in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    text = script("mixture_cold_start", ["run.out=it's here"], Job(1, 1, "1-0"))
+    (tmp_path / "job.sh").write_text(text)
+    known = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "one", "SLURM_CPUS_ON_NODE": "1"}
+    known |= {"SLURM_RESTART_COUNT": str(restarts), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", "job.sh"], env=known, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while not (tmp_path / "began").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    said = job.communicate(timeout=30)[1]
+    assert (job.returncode == 0) is requeued, said
+    assert ("requeue" in (tmp_path / "told").read_text().split()) is requeued
+    assert ("this start saved nothing" in said) is not requeued
 
 
 @pytest.mark.parametrize(

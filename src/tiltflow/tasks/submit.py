@@ -112,7 +112,7 @@ def script(recipe: str, overrides: Sequence[str], job: Job) -> str:
         text.partition("=")[0].strip() in ("run.resume", "run.resume_from") for text in overrides
     ):
         raise ValueError("a job that requeues itself resumes by itself: leave run.resume out")
-    load_config(recipe, overrides)
+    out = Path(load_config(recipe, overrides).run.out).expanduser().absolute()
     name = re.sub(r"[^\w.-]", "_", Path(recipe_name(recipe)).name, flags=re.ASCII)
     given = [recipe, *overrides, "run.resume=auto"]
     if not all(text.isprintable() for text in (*given, os.getcwd())):
@@ -128,6 +128,7 @@ def script(recipe: str, overrides: Sequence[str], job: Job) -> str:
         margin=job.margin,
         grace=max(job.margin - RESERVE, 1),
         folder=quote(os.getcwd()),
+        latest=quote(str(out / "checkpoints" / "latest")),
         python=quote(sys.executable),
         nodes=job.nodes,
         ranks=job.gpus,
