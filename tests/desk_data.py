@@ -30,7 +30,14 @@ ODD = ("<img src=x onerror=alert(1)> & <b>bold</b>", "a \"quoted\" 'cat'", "قط
 """Prompts with markup, quotes and right-to-left text."""
 
 
-def make_run(folder: Path, steps: int = 40, stage: str = "tilt", rate: float = 1e-4) -> Path:
+def make_run(
+    folder: Path,
+    steps: int = 40,
+    stage: str = "tilt",
+    rate: float = 1e-4,
+    prompts: Sequence[str] = (),
+) -> Path:
+    """A run's files; with `prompts`, its sheets are of so many samples, each of its own grey."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
         f"stage: {stage}\ntrain:\n  steps: {steps}\n  generator_lr: {rate}\n"
@@ -39,7 +46,12 @@ def make_run(folder: Path, steps: int = 40, stage: str = "tilt", rate: float = 1
     )
     (folder / "samples").mkdir()
     for step in (0, steps):
-        save_image(folder / "samples" / f"step-{step:06d}.png", (step * 5, 90, 160), 64)
+        file = folder / "samples" / f"step-{step:06d}.png"
+        if prompts:
+            save_sheet(file, len(prompts))
+            (file.parent / "prompts.txt").write_text("".join(f"{p}\n" for p in prompts))
+        else:
+            save_image(file, (step * 5, 90, 160), 64)
     add_lines(folder, range(0, steps + 1, 10))
     return folder
 
@@ -53,6 +65,13 @@ def add_lines(run: Path, steps: Sequence[int]) -> None:
                 "held_out/shapes": step / 100,
             }
             file.write(json.dumps(row) + "\n")
+
+
+def save_sheet(path: Path, count: int, side: int = 16) -> None:
+    """As a run's: eight columns, sample i of the grey 10 i."""
+    greys = [10 * i if i < count else 255 for i in range(-(-count // 8) * 8)]
+    pixels = np.array(greys, dtype=np.uint8).reshape(-1, 8).repeat(side, 0).repeat(side, 1)
+    Image.fromarray(pixels).convert("RGB").save(path)
 
 
 def save_image(path: Path, colour: tuple[int, int, int], side: int = 32) -> None:

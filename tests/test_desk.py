@@ -257,3 +257,18 @@ def test_ten_thousand_samples_and_fifty_runs(tmp_path):
         finally:
             tracemalloc.stop()
         assert grown < 2_000_000
+
+
+def test_a_vote_of_odd_systems_hides_no_other(tmp_path):
+    run = make_run(tmp_path / "run")
+    make_evaluation(run / "evaluation.json", {"a": [0.1], "b": [0.2]}, ["one"])
+    desk = Desk([run], tmp_path / "votes.jsonl")
+    match = {"set": desk.overview()["sets"][0]["id"], "a": "a", "b": "b"}
+    plain = {"prompt": "one", "image_a": "x.png", "image_b": "y.png", "choice": "a", "row": 0}
+    rows = [
+        {**plain, "set": match["set"], "system_a": odd, "system_b": "b"} for odd in ([], {}, "a", 3)
+    ]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with served(desk) as client:
+        tally = client.json("/api/pair", match)["tally"]
+    assert (tally["wins"], tally["losses"]) == (1, 0)

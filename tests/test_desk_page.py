@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+
+import numpy as np
 import pytest
 from chromium import NEEDED, check_access, opened
 from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, make_tilts, served
+from PIL import Image
 
 from tiltflow.data.preferences import read_votes
 from tiltflow.desk.app import Desk
@@ -17,7 +22,8 @@ SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("desk")
-    make_run(place / "cold", stage="cold_start")
+    captions = [*ODD, *(f"sample {i}" for i in range(3, 10))]
+    make_run(place / "cold", stage="cold_start", prompts=captions)
     run = make_run(place / "tilt", rate=3e-4)
     prompts = [*ODD, *(f"prompt {i}" for i in range(27))]
     scores = {
@@ -87,7 +93,29 @@ def test_samples_slide_through_the_steps(page):
     slider.focus()
     page.keyboard.press("Home")
     assert "step 0" in page.locator(".slide").first.inner_text()
-    assert page.locator("img.sheet").first.get_attribute("src").endswith("/sample/0?side=640")
+    assert page.locator("img.sheet").first.get_attribute("src").endswith("/sample/0?side=1280")
+
+
+def test_samples_have_their_prompts(page):
+    """Ten samples in two rows of eight: every window shows its own, above its own prompt."""
+    page.get_by_role("checkbox", name="tilt").uncheck()
+    page.get_by_role("checkbox", name="cold").check()
+    page.wait_for_function("() => document.querySelectorAll('.tile').length === 10")
+    assert page.locator(".tile figcaption").nth(0).inner_text() == ODD[0]
+    assert page.locator(".tile figcaption").nth(9).inner_text() == "sample 9"
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.pane')].every(p => p.style.backgroundImage)"
+    )
+    for i in (0, 7, 9):
+        pane = page.locator(".pane").nth(i)
+        pane.scroll_into_view_if_needed()
+        seen = np.asarray(Image.open(io.BytesIO(pane.screenshot())).convert("L"))
+        middle = seen[
+            seen.shape[0] // 4 : -seen.shape[0] // 4, seen.shape[1] // 4 : -seen.shape[1] // 4
+        ]
+        assert abs(float(middle.mean()) - 10 * i) < 2
+        assert abs(seen.shape[0] - seen.shape[1]) <= 1
+    check(page)
 
 
 def test_prompts_are_text(page):
@@ -220,6 +248,63 @@ def test_a_dial_computed_beforehand_turns_the_same_way(browser, tmp_path):
                 assert not page.locator(".made").is_visible()
                 check(page)
                 assert said == []
+
+
+def test_what_is_removed_or_broken_hides_nothing_else(browser, tmp_path):
+    for name in ("first", "gone", "odd"):
+        make_run(tmp_path / name)
+    make_evaluation(tmp_path / "odd" / "evaluation.json", {"teacher": [0.1, 0.2]}, ["a", "b"])
+    given = [tmp_path / name for name in ("first", "gone", "odd")]
+    with (
+        served(Desk(given, tmp_path / "votes.jsonl")) as client,
+        opened(browser, SIZES["desktop"]) as (page, said),
+    ):
+        page.goto(f"{client.address}/?token={TOKEN}")
+        page.wait_for_selector("#runs .card")
+        for box in page.locator("#runs .list input").all():
+            box.check()
+        page.wait_for_selector(".state >> nth=2")
+        shutil.rmtree(tmp_path / "gone")
+        (tmp_path / "odd" / "config.yaml").write_text("stage: [")
+        (tmp_path / "odd" / "evaluation.json").write_text('{"prompts"')
+        add_lines(tmp_path / "first", [70])
+        page.wait_for_function(
+            "() => document.querySelectorAll('.state').length === 2"
+            " && document.querySelector('.notes').innerText.includes('step 70 of 40')"
+            " && document.querySelector('.state .alarm')?.innerText.length > 10"
+            " && document.querySelector('.list .alarm')?.innerText.includes('odd')",
+            timeout=20_000,
+        )
+        assert page.locator("#runs .list label").count() == 2
+        check(page)
+        assert all("422" in line for line in said)  # the browser's own line for what was refused
+
+
+def test_a_vote_that_the_desk_does_not_take_is_said_and_can_be_given_again(browser, tmp_path):
+    run = make_run(tmp_path / "run")
+    scores = {"ac_dmd": [0.1, 0.2, 0.3], "rtdmd": [0.4, 0.5, 0.6]}
+    make_evaluation(run / "evaluation.json", scores, ["one", "two", "three"])
+    votes = tmp_path / "votes.jsonl"
+    with (
+        served(Desk([run], votes)) as client,
+        opened(browser, SIZES["phone"]) as (page, _),
+    ):
+        page.goto(f"{client.address}/?token={TOKEN}#vote")
+        page.wait_for_selector(".sides img >> nth=1")
+        page.route("**/api/vote", lambda route: route.abort())
+        pair = page.locator(".sides img").first.get_attribute("src")
+        page.keyboard.press("1")
+        page.wait_for_function("() => said.innerText.includes('press again')")
+        assert page.locator(".sides img").first.get_attribute("src") == pair
+        page.unroute("**/api/vote")
+        page.keyboard.press("1")
+        page.wait_for_function("() => document.querySelector('.result').innerText.includes('of 1')")
+        pair = page.locator(".sides img").first.get_attribute("src").split("/")[3]
+        client.json("/api/vote", {"pair": pair, "choice": "left"})  # as in another window
+        page.keyboard.press("2")
+        page.wait_for_function("() => said.innerText.includes('has been voted on')")
+        assert "of 2 votes" in page.locator(".result").inner_text()
+    assert len(read_votes(votes)) == 2
 
 
 def test_the_keyboard_alone_goes_through_the_views(page):

@@ -60,18 +60,19 @@ class Desk:
         self._logs: OrderedDict[str, runs.Log] = OrderedDict()
 
     def overview(self) -> dict[str, Any]:
-        """Every run and every set of comparable evaluations, in short."""
-        self.sources = find_sources(self.given)
+        """Every run and every set of comparable evaluations, in short, and what cannot be read."""
+        self.sources = find_sources(self.given, strict=False)
+        problems: list[str] = []
         listed = [
             {"id": place.id, "name": place.name, **runs.summary(place.path)}
             for place in self.sources.runs.values()
         ]
         sets = [
             {"id": key, "name": ", ".join(place.name for place in places)}
-            for key, places in group(self.sources.evaluations).items()
+            for key, places in group(self.sources.evaluations, problems).items()
         ]
         dials = [{"id": place.id, "name": place.name} for place in self.sources.dials.values()]
-        return {"runs": listed, "sets": sets, "dials": dials}
+        return {"runs": listed, "sets": sets, "dials": dials, "problems": problems}
 
     def run(self, id: str) -> Place:
         """Raises KeyError if there is none of that id."""
@@ -113,7 +114,14 @@ def make_app(desk: Desk, host: str, port: int, token: str) -> ASGIApp:
         Route("/api/computed/{id}/{prompt:int}/{seed:int}/{strength:int}", answers.computed_image),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
-    handlers = {KeyError: _missing, ValueError: _wrong, HTTPException: _refused}
+    handlers = {
+        KeyError: _missing,
+        FileNotFoundError: _missing,  # removed since the desk looked
+        NotADirectoryError: _missing,
+        ValueError: _wrong,
+        OSError: _failed,
+        HTTPException: _refused,
+    }
     return Guard(Starlette(routes=routes, exception_handlers=handlers), host, port, token)
 
 
@@ -286,6 +294,11 @@ async def _missing(request: Request, error: Exception) -> Response:
 
 async def _wrong(request: Request, error: Exception) -> Response:
     return Json({"error": str(error)[:500]}, 422)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    said = error.strerror if isinstance(error, OSError) else None
+    return Json({"error": f"a file cannot be read or written: {said or error}"[:500]}, 500)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

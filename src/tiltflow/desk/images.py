@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-SIDES = (192, 640)
+SIDES = (192, 1280)
 """Longest sides of thumbnails: one image, and a sheet of samples."""
 MOST_PIXELS = 64 * 1024 * 1024
 """Of an image that a thumbnail is made from."""

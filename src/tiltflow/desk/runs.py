@@ -12,6 +12,8 @@ from typing import Any
 from tiltflow.config.recipe_source import read_recipe
 from tiltflow.core.disk import parse_json
 from tiltflow.core.run_lock import held_by_another
+from tiltflow.tasks.evaluate import PROMPTS
+from tiltflow.tasks.train import COLUMNS
 from tiltflow.training.changes import by_key
 
 POINTS = 300
@@ -142,6 +144,18 @@ def sample_file(run: Path, step: int) -> Path:
     return run / "samples" / f"step-{step:06d}.png"
 
 
+def sample_prompts(run: Path, chosen: Mapping[str, Any]) -> list[str]:
+    """The prompts of a sheet's images in reading order. None where nobody wrote them down, they are
+    no text, or the samples are of a medium of one's own, which lays them out as it likes."""
+    file = run / "samples" / PROMPTS
+    if chosen.get("model.medium") is not None or not file.is_file():
+        return []
+    try:
+        return file.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError:
+        return []
+
+
 def settings(run: Path) -> dict[str, Any]:
     """A run's resolved config by dotted key.
 
@@ -171,6 +185,8 @@ def view(run: Path, log: Log) -> dict[str, Any]:
         "curves": {name: curve.points for name, curve in log.curves.items()},
         "notes": log.notes,
         "samples": steps,
+        "prompts": sample_prompts(run, chosen),
+        "columns": COLUMNS,
         "settings": {name: _text(value) for name, value in chosen.items()},
         "trained": _names(chosen, "rewards."),
         "held_out": _names(chosen, "watch.rewards."),

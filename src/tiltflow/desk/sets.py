@@ -76,11 +76,19 @@ class Choice:
     page: int = 0
 
 
-def group(evaluations: Mapping[str, Place]) -> dict[str, list[Place]]:
-    """Evaluations by what makes them comparable; the key is a digest of that."""
+def group(
+    evaluations: Mapping[str, Place], problems: list[str] | None = None
+) -> dict[str, list[Place]]:
+    """Evaluations by what makes them comparable; the key is a digest of that. One that cannot be
+    read (any more) is left out, and why is added to `problems`."""
     sets: dict[str, list[Place]] = {}
     for place in evaluations.values():
-        asked = _summary(place.path).get("asked")
+        try:
+            asked = _summary(place.path).get("asked")
+        except (OSError, ValueError) as error:
+            if problems is not None and not isinstance(error, FileNotFoundError):
+                problems.append(f"{place.name}: {error}")
+            continue
         same: Any = place.id
         if isinstance(asked, dict):
             several = {"sizes": asked["sizes"]} if "sizes" in asked else {}

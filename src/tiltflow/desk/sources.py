@@ -34,13 +34,14 @@ class Sources:
     """Folders that `tiltflow dial` has filled."""
 
 
-def find_sources(given: Sequence[Path]) -> Sources:
+def find_sources(given: Sequence[Path], strict: bool = True) -> Sources:
     """The runs and evaluations at the paths: run directories, folders of these (one level deep),
     evaluations by their JSON file or folder, and computed dials by their folder or the run they
     lie in.
 
     Raises:
-        ValueError: naming the first path at which there is none.
+        ValueError: naming the first path at which there is none, where that is `strict`: what is
+            removed while a desk shows it hides nothing else.
     """
     runs: list[Path] = []
     evaluations: list[Path] = []
@@ -52,7 +53,7 @@ def find_sources(given: Sequence[Path]) -> Sources:
         found = [folder for folder in folders if _is_run(folder)]
         scored = [path] if _is_evaluation(path) else [e for f in folders for e in _evaluations(f)]
         dialled = [p for f in folders for p in (f, *sorted(f.glob("*/"))) if _is_dial(p)]
-        if not found and not scored and not dialled:
+        if strict and not found and not scored and not dialled:
             raise ValueError(
                 f"{path} holds nothing for a desk: no run directory (config.yaml) and no "
                 "evaluation (tiltflow evaluate --json)"

@@ -143,12 +143,12 @@ class Ballot:
         mark = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
         if mark != self._read[0]:
             self._read = (mark, read_votes(file))
-        systems = {match.a, match.b}
+        sides = ([match.a, match.b], [match.b, match.a])
         return [
             vote
             for vote in self._read[1]
             if vote.get("set") == match.set
-            and {vote.get("system_a"), vote.get("system_b")} == systems
+            and [vote.get("system_a"), vote.get("system_b")] in sides
             and isinstance(vote.get("row"), int)
         ]
 

@@ -99,13 +99,14 @@ def run_loop(out: Path, console: Console, size: Size | None = None) -> dict[str,
 
 
 def changes(place: Path, size: Size, number: int) -> list[str]:
-    """What differs from the recipe `demo_tilt` in a round, whose rewards were fitted in `place`."""
+    """What differs from the recipe `demo_tilt` in a round, whose rewards were fitted in `place`.
+    Only the last round is watched: of the first nothing but images is used."""
     steps = size.steps[number]
     rewards = {"clipscore": 1.0, str(place / "taste"): size.weights[number]}
     held_out = dict.fromkeys((str(place / "taste_heldout"), "shapes", "clipscore_heldout"), 1.0)
     return [
         f"rewards={json.dumps(rewards)}",
-        f"watch.rewards={json.dumps(held_out)}",
+        f"watch.rewards={json.dumps(held_out) if number else '{}'}",
         f"train.steps={steps}",
         f"train.batch_size={size.batch}",
         f"watch.every={max(1, steps // 2)}",

@@ -11,7 +11,7 @@ const EVERY = 4000; // milliseconds between looks at what is new
 // The token is in a cookie by now; it need not stand in the address, the history or a screenshot.
 if (location.search) history.replaceState(null, "", location.pathname + location.hash);
 
-let overview = { runs: [], sets: [], dials: [] };
+let overview = { runs: [], sets: [], dials: [], problems: [] };
 let shown = "";
 const tabs = [...document.querySelectorAll("[role=tab]")];
 

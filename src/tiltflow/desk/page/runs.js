@@ -4,7 +4,8 @@ import { colour, duration, fill, get, h } from "./dom.js";
 
 const picked = new Map(); // id -> index of its colour
 const steps = new Map(); // id -> the step whose samples are looked at; none: the latest
-let found = [];
+let found = []; // the picked runs in full
+let failed = []; // those that cannot be read, and why
 let drawn = "";
 
 const GROUPS = [
@@ -31,9 +32,17 @@ async function show(panel, overview) {
     );
     if (overview.runs.length) pick(overview.runs.at(-1).id, true);
   }
+  const names = new Map(overview.runs.map((run) => [run.id, run.name]));
+  for (const id of picked.keys()) if (!names.has(id)) pick(id, false); // removed meanwhile
   list(panel, overview);
-  found = await Promise.all([...picked.keys()].map((id) => get(`/api/run/${id}`)));
-  const state = JSON.stringify(found);
+  const read = (id) => get(`/api/run/${id}`).catch((error) => {
+    if (error instanceof TypeError) throw error; // the desk does not answer: what is shown stays
+    return { id, name: names.get(id), error: error.message };
+  });
+  const views = await Promise.all([...picked.keys()].map(read));
+  failed = views.filter((run) => run.error);
+  found = views.filter((run) => !run.error);
+  const state = JSON.stringify([found, failed]);
   if (state === drawn) return; // nothing new: leave focus and scroll alone
   drawn = state;
   notes(panel.querySelector(".notes"));
@@ -44,7 +53,7 @@ async function show(panel, overview) {
 
 function list(panel, overview) {
   const nav = panel.querySelector(".list");
-  const key = JSON.stringify([overview.runs, [...picked]]);
+  const key = JSON.stringify([overview.runs, overview.problems, [...picked]]);
   if (nav.dataset.key === key) return;
   nav.dataset.key = key;
   const focused = document.activeElement?.dataset?.run;
@@ -66,6 +75,7 @@ function list(panel, overview) {
         h("small", {}, `step ${run.step}${run.running ? ", running" : ""}${run.alarms ? `, ⚠ ${run.alarms} alarms` : ""}`),
       );
     }),
+    overview.problems.map((problem) => h("p", { class: "alarm", dir: "auto" }, problem)),
   );
   if (focused) nav.querySelector(`[data-run="${focused}"]`)?.focus();
 }
@@ -73,6 +83,7 @@ function list(panel, overview) {
 function notes(place) {
   fill(
     place,
+    failed.map((run) => h("div", { class: "state" }, h("h2", {}, h("bdi", {}, run.name)), h("p", { class: "alarm" }, run.error))),
     found.map((run) => {
       const share = run.steps ? Math.min(1, run.step / run.steps) : 0;
       const state = run.running ? `${duration(run.seconds_left)} left` : run.step >= run.steps ? "done" : "stopped";
@@ -125,14 +136,13 @@ function samples(place) {
 }
 
 function sheet(run) {
-  const picture = h("img", { class: "sheet", decoding: "async" });
-  const link = h("a", { target: "_blank", rel: "noopener" }, picture);
+  const link = h("a", { target: "_blank", rel: "noopener" });
   const said = h("output", {});
+  const draw = run.prompts.length ? tiles(run, link) : whole(run, link);
   const set = (index) => {
     const step = run.samples[index];
     const address = `/api/run/${run.id}/sample/${step}`;
-    picture.src = `${address}?side=640`;
-    picture.alt = `samples of ${run.name} after step ${step}`;
+    draw(address, step);
     link.href = address;
     said.textContent = `step ${step}`;
   };
@@ -152,8 +162,49 @@ function sheet(run) {
   return h(
     "figure", { class: "card" },
     h("figcaption", {}, swatch({ colour: colour(picked.get(run.id)) }), " ", h("bdi", {}, run.name)),
+    run.prompts.length ? h("div", { class: "tiles" }, link.tiles) : null,
     link, h("div", { class: "slide" }, slider, said),
   );
+}
+
+// A sheet in one piece.
+function whole(run, link) {
+  const picture = h("img", { class: "sheet", decoding: "async" });
+  link.append(picture);
+  return (address, step) => {
+    picture.src = `${address}?side=1280`;
+    picture.alt = `samples of ${run.name} after step ${step}`;
+  };
+}
+
+// A sheet cut into its images, each above its prompt: one picture, shown through as many windows.
+function tiles(run, link) {
+  const rows = Math.ceil(run.prompts.length / run.columns);
+  const at = (place, count) => `${count > 1 ? (100 * place) / (count - 1) : 0}%`;
+  const windows = run.prompts.map((prompt, i) => {
+    const pane = h("div", { class: "pane", role: "img", "aria-label": `sample ${i + 1}` });
+    pane.style.backgroundSize = `${100 * run.columns}% ${100 * rows}%`;
+    pane.style.backgroundPosition = `${at(i % run.columns, run.columns)} ${at(Math.floor(i / run.columns), rows)}`;
+    return pane;
+  });
+  link.textContent = "the whole sheet";
+  link.tiles = windows.map((pane, i) => {
+    const prompt = run.prompts[i];
+    return h("figure", { class: "tile" }, pane, h("figcaption", { dir: "auto", title: prompt }, prompt));
+  });
+  let latest = "";
+  return (address) => {
+    latest = `${address}?side=1280`;
+    const picture = new Image();
+    picture.onload = () => {
+      if (!picture.src.endsWith(latest)) return; // another step was asked for meanwhile
+      for (const pane of windows) {
+        pane.style.aspectRatio = `${picture.naturalWidth / run.columns} / ${picture.naturalHeight / rows}`;
+        pane.style.backgroundImage = `url("${latest}")`;
+      }
+    };
+    picture.src = latest;
+  };
 }
 
 function settings(place) {

@@ -44,10 +44,10 @@ function toolbar(overview) {
     control("a", "Is this system", systems), control("b", "better than this one?", systems));
 }
 
-async function next() {
+async function next(told = "") {
   try {
     pair = await post("/api/pair", match);
-    say("");
+    say(told);
     draw();
   } catch (error) {
     pair = null;
@@ -66,8 +66,8 @@ async function choose(choice) {
     draw();
     home.querySelector(".ballot").focus({ preventScroll: true });
   } catch (error) {
-    say(error.message);
-    await next();
+    if (error instanceof TypeError) say("the desk does not answer: press again when it does"); // the pair stays
+    else await next(error.message);
   } finally {
     busy = false;
   }
