@@ -6,10 +6,11 @@ A rollout is made without gradient; the losses then re-attach single steps to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,36 @@ Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 LOG_PROBS = ("unit", "gaussian")
 
-Graphs = Mapping[int, list[tuple[Tensor, Tensor]]]
-"""Mean and std of sampler steps, with their graphs, by micro-batches."""
-NO_GRAPHS: Graphs = MappingProxyType({})
+
+class Kept(NamedTuple):
+    """A sampler step with its graph, from its state `x` alone: its mean and std."""
+
+    x: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The steps whose graphs a rollout keeps, by micro-batches; those in `through` take a gradient
+    at their state, which goes on to the step before."""
+
+    kept: Mapping[int, list[Kept]]
+    through: Collection[int] = ()
+
+    @classmethod
+    def of(cls, spans: Iterable[range]) -> Graphs:
+        """For the gradient of each of these spans of successive steps."""
+        every = list(spans)
+        steps = sorted({k for span in every for k in span})
+        return cls({k: [] for k in steps}, {k for span in every for k in span[1:]})
+
+    def take(self) -> dict[int, Kept]:
+        """The next micro-batch's."""
+        return {k: parts.pop(0) for k, parts in self.kept.items()}
+
+
+NO_GRAPHS = Graphs(MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -107,8 +135,8 @@ def rollout(
 
     `noise(k)` gives step k's z, (B, ...); it is not called for a deterministic step (η = 0, or
     the last of the grid). The log-probabilities of the steps in `record` are kept, and of the
-    states those in `keep` (default: all) and the last. The steps in `graphs` run with gradient,
-    each from its state alone: (mean, std) are appended there, for `pinned`.
+    states those in `keep` (default: all) and the last. The steps of `graphs` run with gradient,
+    each from its state alone, and are appended there, for `pinned` and `go_back`.
 
     Raises:
         ValueError: if `record` has a deterministic step under the "gaussian" `convention`.
@@ -117,10 +145,11 @@ def rollout(
     last = (len(sigmas) - 1 if stop is None else stop) - 1
     states, recorded = {0: x}, {}
     for k in range(last + 1):
-        with torch.set_grad_enabled(k in graphs):
-            mean, std = step(velocity, x, sigmas, k, cond, eta)
-        if k in graphs:
-            graphs[k].append((mean, std))
+        given = x.detach().requires_grad_() if k in graphs.through else x
+        with torch.set_grad_enabled(k in graphs.kept):
+            mean, std = step(velocity, given, sigmas, k, cond, eta)
+        if k in graphs.kept:
+            graphs.kept[k].append(Kept(given, mean, std))
             mean = mean.detach()
         random = stochastic(sigmas, k, eta)
         if k in record and convention == "gaussian" and not random:
@@ -177,6 +206,21 @@ def attach_from(
             x.register_hook(partial(_at_most, most))
         x = _attach(velocity, trajectory, k, x)[0]
     return x
+
+
+def go_back(
+    steps: Sequence[Kept],
+    gradient: Tensor,
+    most: float | Tensor | None,
+    again: Sequence[bool],
+) -> None:
+    """The gradient (B, ...) at the end of successive steps back through their graphs, as that of
+    `attach_from`; `again` has for each whether its graph will be gone through once more."""
+    for one, later in zip(reversed(steps), reversed(again), strict=True):
+        one.mean.backward(gradient, retain_graph=later)
+        if one.x.grad is not None:
+            gradient = one.x.grad if most is None else _at_most(most, one.x.grad)
+            one.x.grad = None
 
 
 def _at_most(most: float | Tensor, gradient: Tensor) -> Tensor:

@@ -320,7 +320,10 @@ def _matching(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
 
 def _generator(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
     x, cond = _latents(backbone, job.micro), _conditioning(backbone, job.micro)
-    steps = max(job.tilt.reward_steps, job.tilt.passes) if job.tilt is not None else 0
+    steps = 0
+    if job.tilt is not None:  # kept graphs are gone back through one at a time
+        pulled = min(job.tilt.reward_steps, 1) if job.keep_graph else job.tilt.reward_steps
+        steps = max(pulled, job.tilt.passes)
     trajectory = Rollout(_grid(job), dict.fromkeys(range(max(steps, 1) + 1), x), cond, 0.5)
     x_next = attach_from(roles.generator, trajectory, 0)
     losses = matching_loss(x_next, x)

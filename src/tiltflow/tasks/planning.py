@@ -44,7 +44,7 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         chunk = cfg.tilt.decode_chunk or cfg.train.micro
         steps = cfg.tilt.reward_steps if backprop else 0
         fresh = cfg.tilt.fake_score_start == "fresh"
-        graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + 1
+        graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + max(steps, 1)
         own = most_passes(cfg.tilt.terms, cfg.sampler.steps)
         tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs, own)
     chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start

@@ -117,8 +117,9 @@ class TiltConfig(Section):
     """Whether scores are of images in 8 bits; the reward's gradient is at the image as decoded."""
     keep_graph: bool | Literal["auto"] = False
     """Whether the rollout keeps the graphs of the steps that the generator's update differentiates;
-    else they run once more for it. A pass less for each, for the memory of the batch's graphs;
-    `auto` where `gradient_checkpointing=auto` finds the memory for it."""
+    else they run once more for it. A pass less for each, for the memory of the batch's graphs; the
+    gradient through several steps is then added up in another order. `auto` where
+    `gradient_checkpointing=auto` finds the memory for it."""
     policy_weight: Weight = 1.0
     matching_weight: Weight = 1e-3
     reward_weight: Weight = 1e-4

@@ -46,6 +46,10 @@ class Span:
         return self.stop - self.first
 
     @property
+    def steps(self) -> range:
+        return range(self.first, self.stop)
+
+    @property
     def states(self) -> range:
         return range(self.first, self.stop + 1)
 

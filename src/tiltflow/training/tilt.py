@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,16 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.method.boundary import Boundary
 from tiltflow.method.policy import group_advantages, standing_out
 from tiltflow.method.reward_backprop import equal_norm
-from tiltflow.method.rollout import Graphs, Rollout, attach, attach_from, pinned
+from tiltflow.method.rollout import (
+    NO_GRAPHS,
+    Graphs,
+    Kept,
+    Rollout,
+    attach,
+    attach_from,
+    go_back,
+    pinned,
+)
 from tiltflow.models.backbone import Grouped
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.rewards.ranking import Groups
@@ -32,6 +42,25 @@ class Counts:
 
     each: Tensor
     most: Tensor
+
+
+def _go_back(
+    loss: Tensor,
+    at: Attached,
+    kept: Mapping[int, Kept],
+    most: float | Tensor | None,
+    again: Sequence[bool],
+) -> None:
+    """The gradient of a span's loss; `again` has which of its steps' graphs a later span has."""
+    steps = [kept[k] for k in at.span.steps if k in kept]
+    if len(steps) < 2:
+        loss.backward(retain_graph=bool(steps) and again[0])
+        for one in steps:  # of this step alone; nothing goes on to the one before
+            one.x.grad = None
+        return
+    loss.backward()
+    if at.x.grad is not None:  # a term may look away
+        go_back(steps, at.x.grad, most, again)
 
 
 Needed = dict[Term, tuple[Span, ...]]
@@ -123,7 +152,7 @@ class Tilt(Parts):
     def _rollout(self, step: int, cond: Grouped, spans: Needed) -> tuple[Rollout, Graphs]:
         """K steps of this rank's rows; steps that no term explores share their noise
         within a group. The states are kept that a term or the fake score will look at; with them
-        the graphs of the single steps that the generator's update goes through, if these are."""
+        the graphs of the steps that the generator's update goes through, if these are."""
         drawn = partial(
             self.share.noise,
             self.randomness,
@@ -135,12 +164,8 @@ class Tilt(Parts):
         groups = [1 if k in trained else self.settings.group_size for k in range(self.steps - 1)]
         noise = [drawn(f"step{k}", group=size) for k, size in enumerate(groups)]
         every = [span for own in spans.values() for span in own]
-        kept = (
-            {span.first for span in every if len(span) == 1}
-            if self.settings.keep_graph is True
-            else ()
-        )
-        graphs: Graphs = {k: [] for k in kept}
+        kept = self.settings.keep_graph is True
+        graphs = Graphs.of(span.steps for span in every) if kept else NO_GRAPHS
         seen = range(1, self.steps + 1) if self.settings.match_steps != "last" else [self.steps]
         made = rollout_in_parts(
             self.share,
@@ -223,24 +248,28 @@ class Tilt(Parts):
     ) -> dict[str, Tensor]:
         """One optimizer step on the sum of the terms: SubGRPO, AC-DMD, reward back-propagation.
 
-        Each span of sampler steps that some term needs is run once with gradient, unless its graph
-        was kept, and its graph freed before the next.
+        Each span of sampler steps that some term needs is run once with gradient, unless its graphs
+        were kept, and a graph freed when no further span has it.
         """
         whole = self.share.batch * self.policy.parts(epoch.step)
         losses = {term: term.begin(epoch) for term in spans}
         needed = sorted({s for own in spans.values() for s in own}, key=lambda s: (len(s), s.first))
         metrics: dict[str, Tensor] = {}
         for rows in self.share.micro_batches():
-            part = epoch.trajectory.rows(rows)
+            part, kept = epoch.trajectory.rows(rows), graphs.take()
+            left = Counter(k for span in needed for k in span.steps)
             for span in needed:
-                at = self._attach(span, rows, part, graphs, self._most(span, part, whole, counts))
+                most = self._most(span, part, whole, counts)
+                at = self._attach(span, rows, part, kept, most)
                 total = at.x.new_zeros(len(at.x))
                 for term in (t for t, own in spans.items() if span in own):
                     values, seen = losses[term](at)
                     self.updater.watch(term.name, values, epoch.prompts[rows])
                     total = total + values
                     figures.add(term, seen)
-                (_counted(total, counts, rows).sum() / whole).backward()
+                left.subtract(span.steps)
+                loss = _counted(total, counts, rows).sum() / whole
+                _go_back(loss, at, kept, most, [left[k] > 0 for k in span.steps])
         metrics["generator/grad_norm"] = self.share.whole(self.updater.apply(epoch.step))
         if counts is not None:
             metrics["policy/kept"] = self.share.whole(1 / counts.most)
@@ -248,16 +277,24 @@ class Tilt(Parts):
         return metrics
 
     def _attach(
-        self, span: Span, rows: slice, part: Rollout, graphs: Graphs, most: float | Tensor | None
+        self,
+        span: Span,
+        rows: slice,
+        part: Rollout,
+        kept: Mapping[int, Kept],
+        most: float | Tensor | None,
     ) -> Attached:
-        """A span of a micro-batch with its graph; that of a step may have been kept."""
+        """A span of a micro-batch with its graph; of several kept steps, its end as a leaf."""
         generator, k = self.roles.generator, span.first
         if len(span) == 1:
-            if k not in graphs:
+            if k not in kept:
                 return Attached(span, rows, part, *attach(generator, part, k))
-            mean, std = graphs[k].pop(0)
+            _, mean, std = kept[k]
             return Attached(span, rows, part, pinned(part, k, mean), mean, std)
-        x = attach_from(generator, part, k, most) if len(span) else part.states[k]
+        if len(span) and k in kept:
+            x = part.states[span.stop].detach().requires_grad_()
+        else:
+            x = attach_from(generator, part, k, most) if len(span) else part.states[k]
         return Attached(span, rows, part, x, x, torch.zeros_like(x))
 
     def _most(
