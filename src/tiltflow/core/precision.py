@@ -20,6 +20,13 @@ def autocast_dtype(setting: str | None, device: torch.device) -> torch.dtype | N
     return torch.bfloat16
 
 
+def autocast_in_force(kind: str) -> torch.dtype | None:
+    """The autocast type in force on a kind of device, if any."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 @contextmanager
 def attention_of(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Plain attention where networks compute in bf16 on a CPU, whose fused kernel is slow there.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from tiltflow.core.precision import autocast_in_force
+
 STORED = {
     torch.bfloat16: torch.bfloat16,
     torch.float16: torch.float16,
@@ -82,7 +84,7 @@ class FusedLinear(Linear):
         parts = self.active_parts() if self.parts is None else self.parts
         if parts is None or self.merged_adapters or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        mixed = _autocast(x.device.type)
+        mixed = autocast_in_force(x.device.type)
         x = x if mixed is None else x.to(mixed)
         base = self.base_layer
         if type(base) is nn.Linear and _in_one(x, base.weight, parts):
@@ -217,13 +219,6 @@ class _LowRank(torch.autograd.Function):
             ]
         to_x = None if to_x is None else to_x.view(ctx.shape)
         return to_x, None, None, None, *found
-
-
-def _autocast(kind: str) -> torch.dtype | None:
-    """The autocast type in force on a kind of device, if any."""
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
 
 
 def fused(config: LoraConfig) -> LoraConfig:

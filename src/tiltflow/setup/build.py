@@ -137,7 +137,7 @@ def build_backbone(
     if model.medium is not None:
         backbone.medium = load_medium(model.medium)
     if isinstance(backbone, PipelineBackbone) and parts != "text":
-        backbone.fuse()
+        backbone.fuse(mixed=autocast_dtype(model.autocast, backbone.device) is not None)
         if cfg.adapters.kind == "lora" and base == "device":
             take_onednn(backbone.teacher_base, backbone.student_base)
         if "decoder" in model.checkpointed:

@@ -134,8 +134,8 @@ class SD3Backbone(PipelineBackbone):
         """The grid of the pipeline's own call: the scheduler's, which is not the few-step one."""
         return self._schedule(self.scheduler, steps, raw=False)
 
-    def fuse(self) -> int:
-        return fuse_blocks(self.transformer)
+    def fuse(self, mixed: bool = False) -> int:
+        return fuse_blocks(self.transformer, mixed)
 
 
 class ZeroTower(nn.Module):

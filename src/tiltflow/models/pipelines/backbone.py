@@ -323,9 +323,10 @@ class PipelineBackbone(ABC):
         again in the backward pass; the gradient is the same."""
         self.vae.enable_gradient_checkpointing()
 
-    def fuse(self) -> int:
-        """For training in 16 bits, before adapters go on: makes the transformer's blocks into ones
-        that take fewer passes, where the family has them; how many there were."""
+    def fuse(self, mixed: bool = False) -> int:
+        """For training in 16 bits, or with `mixed` in fp32 under autocast, before adapters go on:
+        makes the transformer's blocks into ones that take fewer passes, where the family has them;
+        how many there were."""
         return 0
 
     def few_step_sigmas(self, steps: int) -> Tensor:

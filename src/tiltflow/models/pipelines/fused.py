@@ -2,7 +2,8 @@
 
 The same arithmetic as diffusers' blocks in another grouping: a modulation or a gate is one pass
 (`addcmul`) and not two, query and key norms are torch's own RMS norm, on rows as the projections
-leave them. Rounding differs by a bit of the 16-bit type here and there; in fp32 nothing is fused.
+leave them. Rounding differs by a bit of the 16-bit type here and there; where all is computed in
+fp32 nothing is fused. Under autocast over fp32 weights what is fp32 in diffusers' blocks stays so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from tiltflow.core.precision import autocast_in_force
 
 TWICE = 2 * math.sqrt(2 / math.pi)
 
@@ -62,27 +65,29 @@ class FusedBlock(JointTransformerBlock):
         return torch.addcmul(text, words[5], inside), x
 
 
-def fuse_blocks(network: nn.Module) -> int:
-    """Changes the blocks of an SD3 transformer in 16 bits in place; how many it changed.
+def fuse_blocks(network: nn.Module, mixed: bool = False) -> int:
+    """Changes the blocks of an SD3 transformer in 16 bits in place; how many it changed. With
+    `mixed` those in fp32 too, which then run under autocast.
 
     Other networks, and blocks that are not as diffusers makes them, stay as they are.
     """
     count = 0
     for block in network.modules():
-        if type(block) is JointTransformerBlock and _as_made(block):
+        if type(block) is JointTransformerBlock and _as_made(block, mixed):
             block.__class__ = FusedBlock
             count += 1
     return count
 
 
-def _as_made(block: JointTransformerBlock) -> bool:
+def _as_made(block: JointTransformerBlock, mixed: bool) -> bool:
     dtype = block.norm1.linear.weight.dtype
     attentions = [block.attn, *([block.attn2] if block.use_dual_attention else [])]
     norms = [n for a in attentions for n in (a.norm_q, a.norm_k, a.norm_added_q, a.norm_added_k)]
     plain = all(n is None or (type(n) is RMSNorm and n.bias is None) for n in norms)
     feeds = [ff for ff in (block.ff, block.ff_context) if ff is not None]
     plain = plain and all(_tanh_gelu(ff) for ff in feeds)
-    return dtype in (torch.bfloat16, torch.float16) and plain
+    narrow = dtype in (torch.bfloat16, torch.float16) or (mixed and dtype == torch.float32)
+    return narrow and plain
 
 
 def _tanh_gelu(feed: nn.Module) -> bool:
@@ -103,13 +108,19 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, normed, 1 + scale)
+    """Under autocast in its type, which several projections of it then need not make each."""
+    made = torch.addcmul(shift, normed, 1 + scale)
+    return made.to(autocast_in_force(made.device.type) or made.dtype)
 
 
 def _heads(attn: Any, projected: Tensor, norm: nn.Module | None) -> Tensor:
     """(B, N, d) as normed heads (B, N, heads, d / heads)."""
     x = projected.unflatten(-1, (attn.heads, -1))
-    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)  # type: ignore[arg-type]
+    if norm is None:
+        return x
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    wide = x.to(weight.dtype)  # under autocast fp32, as diffusers' own has it
+    return F.rms_norm(wide, x.shape[-1:], weight, norm.eps).to(x.dtype)  # type: ignore[arg-type]
 
 
 def _joint_attention(attn: Any, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
