@@ -33,6 +33,7 @@ MODELS = {
     "flux2_dev": "FLUX.2-dev",
     "z_image": "Z-Image",
     "qwen_image": "Qwen-Image",
+    "qwen_image_21": "Qwen-Image-2.1",
     "krea2": "Krea 2",
 }
 STAGES = {"cold_start": "1", "tilt": "2"}

@@ -30,6 +30,8 @@ class Case:
     modules and, of rank 32, trainable parameters; `blocks` as docs/backbones.md counts them."""
     blocks: str = ""
     adapter: tuple[int, int] = (0, 0)
+    alone: bool = False
+    """Whether a longer prompt in its call moves the images of all others, as it does not here."""
 
 
 UNBINNED = {"use_resolution_binning": False}
@@ -90,6 +92,17 @@ CASES = {
         recipe="qwen_image",
         blocks="60 + 0",
         adapter=(60 * 8 - 2, (60 * 8 - 2) * 32 * (3072 + 3072)),
+    ),
+    "qwen_image_21": Case(
+        names=("qwen_image_21", "qwen_image_21_wide"),
+        plain={},
+        guided=({"negative_prompt": " ", "true_cfg_scale": 3.0}, 3.0),
+        batched=False,
+        tokens=128,  # it cuts none
+        recipe="qwen_image_21",
+        blocks="32 + 0",
+        adapter=(32 * 4, 32 * 4 * 32 * (4096 + 4096)),
+        alone=True,
     ),
     "flux2_dev": Case(
         names=("flux2_dev", "flux2_dev_wide"),

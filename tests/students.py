@@ -35,6 +35,7 @@ MODELS = {
     "chroma": ("chroma", None),
     "sana": ("sana", None),
     "qwen_image": ("qwen_image", None),
+    "qwen_image_21": ("qwen_image_21", None),
     "krea2": ("krea2", "krea2_turbo"),
     "flux2_dev": ("flux2_dev", None),
     "other_sizes": ("other_sd3_patch_4", None),

@@ -60,7 +60,7 @@ def test_wrong_directories(sd3: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline .family sd3., not .* flux2"):
         check_pipeline(sd3, "flux2")
     with pytest.raises(
-        ValueError, match="'sdxl' is none of sd3, .*, chroma, qwen_image, krea2, mixture"
+        ValueError, match="'sdxl' is none of sd3, .*, qwen_image, qwen_image_21, krea2, mixture"
     ):
         check_pipeline(sd3, "sdxl")
     edit(sd3 / "model_index.json", _class_name="WanPipeline")

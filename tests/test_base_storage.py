@@ -45,7 +45,13 @@ def made(tiny: Tiny, name: str, generator: str | None, fp8: bool) -> tuple[Any, 
 
 @pytest.mark.parametrize(
     ("name", "generator"),
-    [("sd35m", None), ("flux_dev", None), ("klein_base", "klein"), ("krea2", "krea2_turbo")],
+    [
+        ("sd35m", None),
+        ("flux_dev", None),
+        ("klein_base", "klein"),
+        ("krea2", "krea2_turbo"),
+        ("qwen_image_21", None),
+    ],
 )
 def test_roles_and_gradients_are_those_of_the_rounded_base(
     tiny_pipeline: Tiny, name: str, generator: str | None

@@ -75,6 +75,8 @@ def sampled(backbone: Any, x: Tensor, cond: Any, guidance: float | None) -> Tens
 def given(backbone: Any, x: Tensor) -> Tensor:
     """Latents as a pipeline's call takes them: plain, or packed tokens."""
     packed = backbone.record.token_patch > 1
+    if backbone.family == "qwen_image_21":
+        return x.flatten(2).transpose(1, 2)
     return pack(x, backbone.geometry.patch) if packed else x.clone()
 
 
@@ -90,7 +92,7 @@ def test_images_are_the_pipelines_to_the_last_bit(
     monkeypatch.setattr(backbone, "batched_guidance", case.batched)
     call, guidance = case.guided if guided else (case.plain, None)
     # With guidance one prompt: here the empty one is encoded once and not once a prompt.
-    prompts = PROMPTS[1:2] if guided else PROMPTS
+    prompts = PROMPTS[1:2] if guided or case.alone else PROMPTS
     for size in case.sizes:
         x, cond = noise(backbone, len(prompts), size), backbone.encode(prompts)
         theirs = pipeline(tiny_pipeline(name))(
@@ -98,11 +100,11 @@ def test_images_are_the_pipelines_to_the_last_bit(
             height=size[0],
             width=size[1],
             num_inference_steps=3,
-            max_sequence_length=case.tokens,
             latents=given(backbone, x),
             output_type="pt",
             **call,
-        ).images
+            **({"max_sequence_length": case.tokens} if backbone.record.takes_length else {}),
+        ).images[:, :3]  # red, green, blue, and of some its opacity
         images = backbone.decode(sampled(resized(backbone, size), x, cond, guidance))
         assert images.shape == (len(prompts), 3, *size) and images.std() > 0.03
         assert (images - theirs).abs().max() == 0

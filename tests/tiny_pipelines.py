@@ -292,9 +292,11 @@ def build(name: str, directory: Path, seed: int = 0) -> Path:
     from tiny_chroma import BUILDERS as CHROMA
     from tiny_flux2_dev import BUILDERS as FLUX2
     from tiny_qwen import BUILDERS as QWEN
+    from tiny_qwen21 import BUILDERS as QWEN21
     from tiny_sana import BUILDERS as SANA
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        {**BUILDERS, **OTHERS, **SANA, **CHROMA, **FLUX2, **QWEN}[name]().save_pretrained(directory)
+        found = {**BUILDERS, **OTHERS, **SANA, **CHROMA, **FLUX2, **QWEN, **QWEN21}[name]
+        found().save_pretrained(directory)
     return directory

@@ -114,7 +114,7 @@ NODES: Mapping[str, Nodes] = {
 """By family. There is none of SANA, whose models ComfyUI's own nodes do not load."""
 
 WORKFLOW = "workflow.json"
-NO_WORKFLOW = "ComfyUI's own nodes do not load this family, so there is no workflow"
+NO_WORKFLOW = "There is no workflow for this family"
 
 TRANSFORMERS: Mapping[str, str] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium.safetensors",

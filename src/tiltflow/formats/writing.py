@@ -25,6 +25,7 @@ from tiltflow.formats.contract import CONTRACT_KEY, Contract
 from tiltflow.formats.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
 from tiltflow.models.pipelines.directory import SIDE_FILE, Pipeline
+from tiltflow.models.pipelines.words import processors_of
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.models.switch import FEW_STEP, TILT
 from tiltflow.scheduler import CPSFlowMatchScheduler
@@ -165,9 +166,12 @@ def save_merged(
     Raises:
         ValueError: if the weights are not this transformer's.
     """
+    words = processors_of(model, silent=False)
+    given = {**model.absent, **words}
     pipe: Any = pipeline.from_pretrained(
-        str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **model.absent
+        str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **given
     )
+    pipe.register_to_config(**{part: tuple(model.index[part]) for part in words})
     if isinstance(student, LoraWeights):
         for name, (folder, _) in student.folders.items():
             load_lora(pipe, folder, name)
@@ -179,6 +183,8 @@ def save_merged(
         _load_full(pipe.transformer, student.weights, str(model))
     pipe.scheduler = scheduler
     pipe.save_pretrained(out)
+    for part in words:  # what it has for pictures, too
+        shutil.copytree(model.root / part, out / part, dirs_exist_ok=True)
     for file in out.rglob("*.json"):
         _without_origin(file)
     if model.has(SIDE_FILE):

@@ -24,6 +24,7 @@ BUILTIN: dict[str, tuple[str | None, str]] = {
     "sana": ("SanaPipeline", "tiltflow.models.families.sana:FAMILY"),
     "chroma": ("ChromaPipeline", "tiltflow.models.families.chroma:FAMILY"),
     "qwen_image": ("QwenImagePipeline", "tiltflow.models.families.qwen_image:FAMILY"),
+    "qwen_image_21": ("QwenImage21Pipeline", "tiltflow.models.families.qwen_image_21:FAMILY"),
     "krea2": ("Krea2Pipeline", "tiltflow.models.families.krea2:FAMILY"),
     "mixture": (None, "tiltflow.models.families:MIXTURE"),
 }
@@ -66,12 +67,14 @@ class Family:
     absent_encoders: bool = False
     """Whether text encoders may be null in the index, as long as there is one."""
     chat_template: bool = False
-    """Whether prompts go through the tokenizer's chat template."""
+    """Whether prompts go through the tokenizer's (or processor's) chat template."""
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
     """What the teacher's pipeline may come with."""
     whole: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Whole numbers of its configurations (or lists of them) that no other family has, with their
     bounds."""
+    nullable: tuple[str, ...] = ()
+    """Numbers of its configurations that may be null."""
     depths: tuple[str, ...] = ()
     """Of these, numbers of layers: no more than there are weights."""
     widths: tuple[str, ...] = ()

@@ -74,7 +74,7 @@ def check_directory(pipeline: Pipeline) -> Family:
             content = pipeline.json(f"{part}/{file}") if pipeline.has(f"{part}/{file}") else {}
             if file in NUMBERED:
                 for config in flattened(content):
-                    check_numbers(root / part / file, config, family.whole)
+                    check_numbers(root / part / file, config, family.whole, family.nullable)
         if is_network(part):
             depths, widths = (*DEPTHS, *family.depths), (*WIDTHS, *family.widths)
             for config in flattened(pipeline.config(part)):
@@ -162,23 +162,28 @@ def _missing_files(pipeline: Pipeline, family: Family, parts: list[str]) -> list
         missing += [f"{part}/{name}" for name in wanted if not pipeline.has(f"{part}/{name}")]
         if not wanted and not (pipeline.root / part).is_dir():
             missing.append(f"{part}/(the folder)")
-    if family.chat_template and not missing and not _has_chat_template(pipeline):
-        missing.append("tokenizer/chat_template.jinja")
+    if family.chat_template and not missing and not _has_chat_template(pipeline, _words(family)):
+        missing.append(f"{_words(family)}/chat_template.jinja")
     return missing
 
 
-def _has_chat_template(pipeline: Pipeline) -> bool:
-    """Whether the tokenizer can put a prompt into a chat."""
-    if pipeline.has("tokenizer/chat_template.jinja"):
+def _words(family: Family) -> str:
+    """The part that makes tokens of a prompt: the first tokenizer, or a processor's."""
+    return "processor" if "processor" in family.required else "tokenizer"
+
+
+def _has_chat_template(pipeline: Pipeline, part: str) -> bool:
+    """Whether the tokenizer in a part can put a prompt into a chat."""
+    if pipeline.has(f"{part}/chat_template.jinja"):
         return True
-    return bool(pipeline.json("tokenizer/tokenizer_config.json").get("chat_template"))
+    return bool(pipeline.json(f"{part}/tokenizer_config.json").get("chat_template"))
 
 
 def _wanted(pipeline: Pipeline, part: str) -> list[str]:
     """The files that a part has to hold."""
     if part == "scheduler":
         return ["scheduler_config.json"]
-    if part.startswith("tokenizer"):
+    if part.startswith(("tokenizer", "processor")):
         choices: Any = TOKENIZER_FILES
         present = any(all(pipeline.has(f"{part}/{n}") for n in names) for names in choices)
         return ["tokenizer_config.json", *([] if present else TOKENIZER_FILES[0])]

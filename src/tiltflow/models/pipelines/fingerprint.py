@@ -22,6 +22,8 @@ WHOLE = 64 * 2**20
 """Bytes up to which a weight file's fingerprint is that of every byte."""
 HEADER = 100_000_000
 """The most bytes that safetensors allows a header."""
+WORDS = ("tokenizer", "processor")
+"""How the names of parts begin that make tokens of prompts."""
 BLOCKS, BLOCK = 64, 2**20
 """Of a larger file, so many blocks of so many bytes, evenly spaced from the first to the last."""
 
@@ -55,7 +57,7 @@ def encoder_facts(
     for part, entry in sorted(pipeline.index.items()):
         if part == "_class_name":
             facts[part] = str(entry)
-        elif part.startswith(("text_encoder", "tokenizer")):
+        elif part.startswith(("text_encoder", *WORDS)):
             facts[part] = str(entry)
             for file in _files(pipeline, part):
                 facts[f"{part}/{file.name}"] = sha256(file)
@@ -67,7 +69,7 @@ def _files(pipeline: Pipeline, part: str) -> list[Path]:
     folder = pipeline.root / part
     if not folder.is_dir():
         return []
-    if part.startswith("tokenizer"):
+    if part.startswith(WORDS):
         return sorted(file for file in folder.iterdir() if file.is_file())
     return [folder / name for name in ("config.json", *pipeline.weight_files(part))]
 

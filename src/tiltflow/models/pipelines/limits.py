@@ -106,18 +106,22 @@ def flattened(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def check_numbers(
-    file: Path, config: Mapping[str, Any], more: Mapping[str, tuple[int, int]] | None = None
+    file: Path,
+    config: Mapping[str, Any],
+    more: Mapping[str, tuple[int, int]] | None = None,
+    nullable: tuple[str, ...] = (),
 ) -> None:
     """Whether every number, flag and choice that is known by name is within its bounds.
 
-    `more` are whole numbers beside those of `WHOLE`, which stay as they are.
+    `more` are whole numbers beside those of `WHOLE`, which stay as they are; `nullable` may be
+    null beside those of `NULLABLE`.
 
     Raises:
         ValueError: naming the file, the key, its value and the bounds.
     """
     whole = {**(more or {}), **WHOLE}
     for key, value in config.items():
-        if value is None and (key in NULLABLE or key not in whole | REAL):
+        if value is None and (key in (*NULLABLE, *nullable) or key not in whole | REAL):
             continue
         said = f"{file} has {key}={shown(value)}, which is"
         if key in whole:

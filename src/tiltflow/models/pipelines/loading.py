@@ -10,13 +10,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tiltflow.core.sentences import first_sentence
 from tiltflow.models.backbone import Loading
 from tiltflow.models.pipelines.directory import Pipeline, is_part
 from tiltflow.models.pipelines.weights import check_values, check_weights
+from tiltflow.models.pipelines.words import processors_of, tokenizer
 
 
 def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
@@ -40,10 +40,12 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
     check_weights(pipeline, networks.get(parts, [*present, "transformer", "vae"]))
     if parts == "image":
         given |= {name: None for part in present for name in (part, _tokenizer(part))}
+        given |= processors_of(pipeline, silent=True)
     else:
         given |= {part: load_part(pipeline, part, dtype) for part in present}
         words = _words(pipeline)
         given |= dict.fromkeys(words)  # diffusers would look for the processor's class
+        given |= processors_of(pipeline, silent=False)
     if parts == "text":
         given |= {
             "vae": None,
@@ -57,8 +59,8 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
         pipe = kind.from_pretrained(str(pipeline.root), local_files_only=True, **given)
     except Exception as error:
         raise ValueError(f"{pipeline} cannot be loaded: {first_sentence(error)}") from error
-    for part, tokenizer in words.items():
-        setattr(pipe, part, tokenizer)
+    for part, words_of in words.items():
+        setattr(pipe, part, words_of)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -104,13 +106,7 @@ def _words(pipeline: Pipeline) -> dict[str, Any]:
         for name, entry in pipeline.index.items()
         if is_part(entry) and name.startswith("tokenizer") and str(entry[-1]).endswith("Processor")
     ]
-    try:
-        return {
-            part: AutoTokenizer.from_pretrained(str(pipeline.root / part), local_files_only=True)
-            for part in parts
-        }
-    except Exception as error:  # whatever a directory can make of a library
-        raise ValueError(f"{pipeline} cannot be loaded: {first_sentence(error)}") from error
+    return {part: tokenizer(pipeline, part) for part in parts}
 
 
 def _class_of(pipeline: Pipeline, part: str) -> Any:

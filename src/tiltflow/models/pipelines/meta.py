@@ -17,6 +17,7 @@ from tiltflow.models.family import Family, family_of_class, published
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.directory import Pipeline, is_part, none_of
 from tiltflow.models.pipelines.weights import META, meta_model
+from tiltflow.models.pipelines.words import Silent, TextProcessor
 from tiltflow.scheduler import CPSFlowMatchScheduler
 
 
@@ -112,6 +113,7 @@ def meta_pipeline(configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: tor
     given: dict[str, Any] = {
         n: None for n in parts if n.startswith(("text_encoder", *NOT_NETWORKS))
     }
+    given |= {n: TextProcessor(Silent()) for n in parts if n == "processor"}
     given |= {n: configs[n] for n in parts if not isinstance(configs.get(n, {}), Mapping)}
     given |= {
         "transformer": _cast(meta_model(configs["transformer"]), dtype),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,11 +129,13 @@ class QwenVaeBackbone(PipelineBackbone):
             block.forward = _recomputed(block.forward)
 
 
-def _recomputed(forward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    def once(x: Tensor, *_: object) -> Tensor:
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def once(x: Tensor, *_: object, **given: object) -> Tensor:
+        kept = {name: value for name, value in given.items() if name == "first_chunk"}
+        plain = partial(forward, **kept)
         if not torch.is_grad_enabled():
-            return forward(x)
-        found: Tensor = checkpoint(forward, x, use_reentrant=False)
+            return plain(x)
+        found: Tensor = checkpoint(plain, x, use_reentrant=False)
         return found
 
     return once
