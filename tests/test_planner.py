@@ -13,10 +13,13 @@ from test_train import redness  # noqa: F401  (a reward by dotted path)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltflow.config.load import RunConfig, load_config
-from tiltflow.models.pipelines.meta import meta_backbone
+from tiltflow.data.embeddings import BATCH
+from tiltflow.models.families import load_backbone
+from tiltflow.models.pipelines.meta import meta_backbone, text_encoders
 from tiltflow.setup.build import Build, build_stage
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan, Tally
 from tiltflow.tasks.doctor import plan_recipe, show_plan
+from tiltflow.tasks.planning import encoding_numbers
 
 Tiny = Callable[[str], Path]
 
@@ -127,6 +130,26 @@ def test_plan_is_within_15_percent_of_what_is_measured(
     real = measured(build)
     print(f"PLAN {name} {stage} {kind} {checkpointing}: {made.peak / real:.3f} ({made.worst})")
     assert made.peak == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["krea2", "z_image", "klein", "sd3m"])
+def test_the_states_of_text_encoders_are_counted(tiny_pipeline: Tiny, name: str) -> None:
+    """But for a template's tokens, which are few beside a prompt's."""
+    path, tokens, seen = tiny_pipeline(name), 256, []
+    backbone = load_backbone(path, device="cpu", max_sequence_length=tokens)
+    for part in backbone.record.keeps_states:  # type: ignore[attr-defined]
+        encoder = getattr(backbone.pipe, part)  # type: ignore[attr-defined]
+        encoder.register_forward_hook(
+            lambda _, __, out: seen.append(sum(state.numel() for state in out.hidden_states))
+        )
+    rows = 1 if backbone.ragged else BATCH  # type: ignore[attr-defined]
+    made = backbone.encode(["long " * tokens] * rows)
+    encoders = text_encoders(path)
+    shapes = meta_backbone(path, max_sequence_length=tokens)
+    weights = sum(p.numel() for encoder in encoders.values() for p in encoder.parameters())
+    out = sum(value.numel() for value in made.positive.values())
+    planned = encoding_numbers(shapes, encoders) - weights - out
+    assert planned == pytest.approx(max(seen), rel=0.25) and planned > 0
 
 
 def test_plan_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:

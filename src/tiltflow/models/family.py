@@ -68,6 +68,9 @@ class Family:
     """Whether text encoders may be null in the index, as long as there is one."""
     chat_template: bool = False
     """Whether prompts go through the tokenizer's (or processor's) chat template."""
+    keeps_states: tuple[str, ...] = ()
+    """The text encoders that the pipeline asks for the states of every layer, which are all in
+    memory while a batch is encoded."""
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
     """What the teacher's pipeline may come with."""
     whole: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -120,7 +120,8 @@ class TiltJob:
 class Plan:
     """Bytes: `held` throughout by what they are, and in each phase of an iteration on top.
 
-    `encoding` is before training: the text encoders, which are loaded by themselves.
+    `encoding` is before training: the text encoders, which are loaded by themselves, with what they
+    make of a batch of prompts.
     """
 
     held: Mapping[str, int]
@@ -144,7 +145,7 @@ class Plan:
 def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> Plan:
     """The memory of a run on the pipelines that `make` makes (on the meta device; called twice).
 
-    `encoders` are the bytes of the text encoders, which are gone before training.
+    `encoders` are the bytes while prompts are encoded, which are gone before training.
     """
     roles = _roles(make, job)
     backbone = roles.generator.backbone

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tiltflow.config.load import RunConfig
 from tiltflow.config.schema import AUTO, CHECKPOINTED
 from tiltflow.core.disk import write_whole
 from tiltflow.core.distributed import Ranks
 from tiltflow.core.paths import resolve_path
+from tiltflow.data.embeddings import BATCH
+from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.meta import text_encoders
 from tiltflow.rewards.sizes import reward_memory
 from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
@@ -62,15 +66,29 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         keep_graph=chosen.keep_graph is True,
         negatives=cfg.data.columns.negative is not None,
     )
-    encoders = sum(
-        p.numel() for e in text_encoders(resolve_path(model.path)).values() for p in e.parameters()
-    )
-    made = plan(make, job, encoders * DTYPES[model.dtype].itemsize)
+    encoders = text_encoders(resolve_path(model.path))
+    made = plan(make, job, encoding_numbers(backbone, encoders) * DTYPES[model.dtype].itemsize)
     models, _ = reward_models(cfg)
     if not models:
         return made
     phases = {**made.phases, "scoring": made.phases.get("scoring", 0) + max(models.values())}
     return replace(made, held={**made.held, **models}, phases=phases)
+
+
+def encoding_numbers(backbone: PipelineBackbone, encoders: Mapping[str, nn.Module]) -> int:
+    """How many numbers are in memory while a batch of prompts is encoded: the encoders' weights,
+    what comes out, and of an encoder that is asked for them the states of every layer."""
+    rows = 1 if backbone.ragged else BATCH
+    weights = sum(p.numel() for encoder in encoders.values() for p in encoder.parameters())
+    made = rows * sum(map(math.prod, backbone.conditioning_shapes().values()))
+    states = [0]
+    for name in backbone.record.keeps_states:
+        if name in encoders:
+            outer: Any = encoders[name].config
+            config = getattr(outer, "text_config", outer)
+            tokens = min(backbone.sequence, config.max_position_embeddings)
+            states.append(rows * tokens * config.hidden_size * (config.num_hidden_layers + 1))
+    return weights + made + max(states)  # one encoder after the other
 
 
 def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:

@@ -25,6 +25,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.flux2:Flux2Backbone",
     pipeline="Flux2KleinPipeline",
     title="klein",
+    keeps_states=("text_encoder",),
     networks={
         "transformer": "Flux2Transformer2DModel",
         "vae": "AutoencoderKLFlux2",

@@ -21,6 +21,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.flux2_dev:Flux2DevBackbone",
     pipeline="Flux2Pipeline",
     title="FLUX.2-dev",
+    keeps_states=("text_encoder",),
     networks={**flux2.FAMILY.networks, "text_encoder": "Mistral3ForConditionalGeneration"},
     chat_template=True,
     whole={

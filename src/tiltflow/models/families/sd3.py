@@ -19,6 +19,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.sd3:SD3Backbone",
     pipeline="StableDiffusion3Pipeline",
     title="SD3",
+    keeps_states=("text_encoder", "text_encoder_2"),
     networks={
         "transformer": "SD3Transformer2DModel",
         "vae": "AutoencoderKL",

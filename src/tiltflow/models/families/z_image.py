@@ -41,6 +41,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.z_image:ZImageBackbone",
     pipeline="ZImagePipeline",
     title="Z-Image",
+    keeps_states=("text_encoder",),
     networks={
         "transformer": "ZImageTransformer2DModel",
         "vae": "AutoencoderKL",
