@@ -111,7 +111,7 @@ NODES: Mapping[str, Nodes] = {
         latent="EmptySD3LatentImage",
     ),
 }
-"""By family. There is none of SANA, whose models ComfyUI's own nodes do not load."""
+"""By family. There is none of SANA, which its own nodes do not load, nor of Qwen-Image-2.1."""
 
 WORKFLOW = "workflow.json"
 NO_WORKFLOW = "There is no workflow for this family"
