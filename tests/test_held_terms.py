@@ -51,6 +51,12 @@ EXPLORES: dict[str, Spans] = {
     "explores the last": lambda step: (3,),
     "explores nothing": lambda step: None,
 }
+
+
+def backward(losses: Tensor) -> None:
+    losses.mean().backward(retain_graph=True)
+
+
 BEGINS: dict[str, Callable[[Epoch], object]] = {
     "begin raises": raising,
     "begin ends the process": lambda epoch: (_ for _ in ()).throw(SystemExit(3)),
@@ -76,6 +82,8 @@ LOSSES: dict[str, Callable[[Attached, Tensor, int], object]] = {
     "a figure that is a number": lambda at, losses, call: ones(losses, other=0.5),
     "a reward's figure": lambda at, losses, call: (losses, {"reward/linear": losses}),
     "a term's figure": lambda at, losses, call: (losses, {"generator/matching": losses}),
+    "calls backward": lambda at, losses, call: (backward(losses), ones(losses))[1],
+    "calls backward later": lambda at, losses, call: (call and backward(losses), ones(losses))[1],
     "the key of a step": lambda at, losses, call: (losses, {"step": losses}),
 }
 
@@ -151,17 +159,25 @@ class Follows:
     """An objective that is amiss in one way."""
 
     def __init__(self, parts: Parts, how: str) -> None:
-        self.how = how
+        self.how, self.roles = how, parts.roles
 
     def gradient(self, stream: str, draw: int, at: Boundary) -> Tensor:
         if self.how == "raises":
             raise KeyError("oh")
+        if self.how == "backward":
+            with torch.enable_grad():
+                self.roles.generator(at.x, at.s, at.conditioning).mean().backward()
         return at.x.mul_(0.5) if self.how == "writes" else at.x.long()
 
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("raises", "KeyError: 'oh'"), ("writes", "it has written into"), ("whole", "int64 on cpu")],
+    [
+        ("raises", "KeyError: 'oh'"),
+        ("writes", "it has written into"),
+        ("whole", "int64 on cpu"),
+        ("backward", "it has called backward"),
+    ],
 )
 def test_an_own_objective_that_is_amiss_is_named(tmp_path: Path, how: str, said: str) -> None:
     own = ["cold_start.objective=test_held_terms:Follows"]

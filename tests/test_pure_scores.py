@@ -20,6 +20,7 @@ from tiltflow.evaluation.scores import System, evaluate_systems
 from tiltflow.rewards import FunctionReward, RewardMixture, Weighted, checked, load_reward
 from tiltflow.rewards.base import at_once_of
 from tiltflow.rewards.batches import in_fixed_batches
+from tiltflow.rewards.purity import Examined
 from tiltflow.rewards.worlds.shapes import balanced
 from tiltflow.tasks.train import run_training
 from tiltflow.training.scoring import Scorer
@@ -220,3 +221,41 @@ def test_stage_2_with_clip_rewards_resumes_bit_equal(
         found = weights(run(tilt[0], name, *tilt[1:], "run.resume=true"))
         assert found.keys() == wanted.keys()
         assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+
+
+def test_a_reward_of_chance_or_of_its_neighbours_is_named_at_its_first_images(
+    images: Tensor,
+) -> None:
+    """In training, in an evaluation and in a server alike; and again when asked again."""
+    draw = torch.Generator().manual_seed(0)
+
+    def dropped(x: Tensor, prompts: Sequence[str], metadata: Sequence) -> Tensor:
+        return torch.nn.functional.dropout(x.flatten(1), 0.1).mean(1)
+
+    def noise(x: Tensor, prompts: Sequence[str], metadata: Sequence) -> Tensor:
+        return torch.randn(len(x), generator=draw)
+
+    def centred(x: Tensor, prompts: Sequence[str], metadata: Sequence) -> Tensor:
+        means = x.mean((1, 2, 3))
+        return means - means.mean()
+
+    about = PROMPTS[:8], NOTHING[:8]
+    for function in (dropped, noise, centred):
+        reward = FunctionReward(function, "mine", differentiable=function is dropped, at_once=8)
+        said = "reward 'mine' gave one image of .* two scores, .*, and|not on chance"
+        mixture = RewardMixture([Weighted(reward, backprop=reward.differentiable)])
+        scorer = Scorer(mixture, lambda z: z, Share(8, 2, ALONE), 3.0, 8)
+        prompts = [Prompt(text) for text in about[0]]
+        for _ in range(2):
+            with pytest.raises(ValueError, match=said):
+                scorer.begin(images[:8], prompts, backprop=reward.differentiable)
+            with pytest.raises(ValueError, match=said):
+                evaluate_systems([System("a", 1, lambda rows: images[rows])], prompts, [reward], 8)
+    right = FunctionReward(network(), "mine", at_once=8)
+    scores = checked(right, images[:8, :, :16, :16], *about)
+    calls: list[int] = []
+    watched = FunctionReward(lambda *given: (calls.append(1), right(*given))[1], "mine", at_once=8)
+    examined = Examined()
+    for _ in range(3):
+        examined.look(watched, images[:8, :, :16, :16], *about, scores)
+    assert len(calls) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from tiltflow.evaluation.chunks import Made, Take
 from tiltflow.evaluation.diversity import pairwise_distance, vendi_score
 from tiltflow.models.medium import Features, Medium, article
 from tiltflow.rewards.base import Reward, checked
+from tiltflow.rewards.purity import Examined
 
 DIVERSITY = "diversity"
 
@@ -125,6 +126,7 @@ class Job:
     save_images: SaveImages | None
     ranks: Ranks
     medium: Medium
+    examined: Examined = field(default_factory=Examined)
 
     @property
     def groups(self) -> list[int]:
@@ -187,10 +189,11 @@ class Job:
         images = self._rounded(system.name, system.sample(rows), len(rows))
         texts = [self.prompts[i].text for i in rows]
         metadata = [self.prompts[i].metadata for i in rows]
-        made = {
-            f"score/{reward.name}": checked(reward, images, texts, metadata).cpu()
-            for reward in self.rewards
-        }
+        made = {}
+        for reward in self.rewards:
+            scores = checked(reward, images, texts, metadata)
+            self.examined.look(reward, images, texts, metadata, scores)
+            made[f"score/{reward.name}"] = scores.cpu()
         if self.save_images is not None:
             self.save_images(size.place(system.name), rows, self.medium.encode(images))
         if self.diversity is not None and self.diversity.reference is not None:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from tiltflow.method.boundary import Boundary
-from tiltflow.training.own import Kind, guarded
+from tiltflow.training.own import Kind, guarded, trained_weights
 from tiltflow.training.parts import Parts
 from tiltflow.training.settings import Options
 
@@ -34,9 +34,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Held:
-    """An objective from outside: what it raises, gives and writes into."""
+    """An objective from outside: what it raises, gives and writes into. `trained` are the weights
+    that its gradient is to reach by the loop's own backward pass."""
 
     objective: Objective
+    trained: tuple[Tensor, ...]
 
     def gradient(self, stream: str, draw: int, at: Boundary) -> Tensor:
         """The objective's gradient, held to its shape: a smaller one would be broadcast, and every
@@ -47,7 +49,7 @@ class Held:
                 `guarded`.
         """
         name = f"objective {type(self.objective).__name__}"
-        with guarded(name, (at.x, at.s)):
+        with guarded(name, (at.x, at.s), self.trained):
             made: object = self.objective.gradient(stream, draw, at)
         if not isinstance(made, Tensor) or made.shape != at.x.shape:
             given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
@@ -74,7 +76,7 @@ def make_objective(name: str, options: Options, parts: Parts) -> Objective:
         return parts.matching
     made = OBJECTIVES.make(name, options, parts)
     assert isinstance(made, Objective)
-    return Held(made)
+    return Held(made, trained_weights(parts))
 
 
 def check_objective(name: str, options: Options) -> None:

@@ -68,16 +68,28 @@ def arguments(kind: type, options: Options) -> Mapping[str, object]:
     return options
 
 
+def trained_weights(parts: Parts) -> tuple[Tensor, ...]:
+    """The generator's and the fake score's, whose gradients are sums over what trains them."""
+    roles = parts.roles
+    return tuple(
+        w for role in (roles.generator, roles.fake_score) for w in role.parameters.values()
+    )
+
+
 @contextmanager
-def guarded(name: str, given: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Code from outside at work, on tensors that others read as well.
+def guarded(
+    name: str, given: Iterable[Tensor] = (), trained: Iterable[Tensor] = ()
+) -> Iterator[None]:
+    """Code from outside at work, on tensors that others read as well, beside weights that are
+    `trained` by the sum of all terms.
 
     Raises:
-        ValueError: naming it, if it raises anything or has written into what was `given`. Running
-            out of memory, being stopped, a lost rank and numbers that are not finite pass as they
-            are.
+        ValueError: naming it, if it raises anything, has written into what was `given`, or has
+            given what is `trained` a gradient. Running out of memory, being stopped, a lost rank
+            and numbers that are not finite pass as they are.
     """
     before = [(tensor, tensor._version) for tensor in given]
+    gradients = [(weight, weight.grad, _version(weight.grad)) for weight in trained]
     try:
         yield
     except (Stopped, PeerLost, NonFiniteError, NonFiniteScore):
@@ -92,3 +104,12 @@ def guarded(name: str, given: Iterable[Tensor] = ()) -> Iterator[None]:
             f"{name}: it has written into a tensor that it was given, which others read after it: "
             "work on a copy"
         )
+    if any(w.grad is not g or _version(w.grad) != version for w, g, version in gradients):
+        raise ValueError(
+            f"{name}: it has called backward, which adds to the gradient of the trained weights: "
+            "give the loss, or take torch.autograd.grad"
+        )
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor._version

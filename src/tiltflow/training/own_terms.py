@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tiltflow.training.optim import Updater
-from tiltflow.training.own import Kind, arguments, guarded
+from tiltflow.training.own import Kind, arguments, guarded, trained_weights
 from tiltflow.training.parts import Parts
 from tiltflow.training.settings import Options
 from tiltflow.training.terms import Attached, Epoch, Loss, Span, Term
@@ -34,7 +34,7 @@ def make_terms(chosen: Mapping[str, Options], parts: Parts) -> list[Term]:
         ValueError: as `check_terms`, or what a constructor says.
     """
     check_terms(chosen)
-    return [Held.of(TERMS.make(name, o, parts), name, parts.steps) for name, o in chosen.items()]
+    return [Held.of(TERMS.make(name, o, parts), name, parts) for name, o in chosen.items()]
 
 
 def most_passes(chosen: Mapping[str, Options], steps: int) -> int:
@@ -75,6 +75,7 @@ def _kind(name: str, options: Options) -> type[Term]:
 @dataclass(frozen=True, eq=False)
 class Held(Term):
     """A term from outside among `steps` sampler steps: what it raises, gives and writes into.
+    `trained` are the weights that others' losses train too.
 
     Raises:
         ValueError: naming the term. Running out of memory, being stopped, and numbers that are not
@@ -84,15 +85,16 @@ class Held(Term):
     term: Term
     name: str
     steps: int
+    trained: tuple[Tensor, ...]
 
     @staticmethod
-    def of(term: object, called: str, steps: int) -> Held:
+    def of(term: object, called: str, parts: Parts) -> Held:
         """The term that a recipe calls so."""
         assert isinstance(term, Term)
         name = getattr(term, "name", None)
         if not isinstance(name, str) or not name:
             raise ValueError(f"term {called!r} has no `name`, a text for what is said about it")
-        return Held(term, name, steps)
+        return Held(term, name, parts.steps, trained_weights(parts))
 
     @property
     def takes_gradient(self) -> bool:  # type: ignore[override]
@@ -127,13 +129,14 @@ class Held(Term):
         return tuple(dict.fromkeys(found))
 
     def begin(self, epoch: Epoch) -> Loss:
-        with guarded(self.name, _tensors_of(epoch)):
+        with guarded(self.name, _tensors_of(epoch), self.trained):
             loss = self.term.begin(epoch)
         if not callable(loss):
             raise ValueError(f"{self.name}: begin() gives {loss!r}, which cannot be called")
 
         def held(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
-            with guarded(self.name, [at.x, at.mean, at.std, *_tensors_of(epoch)]):
+            given = [at.x, at.mean, at.std, *_tensors_of(epoch)]
+            with guarded(self.name, given, self.trained):
                 made: object = loss(at)
             return self._form(made, len(at.x))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tiltflow.method.reward_backprop import reward_gradient
 from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.rewards.base import NonFiniteScore, checked
 from tiltflow.rewards.combine import RewardMixture
+from tiltflow.rewards.purity import Examined
 from tiltflow.rewards.ranking import Groups, ranked
 from tiltflow.training.optim import NonFiniteError
 from tiltflow.training.updates import Share, micro_batches
@@ -48,6 +49,7 @@ class Scorer:
     rounded: bool = False
     """Whether scores are of images in 8 bits, as files hold them; gradients never are."""
     medium: Medium = IMAGES
+    examined: Examined = field(default_factory=Examined)
 
     def shown(self, images: Tensor) -> Tensor:
         """The images that are scored."""
@@ -162,13 +164,22 @@ class Scoring:
         self._send(images, rows)
         total, scores = self._here.differentiable_total(images, *_of(self._prompts[rows]))
         self._keep(rows, scores)
+        self._look(images, rows, scores)
         return total
 
     def _plain(self, images: Tensor, rows: slice) -> None:
         self._send(images, rows)
         if self._here is not None:
             shown = self._scorer.shown(images)
-            self._keep(rows, self._here.score(shown, *_of(self._prompts[rows])))
+            scores = self._here.score(shown, *_of(self._prompts[rows]))
+            self._keep(rows, scores)
+            self._look(shown, rows, scores)
+
+    def _look(self, images: Tensor, rows: slice, scores: Mapping[str, Tensor]) -> None:
+        assert self._here is not None
+        for item in self._here.rewards:
+            about = _of(self._prompts[rows])
+            self._scorer.examined.look(item.reward, images, *about, scores[item.reward.name])
 
     def _send(self, images: Tensor, rows: slice) -> None:
         """To the rewards elsewhere, and kept for the rankers, from host memory: their threads leave
@@ -180,7 +191,7 @@ class Scoring:
             for reward, thread in self._threads:
                 self._later.append((reward.name, rows, thread.call(checked, reward, *there)))
 
-    def _keep(self, rows: slice, scores: dict[str, Tensor]) -> None:
+    def _keep(self, rows: slice, scores: Mapping[str, Tensor]) -> None:
         for name, values in scores.items():
             self._mine[rows, self._names.index(name)] = values.to(self._mine)
 

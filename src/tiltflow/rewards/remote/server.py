@@ -24,6 +24,7 @@ from tiltflow.core.background import Background
 from tiltflow.core.paths import nearest
 from tiltflow.core.sentences import printable
 from tiltflow.rewards.base import Reward, RewardFailed, checked
+from tiltflow.rewards.purity import Examined
 from tiltflow.rewards.remote.limits import IMAGE_PIXELS, Limits
 from tiltflow.rewards.remote.wire import TOKEN_VARIABLE, given_token, read_batch
 
@@ -70,6 +71,7 @@ class Scorer:
         self.limits = limits or Limits()
         self.made_of = made_of(torch.device(device))
         self._one_at_a_time = threading.Lock()
+        self._examined = Examined()
 
     def describe(self) -> dict[str, Any]:
         """The answer to /health. Scores come without gradients, whatever the reward could do."""
@@ -105,7 +107,9 @@ class Scorer:
                     rows = slice(start, start + size)
                     images = batch.images(rows).to(self.device)
                     about = batch.prompts[rows], batch.metadata[rows]
-                    parts.append(checked(self.rewards[name], images, *about).cpu())
+                    scores = checked(self.rewards[name], images, *about)
+                    self._examined.look(self.rewards[name], images, *about, scores)
+                    parts.append(scores.cpu())
         except RewardFailed as error:  # its own fault, which another attempt may not meet
             log.exception("reward %r failed", name)
             raise Refusal(500, str(error)) from error
