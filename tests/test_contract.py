@@ -202,6 +202,29 @@ def test_an_evaluation_says_what_was_settled(made: Student) -> None:
     json.dumps(said)
 
 
+def test_what_an_evaluation_goes_on_from_is_of_the_same_rewards_and_negative_prompts(
+    made: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that a killed one kept are not mixed with those of another reward of the name."""
+    monkeypatch.chdir(tmp_path)
+    fitted, code = tmp_path / "fitted", tmp_path / "mine_asked.py"
+    fitted.mkdir()
+    (fitted / "reward.json").write_text("{}")
+    code.write_text("def f(images, prompts, metadata): ...\n")
+    rewards = {str(fitted): None, "mine_asked:f": None, "clipscore": None}
+
+    def said(negative: str | None = None) -> str:
+        prompts = [Prompt(text, {}, negative) for text in PROMPTS]
+        return json.dumps(asked(plain(made, prompts=prompts, rewards=rewards)))
+
+    seen = [said(), said("blurred")]
+    (fitted / "more").write_bytes(b"1")
+    seen.append(said())
+    code.write_text("def f(images, prompts, metadata): return images\n")
+    seen += [said(), said()]
+    assert len(set(seen)) == 4 and seen[-1] == seen[-2]
+
+
 def test_no_address_or_path_of_a_reward() -> None:
     given = {"clipscore": 1.0, "remote:http://10.0.0.1:8000/hpsv3": 0.5, "/home/me/x.py:mine": 2.0}
     assert plain_rewards(given) == "clipscore × 1, remote:hpsv3 × 0.5, x.py:mine × 2"

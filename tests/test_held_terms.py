@@ -193,3 +193,11 @@ def test_what_ends_a_run_by_itself_passes_as_it_is(error: BaseException) -> None
     with pytest.raises(type(error)) as raised, guarded("own"):
         raise error
     assert raised.value is error
+
+
+def test_spans_have_one_order_whatever_that_of_their_set() -> None:
+    """A bounded span and another of the same steps: the hash of None is each process's own."""
+    spans = [single(1), Span(2, 4, 0.5), Span(2, 4), Span(2, 4, 0.25), Span(1, 4)]
+    ordered = sorted(spans, key=lambda span: span.place)
+    assert ordered == sorted(spans[::-1], key=lambda span: span.place)
+    assert [(s.first, s.bound) for s in ordered[1:4]] == [(2, None), (2, 0.25), (2, 0.5)]

@@ -6,15 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from test_run_directory import start
 
-from tiltflow.config.load import load_config
+from tiltflow.config.load import PromptSets, load_config
 from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
-from tiltflow.setup.manifest import defaults_by_key
+from tiltflow.data.prompts import Prompt
+from tiltflow.setup.manifest import defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import with_absolute_paths
 from tiltflow.training.changes import changes
 
@@ -147,3 +149,30 @@ def test_a_setting_that_a_version_did_not_have_is_no_change(place: Path) -> None
     here["config"]["train"]["boundary_power"] = 1.0
     facts = {"stage": "tilt", "steps": 4, "manifest": here}
     assert changes(state, facts, known) == {"train.boundary_power": "0.0 → 1.0"}
+
+
+def test_other_files_of_a_reward_are_told(place: Path, tmp_path: Path) -> None:
+    """Those at a reward's path, and those of a reward that is a folder."""
+    folder, fitted = tmp_path / "clip", tmp_path / "mine"
+    for one in (folder, fitted):
+        one.mkdir()
+        (one / "weights").write_bytes(b"1")
+    (fitted / "reward.json").write_text("{}")
+    chosen = [f"rewards={{pickscore: {{weight: 1.0, path: {folder}}}, '{fitted}': 1.0, ocr: 1.0}}"]
+    cfg = load_config(str(place / "tilt" / "config.yaml"), chosen)
+    sets = PromptSets([Prompt("a cat")], [Prompt("a dog")])
+
+    def facts() -> dict[str, Any]:
+        held = json.loads(json.dumps(manifest_of(cfg, sets, None)))
+        return {"stage": "tilt", "steps": 4, "manifest": held}
+
+    before = facts()
+    assert set(before["manifest"]["rewards"]) == {"pickscore", str(fitted)}
+    assert changes(before, facts(), {}) == {}
+    (folder / "weights").write_bytes(b"2")
+    (fitted / "more").write_bytes(b"2")
+    told = changes(before, facts(), {})
+    assert told is not None
+    assert set(told) == {f"the files of reward {name}" for name in ("pickscore", str(fitted))}
+    del before["manifest"]["rewards"]  # of an earlier version
+    assert changes(before, facts(), {}) == {}

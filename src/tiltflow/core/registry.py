@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from tiltflow.core.allocation import out_of_memory
@@ -94,9 +96,7 @@ def dotted(kind: str, name: str) -> object:
         ValueError: if the module cannot be imported, or has no such name.
     """
     module_name, _, attribute = name.partition(":")
-    here = os.getcwd()
-    if "" not in sys.path and here not in sys.path:
-        sys.path.insert(0, here)
+    _look_here()
     module = imported(kind, name, module_name, lambda: importlib.import_module(module_name))
     try:
         target: object = functools.reduce(getattr, attribute.split("."), module)
@@ -106,6 +106,25 @@ def dotted(kind: str, name: str) -> object:
             f"{kind} {name!r}: {module_name!r} has no {attribute!r}{nearest(attribute, public)}"
         ) from None
     return target
+
+
+def source(name: str) -> Path | None:
+    """The file of the module of `package.module:name`; None where there is no such file. Nothing
+    but the packages around the module is imported."""
+    module, colon, _ = name.partition(":")
+    _look_here()
+    try:
+        spec = importlib.util.find_spec(module) if colon else None
+    except (ImportError, ValueError, AttributeError):  # said when it is imported
+        return None
+    found = None if spec is None or spec.origin is None else Path(spec.origin)
+    return found if found is not None and found.is_file() else None
+
+
+def _look_here() -> None:
+    here = os.getcwd()
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def imported(kind: str, name: str, module: str, load: Callable[[], Any]) -> Any:

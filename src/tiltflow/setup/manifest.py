@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
 from tiltflow.config.load import PromptSets, RunConfig
-from tiltflow.config.schema import ModelConfig
+from tiltflow.config.schema import ModelConfig, RewardConfig
 from tiltflow.core.settings import Section
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.pipelines.directory import Pipelines
@@ -18,9 +18,11 @@ from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import (
     adapter_fingerprint,
     encoders_fingerprint,
+    files_fingerprint,
     pipeline_fingerprint,
 )
 from tiltflow.models.roles import State
+from tiltflow.rewards.files import files_of
 from tiltflow.setup.run_directory import with_absolute_paths
 from tiltflow.training.changes import by_key
 
@@ -40,6 +42,7 @@ def manifest_of(
         "few_step": adapter_fingerprint(few_step) if few_step else None,
         "prompts": _of_prompts(sets.train),
         "eval_prompts": _of_prompts(sets.fixed),
+        "rewards": _of_rewards(cfg.rewards),
         "config": with_absolute_paths(cfg).model_dump(mode="json", exclude={other}),
     }
 
@@ -65,6 +68,13 @@ def _of_prompts(prompts: Sequence[Prompt]) -> str:
         content = [prompt.text, dict(prompt.metadata)]
         digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
     return f"{len(prompts)} prompts {digest.hexdigest()[:16]}"
+
+
+def _of_rewards(rewards: Mapping[str, RewardConfig]) -> dict[str, str]:
+    """What the files hold that each reward depends on, where there are any."""
+    places = {name: files_of(name, chosen.path) for name, chosen in rewards.items()}
+    here = {name: place for name, place in places.items() if place is not None and place.exists()}
+    return {name: files_fingerprint(place) for name, place in here.items()}
 
 
 def defaults_by_key() -> dict[str, Any]:

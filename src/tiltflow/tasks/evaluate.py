@@ -36,6 +36,7 @@ from tiltflow.evaluation.scores import (
 )
 from tiltflow.models.medium import Medium
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
+from tiltflow.rewards.files import files_of
 from tiltflow.setup.build import device_of
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.progress import Terminal
@@ -308,13 +309,14 @@ def _is_evaluation(path: Path) -> bool:
 def asked(request: Request) -> dict[str, Any]:
     """What the figures of a request depend on, as JSON; weights by the files that hold them.
 
-    The code of rewards of one's own, and what a reward server runs, are not seen here.
+    Of rewards of one's own the module's file counts, and not what it imports; what a reward server
+    runs is not seen here.
     """
     plain = ("tilt", "teacher_steps", "guidance", "seed", "batch", "autocast", "diversity")
     chosen = request.settled
     settled = ("steps", "eta", "dtype", "resolution", "max_sequence_length")
     sizes = [[said(bucket.size), bucket.prompts] for bucket in request.buckets]
-    prompts = json.dumps([[p.text, p.metadata] for p in request.prompts], default=str)
+    prompts = json.dumps([[p.text, p.metadata, p.negative] for p in request.prompts], default=str)
     return {
         **{name: getattr(request, name) for name in plain},
         **{name: getattr(chosen, name) for name in settled},
@@ -325,9 +327,7 @@ def asked(request: Request) -> dict[str, Any]:
         "generator": place_of(request.generator_path and resolve_path(request.generator_path)),
         "few_step": place_of(request.few_step),
         "tilt_lora": place_of(request.tilt_lora),
-        "rewards": {
-            name: place_of(path and resolve_path(path)) for name, path in request.rewards.items()
-        },
+        "rewards": {n: place_of(files_of(n, path)) for n, path in request.rewards.items()},
         "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
         "versions": {name: version(name) for name in ("tiltflow", "torch", "diffusers")},
     }

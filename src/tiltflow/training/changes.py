@@ -63,6 +63,11 @@ def changes(
     for key, name in PROMPTS.items():
         if before.get(key) != here[key]:
             found[name] = f"{_short(before.get(key))} → {_short(here[key])}"
+    had = before.get("rewards")
+    if isinstance(had, Mapping):  # not kept by earlier versions
+        for name, files in here["rewards"].items():
+            if name in had and had[name] != files:
+                found[f"the files of reward {name}"] = f"{_short(had[name])} → {_short(files)}"
     return found
 
 

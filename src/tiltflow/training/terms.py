@@ -50,6 +50,12 @@ class Span:
         return range(self.first, self.stop)
 
     @property
+    def place(self) -> tuple[int, int, float]:
+        """By which spans are put in order; no two of an epoch have the same, so that the order of a
+        sum does not depend on that of a set, which is another in every process."""
+        return len(self), self.first, -1.0 if self.bound is None else self.bound
+
+    @property
     def states(self) -> range:
         return range(self.first, self.stop + 1)
 

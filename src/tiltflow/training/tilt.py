@@ -253,7 +253,7 @@ class Tilt(Parts):
         """
         whole = self.share.batch * self.policy.parts(epoch.step)
         losses = {term: term.begin(epoch) for term in spans}
-        needed = sorted({s for own in spans.values() for s in own}, key=lambda s: (len(s), s.first))
+        needed = sorted({s for own in spans.values() for s in own}, key=lambda s: s.place)
         metrics: dict[str, Tensor] = {}
         for rows in self.share.micro_batches():
             part, kept = epoch.trajectory.rows(rows), graphs.take()

@@ -122,6 +122,14 @@ def _settings(pipeline: Pipeline, name: str) -> dict[str, object]:
     }
 
 
+def files_fingerprint(place: Path) -> str:
+    """64 hexadecimal digits for a file, or for all files of a folder by their names in it; large
+    ones count as `pipeline_fingerprint` says."""
+    files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
+    facts = {str(file.relative_to(place)): content_digest(file) for file in files}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def content_digest(file: Path) -> str:
     """64 hexadecimal digits for a file of weights, as `pipeline_fingerprint` takes it.
 
