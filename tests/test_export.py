@@ -27,6 +27,7 @@ from torch import nn
 
 from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.data.prompts import Prompt
+from tiltflow.formats.contract import read_contract
 from tiltflow.formats.wanted import Wanted
 from tiltflow.formats.writing import save_adapter
 from tiltflow.models.families import load_backbone
@@ -178,6 +179,30 @@ def test_bad_exports(tmp_path: Path) -> None:
         export_run(tmp_path, tmp_path / "out", Wanted(strengths=(2.0,)))
     with pytest.raises(ValueError, match=r"two strengths that both read 0\.123457"):
         Wanted.of(tilt="0.1234567,.5,0.12345671")
+
+
+def test_a_checkpoint_of_another_model_is_not_exported(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    """Put into the run's folder by hand, or the base was replaced since: no file is written."""
+    made, out = student(tiny_pipeline, "sd3m", tmp_path / "a"), tmp_path / "out"
+    other = student(tiny_pipeline, "flux1_dev", tmp_path / "b").checkpoint
+    tensors, state = made.checkpoint.tensors, made.checkpoint.state
+    narrow = {k: w[:, :-1] if "lora_A" in k else w for k, w in tensors["ema"].items()}
+    ranked = {**state, "adapters": {**state["adapters"], "rank": 4}}
+    based = {**state, "manifest": {"base": "0" * 64, "generator_base": None}}
+    for checkpoint, said in (
+        (other, "the checkpoint's few_step is of another model: on .*, and the base has none"),
+        (Checkpoint(3, {**tensors, "ema": narrow}, state), "checkpoint's tilt is of another model"),
+        (Checkpoint(3, tensors, ranked), "checkpoint's tilt says that its rank is 4, but on .* 2"),
+        (Checkpoint(3, tensors, based), "holds other weights .* than the run was trained on .0000"),
+    ):
+        for formats in (("diffusers",), ("comfyui", "kohya", "peft"), ("merged",)):
+            with pytest.raises(ValueError, match=said):
+                export_checkpoint(made.config, checkpoint, out, Wanted(formats))
+            assert not out.exists()
+    hashed = read_contract(made.export / "tilt")
+    assert hashed is not None
+    based["manifest"] = {"base": hashed.base.hash, "generator_base": None}
+    assert export_checkpoint(made.config, Checkpoint(3, tensors, based), out)
 
 
 def test_a_lora_of_another_model_is_one_sentence(tiny_pipeline: Tiny, tmp_path: Path) -> None:

@@ -210,3 +210,16 @@ def test_every_count_of_the_command_line_ends_somewhere(
 def test_one_is_counted_as_one() -> None:
     said = [counted(n, "image") for n in (0, 1, 2)] + [counted(2, "batch", "batches")]
     assert said == ["0 images", "1 image", "2 images", "2 batches"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf_8_ends_nothing(encoding: str) -> None:
+    run = [sys.executable, "-m", "tiltflow", "recipes", "mixture_tilt"]
+    env = {"PYTHONPATH": str(SRC), "PYTHONIOENCODING": encoding}
+    told = subprocess.run(run, capture_output=True, env=env)
+    assert told.returncode == 0 and told.stderr == b""
+    whole = recipe_text("mixture_tilt")
+    assert told.stdout.decode(encoding).split() == (
+        whole.encode(encoding, "replace").decode(encoding).split()
+    )
+    assert not whole.isascii()

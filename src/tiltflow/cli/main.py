@@ -32,7 +32,7 @@ from tiltflow.cli.options import (
 from tiltflow.cli.sharing import register_sharing
 from tiltflow.cli.study import study
 from tiltflow.cli.submit import submit
-from tiltflow.cli.terminal import terminal
+from tiltflow.cli.terminal import terminal, write_any_text
 from tiltflow.core.errors import NonFiniteError, PeerLost
 from tiltflow.core.limits import MOST_SAMPLES
 from tiltflow.core.sentences import counted, printable
@@ -341,6 +341,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    write_any_text()
     if not debug:  # the libraries' notices; their errors arrive as exceptions
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

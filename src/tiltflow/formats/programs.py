@@ -32,14 +32,44 @@ from tiltflow.models.pipelines.weights import largest, meta_model
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def rows_of(base: Pipeline) -> dict[str, int]:
-    """How many rows each module of a pipeline's transformer has, by its configuration."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shape of each module's weight, by the module's name."""
+
+
+def shapes_of(base: Pipeline) -> Shapes:
+    """Those of a pipeline's transformer, by its configuration."""
     network = meta_model(pipeline_configs(base)["transformer"])
     return {
-        name: len(module.weight)
+        name: tuple(module.weight.shape)
         for name, module in network.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor)
     }
+
+
+def check_fit(lora: Lora, shapes: Shapes) -> None:
+    """Whether a LoRA is one of the network of these shapes: no program that loads it would say so
+    before, and some leave out what does not fit.
+
+    Raises:
+        ValueError: naming the first module that is not there, of another shape, or of another rank
+            than the LoRA says, by which its scale is.
+    """
+    for name, down in lora.weights.items():
+        module, is_down, _ = name.partition(".lora_A.weight")
+        if not is_down:
+            continue
+        here, up = shapes.get(module), lora.weights[f"{module}.lora_B.weight"]
+        if here is None or (up.shape[0], *down.shape[1:]) != here:
+            there = "has none there" if here is None else f"has {'×'.join(map(str, here))}"
+            raise ValueError(
+                f"the checkpoint's {lora.name} is of another model: on {module} it is for "
+                f"{'×'.join(map(str, (up.shape[0], *down.shape[1:])))}, and the base {there}"
+            )
+        if not len(down) == up.shape[1] == lora.settings.rank:
+            raise ValueError(
+                f"the checkpoint's {lora.name} says that its rank is {lora.settings.rank}, but on "
+                f"{module} it is {len(down)}: its state.json is another's"
+            )
 
 
 def write_comfyui(lora: Lora, layout: Layout, rows: Mapping[str, int], folder: Path) -> Path:

@@ -29,7 +29,9 @@ from tiltflow.formats.guides import guides
 from tiltflow.formats.keys import has_layout, layout_of
 from tiltflow.formats.loras import SINGLE, Lora, loras_of
 from tiltflow.formats.programs import (
-    rows_of,
+    Shapes,
+    check_fit,
+    shapes_of,
     write_comfyui,
     write_kohya,
     write_original,
@@ -90,10 +92,14 @@ def export_checkpoint(
     wanted, source = wanted or Wanted(), Source.of(pipelines or cfg.model.pipelines)
     _check_wanted(wanted, checkpoint)
     contract = contract_of(cfg, checkpoint, source)
+    _check_base(checkpoint, contract, source)
     lora = bool(checkpoint.state.get("adapters"))
     loras = loras_of(checkpoint, contract, wanted.strengths) if lora else []
+    shapes = shapes_of(source.base)
+    for one in loras:
+        check_fit(one, shapes)
     with replacing(out) as part:
-        paths = _write_loras(wanted, loras, source, part)
+        paths = _write_loras(wanted, loras, source, shapes, part)
         if {"diffusers", "merged"} & set(wanted.formats):
             scheduler = _scheduler(source, contract)
             scheduler.save_pretrained(part / "scheduler")
@@ -119,6 +125,24 @@ def export_checkpoint(
     return [out / path.relative_to(part) for path in paths]
 
 
+def _check_base(checkpoint: Checkpoint, contract: Contract, source: Source) -> None:
+    """That the base is the one that was trained on: the export names it, and may be merged into it.
+
+    Raises:
+        ValueError: if it holds other weights now. Checkpoints of early versions do not say.
+    """
+    manifest = checkpoint.state.get("manifest")
+    if not isinstance(manifest, dict):
+        return
+    trained = manifest.get("generator_base") or manifest.get("base")
+    if trained is not None and trained != contract.base.hash:
+        raise ValueError(
+            f"{source.base} holds other weights (hash {contract.base.hash[:8]}) than the run was "
+            f"trained on ({trained[:8]}): bring those back, or set model.path in the run's "
+            "config.yaml to where they are"
+        )
+
+
 def _check_wanted(wanted: Wanted, checkpoint: Checkpoint) -> None:
     """Raises ValueError if the run has not what is wanted."""
     if not checkpoint.state.get("adapters"):
@@ -129,7 +153,9 @@ def _check_wanted(wanted: Wanted, checkpoint: Checkpoint) -> None:
         raise ValueError("this run has no tilt, which stage 2 trains: leave --tilt out")
 
 
-def _write_loras(wanted: Wanted, loras: list[Lora], source: Source, part: Path) -> list[Path]:
+def _write_loras(
+    wanted: Wanted, loras: list[Lora], source: Source, shapes: Shapes, part: Path
+) -> list[Path]:
     """Every LoRA in every format of LoRAs that is wanted."""
     paths = []
     if "diffusers" in wanted.formats:
@@ -138,7 +164,8 @@ def _write_loras(wanted: Wanted, loras: list[Lora], source: Source, part: Path) 
             _write(part / one.name, one.contract)
             paths.append(part / one.name)
     if {"comfyui", "kohya"} & set(wanted.formats):
-        layout, rows = layout_of(source.family.name), rows_of(source.base)
+        layout = layout_of(source.family.name)
+        rows = {name: shape[0] for name, shape in shapes.items()}
         if "comfyui" in wanted.formats:
             folder = part / "comfyui"
             paths += [write_comfyui(one, layout, rows, folder) for one in loras]
