@@ -32,6 +32,7 @@ from tiltflow.formats.wanted import Wanted
 from tiltflow.formats.writing import save_adapter
 from tiltflow.models.families import load_backbone
 from tiltflow.models.roles import AdapterSettings, adapter_roles, copy_roles
+from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.tasks.evaluate import prepare
 from tiltflow.tasks.export import export_checkpoint, export_run
 
@@ -203,6 +204,28 @@ def test_a_checkpoint_of_another_model_is_not_exported(tiny_pipeline: Tiny, tmp_
     assert hashed is not None
     based["manifest"] = {"base": hashed.base.hash, "generator_base": None}
     assert export_checkpoint(made.config, Checkpoint(3, tensors, based), out)
+
+
+def test_an_adapter_that_no_step_has_reached_is_said(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    made, said = student(tiny_pipeline, "sd3m", tmp_path), Notices()
+    tensors, state = made.checkpoint.tensors, made.checkpoint.state
+    export_checkpoint(made.config, made.checkpoint, tmp_path / "out", callbacks=said)
+    assert said.lines == []
+    zero = {k: torch.zeros_like(w) if "lora_B" in k else w for k, w in tensors["ema"].items()}
+    began = Checkpoint(3, {**tensors, "ema": zero}, state)
+    export_checkpoint(made.config, began, tmp_path / "out", callbacks=said)
+    (line,) = said.lines
+    assert line.startswith(
+        "tilt is as it began, all zeros: in 3 iterations the generator's average"
+    )
+
+
+class Notices(Callbacks):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def test_a_lora_of_another_model_is_one_sentence(tiny_pipeline: Tiny, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -50,14 +49,20 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
         """A run's student for diffusers, ComfyUI, PEFT, kohya's scripts, or merged, with a card."""
         from tiltflow.formats.wanted import Wanted
         from tiltflow.tasks import interface
+        from tiltflow.tasks.progress import Terminal
 
         asked = Wanted.of([*(formats or ["diffusers"]), *["merged"] * merged], tilt, dtype)
-        paths = interface.export(
-            run, out, formats=asked.formats, strengths=asked.strengths, dtype=asked.dtype
-        )
+        with Terminal(console) as callbacks:
+            paths = interface.export(
+                run,
+                out,
+                formats=asked.formats,
+                strengths=asked.strengths,
+                dtype=asked.dtype,
+                callbacks=callbacks,
+            )
         for path in paths:
             console.print(f"wrote {path}")
-        _say_what_is_absent(console, asked.formats, [path.name for path in paths])
 
     @app.command(epilog="Example: tiltflow push runs/tilt OWNER/NAME --private")
     @with_debug
@@ -76,21 +81,15 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
     ) -> None:
         """Send a run's student to the Hugging Face Hub: card, pictures, adapters, contract."""
         from tiltflow.formats.wanted import Wanted
+        from tiltflow.tasks.progress import Terminal
         from tiltflow.tasks.push import push_run
 
         wanted = Wanted.of(formats or ["diffusers"], tilt, dtype)
-        pushed = push_run(run, repository, wanted, private, dry_run)
+        with Terminal(console) as callbacks:
+            pushed = push_run(run, repository, wanted, private, dry_run, callbacks)
         for file in pushed.files:
             console.print(f"{'would send' if dry_run else 'sent'} {pushed.folder / file}")
-        _say_what_is_absent(console, wanted.formats, [Path(file).name for file in pushed.files])
         if pushed.base is None:
             console.print("the card's base_model is a directory's name: put its hub id there")
         if pushed.url is not None:
             console.print(pushed.url)
-
-
-def _say_what_is_absent(console: Console, formats: Sequence[str], files: Sequence[str]) -> None:
-    from tiltflow.formats.workflow import NO_WORKFLOW, WORKFLOW
-
-    if "comfyui" in formats and WORKFLOW not in files:
-        console.print(f"{NO_WORKFLOW}: README.md says at which levels the student samples")

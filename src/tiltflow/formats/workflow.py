@@ -113,7 +113,6 @@ NODES: Mapping[str, Nodes] = {
 }
 """By family. There is none of SANA, which its own nodes do not load, nor of Qwen-Image-2.1."""
 
-WORKFLOW = "workflow.json"
 NO_WORKFLOW = "There is no workflow for this family"
 
 TRANSFORMERS: Mapping[str, str] = {
@@ -250,7 +249,7 @@ def spelled(levels: Sequence[float]) -> str:
     )
 
 
-def write_workflow(graph: Graph, folder: Path, name: str = WORKFLOW) -> Path:
+def write_workflow(graph: Graph, folder: Path, name: str = "workflow.json") -> Path:
     """The graph as a file that ComfyUI opens."""
     file = folder / name
     file.write_text(json.dumps(graph, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ import diffusers
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
+from tiltflow.core.sentences import counted
 from tiltflow.core.sizes import both, said
 from tiltflow.evaluation.files import read_evaluation
 from tiltflow.formats.card import Card, model_card
@@ -38,7 +39,7 @@ from tiltflow.formats.programs import (
     write_peft,
 )
 from tiltflow.formats.wanted import Wanted
-from tiltflow.formats.workflow import has_workflow, workflow, write_workflow
+from tiltflow.formats.workflow import NO_WORKFLOW, has_workflow, workflow, write_workflow
 from tiltflow.formats.writing import (
     FullWeights,
     LoraWeights,
@@ -57,9 +58,12 @@ from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.switch import TILT
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.build import DTYPES
+from tiltflow.tasks.callbacks import SILENT, Callbacks
 
 
-def export_run(run: Path, out: Path, wanted: Wanted | None = None) -> list[Path]:
+def export_run(
+    run: Path, out: Path, wanted: Wanted | None = None, callbacks: Callbacks = SILENT
+) -> list[Path]:
     """A run's latest checkpoint in `out`, in the formats that are wanted, with README.md.
 
     Raises:
@@ -73,7 +77,9 @@ def export_run(run: Path, out: Path, wanted: Wanted | None = None) -> list[Path]
     if not cfg.model.has_files:
         raise ValueError(f"the {cfg.model.path} backbone has no pipeline to export for")
     evaluation = read_evaluation(run) if (run / "evaluation.json").is_file() else None
-    return export_checkpoint(cfg, load_checkpoint(run), out, wanted, evaluation)
+    return export_checkpoint(
+        cfg, load_checkpoint(run), out, wanted, evaluation, callbacks=callbacks
+    )
 
 
 def export_checkpoint(
@@ -83,9 +89,11 @@ def export_checkpoint(
     wanted: Wanted | None = None,
     evaluation: dict[str, Any] | None = None,
     pipelines: Pipelines | None = None,
+    callbacks: Callbacks = SILENT,
 ) -> list[Path]:
     """What `export_run` writes, from a checkpoint at hand; the paths in `out`. `pipelines` are the
-    config's, where something has been read of them already.
+    config's, where something has been read of them already. `callbacks` are told what a user may
+    not expect.
 
     An earlier export in `out` is replaced as a whole, when the new one is.
     """
@@ -122,7 +130,22 @@ def export_checkpoint(
         if licence is not None:
             shutil.copyfile(licence, part / licence.name)
         paths.append(part / "README.md")
+    for line in _notices(wanted, loras, source.family, checkpoint.step):
+        callbacks.notice(line)
     return [out / path.relative_to(part) for path in paths]
+
+
+def _notices(wanted: Wanted, loras: list[Lora], family: Family, step: int) -> list[str]:
+    lines = [
+        f"{one.name} is as it began, all zeros: in {counted(step, 'iteration')} the generator's "
+        "average has taken no step (train.ema_interval, cold_start.generator_every)"
+        for one in loras
+        if one.name in SINGLE
+        and not any(bool(w.any()) for name, w in one.weights.items() if ".lora_B." in name)
+    ]
+    if "comfyui" in wanted.formats and not has_workflow(family.name):
+        lines.append(f"{NO_WORKFLOW}: README.md says at which levels the student samples")
+    return lines
 
 
 def _check_base(checkpoint: Checkpoint, contract: Contract, source: Source) -> None:

@@ -251,6 +251,7 @@ def export(
     formats: Sequence[Format] = ("diffusers",),
     strengths: Sequence[float] = (),
     dtype: FileType | None = None,
+    callbacks: Callbacks = SILENT,
 ) -> list[Path]:
     """A run's student from its latest checkpoint, for other programs, with a card. The paths
     written.
@@ -266,7 +267,7 @@ def export(
             asked for.
     """
     path = run.path if isinstance(run, Run) else Path(run)
-    return export_run(path, Path(out), Wanted(tuple(formats), tuple(strengths), dtype))
+    return export_run(path, Path(out), Wanted(tuple(formats), tuple(strengths), dtype), callbacks)
 
 
 def request_of(

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tiltflow.formats.contract import CONTRACT_FILE
 from tiltflow.formats.wanted import Wanted
+from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.export import export_run
 from tiltflow.tasks.run import Run
 
@@ -39,6 +40,7 @@ def push_run(
     wanted: Wanted | None = None,
     private: bool = False,
     dry_run: bool = False,
+    callbacks: Callbacks = SILENT,
 ) -> Pushed:
     """Exports a run's latest checkpoint and sends it as one commit; the repository is made where
     there is none. With `dry_run` the folder is written and nobody is asked.
@@ -56,14 +58,14 @@ def push_run(
             f"{repository!r} is no name of a repository: give NAME or OWNER/NAME, of letters, "
             "digits, '-', '_' and '.'"
         ) from error
-    folder = prepare(run, wanted)
+    folder = prepare(run, wanted, callbacks)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     base = json.loads((folder / CONTRACT_FILE).read_text(encoding="utf-8"))["base"]["hub_id"]
     url = None if dry_run else _send(folder, repository, private)
     return Pushed(url, folder, files, base)
 
 
-def prepare(run: Path, wanted: Wanted | None) -> Path:
+def prepare(run: Path, wanted: Wanted | None, callbacks: Callbacks = SILENT) -> Path:
     """The folder that is sent: the export and, of a run that drew some, its last samples.
 
     Raises:
@@ -74,7 +76,7 @@ def prepare(run: Path, wanted: Wanted | None) -> Path:
         if not (folder / CONTRACT_FILE).is_file():
             raise ValueError(f"{folder} is not what an earlier push wrote: move it away")
         (folder / PICTURE).unlink(missing_ok=True)  # the rest the export replaces
-    export_run(run, folder, wanted)
+    export_run(run, folder, wanted, callbacks)
     pictures = Run(run).samples
     if pictures:
         shutil.copyfile(pictures[-1], folder / PICTURE)

@@ -138,7 +138,8 @@ def _run(
         callbacks.stopped(done, f"stopped at step {done} and saved; go on with: {command}")
         return out
     if ranks.main and cfg.model.has_files and cfg.adapters.kind == "lora":
-        export_checkpoint(cfg, load_checkpoint(out), out / "export", pipelines=subject.pipelines)
+        kept, place = load_checkpoint(out), out / "export"
+        export_checkpoint(cfg, kept, place, pipelines=subject.pipelines, callbacks=callbacks)
     return out
 
 
