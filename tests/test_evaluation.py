@@ -250,6 +250,12 @@ def test_scores_by_other_weights_are_not_compared(tmp_path: Path) -> None:
     ask(two, {"rewards": {"mean": place("/a", 6, 1)}})
     with pytest.raises(ValueError, match="have the reward 'mean' with other weights"):
         told([one, two], "b,a", None)
+    ask(two, {"rewards": {"mine:f": place("/m.py", 5, 1)}})
+    ask(one, {"rewards": {"mine:f": None}})  # an earlier version did not look at it
+    told([one, two], "b,a", None)
+    ask(one, {"rewards": {"mine:f": place("/m.py", 4, 1)}})
+    with pytest.raises(ValueError, match="have the reward 'mine:f' with other code"):
+        told([one, two], "b,a", None)
     ask(two, 3)
     with pytest.raises(ValueError, match=r"\(asked: Input should be a mapping of keys to values\)"):
         told([one, two], "b,a", None)

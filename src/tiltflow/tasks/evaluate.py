@@ -316,7 +316,8 @@ def asked(request: Request) -> dict[str, Any]:
     chosen = request.settled
     settled = ("steps", "eta", "dtype", "resolution", "max_sequence_length")
     sizes = [[said(bucket.size), bucket.prompts] for bucket in request.buckets]
-    prompts = json.dumps([[p.text, p.metadata, p.negative] for p in request.prompts], default=str)
+    about = [[p.text, p.metadata, *([p.negative] if p.negative else [])] for p in request.prompts]
+    prompts = json.dumps(about, default=str)
     return {
         **{name: getattr(request, name) for name in plain},
         **{name: getattr(chosen, name) for name in settled},
