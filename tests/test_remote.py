@@ -320,8 +320,8 @@ def test_remote_scores_are_the_local_ones(serve) -> None:
     found = checked(remote, images, prompts, metadata)
     local = checked(Mean(), (images * 255).round() / 255, prompts, metadata)
     assert torch.allclose(found, local, atol=1e-6)
-    # In requests of three, each scored two at a time.
-    assert reward.batches == [2, 1, 2, 1, 1]
+    # In requests of three, each scored two at a time, and of the first two one is looked at again.
+    assert reward.batches == [2, 1, 1, 2, 1, 1]
     assert not remote.differentiable
 
 
