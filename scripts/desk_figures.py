@@ -37,8 +37,8 @@ from tiltflow.tasks.reward_server import bound
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 TOKEN = "figures"
-VOTES = 60
-SIZES = {"runs": (1280, 1180), "compare": (1100, 900), "dial": (1100, 860), "vote": (1000, 900)}
+VOTES = 40
+SIZES = {"runs": (1280, 1180), "compare": (1100, 900), "dial": (1100, 760), "vote": (1000, 900)}
 
 
 def runs(page: Any) -> None:

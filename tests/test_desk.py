@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import time
 import tracemalloc
 
@@ -272,3 +274,19 @@ def test_a_vote_of_odd_systems_hides_no_other(tmp_path):
     with served(desk) as client:
         tally = client.json("/api/pair", match)["tally"]
     assert (tally["wins"], tally["losses"]) == (1, 0)
+
+
+@pytest.mark.parametrize("folder", ["samples", "checkpoints"])
+def test_the_pace_is_that_of_the_latest_files(tmp_path, folder):
+    """Also of a run that draws no samples, as on the mixture."""
+    run = make_run(tmp_path / "run")
+    if folder == "checkpoints":
+        shutil.rmtree(run / "samples")
+        for step in (0, 40):
+            (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        (run / "checkpoints" / "latest").symlink_to("step-000040")
+    for number, file in enumerate(sorted((run / folder).glob("step-*"))):
+        os.utime(file, (1000 + 80 * number,) * 2)
+    os.utime(run / "metrics.jsonl", (1080, 1080))
+    desk = Desk([run], tmp_path / "votes.jsonl")
+    assert desk.view(desk.overview()["runs"][0]["id"])["seconds_per_step"] == 2

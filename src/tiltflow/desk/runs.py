@@ -26,6 +26,7 @@ PIECE = 1 << 20
 """Bytes of a log that are read at a time."""
 LARGEST = 1e300
 """Of a log's numbers: means of them are finite."""
+CHECKPOINT = re.compile(r"step-(\d{6,})")
 SAMPLE = re.compile(r"step-(\d{6,})\.png")
 
 
@@ -199,9 +200,11 @@ def _names(chosen: Mapping[str, Any], prefix: str) -> list[str]:
 
 
 def _pace(run: Path, steps: list[int], log: Log) -> float | None:
-    """Seconds an iteration, from the times of the latest two files whose step is known: a log has
-    no times in it, so that it is the same whoever ran it and when. None before there are two."""
-    marks = [(step, sample_file(run, step).stat().st_mtime) for step in steps[-2:]]
+    """Seconds an iteration, from the times of the latest two files whose step is known: samples, or
+    checkpoints of a run that draws none, and the log. A log has no times in it, so that it is the
+    same whoever ran it and when. None before there are two."""
+    files = [(step, sample_file(run, step)) for step in steps] or _checkpoints(run)
+    marks = [(step, file.stat().st_mtime) for step, file in files[-2:]]
     if log.path.is_file():
         marks.append((log.step, log.path.stat().st_mtime))
     later = [mark for mark in marks if mark[0] < marks[-1][0]]
@@ -209,6 +212,12 @@ def _pace(run: Path, steps: list[int], log: Log) -> float | None:
         return None
     (before, began), (after, ended) = later[0], marks[-1]
     return (ended - began) / (after - before) if ended > began else None
+
+
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    folder = run / "checkpoints"
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [(int(match[1]), file) for file in files if (match := CHECKPOINT.fullmatch(file.name))]
 
 
 def _text(value: object) -> str:
