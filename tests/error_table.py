@@ -51,7 +51,10 @@ def document(outcomes: Mapping[str, Outcome]) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        models = {n: tiny_pipelines.build(n, place / n) for n in ("sd35m", "klein", "sana")}
+        models = {
+            n: tiny_pipelines.build(n, place / n)
+            for n in ("sd35m", "klein", "sana", *malformed_models.NAMES)
+        }
         outcomes = {}
         for i, (title, case) in enumerate(CASES.items()):
             (place / str(i)).mkdir()

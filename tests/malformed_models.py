@@ -41,6 +41,11 @@ def sana(what: str, *makes: Make) -> Case:
     return Case(what, SAMPLE, both(*makes), "sana")
 
 
+def of(name: str, what: str, *makes: Make, line: str = SAMPLE) -> Case:
+    """Another family's tiny pipeline."""
+    return Case(what, line, both(*makes), name)
+
+
 def added(part: str, name: str, value: torch.Tensor, stem: str = "diffusion_pytorch_model") -> Make:
     return tensors(f"model/{part}/{stem}.safetensors", lambda table: table.update({name: value}))
 
@@ -264,8 +269,32 @@ FITS = [
     sd3("stage 2 on half a LoRA", lora(BOTH[0], **PLAIN), line=TILT),
 ]  # fmt: skip
 
+NEWER = [
+    of("krea2", "Krea 2 with a million blocks for text",
+        edit(CONFIG, num_layerwise_text_blocks=10**6)),
+    of("krea2", "Krea 2 with the states of layers that there are not",
+        edit(INDEX, text_encoder_select_layers=[0, 1, 9])),
+    of("qwen_image", "Qwen-Image with a guidance input", edit(CONFIG, guidance_embeds=True)),
+    of("qwen_image", "Qwen-Image with a deviation of 0", edit(VAE, latents_std=[0.0] * 8)),
+    of("qwen_image_21", "Qwen-Image-2.1 with a billion inputs",
+        edit(CONFIG, context_in_dim=10**9)),
+    of("qwen_image_21", "Qwen-Image-2.1 without a template",
+        remove("model/processor/chat_template.jinja")),
+    of("qwen_image_21", "Qwen-Image-2.1 that is distilled",
+        edit(INDEX, sample_sigmas=[1.0, 0.5])),
+    of("qwen_image_21", "Qwen-Image-2.1 that makes no opacity", edit(VAE, out_channels=3)),
+    of("chroma", "Chroma with a million layers for modulation",
+        edit(CONFIG, approximator_layers=10**6)),
+    of("flux2_dev", "FLUX.2-dev without a template",
+        remove("model/tokenizer/chat_template.jinja")),
+]  # fmt: skip
+
 CASES = {
     "A pipeline's numbers": NUMBERS,
     "A pipeline's weights": WEIGHTS,
     "What goes on a pipeline": FITS,
+    "The newer families": NEWER,
 }
+
+NAMES = ("krea2", "qwen_image", "qwen_image_21", "chroma", "flux2_dev")
+"""The pipelines of `NEWER`."""

@@ -89,6 +89,16 @@ def test_what_does_not_go_together(
         load(krea2)
 
 
+def test_a_generator_that_reads_other_states_is_refused(tiny_pipeline: Tiny, krea2: Path) -> None:
+    """A student is given the teacher's embeddings: other layers' would be another prompt."""
+    edit(krea2 / "model_index.json", text_encoder_select_layers=[1, 2, 3])
+    sentence = r"select_layers=\[1, 2, 3\] in its model_index.json but .* has \[0, 1, 2\]"
+    with pytest.raises(ValueError, match=sentence):
+        load(tiny_pipeline("krea2"), generator_path=krea2)
+    edit(krea2 / "model_index.json", text_encoder_select_layers=[0, 1, 2])
+    load(tiny_pipeline("krea2"), generator_path=krea2)
+
+
 def test_a_prompt_has_the_templates_end_behind_it(krea2: Path) -> None:
     with pytest.raises(ValueError, match="max_sequence_length=5 must be from 6 to 512"):
         load(krea2, max_sequence_length=5)

@@ -98,6 +98,9 @@ class Family:
     """Whether a pass reads nothing from the host, so that `model.graphs` can record it."""
     twin: tuple[str, ...] = ()
     """What two transformers must share for `model.generator_path`; empty: it takes none."""
+    twin_index: Mapping[str, object] = field(default_factory=dict)
+    """Of the pipelines' indexes too: what must be shared, and what stands for a key that is not
+    there."""
     guidance_argument: str = "guidance_scale"
     guidance_offset: float = 0.0
     """How much less the pipeline's argument is than a guidance scale of 1 = one pass."""

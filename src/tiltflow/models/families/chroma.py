@@ -14,14 +14,14 @@ from tiltflow.models.pipelines.backbone import TIMESTEPS
 from tiltflow.models.pipelines.flux_tokens import FluxTokens
 from tiltflow.models.pipelines.published import FLUX_VAE, T5_XXL
 
-# The transformer's sizes are its class's defaults in diffusers, which were made for this model. The
-# scheduler is FLUX.1's, for want of its own file: a plan of memory does not depend on it, and a run
-# reads the checkpoint's.
+# The transformer's sizes are its class's defaults in diffusers, which were made for this model. A
+# shift of 3 at every size is what others report of Chroma1-HD's file, and is not verified here: a
+# plan of memory does not depend on it, and a run reads the checkpoint's.
 _CHROMA = {
     "_class_name": "ChromaPipeline",
     "transformer": {"_class_name": "ChromaTransformer2DModel"},
     "vae": FLUX_VAE,
-    "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
+    "scheduler": {"shift": 3.0},
     "text_encoder": T5_XXL,
 }
 

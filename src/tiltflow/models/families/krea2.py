@@ -74,6 +74,7 @@ FAMILY = Family(
     lora_targets=r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_gate|to_out\.0)",
     input_weight="img_in",
     twin=("in_channels", "text_hidden_dim", "num_text_layers"),
+    twin_index={"text_encoder_select_layers": list(TAPS), "patch_size": 2},
     guidance_offset=1.0,  # the pipeline's scale g is in c + g · (c − u), and 0 is a pass without
     published={"krea/Krea-2-Raw": _published(False), "krea/Krea-2-Turbo": _published(True)},
 )

@@ -22,8 +22,9 @@ MULTIPLE = 32
 
 def _published(shift: float) -> Published:
     """The transformer's sizes are its class's defaults in diffusers 0.42, which were made for this
-    model. Text encoder, autoencoder and shift are of what diffusers' documentation names; the
-    repositories' own files were not at hand, and `Pipeline` reads those of a real directory."""
+    model. The text encoder's are those of modelscope/DiffSynth-Studio (Apache-2.0),
+    diffsynth/models/z_image_text_encoder.py: Qwen3-4B. The shifts are those of the repositories'
+    scheduler_config.json as other programs cite them; a run reads its own directory's."""
     return Published(
         {
             "_class_name": "ZImagePipeline",

@@ -23,7 +23,7 @@ from tiltflow.models.family import (
     pipeline_classes,
 )
 from tiltflow.models.pipelines.headers import Entry, part_header
-from tiltflow.models.pipelines.limits import is_whole, shown
+from tiltflow.models.pipelines.limits import is_number, shown
 
 INDEX = "model_index.json"
 SIDE_FILE = "tiltflow.json"
@@ -247,9 +247,9 @@ def is_network(part: str) -> bool:
 
 
 def is_part(entry: Any) -> bool:
-    """Whether an entry of the index is a part: a list of a library and a class. A list of whole
-    numbers is an argument of the pipeline's own."""
-    return isinstance(entry, list) and not (entry and all(is_whole(value) for value in entry))
+    """Whether an entry of the index is a part: a list of a library and a class. A list of numbers
+    is an argument of the pipeline's own."""
+    return isinstance(entry, list) and not (entry and all(is_number(value) for value in entry))
 
 
 def is_null(entry: Any) -> bool:

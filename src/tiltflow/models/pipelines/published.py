@@ -123,7 +123,9 @@ def _klein(
 
 
 _SD35 = _sd3(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13)))
-# diffusers' scripts/convert_sd3_to_diffusers.py: depth and width are the checkpoint's own.
+# diffusers' scripts/convert_sd3_to_diffusers.py at 3ab805a: heads are as many as layers, and 192
+# positions a side, as in SD3. That there are 38 layers is not in it: `tests/test_published.py` has
+# the number of parameters that they come to, 8.06 billion, which Stability AI gives as 8.1.
 _SD35L = _sd3(
     num_layers=38,
     num_attention_heads=38,
