@@ -24,7 +24,7 @@ from tiltflow.tasks.tables import show
 from tiltflow.tasks.train import run_training
 
 MODEL = "packaged:pipeline"
-PROMPTS, FAST_PROMPTS = 516, 24
+PROMPTS, FAST_PROMPTS = 1024, 24
 FAST = {
     "cold_start": ("train.steps=10", "log.samples_every=10", "watch.every=10", "watch.prompts=12"),
     "tilt": ("train.steps=4", "log.samples_every=4", "watch.every=4", "watch.prompts=12"),
