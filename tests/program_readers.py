@@ -51,15 +51,19 @@ FIXED_WIDTH = ("flux", "chroma")
 
 def trained(made: Student, name: str) -> Deltas:
     """ΔW in fp64 by diffusers' modules, as the run trained it."""
-    facts = made.checkpoint.state["adapters"]
-    scale = facts["alpha"] / facts["rank"]
-    below, above = (
-        products(made.checkpoint.tensors[group], lambda _: scale) for group in ("few_step", "ema")
-    )
+    state, tensors = made.checkpoint.state, made.checkpoint.tensors
+
+    def product(group: str, settings: str) -> Deltas:
+        scale = state[settings]["alpha"] / state[settings]["rank"]
+        return products(tensors[group], lambda _: scale)
+
+    below, above = product("few_step", "few_step_adapters"), product("ema", "adapters")
     if name in ("few_step", "tilt"):
         return below if name == "few_step" else above
-    strength = float(name.removeprefix("baked_"))
-    return {module: delta + strength * above[module] for module, delta in below.items()}
+    strength, both = float(name.removeprefix("baked_")), dict(below)
+    for module, delta in above.items():
+        both[module] = both.get(module, 0) + strength * delta
+    return both
 
 
 def family(made: Student) -> str:
@@ -136,3 +140,17 @@ def same_product(reader: str, found: Deltas, expected: Deltas) -> None:
     for module, delta in expected.items():
         off = (found[module] - delta).norm() / delta.norm()
         assert off <= 1e-6, (reader, module, off)
+
+
+def every_reader(made: Student, originals: dict[str, Tensor], name: str) -> dict[str, Deltas]:
+    """ΔW of one of an export's LoRAs, by diffusers' modules, in every format; `originals` are the
+    merged transformer's tensors by their makers' names."""
+    modules = [k.removesuffix(".weight") for k in originals if k.endswith(".weight")]
+    comfyui = by_comfyui(made.export / "comfyui" / f"{name}.safetensors")
+    kohya = by_kohya(made.export / "kohya" / f"{name}.safetensors", modules)
+    return {
+        "comfyui": in_diffusers(made, originals, comfyui),
+        "kohya": in_diffusers(made, originals, kohya),
+        "peft": by_peft(made, made.export / "peft" / name),
+        "diffusers": by_diffusers(made, made.export / name),
+    }

@@ -60,17 +60,22 @@ class Student:
 
 def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -> Student:
     """A stage-2 student with random adapters, exported to `out`/export: `options` are of `Wanted`,
-    and `evaluation`."""
+    `evaluation`, and `settings`, those of stage 1's and stage 2's adapter."""
     base, generator = MODELS[name]
     folders = [shutil.copytree(tiny(n), out / n) for n in (base, generator) if n is not None]
     for folder in folders:
         (folder / "tiltflow.json").write_text(json.dumps({"max_sequence_length": TOKENS}))
     model, second = folders[0], folders[1] if generator else None
-    backbone = load_backbone(model, generator_path=second, device="cpu", resolution=RESOLUTION)
-    settings = AdapterSettings(2, 4.0, backbone.lora_targets())
-    shapes = adapter_roles(backbone, settings, seed=0).generator.state()
-    tensors = {group: random_like(shapes, i) for i, group in enumerate(("few_step", "ema"))}
-    facts = {"stage": "tilt", "adapters": vars(settings), "few_step_adapters": vars(settings)}
+    loading: dict[str, Any] = {"generator_path": second, "resolution": RESOLUTION}
+    backbone = load_backbone(model, device="cpu", **loading)
+    alike = AdapterSettings(2, 4.0, backbone.lora_targets())
+    below, above = options.pop("settings", (alike, alike))
+    shapes = [adapter_roles(backbone, below, seed=0).generator.state()] * 2
+    if above is not below:
+        fresh = load_backbone(model, device="cpu", **loading)
+        shapes[1] = adapter_roles(fresh, above, seed=0).generator.state()
+    tensors = {group: random_like(shapes[i], i) for i, group in enumerate(("few_step", "ema"))}
+    facts = {"stage": "tilt", "adapters": vars(above), "few_step_adapters": vars(below)}
     checkpoint = Checkpoint(3, tensors, facts)
     recipe = "sd35m_tilt" if name in ("schnell", "other_sizes") else f"{name}_tilt"
     config = load_config(

@@ -15,12 +15,8 @@ from program_readers import (
     FIXED_WIDTH,
     NAMES,
     STRENGTHS,
-    by_comfyui,
-    by_diffusers,
-    by_kohya,
-    by_peft,
+    every_reader,
     family,
-    in_diffusers,
     same_product,
     to_diffusers,
     trained,
@@ -69,18 +65,8 @@ def merged(
 def test_other_programs_read_the_trained_product(
     made: Student, merged: tuple[Student, dict[str, Tensor]], name: str
 ) -> None:
-    expected, originals = trained(made, name), merged[1]
-    modules = [k.removesuffix(".weight") for k in originals if k.endswith(".weight")]
-    comfyui = by_comfyui(made.export / "comfyui" / f"{name}.safetensors")
-    kohya = by_kohya(made.export / "kohya" / f"{name}.safetensors", modules)
-    readers = {
-        "comfyui": in_diffusers(made, originals, comfyui),
-        "kohya": in_diffusers(made, originals, kohya),
-        "peft": by_peft(made, made.export / "peft" / name),
-        "diffusers": by_diffusers(made, made.export / name),
-    }
-    for reader, found in readers.items():
-        same_product(reader, found, expected)
+    for reader, found in every_reader(made, merged[1], name).items():
+        same_product(reader, found, trained(made, name))
 
 
 @pytest.mark.parametrize("program", ["comfyui", "kohya"])

@@ -14,6 +14,7 @@ from program_readers import (
     STRENGTHS,
     by_comfyui,
     by_kohya,
+    every_reader,
     in_diffusers,
     same_product,
     trained,
@@ -21,6 +22,8 @@ from program_readers import (
 from safetensors.torch import load_file
 from students import Student, student
 from test_export_strength import Deltas, layer_deltas
+
+from tiltflow.models.adapters import AdapterSettings
 
 Tiny = Callable[[str], Path]
 FORMATS = ("diffusers", "comfyui", "peft", "kohya", "merged")
@@ -80,11 +83,33 @@ def test_other_programs_read_both_adapters_side_by_side(made: Student) -> None:
 
 def test_merged_pipelines_are_their_base_and_the_product(made: Student) -> None:
     """At every strength; sums are rounded to fp32, and the product is by diffusers' names."""
-    base = DiffusionPipeline.from_pretrained(made.base).transformer.state_dict()
     for strength in STRENGTHS:
-        folder = made.export / f"merged_{strength:g}"
-        state = DiffusionPipeline.from_pretrained(folder).transformer.state_dict()
-        assert state.keys() == base.keys()
-        found = {k: value.double() - base[k].double() for k, value in state.items()}
-        changed = {k.removesuffix(".weight"): d for k, d in found.items() if d.abs().max() > 0}
-        same_product(str(folder), changed, trained(made, f"baked_{strength:g}"))
+        folder = f"merged_{strength:g}"
+        same_product(folder, changed(made, folder), trained(made, f"baked_{strength:g}"))
+
+
+@pytest.mark.parametrize("name", ["sd35m", "flux1_dev"])
+def test_adapters_of_other_ranks_scales_and_modules(
+    tiny_pipeline: Tiny, tmp_path: Path, name: str
+) -> None:
+    """Some modules have the one adapter alone, some both, and of what the makers stack a part."""
+    odd = (
+        AdapterSettings(3, 5.0, ["attn.to_q", "attn.to_v", "attn.to_out.0"]),
+        AdapterSettings(2, 7.0, ["attn.to_k", "attn.to_v", "attn.add_v_proj", "ff.net.2"]),
+    )
+    options = {"formats": FORMATS, "strengths": (0.3,), "settings": odd}
+    made = student(tiny_pipeline, name, tmp_path, **options)
+    originals = load_file(made.export / "original" / "transformer.safetensors")
+    for file in ("few_step", "tilt", "baked_0.3"):
+        for reader, found in every_reader(made, originals, file).items():
+            same_product(f"{file} by {reader}", found, trained(made, file))
+    same_product("merged", changed(made, "merged"), trained(made, "baked_0.3"))
+
+
+def changed(made: Student, folder: str) -> Deltas:
+    """What a merged pipeline's transformer has besides its base, by module."""
+    base = DiffusionPipeline.from_pretrained(made.base).transformer.state_dict()
+    state = DiffusionPipeline.from_pretrained(made.export / folder).transformer.state_dict()
+    assert state.keys() == base.keys()
+    found = {k: value.double() - base[k].double() for k, value in state.items()}
+    return {k.removesuffix(".weight"): delta for k, delta in found.items() if delta.abs().max() > 0}
