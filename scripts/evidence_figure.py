@@ -1,6 +1,6 @@
-"""The table and the figure of docs/evidence.md from the results that docs/data/study keeps.
+"""The tables and the figure of docs/evidence.md from the results that docs/data/study keeps.
 
-python scripts/evidence_figure.py            prints the table and draws the figure
+python scripts/evidence_figure.py            prints the tables and draws the figure
 """
 
 from __future__ import annotations
@@ -51,6 +51,28 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def gains(summary: Mapping[str, Any], start: str) -> list[str]:
+    """What each row of stage 2 gained over the stage 1 that it started from, trained or not: the
+    paired differences with their intervals over prompts and over seeds, without a correction."""
+    lines = [
+        f"| over `{start}` | seeds | " + " | ".join(PANELS) + " |",
+        "|---|---" + "|---" * 3 + "|",
+    ]
+    rows = {(row["a"], row["reward"]): row for row in summary["comparisons"]}
+    for name, system in summary["systems"].items():
+        if system["stage"] == "cold_start":
+            continue
+        cells = []
+        for reward in PANELS:
+            found = rows[name, reward]
+            low, high = found["ci95"]
+            cells.append(f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]")
+            if found["seeds_ci95"]:
+                cells[-1] += " / [{:+.3f}, {:+.3f}]".format(*found["seeds_ci95"])
+        lines.append(f"| `{name}` | {len(found['seeds'])} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--study", type=Path, default=ROOT / "studies" / "paper.yaml")
@@ -61,6 +83,14 @@ def main() -> None:
     write_whole(given.results / "study.json", json.dumps(summary, indent=2) + "\n")
     draw(summary, given.figure)
     print(markdown(summary))
+    study = load_study(given.study)
+    start = "ac_dmd"
+    pairs = tuple((name, start) for name in study.rows if name != start)
+    print(
+        "\n".join(
+            gains(summarise(study.model_copy(update={"compare": pairs}), given.results), start)
+        )
+    )
 
 
 if __name__ == "__main__":
