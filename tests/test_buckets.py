@@ -87,7 +87,7 @@ def test_an_iteration_is_that_of_a_run_over_its_size(
 ) -> None:
     """Losses, scores and the weights after it, bit for bit; and it is not another size's."""
     first = built(config(stage, tmp_path, LIST)).running
-    assert isinstance(first, Bucketed) and first.sizes == tuple(SIZES)
+    assert isinstance(first, Bucketed) and first.names == tuple(map(said, SIZES))
     steps = {first.drawn(step): step for step in range(20, -1, -1)}
     assert set(steps) == {0, 1, 2}
     seen = []
@@ -210,7 +210,7 @@ def test_a_column_of_the_prompt_file_gives_each_prompt_its_size(
 ) -> None:
     build = built(config("cold_start", tmp_path, "data.buckets=size"))
     running = build.running
-    assert isinstance(running, Bucketed) and running.sizes == tuple(SIZES)
+    assert isinstance(running, Bucketed) and running.names == tuple(map(said, SIZES))
     assert running.weights == (2, 2, 2)
     for which, stage in enumerate(running.stages):
         drawn = stage.sampler.indices(0, 8)

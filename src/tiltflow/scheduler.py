@@ -54,8 +54,8 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
 
     Args:
         eta: stochasticity in [0, 1]; 0 is the ODE's Euler step, up to rounding.
-        steps: how many steps the student was trained for, None if that is not known. A call with
-            another number of them is warned of, and goes on.
+        steps: how many steps the student was trained for, or the several that it may have, None if
+            that is not known. A call with another number of them is warned of, and goes on.
         patch: for pipelines whose latents are token sequences (B, L, C): how many latent cells a
             token is wide, 2 for FLUX.1 and 1 for FLUX.2. Plain latents (B, C, H, W) ignore it.
         size: height and width, in any unit, of the pictures that the student was trained for,
@@ -72,7 +72,7 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         self,
         eta: float = 0.9,
         patch: int = 1,
-        steps: int | None = None,
+        steps: int | Sequence[int] | None = None,
         size: Sequence[int] | None = None,
         num_train_timesteps: int = 1000,
         shift: float = 1.0,
@@ -93,7 +93,7 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"eta is {eta}; it goes from 0 to 1")
         if patch < 1:
             raise ValueError(f"patch is {patch}; it is 1 or more")
-        if steps is not None and not 1 <= steps <= MOST_STEPS:
+        if not all(1 <= each <= MOST_STEPS for each in _trained(steps)):
             raise ValueError(f"steps is {steps}; it goes from 1 to {MOST_STEPS}")
         _check_size(size)
         if invert_sigmas or stochastic_sampling:
@@ -162,10 +162,11 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             if num_inference_steps is None:
                 raise ValueError("give num_inference_steps, or sigmas")
             sigmas = raw_levels(num_inference_steps)
-        if self.config.steps not in (None, len(sigmas)):
+        trained = _trained(self.config.steps)
+        if trained and len(sigmas) not in trained:
             warnings.warn(
-                f"the student was trained for {self.config.steps} steps, not for {len(sigmas)}: "
-                f"give num_inference_steps={self.config.steps}",
+                f"the student was trained for {' or '.join(map(str, trained))} steps, not for "
+                f"{len(sigmas)}: give num_inference_steps={trained[-1]}",
                 stacklevel=2,
             )
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu)
@@ -235,6 +236,13 @@ def latent_shape(
         if rows * columns == length and rows * size[1] == columns * size[0]:
             height, width = rows, columns
     return channels // patch**2, height * patch, width * patch
+
+
+def _trained(steps: int | Sequence[int] | None) -> Sequence[int]:
+    """The numbers of steps that a student was trained for."""
+    if steps is None:
+        return ()
+    return (steps,) if isinstance(steps, int) else steps
 
 
 def _check_size(size: Sequence[int] | None) -> None:

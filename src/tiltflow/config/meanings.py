@@ -59,7 +59,8 @@ MEANINGS = {
     "data.buckets": "sizes of pictures, `[[832, 1216], [1024, 1024]]` or with weights, `[{size: "
     "[832, 1216], weight: 2}]`; or the prompt file's column of sizes; unset: `model.resolution`",
     "data.cache": "directory of the embedding cache; unset: the user's; `off`: none",
-    "sampler.steps": "K, network evaluations of the student",
+    "sampler.steps": "K, network evaluations of the student; or several, `[1, 2, 4]`, the smallest "
+    "first, for one student of all of them",
     "sampler.eta": "η: 0 is the ODE, 1 noises every prediction anew",
     "train.steps": "iterations of stage 1, rollouts of stage 2",
     "train.batch_size": "samples of a step or rollout, over all ranks",

@@ -50,10 +50,10 @@ def _check_cold_start(config: RunConfig) -> None:
             f"rewards ({', '.join(config.rewards)}) are given, but stage cold_start trains "
             "on none; put them under watch.rewards to log them"
         )
-    if config.cold_start.reuse > config.sampler.steps:
+    if config.cold_start.reuse > config.sampler.least:
         raise ValueError(
             f"cold_start.reuse {config.cold_start.reuse} is more than the "
-            f"{config.sampler.steps} boundaries of sampler.steps {config.sampler.steps}"
+            f"{config.sampler.least} boundaries of sampler.steps {config.sampler.least}"
         )
     if config.cold_start.boundary_order == "phased" and config.cold_start.reuse > 1:
         raise ValueError(
@@ -160,18 +160,18 @@ def _check_tilt(config: RunConfig) -> None:
             f"train.micro_batch_size {train.micro} must divide tilt.group_size {tilt.group_size} "
             "or be a multiple of it"
         )
-    if tilt.reward_steps > sampler.steps:
+    if tilt.reward_steps > sampler.least:
         raise ValueError(
-            f"tilt.reward_steps {tilt.reward_steps} is more than sampler.steps {sampler.steps}"
+            f"tilt.reward_steps {tilt.reward_steps} is more than sampler.steps {sampler.least}"
         )
-    left = sampler.steps - tilt.reward_steps
+    left = sampler.least - tilt.reward_steps
     if tilt.policy_weight > 0 and tilt.subset > left:
         taken = (
             f" that tilt.reward_steps {tilt.reward_steps} leaves" if tilt.reward_steps > 1 else ""
         )
         raise ValueError(
             f"tilt.subset {tilt.subset} is more than the {left} stochastic "
-            f"step{'' if left == 1 else 's'} of sampler.steps {sampler.steps}{taken}"
+            f"step{'' if left == 1 else 's'} of sampler.steps {sampler.least}{taken}"
         )
     if sampler.eta == 0 and tilt.policy_weight > 0:
         raise ValueError(

@@ -171,9 +171,46 @@ class DataConfig(Section):
     buckets: Text | Annotated[Buckets, Field(min_length=1, max_length=100)] | None = None
 
 
+def several_steps(value: object) -> object:
+    """A list as a tuple, in ascending order and each number once, of one number as that; anything
+    else as it is.
+
+    Raises:
+        ValueError: if it is in another order.
+    """
+    whole = isinstance(value, list | tuple) and all(type(k) is int for k in value)
+    if whole and list(value) != sorted(set(value)):  # type: ignore[call-overload]
+        raise ValueError("be in ascending order, each number once")
+    return value[0] if whole and len(value) == 1 else as_tuple(value)  # type: ignore[index]
+
+
+SeveralSteps = Annotated[tuple[Steps, ...], Field(min_length=1, max_length=100)]
+
+
 class SamplerConfig(Section):
-    steps: Steps = 4
+    """`steps`: K, or several: each rollout has one of them, which is drawn."""
+
+    steps: Annotated[Steps | SeveralSteps, BeforeValidator(several_steps)] = 4
     eta: Annotated[float, Field(ge=0, le=1)] = 0.9
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """The numbers of steps, the smallest first."""
+        return self.steps if isinstance(self.steps, tuple) else (self.steps,)
+
+    @property
+    def least(self) -> int:
+        return self.grids[0]
+
+    @property
+    def most(self) -> int:
+        """The steps of samples, of the watch, and of the export's call by default."""
+        return self.grids[-1]
+
+    @property
+    def boundaries(self) -> int:
+        """Those of all grids."""
+        return sum(self.grids)
 
 
 class RewardConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 def first_sentence(error: BaseException) -> str:
@@ -17,6 +18,12 @@ def first_sentence(error: BaseException) -> str:
 def counted(count: int, one: str, several: str | None = None) -> str:
     """1 image, 2 images."""
     return f"{count} {one if count == 1 else several or f'{one}s'}"
+
+
+def either(numbers: Sequence[int]) -> str:
+    """1, 2 or 4."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def printable(text: str, length: int = 300) -> str:

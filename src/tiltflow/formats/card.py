@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiltflow.core.sentences import counted
+from tiltflow.core.sentences import either
 from tiltflow.core.sizes import said
 from tiltflow.formats.contract import BaseModelFacts, Contract
 from tiltflow.models.switch import TILT, stack_tilt
@@ -39,14 +39,15 @@ class Card:
 
 def model_card(card: Card) -> str:
     """The README.md: front matter of the hub, then usage, recipe and scores."""
-    contract, steps = card.contract, card.contract.steps
+    contract = card.contract
+    steps = f"{either(contract.trained_steps)} step{'s' * (contract.steps > 1)}"
     holds = _holds(card)
     parts = [
         _front_matter(card),
-        f"# {contract.base.name.rsplit('/', 1)[-1]} in {counted(steps, 'step')}\n\n"
+        f"# {contract.base.name.rsplit('/', 1)[-1]} in {steps}\n\n"
         f"Trained with tiltflow by {STAGES[contract.stage]}. Here are {holds} and "
         "`contract.json`, which says for what the student was trained: "
-        f"{counted(steps, 'step')}, η = {contract.eta:g}, guidance {contract.guidance:g}, "
+        f"{steps}, η = {contract.eta:g}, guidance {contract.guidance:g}, "
         f"{said(contract.resolution)} pixels, {contract.max_sequence_length} text tokens.\n\n"
         + _base(contract),
         *([_usage(card)] if card.folders or card.merged else []),

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from tiltflow.core.paths import PACKAGED
-from tiltflow.core.settings import plain
+from tiltflow.core.settings import Steps, plain
 from tiltflow.models.lora_files import lora_file
 from tiltflow.models.pipelines.directory import HUB_ID
 
@@ -68,7 +68,8 @@ class AdapterFacts(_Part):
 
 
 class Contract(_Part):
-    """`sigmas` are the levels σ₀ > … > σ_K = 0; `guidance` is the student's own, 1.0 for one pass
+    """`steps` is K, or of a student of several the most of them, and `several` all of these;
+    `sigmas` are K's levels σ₀ > … > σ_K = 0; `guidance` is the student's own, 1.0 for one pass
     without; `resolution` the side of a square in pixels, or height and width; `dtype` that of the
     base in training; `recipe` the settings worth telling."""
 
@@ -77,7 +78,8 @@ class Contract(_Part):
     family: str
     pipeline: str
     base: BaseModelFacts
-    steps: Annotated[int, Field(ge=1, le=1000)]
+    steps: Steps
+    several: tuple[Steps, ...] = ()
     sigmas: tuple[float, ...]
     eta: Annotated[float, Field(ge=0, le=1)]
     guidance: float
@@ -89,6 +91,11 @@ class Contract(_Part):
     """The strength at which stage 2 was merged; None in LoRA folders."""
     recipe: dict[str, Any] = {}
     versions: dict[str, str] = {}
+
+    @property
+    def trained_steps(self) -> tuple[int, ...]:
+        """The numbers of steps that it was trained for, the smallest first."""
+        return self.several or (self.steps,)
 
     def text(self) -> str:
         """The JSON of contract.json and of the header."""

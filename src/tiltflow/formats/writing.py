@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -107,11 +107,11 @@ def baked(
 def few_step_scheduler(
     model: Pipeline,
     eta: float,
-    steps: int | None = None,
+    steps: Sequence[int] = (),
     resolution: Resolution | None = None,
 ) -> CPSFlowMatchScheduler:
     """The students' scheduler, made from the own scheduler of the pipeline in `model`, for pictures
-    of `resolution` (None: square ones).
+    of `resolution` (None: square ones), trained for any of `steps`.
 
     Raises:
         ValueError: if the pipeline's scheduler is one that CPS cannot follow.
@@ -121,22 +121,28 @@ def few_step_scheduler(
     size = list(resolution) if isinstance(resolution, tuple) else None
     patch = model.index.get("patch_size", family.token_patch)
     try:
+        trained = list(steps) if len(steps) > 1 else next(iter(steps), None)
         return CPSFlowMatchScheduler.from_config(
-            config, eta=eta, patch=patch, steps=steps, size=size
+            config, eta=eta, patch=patch, steps=trained, size=size
         )
     except ValueError as error:
         raise ValueError(f"the scheduler in {model} cannot be a student's: {error}") from error
 
 
-def check_exportable(model: Pipeline, steps: int, eta: float, out: Path) -> None:
+def check_exportable(model: Pipeline, grids: Sequence[int], eta: float, out: Path) -> None:
     """Whether what a run trains on the pipeline in `model` can be exported to `out`, before it is.
 
     Raises:
-        ValueError: if the scheduler is one that CPS cannot follow, its levels for `steps` do not
-            fall from 1 to 0, or `out` is a folder that an export cannot replace.
+        ValueError: if the scheduler is one that CPS cannot follow, its levels for one of `grids` do
+            not fall from 1 to 0, or `out` is a folder that an export cannot replace.
     """
     check_export_folder(out)
-    scheduler = few_step_scheduler(model, eta, steps)
+    scheduler = few_step_scheduler(model, eta, grids)
+    for steps in grids:
+        _check_levels(scheduler, steps, model)
+
+
+def _check_levels(scheduler: CPSFlowMatchScheduler, steps: int, model: Pipeline) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, of a division by 0: what comes of it is seen
         dynamic = scheduler.config.use_dynamic_shifting

@@ -9,7 +9,7 @@ from functools import partial
 from tiltflow.config.load import RewardConfig, RunConfig
 from tiltflow.core.distributed import Ranks
 from tiltflow.core.randomness import Randomness
-from tiltflow.core.sizes import both, plain
+from tiltflow.core.sizes import both, plain, said
 from tiltflow.core.transfer import to_device
 from tiltflow.data.buckets import Bucket, by_column
 from tiltflow.data.columns import weights_of
@@ -48,8 +48,9 @@ def make_stages(
     share: Share,
     rewards: RewardMixture | None = None,
 ) -> tuple[ColdStart | Tilt, Stage]:
-    """The stage at the model's own size, and what is run: that stage, or, with `data.buckets`, one
-    for each size over the same parts. `rewards` are the config's, where they have been made.
+    """The stage at the model's own size and its most steps, and what is run: that stage, or, with
+    `data.buckets` and several `sampler.steps`, one for each size and each number of steps over the
+    same parts. `rewards` are the config's, where they have been made.
 
     Raises:
         ValueError: if a term, an objective or a reward that the config names cannot be made, or a
@@ -62,23 +63,34 @@ def make_stages(
     def make(parts: Parts) -> ColdStart | Tilt:
         return _cold_start(cfg, parts) if rewards is None else _tilt(cfg, backbone, parts, rewards)
 
-    stage, buckets = make(parts), buckets_of(cfg, encoded.prompts)
-    if not buckets:
+    grids, buckets = cfg.sampler.grids, buckets_of(cfg, encoded.prompts)
+    stage = make(_on_grid(parts, backbone, grids, grids[-1]))
+    if not buckets and len(grids) == 1:
         return stage, stage
     if set(stage.updaters) != set(parts.updaters):
-        raise ValueError("data.buckets: a term of tilt.terms that is trained itself has one size")
-    stages = [make(_sized(cfg, backbone, parts, bucket)) for bucket in buckets]
+        several, one = ("data.buckets", "size") if buckets else ("sampler.steps", "number of steps")
+        raise ValueError(f"{several}: a term of tilt.terms that is trained itself has one {one}")
     every, reuse = cfg.cold_start.generator_every, cfg.cold_start.reuse
 
     def rollout(step: int) -> int:
         return step if cfg.stage == "tilt" else Cycle.of(step, reuse, every).number
 
-    return stage, Bucketed(
-        sizes=tuple(bucket.size for bucket in buckets),
+    drawn = partial(Bucketed, number=rollout, randomness=parts.randomness)
+
+    def over_grids(parts: Parts, backbone: Backbone) -> ColdStart | Tilt | Bucketed:
+        stages = [make(_on_grid(parts, backbone, grids, steps)) for steps in grids]
+        if len(stages) == 1:
+            return stages[0]
+        names, weights = tuple(f"{steps}-step" for steps in grids), (1.0,) * len(grids)
+        return drawn(names=names, weights=weights, stages=tuple(stages), stream="grid")
+
+    if not buckets:
+        return stage, over_grids(parts, backbone)
+    return stage, drawn(
+        names=tuple(said(bucket.size) for bucket in buckets),
         weights=tuple(bucket.weight for bucket in buckets),
-        stages=tuple(stages),
-        number=rollout,
-        randomness=parts.randomness,
+        stages=tuple(over_grids(*_sized(backbone, parts, bucket)) for bucket in buckets),
+        stream="size",
     )
 
 
@@ -94,17 +106,31 @@ def buckets_of(cfg: RunConfig, prompts: Sequence[Prompt]) -> list[Bucket]:
     return [Bucket(plain(*both(bucket.size)), bucket.weight) for bucket in chosen or ()]
 
 
-def _sized(cfg: RunConfig, backbone: Backbone, parts: Parts, bucket: Bucket) -> Parts:
-    """The parts of a stage at another size: latents, noise levels, prompts; the rest is shared."""
+def _on_grid(parts: Parts, backbone: Backbone, grids: Sequence[int], steps: int) -> Parts:
+    """The parts of a stage with `steps` sampler steps, one of the `grids`: its noise levels, and,
+    where each boundary has a fake score of its own, those of its boundaries."""
+    own = replace(parts, sigmas=to_device(backbone.few_step_sigmas(steps), backbone.device))
+    whole = parts.roles.fake_score
+    if not whole.boundaries or len(grids) == 1:
+        return own
+    before = sum(grids[: grids.index(steps)])
+    fake = replace(whole, boundaries=whole.boundaries[before : before + steps])
+    return replace(
+        own,
+        roles=replace(parts.roles, fake_score=fake),
+        fake=replace(parts.fake, role=fake),
+        matching=replace(parts.matching, fake_score=fake),
+    )
+
+
+def _sized(backbone: Backbone, parts: Parts, bucket: Bucket) -> tuple[Parts, Backbone]:
+    """The parts of a stage at another size, latents and prompts, and the backbone that knows its
+    noise levels; the rest is shared."""
     if not isinstance(backbone, PipelineBackbone):
         raise ValueError(f"data.buckets: family {backbone.family} makes pictures of one size only")
     sized = resized(backbone, bucket.size)
-    return replace(
-        parts,
-        sampler=parts.sampler if bucket.prompts is None else parts.sampler.of(bucket.prompts),
-        sigmas=to_device(sized.few_step_sigmas(cfg.sampler.steps), backbone.device),
-        latent_shape=sized.latent_shape,
-    )
+    own = parts.sampler if bucket.prompts is None else parts.sampler.of(bucket.prompts)
+    return replace(parts, sampler=own, latent_shape=sized.latent_shape), sized
 
 
 def build_rewards(table: dict[str, RewardConfig], backbone: Backbone) -> RewardMixture:
@@ -175,7 +201,7 @@ def _parts(
             roles.teacher, roles.fake_score, randomness, share, guidance, eta, train.boundary_power
         ),
         updater=updater,
-        sigmas=to_device(backbone.few_step_sigmas(cfg.sampler.steps), backbone.device),
+        sigmas=to_device(backbone.few_step_sigmas(cfg.sampler.most), backbone.device),
         latent_shape=backbone.latent_shape,
         eta=eta,
         share=share,

@@ -57,7 +57,7 @@ class Facts:
     stage: str
     adapters: AdapterSettings | None
     few_step_adapters: AdapterSettings | None
-    steps: int
+    steps: int | tuple[int, ...]
     eta: float
     student_guidance: float | None
     rewards_at_once: dict[str, int | None] | None
@@ -237,7 +237,7 @@ def starting_point(cfg: RunConfig) -> Start | None:
 
 def fake_scores(cfg: RunConfig) -> int | None:
     """How many fake scores a config asks for: one for each boundary, or one for all (None)."""
-    return cfg.sampler.steps if cfg.train.fake_scores == "per_boundary" else None
+    return cfg.sampler.boundaries if cfg.train.fake_scores == "per_boundary" else None
 
 
 def attention_for(cfg: RunConfig, device: torch.device) -> AbstractContextManager[None]:

@@ -108,7 +108,7 @@ def check_export(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
     check_export_folder(out)
     if model is not None:  # else it is the hub's to give
         check_directory(model)
-        check_exportable(model, cfg.sampler.steps, cfg.sampler.eta, out)
+        check_exportable(model, cfg.sampler.grids, cfg.sampler.eta, out)
 
 
 CHECKS: tuple[Check, ...] = (

@@ -99,7 +99,7 @@ def costs(cfg: RunConfig) -> Iterator[Cost]:
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=still)})
     share = Share(cfg.train.batch_size, cfg.train.batch_size)
     encoded = encode_prompts(backbone, [Prompt("")])
-    stage, _ = make_stages(cfg, backbone, encoded, roles, share, rewards)
+    _, stage = make_stages(cfg, backbone, encoded, roles, share, rewards)
     counter.take()
     for step in count():
         stage.iteration(step)

@@ -50,7 +50,7 @@ def run_bytes(cfg: RunConfig, pipelines: Pipelines | None = None) -> int:
         return 0
     shapes = {name: entry.shape for name, entry in model.header("transformer").items()}
     role = FP32 * trained_numbers(cfg, shapes)
-    scores = cfg.sampler.steps if cfg.train.fake_scores == "per_boundary" else 1
+    scores = cfg.sampler.boundaries if cfg.train.fake_scores == "per_boundary" else 1
     roles = 1 + 1 + scores  # generator, its average, fake scores
     checkpoint = role * (roles + MOMENTS * (1 + scores))
     export = role if cfg.adapters.kind == "lora" else 0

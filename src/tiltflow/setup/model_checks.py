@@ -122,7 +122,8 @@ def check_model(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
     backbone = meta_of(cfg, pipelines)
-    backbone.few_step_sigmas(cfg.sampler.steps)
+    for steps in cfg.sampler.grids:
+        backbone.few_step_sigmas(steps)
     if cfg.stage == "tilt":
         backbone.teacher_sigmas(cfg.watch.teacher_steps)
 

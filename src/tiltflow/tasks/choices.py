@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
+from tiltflow.core.sentences import either
 from tiltflow.core.sizes import Resolution, said
 from tiltflow.formats.contract import Contract, read_contract
 from tiltflow.models.lora_files import lora_file
@@ -78,6 +79,10 @@ def settle(
         trained = getattr(contract, key, None)
         if value is None:
             values[key] = DEFAULTS.get(key) if trained is None else trained
+        elif contract and key == "steps":
+            if value not in contract.trained_steps:
+                several = either(contract.trained_steps)
+                notes.append(f"--steps is {value}, but the student was trained for {several}")
         elif trained is not None and value != trained:
             option = "--size" if isinstance(value, tuple) else OPTIONS[key]
             trained_for = said(trained) if key == "resolution" else trained

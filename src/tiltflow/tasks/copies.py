@@ -31,8 +31,11 @@ def checkpoints_of(few_step: Path, tilt: Path | None) -> dict[str, Checkpoint]:
 
 
 def settle_copies(asked: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint]) -> Choices:
-    """What to sample with: what is asked for, else as the last student was trained."""
-    trained = list(checkpoints.values())[-1].state
+    """What to sample with: what is asked for, else as the last student was trained: with the most
+    of its steps."""
+    trained = dict(list(checkpoints.values())[-1].state)
+    if isinstance(trained.get("steps"), list):
+        trained["steps"] = trained["steps"][-1]
     values: dict[str, Any] = {
         key: trained.get(key, DEFAULTS.get(key)) if asked.get(key) is None else asked[key]
         for key in OPTIONS

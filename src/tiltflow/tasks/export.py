@@ -12,7 +12,7 @@ import diffusers
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
-from tiltflow.core.sentences import counted
+from tiltflow.core.sentences import counted, either
 from tiltflow.core.sizes import both, said
 from tiltflow.evaluation.files import read_evaluation
 from tiltflow.formats.card import Card, model_card
@@ -255,7 +255,9 @@ def _absent(source: Source) -> list[str]:
 
 
 def _scheduler(source: Source, contract: Contract) -> CPSFlowMatchScheduler:
-    return few_step_scheduler(source.model, contract.eta, contract.steps, contract.resolution)
+    return few_step_scheduler(
+        source.model, contract.eta, contract.trained_steps, contract.resolution
+    )
 
 
 @dataclass(frozen=True)
@@ -291,8 +293,9 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
         family=source.family.name,
         pipeline=str(source.family.pipeline),
         base=base_facts(setting, source.base.root, pipeline_fingerprint(source.base)),
-        steps=cfg.sampler.steps,
-        sigmas=tuple(backbone.few_step_sigmas(cfg.sampler.steps).tolist()),
+        steps=cfg.sampler.most,
+        several=cfg.sampler.grids if len(cfg.sampler.grids) > 1 else (),
+        sigmas=tuple(backbone.few_step_sigmas(cfg.sampler.most).tolist()),
         eta=cfg.sampler.eta,
         guidance=student_guidance(cfg, backbone),
         resolution=backbone.resolution,
@@ -356,7 +359,7 @@ def _recipe(cfg: RunConfig, step: int) -> dict[str, Any]:
         if isinstance(resolution, tuple)
         else resolution or "the model's own",
         **({"sizes": _sizes(cfg)} if cfg.data.buckets is not None else {}),
-        "sampler": f"{cfg.sampler.steps} steps, η = {cfg.sampler.eta}",
+        "sampler": f"{either(cfg.sampler.grids)} steps, η = {cfg.sampler.eta}",
         "weights": f"LoRA, rank {cfg.adapters.rank}, α = {cfg.adapters.alpha}"
         if cfg.adapters.kind == "lora"
         else "full fine-tuning",

@@ -49,13 +49,13 @@ def plan_recipe(cfg: RunConfig) -> Plan:
         steps = cfg.tilt.reward_steps if backprop else 0
         fresh = cfg.tilt.fake_score_start == "fresh"
         graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + max(steps, 1)
-        own = most_passes(cfg.tilt.terms, cfg.sampler.steps)
+        own = most_passes(cfg.tilt.terms, cfg.sampler.most)
         tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs, own)
     chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
     job = Job(
         batch=cfg.train.batch_size,
         micro=cfg.train.micro,
-        steps=cfg.sampler.steps,
+        steps=cfg.sampler.most,
         guidance=backbone.guidance if model.guidance is None else model.guidance,
         consistency=chosen.consistency > 0,
         adapters=settings,
@@ -201,7 +201,7 @@ def _passes(cfg: RunConfig) -> float:
     """The network's passes an iteration that recomputes nothing; a backward pass through the frozen
     base counts as one. The fake score has three forward and three backward, the matching gradient
     three, a rollout of stage 1 on average (K + 1) / 2."""
-    steps = cfg.sampler.steps
+    steps = cfg.sampler.boundaries / len(cfg.sampler.grids)
     if cfg.stage == "cold_start":
         return (steps + 1) / 2 + 6 + 5 / cfg.cold_start.generator_every
     trained = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +83,7 @@ class Cell:
     @property
     def budget(self) -> int:
         """Its network evaluations, at most."""
-        return self.study.stages[self.config.stage].budget
+        return self.study.rows[self.row].budget or self.study.stages[self.config.stage].budget
 
     @cached_property
     def asked(self) -> dict[str, Any]:
@@ -92,7 +93,8 @@ class Cell:
         plain = self.config.model_copy(update={"run": run, "model": model})
         scored = self.study.model_dump(
             mode="json", include={"prompts", "split", "columns", "first", "count", "noise",
-                                  "rewards", "diversity", "batch"},
+                                  "rewards", "diversity", "batch",
+                                  *(["steps"] if self.study.steps else [])},
         )  # fmt: skip
         found = parse_yaml(dump_config(plain), "settings")
         found |= {"budget": self.budget, "scored": scored}
@@ -209,11 +211,6 @@ def make_cell(cell: Cell, callbacks: Callbacks, say: Callable[[str], None]) -> b
         return False
     if cell.result() is not None:
         return True
-    request = _request(cell)
-    chunks = Chunks(cell.folder / "parts", asked(request))
-    found = evaluate(request, callbacks, take=chunks.take, alone=True)
-    ((name, scores),) = found.scores.items()
-    system = found.summary["systems"][name]
     result = {
         "asked": cell.asked,
         "row": cell.row,
@@ -221,13 +218,28 @@ def make_cell(cell: Cell, callbacks: Callbacks, say: Callable[[str], None]) -> b
         "stage": cfg.stage,
         "steps": steps,
         "cost": asdict(cost),
+    }
+    every = cell.study.steps
+    parts = {k: cell.folder / (f"parts-{k}" if every else "parts") for k in every or (None,)}
+    found = {k: _scored(_request(cell, k), callbacks, place) for k, place in parts.items()}
+    result |= {"at": {str(k): one for k, one in found.items()}} if every else found[None]
+    write_whole(cell.folder / RESULT, json.dumps(result, allow_nan=False) + "\n")
+    for place in parts.values():
+        shutil.rmtree(place, ignore_errors=True)
+    return True
+
+
+def _scored(request: Request, callbacks: Callbacks, place: Path) -> dict[str, Any]:
+    """A student's scores on every prompt; its batches that are done lie in `place`."""
+    take = Chunks(place, asked(request)).take
+    found = evaluate(request, callbacks, take=take, alone=True)
+    ((name, scores),) = found.scores.items()
+    system = found.summary["systems"][name]
+    return {
         "nfe": system["nfe"],
         "vendi": system.get("vendi"),
         "scores": {reward: values.tolist() for reward, values in scores.items()},
     }
-    write_whole(cell.folder / RESULT, json.dumps(result, allow_nan=False) + "\n")
-    chunks.clear()
-    return True
 
 
 def _trained(run: Run, steps: int) -> bool:
@@ -236,8 +248,9 @@ def _trained(run: Run, steps: int) -> bool:
     return run.step == steps and (run.export is not None or not exports)
 
 
-def _request(cell: Cell) -> Request:
-    """Its student, to be scored; of a model without files the runs themselves."""
+def _request(cell: Cell, steps: int | None) -> Request:
+    """Its student, to be scored in `steps` steps, None being its own; of a model without files the
+    runs themselves."""
     cfg, study = cell.config, cell.study
     model, tilted = cfg.model, cfg.stage == "tilt"
     few_step, tilt = cell.run / "export" / "few_step", cell.run / "export" / "tilt"
@@ -249,6 +262,7 @@ def _request(cell: Cell) -> Request:
         prompts=study.scored(),
         few_step=few_step,
         tilt_lora=tilt if tilted else None,
+        steps=steps,
         seed=study.noise,
         batch=study.batch,
         device=cfg.run.device,

@@ -11,13 +11,25 @@ from pydantic import Field
 from tiltflow.config.recipe_source import parse_yaml
 from tiltflow.core.limits import LARGEST_SEED
 from tiltflow.core.paths import nearest, read_text
-from tiltflow.core.settings import Count, Images, Place, Positive, Samples, Section, Text, settled
+from tiltflow.core.settings import (
+    Count,
+    Images,
+    Place,
+    Positive,
+    Samples,
+    Section,
+    Steps,
+    Text,
+    settled,
+)
 from tiltflow.data.columns import Columns, columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Scored = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(@[1-9][0-9]*)?$")]
+"""A row, or where the study has several numbers of sampler steps ROW@K, it in K of them."""
 Changes = dict[Text, Any]
 """Settings by dotted key."""
 
@@ -25,13 +37,15 @@ Changes = dict[Text, Any]
 class Row(Section):
     """A recipe with settings changed. `like`: an earlier row, whose recipe, start and settings it
     has where it has none of its own. `start`: the row whose run of the same seed a stage-2 row
-    starts from. `seeds`: its own, where they are others than the study's."""
+    starts from. `seeds` and `budget`: its own, where they are others than the study's and the
+    stage's."""
 
     like: Name | None = None
     recipe: Text = ""
     set: Changes = Field(default_factory=dict)
     start: Name | None = None
     seeds: Seeds | None = None
+    budget: Positive | None = None
 
 
 class StageOf(Section):
@@ -47,7 +61,8 @@ class Study(Section):
 
     `set` are settings of all rows, and come before those of the stage and the row. `prompts`
     (those from number `first` on, `count` of them), `noise` and `rewards` are what every cell is
-    scored on. `compare`: pairs of rows (a − b); by default every row with `reference`. `curves`:
+    scored on; `steps`: at each of these numbers of sampler steps, else at that of the student.
+    `compare`: pairs of rows (a − b), or of ROW@K; by default every row with `reference`. `curves`:
     figures of the log for the page.
     """
 
@@ -63,9 +78,10 @@ class Study(Section):
     noise: Seed = 0
     rewards: Annotated[tuple[Text, ...], Field(min_length=1)]
     diversity: bool = False
+    steps: tuple[Steps, ...] = ()
     batch: Samples = 64
     reference: Name
-    compare: tuple[tuple[Name, Name], ...] = ()
+    compare: tuple[tuple[Scored, Scored], ...] = ()
     curves: tuple[Text, ...] = ()
 
     def seeds_of(self, row: str) -> tuple[int, ...]:
@@ -73,9 +89,15 @@ class Study(Section):
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The rows that are compared."""
+        """What is compared: rows, or with `steps` rows in K of them, each with the other's K where
+        a pair does not say which."""
         others = [(name, self.reference) for name in self.rows if name != self.reference]
-        return list(self.compare) or others
+        ends = [f"@{k}" for k in self.steps] or [""]
+        return [
+            pair if "@" in pair[0] + pair[1] else (f"{pair[0]}{end}", f"{pair[1]}{end}")
+            for pair in list(self.compare) or others
+            for end in ends
+        ]
 
     def scored(self) -> list[Prompt]:
         """The prompts that every cell is scored on.
@@ -111,6 +133,9 @@ def load_study(path: Path) -> Study:
     for what, name in _named(study):
         if name not in study.rows:
             raise ValueError(f"{path}: {what} {name!r} is no row{nearest(name, list(study.rows))}")
+    for name in (name for pair in study.compare for name in pair if "@" in name):
+        if int(name.partition("@")[2]) not in study.steps:
+            raise ValueError(f"{path}: compare {name!r} is at none of the study's steps")
     for name, row in study.rows.items():
         if row.start is None:
             continue
@@ -147,5 +172,5 @@ def _whole(rows: dict[str, Row], path: Path) -> dict[str, Row]:
 
 def _named(study: Study) -> Iterator[tuple[str, str]]:
     yield "reference", study.reference
-    yield from (("compare", name) for pair in study.compare for name in pair)
+    yield from (("compare", name.partition("@")[0]) for pair in study.compare for name in pair)
     yield from (("start", row.start) for row in study.rows.values() if row.start is not None)

@@ -35,32 +35,42 @@ def summarise(study: Study, out: Path) -> dict[str, Any]:
     Raises:
         ValueError: if none is done, or a result is of other settings.
     """
-    done = [(cell, found) for cell in cells_of(study, out) if (found := cell.result())]
+    done = [found for cell in cells_of(study, out) if (found := cell.result())]
     if not done:
         raise ValueError(f"{out} has no finished cell of this study")
+    systems: dict[str, list[dict[str, Any]]] = {}
+    for name, found in (each for result in done for each in _at_steps(result)):
+        systems.setdefault(name, []).append(found)
     scores: dict[str, dict[str, dict[int, Any]]] = {}
-    for cell, found in done:
-        for reward, values in found["scores"].items():
-            by_seed = scores.setdefault(cell.row, {}).setdefault(reward, {})
-            by_seed[cell.seed] = np.asarray(values)
+    for name, results in systems.items():
+        for found in results:
+            for reward, values in found["scores"].items():
+                by_seed = scores.setdefault(name, {}).setdefault(reward, {})
+                by_seed[found["seed"]] = np.asarray(values)
     of = partial(texts_of, [prompt.text for prompt in study.scored()])
     pairs = [pair for pair in study.pairs if all(name in scores for name in pair)]
     return {
         "prompts": study.count,
         "cells": {"done": len(done), "of": len(cells_of(study, out))},
-        "systems": {row: _system(row, done, scores[row], of) for row in scores},
+        "systems": {name: _system(found, scores[name], of) for name, found in systems.items()},
         "comparisons": compared(scores, pairs, of),
-        "budgets": budgets([found for _, found in done]),
+        "budgets": budgets(done),
     }
 
 
+def _at_steps(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A cell's result under its row's name; of one that was scored at several numbers of steps,
+    that at each K under ROW@K."""
+    if "at" not in result:
+        return [(result["row"], result)]
+    return [(f"{result['row']}@{k}", result | found) for k, found in result["at"].items()]
+
+
 def _system(
-    row: str,
-    done: Sequence[tuple[Cell, dict[str, Any]]],
+    found: Sequence[Mapping[str, Any]],
     scores: Mapping[str, Mapping[int, Any]],
     of: Callable[[int], Sequence[str]],
 ) -> dict[str, Any]:
-    found = [result for cell, result in done if cell.row == row]
     system: dict[str, Any] = {
         "nfe": found[0]["nfe"],
         "stage": found[0]["stage"],
@@ -80,19 +90,29 @@ def _system(
 
 
 def budgets(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By stage, the least and the greatest network evaluations of a cell, by what share of the
-    greatest they differ, and whether that is within `AGREE`."""
+    """By stage and budget, the least and the greatest network evaluations of a cell, by what share
+    of the greatest they differ, and whether that is within `AGREE`."""
     found: dict[str, dict[str, Any]] = {}
-    for stage in dict.fromkeys(result["stage"] for result in results):
-        counts = [Cost(**r["cost"]).evaluations for r in results if r["stage"] == stage]
+    counted: dict[str, list[int]] = {}
+    for result in results:
+        of = _budget_of(result, results)
+        counted.setdefault(of, []).append(Cost(**result["cost"]).evaluations)
+    for of, counts in counted.items():
         spread = 1 - min(counts) / max(counts)
-        found[stage] = {
+        found[of] = {
             "least": min(counts),
             "most": max(counts),
             "spread": spread,
             "agree": spread <= AGREE,
         }
     return found
+
+
+def _budget_of(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+    """A result's stage, and its budget where rows of the stage have several."""
+    stage = str(result["stage"])
+    given = {r.get("asked", {}).get("budget") for r in results if r["stage"] == stage}
+    return stage if len(given) == 1 else f"{stage} at {result['asked']['budget']:,}"
 
 
 def budget_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -160,12 +180,13 @@ def write_study(study: Study, out: Path, summary: Mapping[str, Any]) -> list[Pat
     """`study.json`, `study.md` and `study.html` in `out`."""
     write_whole(out / "study.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_whole(out / "study.md", markdown(summary))
-    curves = {row: _curves(study, out, row) for row in summary["systems"]}
+    systems = {name.partition("@")[0]: system for name, system in summary["systems"].items()}
+    curves = {row: _curves(study, out, row) for row in systems}
     stages: dict[str, list[str]] = {}
-    for row, system in summary["systems"].items():
+    for row, system in systems.items():
         if curves[row]:
             stages.setdefault(system["stage"], []).append(row)
-    first = {row: Cell(study, out, row, s["seeds"][0]) for row, s in summary["systems"].items()}
+    first = {row: Cell(study, out, row, system["seeds"][0]) for row, system in systems.items()}
     page = write_report(
         out / "study.html",
         title=f"tiltflow study: {out.name}",

@@ -229,7 +229,7 @@ def _hooks(
     prompts = build.fixed.prompts
     fixed = FixedPrompts(
         build.fixed,
-        build.backbone.few_step_sigmas(cfg.sampler.steps),
+        build.backbone.few_step_sigmas(cfg.sampler.most),
         cfg.sampler.eta,
         min(cfg.train.micro, 64),
         ranks,
