@@ -20,9 +20,13 @@ from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.metrics import read_metrics
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.build import Build, build_stage
+from tiltflow.setup.costing import Counter, costs
 from tiltflow.setup.planner import GIB
 from tiltflow.tasks.planning import plan_recipe
 from tiltflow.tasks.request import Request
+from tiltflow.tasks.study import cells_of, make_cells
+from tiltflow.tasks.study_file import load_study
+from tiltflow.tasks.study_table import summarise, write_study
 from tiltflow.tasks.train import train_run
 from tiltflow.training.buckets import Bucketed
 from tiltflow.training.optim import Updater
@@ -245,3 +249,61 @@ def test_a_plan_is_for_the_most_steps(tiny_pipeline: Tiny) -> None:
         for steps in ("8", "[1, 8]", "2")
     ]
     assert plans[0] == plans[1] and plans[2].phases["rollout"] < plans[0].phases["rollout"] < GIB
+
+
+STUDY = """
+rows:
+  two: {recipe: mixture_cold_start, set: {sampler.steps: 2}}
+  both: {recipe: mixture_cold_start, set: {sampler.steps: [2, 3]}, budget: 800}
+seeds: [0]
+stages: {cold_start: {budget: 400}}
+set: {run.device: cpu, train.batch_size: 8, checkpoint.every: 9, watch.rewards: {}}
+prompts: shapes-heldout
+count: 4
+rewards: [linear]
+steps: [2, 3]
+reference: two
+compare: [[both@3, two@2], [both, two]]
+"""
+
+
+def test_a_study_scores_its_students_at_several_numbers_of_steps(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY)
+    study = load_study(file)
+    cells = cells_of(study, tmp_path)
+    assert make_cells(file, cells)
+    summary = summarise(study, tmp_path)
+    assert list(summary["systems"]) == ["two@2", "two@3", "both@2", "both@3"]
+    assert [system["nfe"] for system in summary["systems"].values()] == [2, 3, 2, 3]
+    assert [(row["a"], row["b"]) for row in summary["comparisons"]] == [
+        ("both@3", "two@2"), ("both@2", "two@2"), ("both@3", "two@3")
+    ]  # fmt: skip
+    assert list(summary["budgets"]) == ["cold_start at 400", "cold_start at 800"]
+    least = [budget["least"] for budget in summary["budgets"].values()]
+    assert 200 < least[0] <= 400 < least[1] <= 800
+    assert not list(tmp_path.rglob("parts*"))
+    write_study(study, tmp_path, summary)
+    assert "| both@3 | 1 |" in (tmp_path / "study.md").read_text()
+    for old, new, said in (
+        ("both@3,", "both@4,", "compare 'both@4' is at none of the study's steps"),
+        ("both@3,", "boat@3,", "compare 'boat' is no row"),
+    ):
+        file.write_text(STUDY.replace(old, new, 1))
+        with pytest.raises(ValueError, match=said):
+            load_study(file)
+
+
+def test_the_passes_of_several_steps_are_counted_before_the_run(cold: Path, tmp_path: Path) -> None:
+    cfg = config("cold_start", cold, tmp_path, SEVERAL, "cold_start.reuse=2", "run.seed=7")
+    build, counter = build_stage(cfg), Counter()
+    velocity = build.backbone.velocity
+
+    def seen(network, x, sigma, cond, guidance=None):  # type: ignore[no-untyped-def]
+        made = velocity(network, x, sigma, cond, guidance)
+        return counter.saw(made, len(x), "forward", "backward")
+
+    build.backbone.velocity = seen  # type: ignore[method-assign]
+    for step, cost in zip(range(12), costs(cfg), strict=False):
+        build.running.iteration(step)
+        assert counter.take() == cost

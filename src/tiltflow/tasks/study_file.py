@@ -93,11 +93,11 @@ class Study(Section):
         a pair does not say which."""
         others = [(name, self.reference) for name in self.rows if name != self.reference]
         ends = [f"@{k}" for k in self.steps] or [""]
-        return [
-            pair if "@" in pair[0] + pair[1] else (f"{pair[0]}{end}", f"{pair[1]}{end}")
-            for pair in list(self.compare) or others
-            for end in ends
-        ]
+        found = []
+        for a, b in self.compare or others:
+            at = [""] if "@" in a + b else ends
+            found += [(f"{a}{end}", f"{b}{end}") for end in at]
+        return found
 
     def scored(self) -> list[Prompt]:
         """The prompts that every cell is scored on.
