@@ -172,17 +172,17 @@ def test_two_ranks_are_one(cold: Path, run: Runner, tmp_path: Path, stage: str) 
         (
             "cold_start",
             ["sampler.steps=[1, 4]", "cold_start.reuse=2"],
-            "cold_start.reuse 2 is more than the 1 boundaries of sampler.steps 1",
+            "cold_start.reuse 2 is more than the 1 boundaries of the smallest sampler.steps 1",
         ),
         (
             "tilt",
             ["sampler.steps=[1, 4]"],
-            "tilt.subset 1 is more than the 0 stochastic steps of sampler.steps 1",
+            "tilt.subset 1 is more than the 0 stochastic steps of the smallest sampler.steps 1",
         ),
         (
             "tilt",
             ["sampler.steps=[2, 4]", "tilt.reward_steps=3"],
-            "tilt.reward_steps 3 is more than sampler.steps 2",
+            "tilt.reward_steps 3 is more than the smallest sampler.steps 2",
         ),
     ],
 )
@@ -267,6 +267,7 @@ compare: [[both@3, two@2], [both, two]]
 """
 
 
+@pytest.mark.long
 def test_a_study_scores_its_students_at_several_numbers_of_steps(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(STUDY)
@@ -294,6 +295,7 @@ def test_a_study_scores_its_students_at_several_numbers_of_steps(tmp_path: Path)
             load_study(file)
 
 
+@pytest.mark.long
 def test_the_passes_of_several_steps_are_counted_before_the_run(cold: Path, tmp_path: Path) -> None:
     cfg = config("cold_start", cold, tmp_path, SEVERAL, "cold_start.reuse=2", "run.seed=7")
     build, counter = build_stage(cfg), Counter()

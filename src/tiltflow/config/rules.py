@@ -10,7 +10,13 @@ from tiltflow.rewards.remote.address import ELSEWHERE
 from tiltflow.rewards.remote.asking import refuse_ranks, settings_elsewhere
 
 if TYPE_CHECKING:
-    from tiltflow.config.schema import AdaptersConfig, ModelConfig, RunConfig, RunSection
+    from tiltflow.config.schema import (
+        AdaptersConfig,
+        ModelConfig,
+        RunConfig,
+        RunSection,
+        SamplerConfig,
+    )
 
 
 def check_together(config: RunConfig) -> None:
@@ -53,7 +59,7 @@ def _check_cold_start(config: RunConfig) -> None:
     if config.cold_start.reuse > config.sampler.least:
         raise ValueError(
             f"cold_start.reuse {config.cold_start.reuse} is more than the "
-            f"{config.sampler.least} boundaries of sampler.steps {config.sampler.least}"
+            f"{config.sampler.least} boundaries of {_least(config.sampler)}"
         )
     if config.cold_start.boundary_order == "phased" and config.cold_start.reuse > 1:
         raise ValueError(
@@ -161,9 +167,7 @@ def _check_tilt(config: RunConfig) -> None:
             "or be a multiple of it"
         )
     if tilt.reward_steps > sampler.least:
-        raise ValueError(
-            f"tilt.reward_steps {tilt.reward_steps} is more than sampler.steps {sampler.least}"
-        )
+        raise ValueError(f"tilt.reward_steps {tilt.reward_steps} is more than {_least(sampler)}")
     left = sampler.least - tilt.reward_steps
     if tilt.policy_weight > 0 and tilt.subset > left:
         taken = (
@@ -171,7 +175,7 @@ def _check_tilt(config: RunConfig) -> None:
         )
         raise ValueError(
             f"tilt.subset {tilt.subset} is more than the {left} stochastic "
-            f"step{'' if left == 1 else 's'} of sampler.steps {sampler.least}{taken}"
+            f"step{'' if left == 1 else 's'} of {_least(sampler)}{taken}"
         )
     if sampler.eta == 0 and tilt.policy_weight > 0:
         raise ValueError(
@@ -187,6 +191,11 @@ def _check_tilt(config: RunConfig) -> None:
         raise ValueError(
             "tilt.policy_weight, tilt.matching_weight and tilt.reward_weight are all 0"
         )
+
+
+def _least(sampler: SamplerConfig) -> str:
+    """The number of steps that all must fit, in words."""
+    return f"{'the smallest ' * (len(sampler.grids) > 1)}sampler.steps {sampler.least}"
 
 
 def _check_choices(config: RunConfig) -> None:
