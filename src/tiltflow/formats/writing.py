@@ -107,11 +107,11 @@ def baked(
 def few_step_scheduler(
     model: Pipeline,
     eta: float,
-    steps: Sequence[int] = (),
+    steps: int | Sequence[int] | None = None,
     resolution: Resolution | None = None,
 ) -> CPSFlowMatchScheduler:
     """The students' scheduler, made from the own scheduler of the pipeline in `model`, for pictures
-    of `resolution` (None: square ones), trained for any of `steps`.
+    of `resolution` (None: square ones), trained for `steps`, or any of them.
 
     Raises:
         ValueError: if the pipeline's scheduler is one that CPS cannot follow.
@@ -121,7 +121,7 @@ def few_step_scheduler(
     size = list(resolution) if isinstance(resolution, tuple) else None
     patch = model.index.get("patch_size", family.token_patch)
     try:
-        trained = list(steps) if len(steps) > 1 else next(iter(steps), None)
+        trained = list(steps) if isinstance(steps, Sequence) else steps
         return CPSFlowMatchScheduler.from_config(
             config, eta=eta, patch=patch, steps=trained, size=size
         )
@@ -137,7 +137,7 @@ def check_exportable(model: Pipeline, grids: Sequence[int], eta: float, out: Pat
             not fall from 1 to 0, or `out` is a folder that an export cannot replace.
     """
     check_export_folder(out)
-    scheduler = few_step_scheduler(model, eta, grids)
+    scheduler = few_step_scheduler(model, eta)
     for steps in grids:
         _check_levels(scheduler, steps, model)
 

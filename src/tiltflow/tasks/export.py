@@ -256,7 +256,7 @@ def _absent(source: Source) -> list[str]:
 
 def _scheduler(source: Source, contract: Contract) -> CPSFlowMatchScheduler:
     return few_step_scheduler(
-        source.model, contract.eta, contract.trained_steps, contract.resolution
+        source.model, contract.eta, contract.several or contract.steps, contract.resolution
     )
 
 
