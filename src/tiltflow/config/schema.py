@@ -178,10 +178,11 @@ def several_steps(value: object) -> object:
     Raises:
         ValueError: if it is in another order.
     """
-    whole = isinstance(value, list | tuple) and all(type(k) is int for k in value)
-    if whole and list(value) != sorted(set(value)):  # type: ignore[call-overload]
+    if not isinstance(value, list | tuple) or not all(type(k) is int for k in value):
+        return as_tuple(value)
+    if list(value) != sorted(set(value)):
         raise ValueError("be in ascending order, each number once")
-    return value[0] if whole and len(value) == 1 else as_tuple(value)  # type: ignore[index]
+    return value[0] if len(value) == 1 else tuple(value)
 
 
 SeveralSteps = Annotated[tuple[Steps, ...], Field(min_length=1, max_length=100)]
