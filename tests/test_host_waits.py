@@ -42,6 +42,7 @@ def test_the_make_believe_device_notices_every_wait(monkeypatch: pytest.MonkeyPa
             assert device.syncs
 
 
+TOKENS = ["model.max_sequence_length=64"]
 CLIP = "rewards={'clipscore': 1.0}"
 CASES = [
     ("sd35m", "cold_start", ["cold_start.reuse=2"]),
@@ -49,6 +50,7 @@ CASES = [
     pytest.param("sd35m", "cold_start", ["adapters.kind=copies"], marks=pytest.mark.slow),
     pytest.param("flux1_dev", "cold_start", [], marks=pytest.mark.slow),
     pytest.param("flux2_klein_4b", "tilt", ["tilt.kl=0.1"], marks=pytest.mark.slow),
+    pytest.param("qwen_image_21", "cold_start", TOKENS, marks=pytest.mark.slow),
 ]
 
 

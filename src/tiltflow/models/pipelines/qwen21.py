@@ -17,6 +17,8 @@ from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Att
 from torch import Tensor
 from torch.nn import functional as F
 
+from tiltflow.core.transfer import to_device
+
 
 class RowProcessor(QwenImage21AttnProcessor):
     """Text attends to the text before it, the image to everything; `rotary_emb` is a row each,
@@ -90,7 +92,7 @@ class RowTransformer(QwenImage21Transformer2DModel):
 
 def _turns(rope: Any, positions: Tensor) -> Tensor:
     """The rotations (B, S, 1, D/2) of positions (B, S, 3), by the network's own tables."""
-    tables = rope.freqs = [table.to(positions.device) for table in rope.freqs]
+    tables = rope.freqs = [to_device(table, positions.device) for table in rope.freqs]
     axes = zip(tables, positions.unbind(-1), strict=True)
     return torch.cat([table[at] for table, at in axes], dim=-1).unsqueeze(2)
 
