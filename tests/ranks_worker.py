@@ -25,7 +25,7 @@ from tiltflow.core import distributed
 from tiltflow.core.distributed import ranks_of_job
 from tiltflow.core.randomness import Randomness
 from tiltflow.data.prompts import Prompt
-from tiltflow.evaluation.scores import Diversity, System, evaluate_systems
+from tiltflow.evaluation.scores import AtSize, Diversity, System, evaluate_systems
 from tiltflow.models.families.mixture import MixtureBackbone
 from tiltflow.rewards.base import FunctionReward
 from tiltflow.tasks.train import run_training
@@ -121,8 +121,17 @@ def evaluate(out: Path, console: Console) -> None:
         found = evaluate_systems(
             [System("a", 4, sample, redraw)], prompts, [reward], 2, diversity=extra, ranks=ranks
         )
+        sizes = [  # fewer prompts than ranks at one of them, and one prompt at both
+            AtSize("4", [0, 1, 2, 4, 5, 6], [System("a", 4, sample, redraw)]),
+            AtSize("8", [3, 5], [System("a", 4, lambda rows: sample(rows) / 2, redraw)]),
+        ]
+        sized = evaluate_systems(
+            sizes[0].systems, prompts, [reward], 2, diversity=extra, ranks=ranks, sizes=sizes
+        )
         if ranks.main:
             arrays = {f"{s}/{r}": v for s, t in found.scores.items() for r, v in t.items()}
+            arrays |= {f"sized {r}": v for r, v in sized.scores["a"].items()}
+            arrays |= {f"at {n}": at.scores["a"]["mean"] for n, at in sized.sizes.items()}
             np.savez(out, **arrays)
             out.with_suffix(".json").write_text(json.dumps(found.summary))
 
