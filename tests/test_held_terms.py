@@ -94,7 +94,7 @@ class Own(Term):
     name = "the own term"
 
     def __init__(self, parts: Parts, how: str) -> None:
-        self.how, self.calls = how, 0
+        self.how, self.calls, self.weights = how, 0, parts.roles.fake_score.parameters
 
     @classmethod
     def passes(cls, steps: int, **settings: object) -> int:
@@ -112,6 +112,9 @@ class Own(Term):
 
         def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
             losses = at.mean.square().flatten(1).mean(1)
+            if self.how == "writes weights":
+                with torch.no_grad():
+                    written(*self.weights.values())
             made = LOSSES.get(self.how, lambda at, losses, call: ones(losses))
             self.calls += 1
             return made(at, losses, self.calls - 1)  # type: ignore[return-value]
@@ -123,7 +126,7 @@ def chosen(how: str) -> str:
     return f"tilt.terms={{test_held_terms:Own: {{how: {how}}}}}"
 
 
-@pytest.mark.parametrize("how", [*SPANS, *EXPLORES, *BEGINS, *LOSSES])
+@pytest.mark.parametrize("how", [*SPANS, *EXPLORES, *BEGINS, *LOSSES, "writes weights"])
 def test_an_own_term_that_is_amiss_is_named(cold: Path, tmp_path: Path, how: str) -> None:
     with pytest.raises(ValueError, match="^the own term: "):
         tilt(tmp_path, cold, chosen(how), "train.micro_batch_size=4", "tilt.subset=3")

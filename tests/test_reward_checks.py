@@ -54,6 +54,27 @@ def test_ones_own_module_is_found_in_the_current_directory(here: Path) -> None:
     assert sys.path.count(str(here)) == 1
 
 
+def test_ones_own_code_leaves_torchs_settings_as_they_were(here: Path) -> None:
+    """Set as a module is imported, and as its class is made."""
+    settings = (
+        "torch.set_default_dtype(torch.float64)", "torch.set_grad_enabled(False)",
+        "torch.set_float32_matmul_precision('high')",
+    )  # fmt: skip
+    lines = ["import torch", *settings, "class Mine:", "    differentiable, name = False, 'mine'"]
+    lines += ["    def __init__(self, device):", *(f"        {line}" for line in settings)]
+    lines += ["    def __call__(self, images, prompts, metadata): return images.mean((1, 2, 3))"]
+    (here / "mine_global.py").write_text("\n".join(lines))
+
+    def now() -> tuple[object, ...]:
+        precision = torch.get_float32_matmul_precision()
+        return torch.get_default_dtype(), torch.is_grad_enabled(), precision
+
+    before = now()
+    reward = load_reward("mine_global:Mine")
+    assert now() == before == (torch.float32, True, "highest")
+    assert checked(reward, IMAGES, PROMPTS, NOTHING).shape == (3,)
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

@@ -9,10 +9,13 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tiltflow.core.allocation import out_of_memory
 from tiltflow.core.paths import nearest
@@ -135,7 +138,8 @@ def imported(kind: str, name: str, module: str, load: Callable[[], Any]) -> Any:
     """
     start = f"{kind} {name!r}: cannot import {module!r}"
     try:
-        return load()
+        with torch_as_it_was():
+            return load()
     except ImportError as error:
         raise ValueError(f"{start}: {error}") from error
     except SyntaxError as error:
@@ -154,10 +158,34 @@ def made(kind: str, name: str, target: type, **arguments: Any) -> Any:
         ValueError: naming it, whatever the constructor raises or ends with.
     """
     try:
-        return target(**arguments)
+        with torch_as_it_was():
+            return target(**arguments)
     except (TypeError, ValueError) as error:  # such as arguments that it does not take
         raise ValueError(f"{kind} {name!r}: {first_sentence(error)}") from error
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
         raise ValueError(f"{kind} {name!r} cannot be made: {failure(error)}") from error
+
+
+@contextmanager
+def torch_as_it_was() -> Iterator[None]:
+    """Puts back what holds for the whole process, and some libraries set as they are imported: the
+    default type, whether gradients are kept, the precision of fp32 products (TF32). A reward would
+    have the training itself computed in another way, without a word."""
+    dtype, grad, precision = torch.get_default_dtype(), torch.is_grad_enabled(), _precision()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        if precision is not None and _precision() not in (None, precision):
+            torch.set_float32_matmul_precision(precision)
+
+
+def _precision() -> str | None:
+    """None where it was set by a backend's `fp32_precision`: torch refuses to say it then."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None

@@ -261,6 +261,7 @@ def export(
         strengths: stage 2's, in [0, 1.5], to bake in; none leaves the tilt a file of its own, and
             merges it at 1.
         dtype: of the merged transformer's one file, "bf16" or "fp8"; None as trained.
+        callbacks: `notice` gets what one may not expect, such as an adapter that is all zeros.
 
     Raises:
         ValueError: if `run` is no run directory, its model has no pipeline, or it has not what is

@@ -84,12 +84,13 @@ def guarded(
     `trained` by the sum of all terms.
 
     Raises:
-        ValueError: naming it, if it raises anything, has written into what was `given`, or has
-            given what is `trained` a gradient. Running out of memory, being stopped, a lost rank
-            and numbers that are not finite pass as they are.
+        ValueError: naming it, if it raises anything, has written into what was `given` or is
+            `trained`, or has given what is `trained` a gradient. Running out of memory, being
+            stopped, a lost rank and numbers that are not finite pass as they are.
     """
-    before = [(tensor, tensor._version) for tensor in given]
-    gradients = [(weight, weight.grad, _version(weight.grad)) for weight in trained]
+    weights = list(trained)
+    before = [(tensor, tensor._version) for tensor in (*given, *weights)]
+    gradients = [(weight, weight.grad, _version(weight.grad)) for weight in weights]
     try:
         yield
     except (Stopped, PeerLost, NonFiniteError, NonFiniteScore):
