@@ -88,6 +88,7 @@ def vote(page: Any) -> None:
         page.wait_for_function(
             "old => document.querySelector('.sides img')?.src !== old", arg=sources[0]
         )
+    page.wait_for_function("() => !document.getElementById('said').innerText")
 
 
 VIEWS: dict[str, Callable[[Any], None]] = {

@@ -46,6 +46,7 @@ def test_the_second_round_asks_about_the_first_tilt(
     assert [about["choices"] for about in facts] == [80, 140]
     runs = [Run(place / "first" / "tilt"), Run(place / "tilt")]
     assert [run.step for run in runs] == [2, 3]
+    assert [(run.path / "watch.jsonl").is_file() for run in runs] == [False, True]
     weights = [run.config.rewards[str(run.path.parent / "taste")].weight for run in runs]
     assert weights == [0.6, 0.2]
     # from one noise: close, and not the same, while the first round's pairs are of two noises

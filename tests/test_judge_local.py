@@ -26,6 +26,7 @@ from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.metrics import read_metrics
 from tiltflow.rewards import checked, load_reward
 from tiltflow.rewards.base import at_once_of
+from tiltflow.rewards.fitting import check_reward_imports
 from tiltflow.rewards.ranking import Groups, ranked
 from tiltflow.rewards.remote.loading import load_ranker
 from tiltflow.rewards.sizes import reward_memory
@@ -152,6 +153,9 @@ def test_what_is_no_such_model_is_one_sentence(
     refused(tiny, "rubric 'none' cannot be read", rubric="none")
     monkeypatch.setitem(sys.modules, "llguidance", None)
     refused(tiny, re.escape("pip install 'tiltflow[judge]'"))
+    with pytest.raises(ValueError, match="pip install"):  # before a run loads anything
+        check_reward_imports([NAME], with_path=[NAME])
+    check_reward_imports([NAME])  # behind an endpoint
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")

@@ -3,11 +3,13 @@ packages they need, and the prompts they are to score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from tiltflow.rewards.base import BUILTIN, ELSEWHERE, Metadata, target_of
 from tiltflow.rewards.fitted import is_fitted
+from tiltflow.rewards.remote.address import JUDGE
+from tiltflow.rewards.remote.asking import require_guide
 
 SHOWN = 3
 """Prompts that an error names besides the first."""
@@ -26,8 +28,9 @@ class PromptLike(Protocol):
     def metadata(self) -> Mapping[str, object]: ...
 
 
-def check_reward_imports(names: Iterable[str]) -> None:
+def check_reward_imports(names: Iterable[str], with_path: Collection[str] = ()) -> None:
     """Passes rewards whose code and packages are there; no weight is loaded, no server asked.
+    Judges run here if they are among those `with_path`.
 
     Raises:
         ValueError: naming the first reward of which there is none, or that cannot be imported.
@@ -37,6 +40,8 @@ def check_reward_imports(names: Iterable[str]) -> None:
             from tiltflow.rewards.zoo.ocr import require_packages
 
             require_packages()
+        elif name.startswith(JUDGE) and name in with_path:
+            require_guide(name)
         elif name not in BUILTIN and not name.startswith(ELSEWHERE) and not is_fitted(name):
             target_of(name)
 

@@ -90,6 +90,12 @@ def _check_own(cfg: RunConfig) -> None:
         check_terms(cfg.tilt.terms)
 
 
+def _check_reward_imports(cfg: RunConfig) -> None:
+    """That the code and packages of all rewards are there."""
+    given = {**cfg.watch.rewards, **cfg.rewards}
+    check_reward_imports(given, [name for name, one in given.items() if one.path is not None])
+
+
 def _check_prompts_fit(on: Subject) -> None:
     """That every reward can read the prompts that it will score."""
     check_prompts_fit(on.cfg.rewards, on.prompts.train)
@@ -119,7 +125,7 @@ CHECKS: tuple[Check, ...] = (
     Check("weights", lambda on: check_model(on.cfg, on.pipelines), needs=("model",)),
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
-    Check("rewards", lambda on: check_reward_imports([*on.cfg.rewards, *on.cfg.watch.rewards])),
+    Check("rewards", lambda on: _check_reward_imports(on.cfg)),
     Check("prompts", lambda on: on.prompts),
     Check(
         "sizes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,6 +107,21 @@ def refuse_ranks(name: str, options: Mapping[str, Any]) -> None:
             f"{options['form']}), so no image has a score of its own: it can be trained on under "
             "rewards in stage tilt, and not be evaluated, watched or held out"
         )
+
+
+def require_guide(name: str) -> None:
+    """Passes a judge that runs here, if what holds its answers to their form is installed.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    try:
+        importlib.import_module("llguidance")
+    except ImportError as error:
+        raise ValueError(
+            f"reward {name!r} runs a model that is held to its answers' form, which needs the "
+            "package llguidance: pip install 'tiltflow[judge]'"
+        ) from error
 
 
 def endpoint_of(name: str, endpoint: str) -> Address:

@@ -26,7 +26,7 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.core.sentences import first_sentence, printable
 from tiltflow.models.pipelines.fingerprint import content_digest
 from tiltflow.rewards.questions import Form, Kept, Question
-from tiltflow.rewards.remote.asking import JudgeSettings, read_rubric
+from tiltflow.rewards.remote.asking import JudgeSettings, read_rubric, require_guide
 from tiltflow.rewards.weights import absent, dtype_of, frozen, load_pretrained
 
 Value = TypeVar("Value")
@@ -54,7 +54,10 @@ class LocalModel:
         self, name: str, settings: JudgeSettings, path: str, device: str | torch.device
     ) -> None:
         self.settings, self.device = settings, torch.device(device)
-        self._guide = _llguidance(name)
+        require_guide(name)
+        import llguidance.hf
+
+        self._guide: Any = llguidance
         self.rubric = read_rubric(name, settings.rubric)
         self._kept = Kept(settings.cache)
         try:
@@ -152,18 +155,6 @@ class Held(LogitsProcessor):
         known = min(len(bias), len(allowed))
         allowed[:known] = torch.from_numpy(bias[:known] > 0)
         return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
-
-
-def _llguidance(name: str) -> Any:
-    try:
-        import llguidance
-        import llguidance.hf
-    except ImportError as error:
-        raise ValueError(
-            f"reward {name!r} runs a model that is held to its answers' form, which needs the "
-            "package llguidance: pip install 'tiltflow[judge]'"
-        ) from error
-    return llguidance
 
 
 def _processor(path: str) -> Any:
