@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -83,6 +84,20 @@ def test_what_is_no_vote_is_refused_in_a_sentence(desk, body):
         response, said = client.ask("/api/vote", body=body)
     assert response.status == 422 and json.loads(said)["error"]
     assert not desk.ballot.file.exists()
+
+
+def test_a_vote_that_cannot_be_written_is_said_and_its_pair_stays(desk, monkeypatch):
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with served(desk) as client:
+        pair = client.json("/api/pair", match_of(desk))["pair"]
+        with monkeypatch.context() as patched:
+            patched.setattr("tiltflow.desk.votes.append_vote", full)
+            response, said = client.ask("/api/vote", body={"pair": pair, "choice": "left"})
+        assert response.status == 500 and b"No space left on device" in said
+        assert client.json("/api/vote", {"pair": pair, "choice": "left"})["tally"]["ties"] == 0
+    assert len(read_votes(desk.ballot.file)) == 1
 
 
 def test_two_browsers_at_once_lose_no_vote(desk):
