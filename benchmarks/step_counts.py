@@ -42,6 +42,7 @@ ROWS = {
     "all": "trained for all four",
     "all_sum": "all four, on four times the evaluations",
 }
+TRAINED = {"one_step": "1", "two_steps": "2", "four_steps": "4", "eight_steps": "8"}
 
 
 def teacher(study: Study, steps: int) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def curve(axes: Any, systems: list[Mapping[str, Any]], panel: str, **style: Any)
 
 def draw(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Path) -> None:
     """A panel a score: lines are the teacher and the students of all numbers; a student of one
-    number is a filled mark there, and a thin line at the others."""
+    number is a disc there, and a thin line at the others."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 4))
     colours = dict(zip(ROWS, plt.get_cmap("tab10").colors, strict=False))
     for axes, (panel, title) in zip(panels, PANELS.items(), strict=True):
@@ -96,6 +97,9 @@ def draw(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Path) -> N
             style = {"fmt": "o-" if whole else "x:", "linewidth": 1.8 if whole else 0.8}
             if systems:
                 curve(axes, systems, panel, color=colours[row], label=label, **style)
+            own = summary["systems"].get(f"{row}@{TRAINED.get(row)}")
+            if own is not None:
+                axes.plot(own["nfe"], score(own, panel)[0], "o", color=colours[row], markersize=7)
         axes.set_xscale("log", base=2)
         axes.set_xticks([1, 2, 4, 8, 16, 50, 100], ["1", "2", "4", "8", "16", "50", "100"])
         axes.set_xlabel("network evaluations a sample", fontsize=9)
