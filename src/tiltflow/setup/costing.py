@@ -100,6 +100,7 @@ def costs(cfg: RunConfig) -> Iterator[Cost]:
     share = Share(cfg.train.batch_size, cfg.train.batch_size)
     encoded = encode_prompts(backbone, [Prompt("")])
     _, stage = make_stages(cfg, backbone, encoded, roles, share, rewards)
+    stage.iteration(0)  # it looks at a reward's first images once more, which is no step's cost
     counter.take()
     for step in count():
         stage.iteration(step)
