@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tiltflow.method.policy import group_advantages, standing_out
-from tiltflow.method.rollout import Rollout, log_prob, step
+from tiltflow.method.rollout import NO_GRAPHS, Rollout, log_prob, step
 from tiltflow.models.backbone import Conditioning
 from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.combine import RewardMixture, Weighted
@@ -146,7 +146,7 @@ def test_the_generators_gradient_is_the_published_sum_or_the_mean(
     scored = Scored({}, torch.zeros(4), PULL)
     epoch = Epoch(0, trajectory, ["p"] * 4, scored, ADVANTAGES)  # type: ignore[list-item]
     spans = {term: term.spans(0) for term in stage.terms}
-    stage._generator_update(epoch, spans, counts, {}, Figures(stage.share, ()))
+    stage._generator_update(epoch, spans, counts, NO_GRAPHS, Figures(stage.share, ()))
     expected = by_hand(trajectory, role, each, policy, whole)
     for found, right in zip(stage.updater.found, expected, strict=True):  # type: ignore[attr-defined]
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-15)
