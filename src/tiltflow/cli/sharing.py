@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from tiltflow.cli.options import option, place, with_debug
+
+if TYPE_CHECKING:
+    from tiltflow.formats.wanted import Wanted
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory", parser=place)]
 Formats = Annotated[
@@ -48,21 +51,9 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
     ) -> None:
         """A run's student for diffusers, ComfyUI, PEFT, kohya's scripts, or merged, with a card."""
         from tiltflow.formats.wanted import Wanted
-        from tiltflow.tasks import interface
-        from tiltflow.tasks.progress import Terminal
 
-        asked = Wanted.of([*(formats or ["diffusers"]), *["merged"] * merged], tilt, dtype)
-        with Terminal(console) as callbacks:
-            paths = interface.export(
-                run,
-                out,
-                formats=asked.formats,
-                strengths=asked.strengths,
-                dtype=asked.dtype,
-                callbacks=callbacks,
-            )
-        for path in paths:
-            console.print(f"wrote {path}")
+        asked = [*(formats or ["diffusers"]), *["merged"] * merged]
+        _export(run, out, Wanted.of(asked, tilt, dtype), console)
 
     @app.command(epilog="Example: tiltflow push runs/tilt OWNER/NAME --private")
     @with_debug
@@ -93,3 +84,20 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
             console.print("the card's base_model is a directory's name: put its hub id there")
         if pushed.url is not None:
             console.print(pushed.url)
+
+
+def _export(run: Path, out: Path, asked: Wanted, console: Console) -> None:
+    from tiltflow.tasks import interface
+    from tiltflow.tasks.progress import Terminal
+
+    with Terminal(console) as callbacks:
+        paths = interface.export(
+            run,
+            out,
+            formats=asked.formats,
+            strengths=asked.strengths,
+            dtype=asked.dtype,
+            callbacks=callbacks,
+        )
+    for path in paths:
+        console.print(f"wrote {path}")

@@ -110,12 +110,9 @@ def evaluate_systems(
     categories = by_category([p.metadata for p in prompts], scores, texts)
     summary: dict[str, Any] = {"prompts": len(prompts), "systems": {}}
     for system in systems:
-        table = {r: _interval(values, texts) for r, values in scores[system.name].items()}
         beside = _beside(found, system.name, diversity, texts)
-        figures = {"nfe": system.nfe, "scores": table} | beside
-        if categories:
-            figures["category_means"] = category_means(categories, system.name)
-        summary["systems"][system.name] = figures
+        own = _system(system, scores[system.name], beside, categories, texts)
+        summary["systems"][system.name] = own
     summary["comparisons"] = compare(scores, comparisons, texts)
     if categories:
         summary["categories"] = categories
@@ -126,6 +123,21 @@ def evaluate_systems(
     images = {name: pictures for name, pictures in first.items() if pictures is not None}
     some = {DIVERSITY: job.groups} if any(DIVERSITY in table for table in scores.values()) else {}
     return Evaluation(summary, scores, images, some, sized)
+
+
+def _system(
+    system: System,
+    scores: Mapping[str, Array],
+    beside: Mapping[str, Any],
+    categories: Mapping[str, Any],
+    texts: Sequence[str],
+) -> dict[str, Any]:
+    """A system's part of the summary."""
+    table = {reward: _interval(values, texts) for reward, values in scores.items()}
+    figures = {"nfe": system.nfe, "scores": table, **beside}
+    if categories:
+        figures["category_means"] = category_means(categories, system.name)
+    return figures
 
 
 def _scores(parts: Sequence[Measured], count: int) -> dict[str, Array]:
