@@ -17,14 +17,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from support.cells import Cells
+from support.students import paired, student_scores
 from watch_planted import brightness
 
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import latest_step
-from tiltflow.data.prompts import load_prompts
-from tiltflow.evaluation.statistics import paired_comparison
-from tiltflow.tasks.evaluate import evaluate
-from tiltflow.tasks.request import Request
 from tiltflow.tasks.train import run_training
 
 PLANTED = f"{brightness.__module__}:{brightness.__name__}"
@@ -43,20 +40,7 @@ def trained(out: Path, few_step: Path, seed: int) -> Path:
 
 
 def scored(run: Path, steps: int, tilt: float, count: int) -> dict[str, list[float]]:
-    request = Request(
-        model="packaged:pipeline",
-        prompts=load_prompts("shapes-heldout")[:count],
-        few_step=run / "export" / "few_step",
-        tilt_lora=run / "export" / "tilt",
-        tilt=tilt,
-        steps=steps,
-        batch=128,
-        device="cpu",
-        autocast="auto",
-        rewards=dict.fromkeys(REWARDS),
-    )
-    ((_, found),) = evaluate(request, alone=True).scores.items()
-    return {name: [float(f"{x:.5g}") for x in found[name].tolist()] for name in REWARDS}
+    return student_scores(run, REWARDS, count, steps=steps, tilt=tilt)
 
 
 def main() -> None:
@@ -82,7 +66,7 @@ def main() -> None:
             )
             for name in REWARDS:
                 means = [sum(at[name]) / args.count for at in (before, after)]
-                found = paired_comparison(after[name], before[name])
+                found = paired(after[name], before[name], args.count)
                 low, high = found.ci95
                 print(
                     f"| {seed} | {steps} | {name.rpartition(':')[2]} | {means[0]:.3f} "

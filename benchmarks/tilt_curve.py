@@ -17,13 +17,9 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 from support.cells import Cells, save_figure
+from support.students import paired, student_scores
 
-from tiltflow.data.prompts import load_prompts
 from tiltflow.evaluation.scores import DIVERSITY
-from tiltflow.evaluation.statistics import paired_comparison
-from tiltflow.tasks.evaluate import evaluate
-from tiltflow.tasks.request import Request
-from tiltflow.tasks.run import Run
 
 matplotlib.use("agg")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -32,22 +28,7 @@ COLUMNS = (*REWARDS, DIVERSITY)
 
 
 def scored(run: Path, strength: float, count: int) -> dict[str, list[float]]:
-    """Every column's scores of the prompts, or of those that diversity is measured on."""
-    cfg = Run(run).config
-    request = Request(
-        model=cfg.model.path,
-        prompts=load_prompts("shapes-heldout")[:count],
-        few_step=run / "export" / "few_step",
-        tilt_lora=run / "export" / "tilt",
-        tilt=strength,
-        batch=128,
-        device="cpu",
-        autocast=cfg.model.autocast,
-        rewards=dict.fromkeys(REWARDS),
-        diversity=True,
-    )
-    ((_, found),) = evaluate(request, alone=True).scores.items()
-    return {name: [float(f"{x:.5g}") for x in found[name].tolist()] for name in COLUMNS}
+    return student_scores(run, REWARDS, count, tilt=strength, diversity=True)
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -63,7 +44,7 @@ def rows(cells: Cells, name: str) -> list[tuple[float, dict[str, tuple[float, fl
     found = []
     for strength in STRENGTHS:
         at = cells.found[f"{name}, {strength:g}"]
-        pairs = {c: paired_comparison(at[c], start[c]) for c in COLUMNS}
+        pairs = {c: paired(at[c], start[c], cells.settings["count"]) for c in COLUMNS}
         found.append((strength, {c: (p.difference, *p.ci95) for c, p in pairs.items()}))
     return found
 
