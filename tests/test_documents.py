@@ -57,6 +57,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             continue
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        if not target.exists() or (anchor and anchor not in anchors(target)):
+        # the repository and the site make one anchor of a heading where it is plain words alone
+        plain = re.fullmatch(r"([a-z0-9]+(-[a-z0-9]+)*)?", anchor)
+        if not target.exists() or not plain or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []

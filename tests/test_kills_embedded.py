@@ -27,4 +27,5 @@ def test_stage_two_with_a_clip_reward_killed_at_random_moments_ends_bit_equal(
         stdout=subprocess.DEVNULL,
     )
     found = json.loads((tmp_path / "kills.json").read_text())
-    assert found["kills"] == found["bit_equal"] == 4 and found["during_save"] == 2
+    assert found["kills"] == found["bit_equal"] == 4
+    assert found["during_save"] >= 2  # two are aimed at one; another may come in one by chance
