@@ -1,7 +1,8 @@
-"""What each recipe of a published model needs in memory, planned on shapes; for README.md.
+"""What each recipe of a published model needs in memory, planned on shapes: the cards in README.md,
+every recipe in docs/backbones.md.
 
-    python scripts/recipe_memory.py            plans every recipe (minutes), writes both files
-    python scripts/recipe_memory.py --table    writes the table from the figures that are there
+    python scripts/recipe_memory.py            plans every recipe (minutes), writes all three files
+    python scripts/recipe_memory.py --table    writes the tables from the figures that are there
 
 No weight is loaded: the planner runs a micro-batch on torch's meta device.
 """
@@ -19,7 +20,7 @@ from tiltflow.tasks.planning import is_auto, plan_recipe, reward_models, with_ch
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "docs" / "data" / "recipe_memory.json"
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "backbones.md"
 RECIPES = ROOT / "src" / "tiltflow" / "recipes"
 MODELS = {
     "sd3m": "SD3-M",
@@ -38,6 +39,8 @@ MODELS = {
 }
 STAGES = {"cold_start": "1", "tilt": "2"}
 MEASURED = {"sd35m_cold_start": "13.3 samples/s on an H200, random weights"}
+CARDS, ASIDE = (24, 40, 80, 141), 1.5
+"""GiB of the cards that people have, and what CUDA and its allocator take beside the plan."""
 BEGIN, END = "<!-- made by scripts/recipe_memory.py -->\n", "<!-- end -->"
 
 
@@ -68,11 +71,32 @@ def table(figures: dict[str, dict[str, object]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def write_table() -> None:
-    text = README.read_text(encoding="utf-8")
-    made = BEGIN + "\n" + table(json.loads(DATA.read_text(encoding="utf-8"))) + "\n" + END
-    new = re.sub(f"{BEGIN}.*?{END}", lambda _: made, text, flags=re.S)
-    README.write_text(new, encoding="utf-8")
+def cards(figures: dict[str, dict[str, object]]) -> str:
+    """Markdown: a row a model, the smallest card that a recipe of each stage fits, and which."""
+    rows = ["| model | stage 1 | stage 2 |", "|---|---|---|"]
+    for key, model in MODELS.items():
+        cells = [_smallest(figures, f"{key}_{stage}") for stage in STAGES]
+        rows.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _smallest(figures: dict[str, dict[str, object]], start: str) -> str:
+    found = []
+    for name in (n for n in figures if n.startswith(start)):
+        gib = figures[name]["gib"]
+        assert isinstance(gib, list)
+        found.append((min(card for card in CARDS if gib[0] + ASIDE <= card), len(name), name))
+    card, _, name = min(found)
+    return f"{card} GB: `{name}`"
+
+
+def write_tables() -> None:
+    figures = json.loads(DATA.read_text(encoding="utf-8"))
+    for page, made in ((README, cards(figures)), (PAGE, table(figures))):
+        text = page.read_text(encoding="utf-8")
+        whole = BEGIN + "\n" + made + "\n" + END
+        new = re.sub(f"{BEGIN}.*?{END}", lambda _, whole=whole: whole, text, flags=re.S)
+        page.write_text(new, encoding="utf-8")
 
 
 def main() -> None:
@@ -83,7 +107,7 @@ def main() -> None:
                 figures[path.stem] = peaks(path.stem)
                 print(path.stem, figures[path.stem], flush=True)
         DATA.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    write_table()
+    write_tables()
 
 
 if __name__ == "__main__":

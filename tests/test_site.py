@@ -56,13 +56,13 @@ def test_a_public_name_without_a_docstring_is_named(tmp_path: Path) -> None:
         build_site.interface(tmp_path)
 
 
-def test_the_first_pages_table_is_that_of_the_planner() -> None:
+def test_the_tables_of_memory_are_those_of_the_planner() -> None:
     """`python scripts/recipe_memory.py --table` writes it."""
     figures = json.loads(recipe_memory.DATA.read_text(encoding="utf-8"))
     recipes = {p.stem for p in recipe_memory.RECIPES.glob("*.yaml")}
     assert set(figures) == {n for n in recipes if n.startswith(tuple(recipe_memory.MODELS))}
-    readme = (build_site.ROOT / "README.md").read_text(encoding="utf-8")
-    assert recipe_memory.table(figures) in readme
+    assert recipe_memory.cards(figures) in recipe_memory.README.read_text(encoding="utf-8")
+    assert recipe_memory.table(figures) in recipe_memory.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.long
