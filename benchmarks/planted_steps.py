@@ -33,7 +33,7 @@ def trained(out: Path, few_step: Path, seed: int) -> Path:
     """The run, gone on with where it was stopped."""
     rewards = f"rewards={{clipscore: 1.0, '{PLANTED}': 1.0}}"
     given = [f"run.out={out}", f"model.few_step={few_step}", f"run.seed={seed}", rewards]
-    cfg = load_config("demo_tilt", [*given, "run.resume=auto", "train.steps=75", "watch.every=0"])
+    cfg = load_config("demo_tilt", [*given, "run.resume=auto", "train.steps=75", "watch.every=75"])
     if latest_step(out) != cfg.train.steps:
         run_training(cfg, Console())
     return out

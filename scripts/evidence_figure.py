@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tiltflow.tasks.study_file import load_study
 from tiltflow.tasks.study_table import markdown, summarise
 
 matplotlib.use("agg")
+matplotlib.rcParams["svg.hashsalt"] = "evidence"  # the same bytes for the same figure
 ROOT = Path(__file__).parents[1]
 PANELS = {
     "shapes": "shapes: the exact checker, never trained on",
@@ -51,26 +52,29 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def gains(summary: Mapping[str, Any], start: str) -> list[str]:
-    """What each row of stage 2 gained over the stage 1 that it started from, trained or not: the
-    paired differences with their intervals over prompts and over seeds, without a correction."""
-    lines = [
-        f"| over `{start}` | seeds | " + " | ".join(PANELS) + " |",
-        "|---|---" + "|---" * 3 + "|",
-    ]
+def differences(summary: Mapping[str, Any], other: str, p: bool = False) -> list[str]:
+    """Each row of stage 2 less `other`, paired: the difference with its interval over prompts and,
+    of several seeds, over seeds; with `p`, Holm's corrected p of `shapes`, over prompts."""
+    head = [f"less `{other}`", "seeds", *PANELS, *(["p of shapes"] if p else [])]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     rows = {(row["a"], row["reward"]): row for row in summary["comparisons"]}
     for name, system in summary["systems"].items():
-        if system["stage"] == "cold_start":
+        if (name, "shapes") not in rows or (system["stage"] == "cold_start" and not p):
             continue
-        cells = []
-        for reward in PANELS:
-            found = rows[name, reward]
-            low, high = found["ci95"]
-            cells.append(f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]")
-            if found["seeds_ci95"]:
-                cells[-1] += " / [{:+.3f}, {:+.3f}]".format(*found["seeds_ci95"])
-        lines.append(f"| `{name}` | {len(found['seeds'])} | " + " | ".join(cells) + " |")
+        found = [rows[name, reward] for reward in PANELS]
+        line = [f"`{name}`", str(len(found[0]["seeds"])), *map(_difference, found)]
+        line += [f"{found[0]['p_holm']:.2g}"] if p else []
+        lines.append("| " + " | ".join(line) + " |")
     return lines
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    text = f"{found['difference']:+.3f} {_interval(found['ci95'])}"
+    return f"{text} / {_interval(found['seeds_ci95'])}" if found["seeds_ci95"] else text
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
 
 
 def main() -> None:
@@ -83,14 +87,11 @@ def main() -> None:
     write_whole(given.results / "study.json", json.dumps(summary, indent=2) + "\n")
     draw(summary, given.figure)
     print(markdown(summary))
+    print("\n".join(differences(summary, "rtdmd_2", p=True)) + "\n")
     study = load_study(given.study)
-    start = "ac_dmd"
-    pairs = tuple((name, start) for name in study.rows if name != start)
-    print(
-        "\n".join(
-            gains(summarise(study.model_copy(update={"compare": pairs}), given.results), start)
-        )
-    )
+    pairs = tuple((name, "ac_dmd") for name in study.rows if name != "ac_dmd")
+    over_start = summarise(study.model_copy(update={"compare": pairs}), given.results)
+    print("\n".join(differences(over_start, "ac_dmd")))
 
 
 if __name__ == "__main__":
