@@ -115,6 +115,10 @@ def test_parquet_reads_a_row_a_prompt(tmp_path: Path) -> None:
         Prompt("a", {"caption": "a", "id": 1}),
         Prompt("b", {"caption": "b", "id": 2}),
     ]
+    picture, tags = {"bytes": b"x", "path": "p"}, {"tag": "counting", "include": [{"count": 2}]}
+    rows = {"prompt": ["a"], "about": [tags], "image": [picture], "images": [[picture]]}
+    pq.write_table(pa.table(rows), path)
+    assert load_prompts(path) == [Prompt("a", {"prompt": "a", "about": tags})]
     pq.write_table(pa.table({"prompt": ["a", None]}), path)
     with pytest.raises(ValueError, match="row 2 has none of the keys"):
         load_prompts(path)

@@ -75,6 +75,20 @@ def test_splits_in_one_folder_are_refused_and_taken_when_asked_for(tmp_path: Pat
         texts(folder, "tarin")
 
 
+def test_nothing_in_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
+    """Tables of several kinds, endings in capitals, and parts of a whole that are not all there."""
+    (tmp_path / "A.CSV").write_text("prompt\na\n")
+    (tmp_path / "b.csv").write_text("prompt\nb\n")
+    assert texts(tmp_path) == ["a", "b"]
+    (tmp_path / "c.tsv").write_text("prompt\nc\n")
+    with pytest.raises(ValueError, match=r"holds \.csv and \.tsv files, which are never read toge"):
+        texts(tmp_path)
+    folder = parquet(tmp_path / "part", "train-00000-of-00003", "train-00002-of-00003", "test")
+    for split in (None, "train", "test"):
+        with pytest.raises(ValueError, match=r"has 2 of the 3 parts of 'train': fetch the others"):
+            texts(folder, split)
+
+
 def test_one_split_is_one_set(tmp_path: Path) -> None:
     folder = parquet(tmp_path, "train-00000-of-00002", "train-00001-of-00002", "a", "b")
     assert texts(folder) == ["a", "b", "train-00000-of-00002", "train-00001-of-00002"]

@@ -23,7 +23,7 @@ DATASETS = "datasets:"
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, and what is in it."""
 
-SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-\d{5}")
+SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-(\d{5})")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -147,20 +147,27 @@ def _offline(datasets: Any) -> Iterator[None]:
 
 
 def _parts(folder: Path, split: str | None) -> list[Path]:
-    """The tables of a directory: its parquet files, else its CSV or TSV files, or those that
-    `datasets` saved to disk."""
+    """The tables of a directory: its parquet, CSV or TSV files, or those that `datasets` saved to
+    disk."""
     if (folder / "dataset_dict.json").is_file():
         saved = {p.parent.name: [p.parent] for p in sorted(folder.glob("*/state.json"))}
         return _saved(_chosen(folder, saved, split)[0], None)
     if (folder / "state.json").is_file():
         return _saved(folder, split)
-    kinds = [sorted(folder.glob(f"*{suffix}")) for suffix in (".parquet", *SEPARATED)]
-    found = next((files for files in kinds if files), None)
-    if found is None:
+    tables = (".parquet", *SEPARATED)
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in tables)
+    if not found:
         raise ValueError(
             f"prompts: {folder} is a directory without parquet, CSV or TSV files or a saved "
             "dataset in it"
         )
+    kinds = sorted({file.suffix.lower() for file in found})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"prompts: {folder} holds {' and '.join(kinds)} files, which are never read together: "
+            "give one of them, or a folder of one kind"
+        )
+    _check_whole(folder, found)
     named: dict[str, list[Path]] = {}
     for file in found:
         named.setdefault(split_name(file.name), []).append(file)
@@ -168,6 +175,18 @@ def _parts(folder: Path, split: str | None) -> list[Path]:
     if split is None and len(named) < 2:
         return found
     return _chosen(folder, named, split)
+
+
+def _check_whole(folder: Path, files: Sequence[Path]) -> None:
+    """Raises ValueError where files are numbered parts of a whole and some of them are missing."""
+    parts = [found for file in files if (found := SHARD.fullmatch(file.stem))]
+    for name, count in dict.fromkeys((part[1], part[2]) for part in parts):
+        there = sum(part[1] == name and part[2] == count for part in parts)
+        if there != int(count):
+            raise ValueError(
+                f"prompts: {folder} has {there} of the {int(count)} parts of {printable(name)!r}: "
+                "fetch the others, or rename what is to be read alone"
+            )
 
 
 def split_name(file: str) -> str:
@@ -212,11 +231,17 @@ def _saved(folder: Path, split: str | None) -> list[Path]:
 
 
 def _columns(source: str, schema: Any, keys: Sequence[str], arrow: Any) -> list[str]:
-    """The columns that are read. Those of pictures are left where they are: sets such as Pick-a-Pic
-    carry gigabytes of them."""
+    """The columns that are read. Those with bytes in them are left where they are: sets such as
+    Pick-a-Pic carry gigabytes of pictures."""
     _check_columns(source, schema.names, keys)
-    pictures = (arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_struct)
-    return [f.name for f in schema if not any(is_a(f.type) for is_a in pictures)]
+    return [f.name for f in schema if not _has_bytes(f.type, arrow.types)]
+
+
+def _has_bytes(kind: Any, types: Any) -> bool:
+    """Whether values of an Arrow type are bytes, or hold some: a picture is {bytes, path}."""
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    binary = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    return any(is_a(kind) for is_a in binary) or any(_has_bytes(each, types) for each in inner)
 
 
 def _read_arrow(path: Path, keys: Sequence[str]) -> Iterator[Row]:
