@@ -162,6 +162,8 @@ NUMBERS = [
     sd3("a billion training levels", edit(SCHEDULER, num_train_timesteps=10**9)),
     sd3("a last level of 1", edit(SCHEDULER, shift_terminal=1.0)),
     sd3("a yes for true", edit(SCHEDULER, use_dynamic_shifting="yes")),
+    sd3("a scheduler that is null", edit(INDEX, scheduler=None)),
+    sd3("a way of spacing that is null", edit(SCHEDULER, use_beta_sigmas=None)),
     sd3("a kind of shift that there is not", edit(SCHEDULER, time_shift_type="cubic")),
     sd3("a side file with a word", text("model/tiltflow.json", '{"guidance": "high"}')),
     sd3("a side file with a billion tokens",
@@ -252,6 +254,8 @@ FITS = [
     sd3("a last level and one step", edit(SCHEDULER, shift_terminal=0.1),
         line=TRAIN + "sampler.steps=1"),
     sd3("levels that rise", edit(SCHEDULER, invert_sigmas=True), line=TRAIN),
+    sd3("a line of shifts without an end",
+        edit(SCHEDULER, use_dynamic_shifting=True, max_shift=None), line=TRAIN),
     sd3("an unknown weight, by train", added("vae", "extra", torch.ones(2)), line=TRAIN),
     sd3("sampling with a text encoder\'s LoRA",
         lora(*BOTH, "text_encoder.layers.0.lora_A.weight"), line=SAMPLE + " --few-step lora"),
@@ -283,6 +287,10 @@ NEWER = [
     of("qwen_image_21", "Qwen-Image-2.1 that is distilled",
         edit(INDEX, sample_sigmas=[1.0, 0.5])),
     of("qwen_image_21", "Qwen-Image-2.1 that makes no opacity", edit(VAE, out_channels=3)),
+    of("z_image", "Z-Image with pictures beyond the positions",
+        edit(CONFIG, axes_lens=[64, 8, 8]), line=SAMPLE + " --size 64x256"),
+    of("z_image", "Z-Image with prompts beyond the positions",
+        edit(CONFIG, axes_lens=[64, 8, 8]), line=SAMPLE + " --size 64x64"),
     of("chroma", "Chroma with a million layers for modulation",
         edit(CONFIG, approximator_layers=10**6)),
     of("flux2_dev", "FLUX.2-dev without a template",
@@ -296,5 +304,5 @@ CASES = {
     "The newer families": NEWER,
 }
 
-NAMES = ("krea2", "qwen_image", "qwen_image_21", "chroma", "flux2_dev")
+NAMES = ("krea2", "qwen_image", "qwen_image_21", "chroma", "flux2_dev", "z_image")
 """The pipelines of `NEWER`."""

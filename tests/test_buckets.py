@@ -131,6 +131,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(config: Config, tmp_path: Path, 
     rows = read_metrics(whole / "metrics.jsonl")
     names = {name.split("/")[0] for row in rows for name in row if "x" in name.split("/")[0]}
     assert names <= {"32x48", "48x32"} and names
+    contract = json.loads((whole / "export" / "contract.json").read_text())
+    assert (contract["resolution"], contract["sizes"]) == (32, [[32, 48], [48, 32], 32])
     page = write_run_report([whole], None).read_text()
     drawn = [name for name in names if sum(f"{name}/generator/matching" in row for row in rows) > 1]
     assert drawn and all(f"{name}/generator/matching" in page for name in drawn)
@@ -216,6 +218,8 @@ def test_a_column_of_the_prompt_file_gives_each_prompt_its_size(
         drawn = stage.sampler.indices(0, 8)
         assert {i % 3 for i in drawn} == {which} and len(set(drawn)) == 2
     running.iteration(0)
+    assert build.facts.as_json()["sizes"] == tuple(SIZES)
+    assert "sizes" not in built(config("cold_start", tmp_path)).facts.as_json()
 
 
 def test_sizes_are_drawn_by_their_weights(config: Config, tmp_path: Path) -> None:

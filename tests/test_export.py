@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from tiltflow.models.roles import AdapterSettings, adapter_roles, copy_roles
 from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.tasks.evaluate import prepare
 from tiltflow.tasks.export import export_checkpoint, export_run
+from tiltflow.tasks.request import Request, check_request
 
 Tiny = Callable[[str], Path]
 SRC = Path(__file__).parents[1] / "src"
@@ -73,7 +75,11 @@ except ImportError:
 def call(name: str) -> dict[str, Any]:
     size = {"height": RESOLUTION, "width": RESOLUTION}
     # what its pipeline's call takes for a pass without guidance, at the size that is asked for
-    own = {"z_image": {"guidance_scale": 0.0}, "sana": {"use_resolution_binning": False}}
+    own = {
+        "z_image": {"guidance_scale": 0.0},
+        "krea2": {"guidance_scale": 0.0},
+        "sana": {"use_resolution_binning": False},
+    }
     return {
         "num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": TOKENS, **size,
         **own.get(name, {}),
@@ -86,7 +92,10 @@ def test_a_fresh_process_without_training_code_gives_the_same_images(
 ) -> None:
     """Difference 0 in fp32 for the LoRA folders; the merged sums round differently."""
     jobs, ours = [], []
-    for name in ("sd35m", "flux1_dev", "flux2_klein_4b", "z_image", "sana", "chroma", "qwen_image"):
+    for name in (
+        "sd35m", "flux1_dev", "flux2_klein_4b", "z_image", "sana", "chroma", "qwen_image", "krea2",
+        "flux2_dev",
+    ):  # fmt: skip
         made = student(tiny_pipeline, name, tmp_path / name, formats=MERGED, strengths=(0.6,))
         # several prompts in one call are padded to each other by Qwen-Image's, which rounds
         prompts = PROMPTS[:1] if name == "qwen_image" else PROMPTS
@@ -220,6 +229,32 @@ def test_an_adapter_that_no_step_has_reached_is_said(tiny_pipeline: Tiny, tmp_pa
     )
 
 
+def test_the_card_has_no_figures_of_an_earlier_student(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    """A run that was evaluated, and then went on: the figures are not of what is exported."""
+    made, said = student(tiny_pipeline, "sd3m", tmp_path), Notices()
+    adapters = dict(request(made).settled.adapters)
+    assert set(adapters) == {"few_step", "tilt"}
+    score = {"nfe": 4, "scores": {"clipscore": {"mean": 0.3, "ci95": [0.2, 0.4]}}}
+    evaluation = {
+        "prompts": 9, "systems": {"rtdmd": score}, "adapters": adapters, "asked": {"tilt": 0.7},
+    }  # fmt: skip
+
+    def card(checkpoint: Checkpoint) -> str:
+        out = tmp_path / "out"
+        export_checkpoint(made.config, checkpoint, out, None, evaluation, callbacks=said)
+        return (out / "README.md").read_text()
+
+    text = card(made.checkpoint)
+    assert "| rtdmd | 4 | 0.3000 [0.2000, 0.4000] |" in text and said.lines == []
+    assert "Means over 9 prompts, with 95% intervals. `rtdmd` has the tilt at 0.7." in text
+    tensors, state = made.checkpoint.tensors, made.checkpoint.state
+    later = {**tensors, "ema": {k: 2 * w for k, w in tensors["ema"].items()}}
+    assert "Not evaluated" in card(Checkpoint(6, later, state))
+    assert said.lines[0].startswith("evaluation.json is of other weights than this checkpoint's")
+    evaluation["adapters"] = {"few_step": adapters["few_step"]}  # stage 1's alone: it is the same
+    assert "Not evaluated" not in card(Checkpoint(6, later, state)) and len(said.lines) == 1
+
+
 class Notices(Callbacks):
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -293,3 +328,24 @@ def test_copies_of_the_transformer_in_memory(tiny_pipeline: Tiny, name: str) -> 
     copies = copy_roles(load(), seed=0)
     every = [copies.teacher, copies.generator, copies.fake_score, copies.ema]
     assert unique(*(r.network for r in every if r)) == 4 * one
+
+
+@pytest.mark.long
+def test_a_lora_in_another_programs_names_is_whole_or_refused(
+    tiny_pipeline: Tiny, tmp_path: Path
+) -> None:
+    """Of Z-Image's in ComfyUI's names diffusers (0.42.1) reads the feed-forward part alone, and of
+    Qwen-Image's all."""
+    parts = r"layers\.\d+\.(attention\.(to_q|to_k|to_v)|feed_forward\.w1)"
+    settings = AdapterSettings(2, 4.0, parts)
+
+    def asked(name: str, **options: Any) -> Request:
+        made = student(tiny_pipeline, name, tmp_path / name, formats=("comfyui",), **options)
+        alone = tmp_path / name / "alone"
+        alone.mkdir()
+        shutil.copy(made.export / "comfyui" / "few_step.safetensors", alone)
+        return request(made, few_step=alone, tilt_lora=None)
+
+    with pytest.raises(ValueError, match="modules in another program's names, of which diffusers"):
+        check_request(asked("z_image", settings=(settings, settings)))
+    check_request(asked("qwen_image"))

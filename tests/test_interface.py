@@ -235,6 +235,10 @@ def test_the_mixtures_student_is_sampled_and_scored_as_its_run_left_it(tmp_path:
         (lambda out: tiltflow.sample("packaged:pipeline", ["x"], dtype="fp8"), "fp32, bf16"),
         (lambda out: tiltflow.sample("packaged:pipeline", []), "there is no prompt in"),
         (lambda out: tiltflow.sample("packaged:pipeline", ["x"], tilt=2.0), "--tilt is 2;"),
+        (
+            lambda out: tiltflow.sample("packaged:pipeline", ["x"], tilt=0.5),
+            "no --tilt-lora to have",
+        ),
         (lambda out: tiltflow.evaluate("packaged:pipeline", ["x"]), "at least one --reward"),
         (lambda out: tiltflow.evaluate("packaged:pipeline", suite="shaeps"), "shapes"),
         (lambda out: tiltflow.compare(out / "a.json"), "a.json"),

@@ -25,8 +25,10 @@ from tiltflow.evaluation import chunks
 from tiltflow.formats.writing import load_lora
 from tiltflow.tasks import evaluate as command
 from tiltflow.tasks import request as asking
+from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.tasks.demo import run_demo
 from tiltflow.tasks.evaluate import check_target, evaluate_to, sample_images
+from tiltflow.tasks.request import say_unused
 
 Tiny = Callable[[str], Path]
 LORA = "pytorch_lora_weights.safetensors"
@@ -296,3 +298,28 @@ def test_images_of_an_earlier_call_are_said_to_be(made: Student, tmp_path: Path)
     assert {path.name for path in out.iterdir()} == {
         "00000.png", "00001.png", "00002.png", "00011.png", *mine
     }  # fmt: skip
+
+
+def test_an_option_of_what_is_not_sampled_is_said(made: Student) -> None:
+    """The students' steps where the teacher is sampled, and the teacher's guidance where not."""
+    teacher: dict[str, Any] = {"few_step": None, "tilt_lora": None}
+    for how, student_is, line in (
+        (teacher | {"steps": 8, "eta": 1.0}, False, "warning: --steps and --eta are of students"),
+        (teacher | {"student_guidance": 2.0}, False, "--student-guidance is of students, and the"),
+        ({"guidance": 5.0}, True, "warning: --guidance is the teacher's, and a student is"),
+        ({"steps": 8}, True, ""),
+        (teacher | {"guidance": 5.0}, False, ""),
+    ):
+        said = Lines()
+        say_unused(request(made, **how), student_is, said)
+        assert len(said.lines) == bool(line) and line in "".join(said.lines)
+    with pytest.raises(ValueError, match=r"--tilt is 0\.5, but there is no --tilt-lora to have it"):
+        request(made, tilt=0.5, tilt_lora=None).settled  # noqa: B018
+
+
+class Lines(Callbacks):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.lines.append(text)

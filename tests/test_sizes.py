@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 from tiltflow.cli.main import app
 from tiltflow.config.load import dump_config, load_config
 from tiltflow.core.sizes import both, parse_size, plain, said
+from tiltflow.data.buckets import Bucket
 from tiltflow.formats.contract import Contract, read_contract
+from tiltflow.formats.wanted import Wanted
 from tiltflow.scheduler import latent_shape
 from tiltflow.tasks.export import export_checkpoint
 from tiltflow.tasks.train import run_training
@@ -98,6 +100,44 @@ def test_an_exported_student_in_its_pipeline_gives_the_images_of_sample(
     assert replace(asked, resolution=(96, 32)).settled.notes[0] == (
         "warning: --size is 96x32, but the student was trained for 64x96"
     )
+
+
+def test_a_student_of_several_sizes_names_all_of_them(
+    made: Callable[..., Student], tmp_path: Path
+) -> None:
+    """Its call is at one that it was trained for, and the levels of the others stand beside."""
+    trained = made("flux1_dev")
+    state = {**trained.checkpoint.state, "sizes": [[96, 32], 64, [32, 96]]}
+    checkpoint, out = replace(trained.checkpoint, state=state), tmp_path / "export"
+    export_checkpoint(trained.config, checkpoint, out, Wanted(("diffusers", "comfyui")))
+    contract = read_contract(out / "tilt")
+    assert contract is not None and contract.resolution == (96, 32)
+    assert contract.sizes == ((96, 32), 64, (32, 96)) and list(contract.sized_sigmas) == ["64"]
+    at = {size: load(trained.base, resolution=size).few_step_sigmas(4) for size in ((96, 32), 64)}
+    assert contract.sigmas == tuple(at[96, 32].tolist())
+    assert contract.sized_sigmas["64"] == tuple(at[64].tolist()) != contract.sigmas
+    card = (out / "README.md").read_text()
+    assert "guidance 1, 96x32, 64 or 32x96 pixels" in card and "height=96, width=32" in card
+    levels = ", ".join(f"{level:.6g}" for level in contract.sized_sigmas["64"])
+    assert f"levels of 96x32 pixels; those of others are 64 {levels}." in card
+    asked = request(trained, resolution=None, few_step=out / "few_step", tilt_lora=out / "tilt")
+    said_so = "but the student was trained for 96x32, 64 or 32x96"
+    for how, note in (
+        ({}, ()),
+        ({"resolution": 64}, ()),
+        ({"resolution": (64, 96)}, (f"warning: --size is 64x96, {said_so}",)),
+        ({"buckets": (Bucket(64), Bucket((32, 96)))}, ()),
+        ({"buckets": (Bucket(64), Bucket(32))}, (f"warning: --resolution is 32, {said_so}",)),
+        (
+            {"buckets": (Bucket(48), Bucket((64, 96)))},
+            (f"warning: --size is 48 or 64x96, {said_so}",),
+        ),
+    ):
+        settled = replace(asked, **how).settled
+        assert settled.notes == note and settled.resolution == how.get("resolution", (96, 32))
+    assert "sizes" not in trained.checkpoint.state  # as in runs over one size, whose own it is
+    one = read_contract(trained.export / "tilt")
+    assert one is not None and (one.sizes, one.sized_sigmas) == ((), {})
 
 
 def test_a_run_its_export_and_the_command_line(tiny_pipeline: Tiny, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def counted(count: int, one: str, several: str | None = None) -> str:
     return f"{count} {one if count == 1 else several or f'{one}s'}"
 
 
-def either(numbers: Sequence[int]) -> str:
+def either(numbers: Sequence[int | str]) -> str:
     """1, 2 or 4."""
     *others, last = map(str, numbers)
     return f"{', '.join(others)} or {last}" if others else last

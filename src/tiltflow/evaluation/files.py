@@ -72,6 +72,7 @@ class _Asked(_Part):
 class _Evaluation(_Part):
     prompts: int
     asked: _Asked | None = None
+    adapters: dict[str, str] = {}
     systems: Annotated[dict[str, _System], Field(min_length=1)]
     comparisons: list[_Comparison] = []
     categories: dict[str, _Category] = {}
@@ -196,6 +197,13 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         if not NAME.fullmatch(name):
             raise ValueError(f"{path} has a system called {name!r}, which is no plain name")
     return {"comparisons": [], **summary}
+
+
+def is_of(summary: Mapping[str, Any], adapters: Mapping[str, str | None]) -> bool:
+    """Whether an evaluation is of the student with these fingerprints of adapters by name, as far
+    as it says: earlier versions did not."""
+    scored: Mapping[str, str] = summary.get("adapters", {})
+    return all(adapters.get(name) in (None, mark) for name, mark in scored.items())
 
 
 def evaluation_path(path: Path) -> Path:

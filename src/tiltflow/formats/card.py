@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiltflow.core.sentences import either
-from tiltflow.core.sizes import said
+from tiltflow.core.sizes import both, said
 from tiltflow.formats.contract import BaseModelFacts, Contract
+from tiltflow.models.family import Family
 from tiltflow.models.switch import TILT, stack_tilt
 
 STAGES = {
@@ -25,7 +26,8 @@ class Card:
 
     `call` are the arguments of the pipeline's call; `folders` the LoRA folders for diffusers and
     `merged` those of merged pipelines, if there are any; `absent` the parts that the base was saved
-    without and has to be loaded without; `others` the sections of other programs.
+    without and has to be loaded without; `others` the sections of other programs; `caution` is the
+    family's.
     """
 
     contract: Contract
@@ -35,6 +37,22 @@ class Card:
     absent: Sequence[str] = ()
     evaluation: Mapping[str, Any] | None = None
     others: Sequence[str] = ()
+    caution: str = ""
+
+
+def call_of(contract: Contract, family: Family) -> dict[str, Any]:
+    """The arguments with which the pipeline's call is the student."""
+    length = {"max_sequence_length": contract.max_sequence_length} if family.takes_length else {}
+    height, width = both(contract.resolution)
+    return {
+        "num_inference_steps": contract.steps,
+        family.guidance_argument: contract.guidance - family.guidance_offset,
+        "height": height,
+        "width": width,
+        **length,
+        **family.call,
+        **(family.guided_call if contract.guidance != 1 else {}),
+    }
 
 
 def model_card(card: Card) -> str:
@@ -48,8 +66,8 @@ def model_card(card: Card) -> str:
         f"Trained with tiltflow by {STAGES[contract.stage]}. Here are {holds} and "
         "`contract.json`, which says for what the student was trained: "
         f"{steps}, η = {contract.eta:g}, guidance {contract.guidance:g}, "
-        f"{said(contract.resolution)} pixels, {contract.max_sequence_length} text tokens.\n\n"
-        + _base(contract),
+        f"{either([said(size) for size in contract.trained_sizes])} pixels, "
+        f"{contract.max_sequence_length} text tokens.\n\n" + _base(contract),
         *([_usage(card)] if card.folders or card.merged else []),
         *card.others,
         _recipe(contract.recipe),
@@ -123,6 +141,7 @@ def _usage(card: Card) -> str:
             else "The base is in bf16, as in training. In fp32 the LoRA folders give what "
             "`tiltflow sample --seed 0 --dtype fp32` gives.",
             "Without `seed`, the `generator` of the call decides the image by itself.",
+            *([card.caution] if card.caution else []),
         ]
     )
 
@@ -174,7 +193,9 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
 
 def _scores(evaluation: Mapping[str, Any] | None) -> str:
     if evaluation is None:
-        return "## Scores\n\nNot evaluated: there was no evaluation.json in the run directory."
+        return (
+            "## Scores\n\nNot evaluated: the run directory has no evaluation.json of this student."
+        )
     systems = evaluation["systems"]
     rewards = list(dict.fromkeys(r for s in systems.values() for r in s["scores"]))
     head = [f"| system | NFE | {' | '.join(rewards)} |", "|---" * (len(rewards) + 2) + "|"]
@@ -183,6 +204,9 @@ def _scores(evaluation: Mapping[str, Any] | None) -> str:
         cells = [_cell(system["scores"].get(reward)) for reward in rewards]
         rows.append(f"| {name} | {system['nfe']} | {' | '.join(cells)} |")
     first = f"Means over {evaluation['prompts']} prompts, with 95% intervals."
+    strength = (evaluation.get("asked") or {}).get("tilt")
+    if strength not in (None, 1) and "rtdmd" in systems:
+        first += f" `rtdmd` has the tilt at {strength:g}."
     return "\n".join(["## Scores", "", first, "", *head, *rows])
 
 

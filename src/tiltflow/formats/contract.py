@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from tiltflow.core.paths import PACKAGED
 from tiltflow.core.settings import Steps, plain
+from tiltflow.core.sizes import Resolution
 from tiltflow.models.lora_files import lora_file
 from tiltflow.models.pipelines.directory import HUB_ID
 
@@ -70,8 +71,10 @@ class AdapterFacts(_Part):
 class Contract(_Part):
     """`steps` is K, or of a student of several the most of them, and `several` all of these;
     `sigmas` are K's levels σ₀ > … > σ_K = 0; `guidance` is the student's own, 1.0 for one pass
-    without; `resolution` the side of a square in pixels, or height and width; `dtype` that of the
-    base in training; `recipe` the settings worth telling."""
+    without; `resolution` the side of a square in pixels, or height and width, and of a student of
+    several sizes that of its call by default; `sizes` are then all of them, and `sized_sigmas`,
+    by size, the levels at those where they are others; `dtype` is that of the base in training;
+    `recipe` the settings worth telling."""
 
     format: Literal["tiltflow-contract-1"] = "tiltflow-contract-1"
     stage: Literal["cold_start", "tilt"]
@@ -84,6 +87,8 @@ class Contract(_Part):
     eta: Annotated[float, Field(ge=0, le=1)]
     guidance: float
     resolution: Side | tuple[Side, Side]
+    sizes: tuple[Side | tuple[Side, Side], ...] = ()
+    sized_sigmas: dict[str, tuple[float, ...]] = {}
     max_sequence_length: Annotated[int, Field(ge=0, le=100_000)]
     dtype: Literal["fp32", "bf16"]
     adapters: dict[str, AdapterFacts] = {}
@@ -96,6 +101,11 @@ class Contract(_Part):
     def trained_steps(self) -> tuple[int, ...]:
         """The numbers of steps that it was trained for, the smallest first."""
         return self.several or (self.steps,)
+
+    @property
+    def trained_sizes(self) -> tuple[Resolution, ...]:
+        """The sizes that it was trained for, the most frequent first."""
+        return self.sizes or (self.resolution,)
 
     def text(self) -> str:
         """The JSON of contract.json and of the header."""

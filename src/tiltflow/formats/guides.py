@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tiltflow.core.sizes import said
 from tiltflow.formats.contract import Contract
 from tiltflow.formats.keys import has_layout
 from tiltflow.formats.wanted import Wanted
@@ -83,18 +84,31 @@ def _strength(loras: Sequence[str]) -> str:
 
 
 def _levels(contract: Contract) -> str:
-    levels = ", ".join(f"{level:.6g}" for level in contract.sigmas)
     return (
-        f"Sample as the student was trained: the levels {levels}, guidance "
-        f"{contract.guidance:g}, η = {contract.eta:g}."
+        f"Sample as the student was trained: the levels {_listed(contract.sigmas)}, guidance "
+        f"{contract.guidance:g}, η = {contract.eta:g}.{_other_sizes(contract)}"
     )
+
+
+def _listed(levels: Sequence[float]) -> str:
+    return ", ".join(f"{level:.6g}" for level in levels)
+
+
+def _other_sizes(contract: Contract) -> str:
+    """At which of the trained sizes the levels are others, and which."""
+    others = [f"{size} {_listed(levels)}" for size, levels in contract.sized_sigmas.items()]
+    if not others:
+        return ""
+    own = said(contract.resolution)
+    return f" These are the levels of {own} pixels; those of others are {'; '.join(others)}."
 
 
 def _sampler(contract: Contract) -> str:
     """What in ComfyUI is the student's sampler."""
+    other = _other_sizes(contract)
     if contract.eta in (0, 1):
         name = "euler" if contract.eta == 0 else "lcm"
-        return f"Its levels with the sampler `{name}` are the student's own sampler."
+        return f"Its levels with the sampler `{name}` are the student's own sampler.{other}"
     kept = math.cos(contract.eta * math.pi / 2)
     return (
         f"The student was trained with η = {contract.eta:g}, which lies between ComfyUI's `euler` "
@@ -102,5 +116,5 @@ def _sampler(contract: Contract) -> str:
         "`SamplerEulerAncestral` with a setting of its own each; together they are the student's "
         "sampler up to rounding. A single `lcm` node over all levels is simpler and is η = 1: it "
         f"draws all noise anew, where the student keeps {kept:.3f} of the noise that it predicts. "
-        "A student trained with `sampler.eta=1.0` needs none of this."
+        f"A student trained with `sampler.eta=1.0` needs none of this.{other}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import warnings
@@ -117,7 +118,9 @@ def few_step_scheduler(
         ValueError: if the pipeline's scheduler is one that CPS cannot follow.
     """
     family = model.family
-    config = family.few_step_config(model.json("scheduler/scheduler_config.json"))
+    given = family.few_step_config(model.json("scheduler/scheduler_config.json"))
+    known = inspect.signature(CPSFlowMatchScheduler.__init__).parameters
+    config = {key: value for key, value in given.items() if key in known}
     size = list(resolution) if isinstance(resolution, tuple) else None
     patch = model.index.get("patch_size", family.token_patch)
     try:

@@ -36,6 +36,14 @@ GROUP = "tiltflow.families"
 HOW_TO_ADD = "a family can be added from outside as model.family=module:RECORD (docs/backbones.md)"
 
 
+REPEAT = (
+    "Give a prompt as often as it has images, and no `num_images_per_prompt`: with that and "
+    "prompts of different lengths the pipeline gives images another prompt's mask (diffusers "
+    "0.42.1)."
+)
+"""The caution of pipelines that do so."""
+
+
 @dataclass(frozen=True)
 class Published:
     """A pipeline on the hub: its parts' configurations, for looking before downloading, and the
@@ -110,6 +118,8 @@ class Family:
     """Further arguments that the pipeline's call needs to give what was trained."""
     guided_call: Mapping[str, object] = field(default_factory=dict)
     """Those that it needs beside a guidance scale of more than one pass."""
+    caution: str = ""
+    """Sentences for who calls the pipeline: where its images are not those of `tiltflow sample`."""
     student_schedule: Mapping[str, object] = field(default_factory=dict)
     """What of the scheduler's configuration the few-step grid overrides: a grid is the pipeline's
     own scheduler's for K equal raw levels, with these."""

@@ -97,6 +97,13 @@ def adapter_keys(folder: Path) -> set[str] | None:
     return {key.removeprefix(PREFIX) for key in keys}
 
 
+def count_pairs(folder: Path) -> int:
+    """How many modules a LoRA folder's one file has a matrix A for, whatever the format."""
+    return sum(
+        key.endswith((".lora_A.weight", ".lora_down.weight")) for key in header(lora_file(folder))
+    )
+
+
 def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, Tensor]]:
     """A LoRA folder as settings and weights by canonical name; a run's is its exported one.
 

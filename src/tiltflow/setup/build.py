@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,8 @@ from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.pipelines.products import take_onednn
 from tiltflow.models.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
-from tiltflow.setup.assemble import make_stages
+from tiltflow.setup.assemble import buckets_of, make_stages
+from tiltflow.setup.facts import Facts
 from tiltflow.training.cold_start import ColdStart
 from tiltflow.training.loop import Stage
 from tiltflow.training.tilt import Tilt
@@ -48,27 +49,6 @@ class Start:
     few_step: State
     fake_score: State | None
     settings: AdapterSettings | None
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a checkpoint says of its run, so that export and resume need no config."""
-
-    stage: str
-    adapters: AdapterSettings | None
-    few_step_adapters: AdapterSettings | None
-    steps: int | tuple[int, ...]
-    eta: float
-    student_guidance: float | None
-    rewards_at_once: dict[str, int | None] | None
-    """None in stage 1, whose checkpoints do not have it."""
-
-    def as_json(self) -> dict[str, object]:
-        """The facts as a checkpoint's state has them."""
-        values = asdict(self)
-        if self.rewards_at_once is None:
-            del values["rewards_at_once"]
-        return values
 
 
 @dataclass(frozen=True)
@@ -356,6 +336,7 @@ def build_stage(
     lora = cfg.adapters.kind == "lora"
     settings = adapter_settings(cfg, backbone) if lora else None
     stage, running = make_stages(cfg, backbone, encoded, roles, share)
+    sizes = buckets_of(cfg, encoded.prompts)
     facts = Facts(
         stage=cfg.stage,
         adapters=settings,
@@ -364,6 +345,7 @@ def build_stage(
         eta=cfg.sampler.eta,
         student_guidance=cfg.model.student_guidance,
         rewards_at_once=stage.rewards.at_once if isinstance(stage, Tilt) else None,
+        sizes=tuple(b.size for b in sorted(sizes, key=lambda b: -b.weight)) or None,
     )
     return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts, running)
 

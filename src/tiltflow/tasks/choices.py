@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,8 @@ DEFAULTS: Mapping[str, Any] = {"steps": 4, "eta": 0.9}
 @dataclass(frozen=True)
 class Choices:
     """Settled for one command. None in `resolution`, `max_sequence_length` and `guidance` (the
-    student's) is the model's own. `notes` are lines for the user."""
+    student's) is the model's own. `notes` are lines for the user; `adapters` the fingerprints of
+    the student's adapters by name, as far as its contract has them."""
 
     steps: int
     eta: float
@@ -46,6 +47,7 @@ class Choices:
     max_sequence_length: int | None
     dtype: Dtype
     notes: tuple[str, ...] = ()
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 def settle(
@@ -54,12 +56,14 @@ def settle(
     pipelines: Pipelines,
     few_step: Path | None = None,
     tilt_lora: Path | None = None,
+    sizes: Sequence[Resolution] = (),
 ) -> Choices:
     """What to sample with.
 
-    `asked` has the keys of `OPTIONS`, None where the user did not say. The contract is the
-    tilt's (whose student is sampled at last), else the few-step adapter's, else the merged
-    pipeline's; without `dtype` the base is in the contract's, else in that of its files.
+    `asked` has the keys of `OPTIONS`, None where the user did not say; `sizes` are what is sampled
+    in the place of its resolution. The contract is the tilt's (whose student is sampled at last),
+    else the few-step adapter's, else the merged pipeline's; without `dtype` the base is in the
+    contract's, else in that of its files.
 
     Raises:
         ValueError: if a folder holds no LoRA, or a contract that cannot be read; or if there is
@@ -83,17 +87,28 @@ def settle(
             if value not in contract.trained_steps:
                 several = either(contract.trained_steps)
                 notes.append(f"--steps is {value}, but the student was trained for {several}")
-        elif trained is not None and value != trained:
-            option = "--size" if isinstance(value, tuple) else OPTIONS[key]
-            trained_for = said(trained) if key == "resolution" else trained
-            shown = said(value) if key == "resolution" else value
-            notes.append(f"{option} is {shown}, but the student was trained for {trained_for}")
+        elif key != "resolution" and trained is not None and value != trained:
+            notes.append(f"{OPTIONS[key]} is {value}, but the student was trained for {trained}")
+    if contract:
+        notes += _other_sizes(contract, sizes or [asked.get("resolution")])
     if contract and contract is not merged:
         notes += _other_base(contract, base)
     if above and few_step is not None:
         notes += _other_few_step(above, few_step)
     chosen = dtype or (contract.dtype if contract else files_dtype(base))
-    return Choices(**values, dtype=chosen, notes=tuple(f"warning: {note}" for note in notes))
+    hashes = {n: a.hash for n, a in contract.adapters.items() if a.hash} if contract else {}
+    said_so = tuple(f"warning: {note}" for note in notes)
+    return Choices(**values, dtype=chosen, notes=said_so, adapters=hashes)
+
+
+def _other_sizes(contract: Contract, sizes: Sequence[Resolution | None]) -> list[str]:
+    """A line if the student was not trained for one of the sizes that are asked for."""
+    odd = [size for size in sizes if size is not None and size not in contract.trained_sizes]
+    if not odd:
+        return []
+    option = "--size" if len(odd) > 1 or isinstance(odd[0], tuple) else OPTIONS["resolution"]
+    asked, trained = (either([said(s) for s in each]) for each in (odd, contract.trained_sizes))
+    return [f"{option} is {asked}, but the student was trained for {trained}"]
 
 
 def _other_base(contract: Contract, base: Pipeline) -> list[str]:

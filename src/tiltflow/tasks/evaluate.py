@@ -40,7 +40,7 @@ from tiltflow.rewards.files import files_of
 from tiltflow.setup.build import device_of
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.progress import Terminal
-from tiltflow.tasks.request import Request, prepare, say_settled
+from tiltflow.tasks.request import Request, prepare, say_settled, say_unused
 from tiltflow.tasks.sized import at_sizes
 from tiltflow.tasks.systems import TEACHER
 
@@ -108,6 +108,7 @@ def _chosen_system(
     """The furthest-trained system of a request, at each size, and what it makes."""
     say_settled(request, callbacks)
     loaded, sampler = prepare(request, ranks)
+    say_unused(request, bool(loaded.students), callbacks)
     which = slice(-1, None) if loaded.students else slice(1)
     sizes = at_sizes(request.buckets, loaded, sampler, which, teacher=not loaded.students)
     return sizes, loaded.backbone.medium
@@ -258,6 +259,8 @@ def evaluated(
         kept = None if keep_images else KEPT_IMAGES
         result = evaluate(request, callbacks, ranks, chunks.take, made, kept=kept)
         result.summary["asked"] = what
+        if request.settled.adapters:
+            result.summary["adapters"] = dict(request.settled.adapters)
         if ranks.main:
             save(result, request.prompts, path)
             save_prompts(made, request.prompts[:kept])

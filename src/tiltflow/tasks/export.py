@@ -13,9 +13,9 @@ import diffusers
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
 from tiltflow.core.sentences import counted, either
-from tiltflow.core.sizes import both, said
-from tiltflow.evaluation.files import read_evaluation
-from tiltflow.formats.card import Card, model_card
+from tiltflow.core.sizes import plain, said
+from tiltflow.evaluation.files import is_of, read_evaluation
+from tiltflow.formats.card import Card, call_of, model_card
 from tiltflow.formats.contract import (
     CONTRACT_FILE,
     AdapterFacts,
@@ -55,6 +55,7 @@ from tiltflow.models.pipelines.directory import Pipeline, Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.models.pipelines.meta import meta_backbone
+from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.switch import TILT
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.build import DTYPES
@@ -119,10 +120,11 @@ def export_checkpoint(
         card = Card(
             contract=contract,
             call=call_of(contract, source.family),
+            caution=source.family.caution,
             folders=folders,
             merged=[path.name for path in paths if (path / "model_index.json").is_file()],
             absent=_absent(source),
-            evaluation=evaluation,
+            evaluation=_figures(evaluation, contract, callbacks),
             others=guides(wanted, [one.name for one in loras], contract),
         )
         (part / "README.md").write_text(model_card(card), encoding="utf-8")
@@ -133,6 +135,20 @@ def export_checkpoint(
     for line in _notices(wanted, loras, source.family, checkpoint.step):
         callbacks.notice(line)
     return [out / path.relative_to(part) for path in paths]
+
+
+def _figures(
+    evaluation: dict[str, Any] | None, contract: Contract, callbacks: Callbacks
+) -> dict[str, Any] | None:
+    """An evaluation, unless it is of an earlier student, which is said."""
+    hashes = {name: facts.hash for name, facts in contract.adapters.items()}
+    if evaluation is None or is_of(evaluation, hashes):
+        return evaluation
+    callbacks.notice(
+        "evaluation.json is of other weights than this checkpoint's, so the card has no figures: "
+        "evaluate this export, and export again"
+    )
+    return None
 
 
 def _notices(wanted: Wanted, loras: list[Lora], family: Family, step: int) -> list[str]:
@@ -278,27 +294,37 @@ class Source:
 
 
 def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contract:
-    """What the student of a run was trained for."""
+    """What the student of a run was trained for. Its call is at the model's own size where it was
+    trained for that, else at the most frequent of its sizes."""
     backbone = meta_backbone(
         source.model,
         generator_path=None if source.base is source.model else source.base,
         resolution=cfg.model.resolution,
         max_sequence_length=cfg.model.max_sequence_length,
     )
-    state = checkpoint.state
+    state, steps = checkpoint.state, cfg.sampler.most
     adapters = exported_adapters(state) if state.get("adapters") else {}
     setting = cfg.model.generator_path or cfg.model.path
+    sizes = tuple(
+        size if isinstance(size, int) else plain(*size) for size in state.get("sizes", ())
+    )
+    if sizes and backbone.resolution not in sizes:
+        backbone = resized(backbone, sizes[0])
+    sigmas = tuple(backbone.few_step_sigmas(steps).tolist())
+    sized = {s: tuple(resized(backbone, s).few_step_sigmas(steps).tolist()) for s in sizes}
     return Contract(
         stage=cfg.stage,
         family=source.family.name,
         pipeline=str(source.family.pipeline),
         base=base_facts(setting, source.base.root, pipeline_fingerprint(source.base)),
-        steps=cfg.sampler.most,
+        steps=steps,
         several=cfg.sampler.grids if len(cfg.sampler.grids) > 1 else (),
-        sigmas=tuple(backbone.few_step_sigmas(cfg.sampler.most).tolist()),
+        sigmas=sigmas,
         eta=cfg.sampler.eta,
         guidance=student_guidance(cfg, backbone),
         resolution=backbone.resolution,
+        sizes=sizes if len(sizes) > 1 else (),
+        sized_sigmas={said(size): levels for size, levels in sized.items() if levels != sigmas},
         max_sequence_length=backbone.sequence,
         dtype=cfg.model.dtype,
         adapters={
@@ -324,21 +350,6 @@ def student_guidance(cfg: RunConfig, backbone: PipelineBackbone) -> float:
 
 def _write(folder: Path, contract: Contract) -> None:
     (folder / CONTRACT_FILE).write_text(contract.text() + "\n", encoding="utf-8")
-
-
-def call_of(contract: Contract, family: Family) -> dict[str, Any]:
-    """The arguments with which the pipeline's call is the student."""
-    length = {"max_sequence_length": contract.max_sequence_length} if family.takes_length else {}
-    height, width = both(contract.resolution)
-    return {
-        "num_inference_steps": contract.steps,
-        family.guidance_argument: contract.guidance - family.guidance_offset,
-        "height": height,
-        "width": width,
-        **length,
-        **family.call,
-        **(family.guided_call if contract.guidance != 1 else {}),
-    }
 
 
 def _sizes(cfg: RunConfig) -> str:

@@ -99,7 +99,8 @@ class Request:
         }
         if not self.has_files:
             return settle_copies(asked, self.checkpoints)
-        return settle(asked, self.dtype, self.pipelines, self.few_step, self.tilt_lora)
+        sizes = [bucket.size for bucket in self.buckets]
+        return settle(asked, self.dtype, self.pipelines, self.few_step, self.tilt_lora, sizes)
 
     @property
     def has_files(self) -> bool:
@@ -127,6 +128,8 @@ class Request:
                 raise ValueError(f"{option} is {value}, which is no finite number")
         if not self.has_files and self.tilt != 1:
             raise ValueError(f"--tilt is {self.tilt}, but a student without adapters has no dial")
+        if self.has_files and self.tilt != 1 and self.tilt_lora is None:
+            raise ValueError(f"--tilt is {self.tilt}, but there is no --tilt-lora to have it")
         if not self.has_files and self.buckets:
             raise ValueError(f"sizes are of pictures, and the {self.model} makes none")
         if not self.has_files and self.few_step is None:
@@ -254,3 +257,21 @@ def say_settled(request: Request, callbacks: Callbacks) -> None:
     """The lines that say where the request is not as the student was trained."""
     for note in request.settled.notes:
         callbacks.notice(note)
+
+
+def say_unused(request: Request, student: bool, callbacks: Callbacks) -> None:
+    """A line where an option is of the other kind of system than the one that is sampled, the
+    student or the teacher."""
+    of_students = {
+        "--steps": request.steps,
+        "--eta": request.eta,
+        "--student-guidance": request.student_guidance,
+    }
+    given = [o for o, value in of_students.items() if value is not None]
+    if not student and given:
+        callbacks.notice(
+            f"warning: {' and '.join(given)} {'are' if len(given) > 1 else 'is'} of students, and "
+            f"the teacher is sampled: in --teacher-steps {request.teacher_steps}"
+        )
+    if student and request.guidance is not None:
+        callbacks.notice("warning: --guidance is the teacher's, and a student is sampled")

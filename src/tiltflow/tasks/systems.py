@@ -17,7 +17,7 @@ from tiltflow.evaluation.scores import System
 from tiltflow.formats.writing import load_lora
 from tiltflow.method.sampling import DRAW_OFFSET, sample_few_step, sample_ode
 from tiltflow.models.backbone import Backbone, Conditioning
-from tiltflow.models.lora_files import adapter_keys
+from tiltflow.models.lora_files import adapter_keys, count_pairs
 from tiltflow.models.roles import Role
 from tiltflow.models.switch import FEW_STEP, TILT, AdapterSwitch, stack_tilt
 from tiltflow.scheduler import CPSFlowMatchScheduler
@@ -101,13 +101,18 @@ def load_adapter(backbone: Backbone, name: str, folder: Path) -> None:
         pipe.transformer = teacher
     if name not in getattr(student, "peft_config", {}):
         raise ValueError(f"the LoRA in {folder} has no weight that this model's transformer knows")
-    saved = adapter_keys(folder)
-    if saved is not None:
-        here = set(get_peft_model_state_dict(student, adapter_name=name))
-        if saved != here:
-            odd = min(saved ^ here)
-            where = "in the LoRA only" if odd in saved else "in this model only"
-            raise ValueError(f"the LoRA in {folder} is one of another model: {odd} is {where}")
+    here, saved = set(get_peft_model_state_dict(student, adapter_name=name)), adapter_keys(folder)
+    if saved is None:  # other programs' names, of which the libraries leave out what they miss
+        known, given = len(here) // 2, count_pairs(folder)
+        if known < given:
+            raise ValueError(
+                f"the LoRA in {folder} has {given} modules in another program's names, of which "
+                f"diffusers knows {known}: give it in diffusers' names"
+            )
+    elif saved != here:
+        odd = min(saved ^ here)
+        where = "in the LoRA only" if odd in saved else "in this model only"
+        raise ValueError(f"the LoRA in {folder} is one of another model: {odd} is {where}")
 
 
 @dataclass(frozen=True)

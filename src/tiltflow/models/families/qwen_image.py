@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiltflow.models.family import Family, Published
+from tiltflow.models.family import REPEAT, Family, Published
 from tiltflow.models.pipelines import qwen_vae
 from tiltflow.models.pipelines.backbone import TIMESTEPS
 from tiltflow.models.pipelines.lengths import cut, filled
@@ -65,6 +65,7 @@ FAMILY = Family(
     widths=qwen_vae.WIDTHS,
     token_patch=2,
     input_weight="img_in",
+    caution=REPEAT,
     guidance_argument="true_cfg_scale",
     guided_call={"negative_prompt": " "},
     # The teacher's own grid ends at .02: of a few steps the last one would do nothing.

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_shift
 from torch import Tensor, nn
 
 from tiltflow.core.transfer import to_device
@@ -14,6 +13,7 @@ from tiltflow.models.families import qwen_image
 from tiltflow.models.family import Family, Published
 from tiltflow.models.pipelines import qwen_vae
 from tiltflow.models.pipelines.backbone import TIMESTEPS
+from tiltflow.models.pipelines.geometry import shift_of
 from tiltflow.models.pipelines.lengths import cut, filled
 from tiltflow.models.pipelines.limits import shown
 from tiltflow.models.pipelines.qwen21 import by_rows, positions_of, validity_of
@@ -73,6 +73,8 @@ FAMILY = Family(
     widths=(*qwen_vae.WIDTHS, "decoder_base_dim", "context_in_dim"),
     lora_targets=r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
     input_weight="img_in",
+    caution="Give one prompt a call: in a call with several, the padding of the shorter ones moves "
+    "their images (diffusers 0.42.1).",
     guidance_argument="true_cfg_scale",
     guided_call={"negative_prompt": " "},
     takes_length=False,
@@ -155,14 +157,7 @@ class QwenImage21Backbone(QwenVaeBackbone):
         return 1024
 
     def _mu(self, steps: int) -> float:
-        config = self.scheduler.config
-        return calculate_shift(
-            4 * self.geometry.tokens,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
+        return shift_of(self.scheduler.config, 4 * self.geometry.tokens, self.path)
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """Qwen3-VL's tokens and how many of them there are."""

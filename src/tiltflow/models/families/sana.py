@@ -12,7 +12,7 @@ from diffusers import SanaPipeline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.models.family import Family, Published
+from tiltflow.models.family import REPEAT, Family, Published
 from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
 
 SOLVER = "DPMSolverMultistepScheduler"
@@ -80,6 +80,7 @@ FAMILY = Family(
     lora_targets=r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
     input_weight="caption_projection.linear_1",
     blocks=("SanaTransformerBlock",),  # diffusers has no list of them
+    caution=REPEAT,
     call={"use_resolution_binning": False},  # which draws at one of a table's sizes and shrinks
     published={
         # Its card has no licence field; its text says "NSCL v2-custom", with LICENSE.txt, and

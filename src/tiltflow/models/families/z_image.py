@@ -99,9 +99,10 @@ class ZImageBackbone(PipelineBackbone):
         padded = -(-self.sequence // MULTIPLE) * MULTIPLE
         most = int(self.pipe.transformer.config.axes_lens[0]) - 2
         if padded > most:
+            filled_up = f", filled up to {padded}," if padded > self.sequence else ""
             raise ValueError(
-                f"model.max_sequence_length={self.sequence} is more than the {most} positions that "
-                f"the transformer in {self.path} has for text (axes_lens)"
+                f"model.max_sequence_length={self.sequence}{filled_up} is more than the {most} "
+                f"positions that the transformer in {self.path} has for text (axes_lens)"
             )
 
     def _max_cells(self, transformer: Mapping[str, Any]) -> int | None:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from tiltflow.flow import raw_levels
@@ -24,7 +23,7 @@ from tiltflow.models.family import Family
 from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.files import check_directory
-from tiltflow.models.pipelines.geometry import Geometry, geometry_of, grid, odd
+from tiltflow.models.pipelines.geometry import Geometry, geometry_of, grid, odd, shift_of
 from tiltflow.models.pipelines.guidance import both_passes
 from tiltflow.models.pipelines.loading import load_part, load_pipeline
 from tiltflow.models.pipelines.parts import check_twin, part_config
@@ -224,14 +223,7 @@ class PipelineBackbone(ABC):
 
     def _mu(self, steps: int) -> float:
         """The parameter of a resolution-dependent shift, by the pipeline's own formula."""
-        config = self.scheduler.config
-        return calculate_shift(
-            self.geometry.tokens,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
+        return shift_of(self.scheduler.config, self.geometry.tokens, self.path)
 
     def _student_mu(self, steps: int) -> float:
         """The same by the pipeline that a student is sampled in: the generator's, if it has one."""

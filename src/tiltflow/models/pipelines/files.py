@@ -141,11 +141,12 @@ def parts_of(pipeline: Pipeline, family: Family) -> list[str]:
         if not family.absent_encoders or not is_null(index.get(encoder)):
             needed.append(part)
     for name, value in index.items():
-        if name.startswith("_") or not is_part(value) or is_null(value):
+        if name not in needed and (name.startswith("_") or not is_part(value) or is_null(value)):
             continue
-        if len(value) != 2 or value[0] not in LIBRARIES or not PART_NAME.fullmatch(name):
+        known = is_part(value) and len(value) == 2 and value[0] in LIBRARIES
+        if not known or not PART_NAME.fullmatch(name):
             raise ValueError(
-                f"{place} lists {name!r} as {value!r}, which is no class of "
+                f"{place} lists {name!r} as {shown(value)}, which is no class of "
                 f"{' or '.join(LIBRARIES)}"
             )
         needed.append(name)

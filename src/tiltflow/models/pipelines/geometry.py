@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from tiltflow.core.sentences import counted
@@ -81,6 +82,23 @@ def geometry_of(
 def odd(numbers: Sequence[int]) -> bool:
     """Whether one of them is odd."""
     return any(number % 2 for number in numbers)
+
+
+def shift_of(config: Mapping[str, Any], tokens: int, where: str) -> float:
+    """The parameter of a shift by resolution, at so many tokens on a scheduler's line; `where` is
+    the pipeline's directory.
+
+    Raises:
+        ValueError: if its configuration lacks an end of the line.
+    """
+    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    ends = [config[key] for key in keys]
+    if None in ends:
+        raise ValueError(
+            f"the scheduler in {where} has use_dynamic_shifting=true, but {keys[ends.index(None)]} "
+            "is null in its scheduler_config.json"
+        )
+    return float(calculate_shift(tokens, *ends))
 
 
 def grid(

@@ -77,6 +77,9 @@ FLAGS = (
     "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
 )  # fmt: skip
 
+COUNTED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Flags that diffusers adds up, so that null is none of them."""
+
 CHOICES = {"time_shift_type": ("exponential", "linear")}
 
 LISTS = ("block_out_channels", "decoder_block_out_channels", "axes_dims_rope")
@@ -121,7 +124,9 @@ def check_numbers(
     """
     whole = {**(more or {}), **WHOLE}
     for key, value in config.items():
-        if value is None and (key in (*NULLABLE, *nullable) or key not in whole | REAL):
+        if value is None and (
+            key in (*NULLABLE, *nullable) or key not in {*whole, *REAL, *COUNTED}
+        ):
             continue
         said = f"{file} has {key}={shown(value)}, which is"
         if key in whole:
