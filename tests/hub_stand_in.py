@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,8 +77,13 @@ def hub() -> Iterator[Hub]:
             self.reply(200, {})
 
         def do_GET(self) -> None:
-            name = self.path.removeprefix("/api/models/").partition("/revision")[0]
-            if self.allowed():
+            name = re.split("/(?:revision|tree)/", self.path.removeprefix("/api/models/"))[0]
+            if not self.allowed():
+                return
+            if "/tree/" in self.path:
+                files = [{"type": "file", "path": p, "size": 1, "oid": OID} for p in state.files]
+                self.reply(200, files)
+            else:
                 known = name in state.repositories
                 facts = {"id": name, "private": state.repositories.get(name), "sha": OID}
                 self.reply(200 if known else 404, facts)
@@ -131,6 +137,8 @@ def answer(state: Hub, path: str, content: bytes) -> tuple[int, object]:
             state.files[value["path"]] = base64.b64decode(value["content"])
         elif entry["key"] == "lfsFile":
             state.files[value["path"]] = state.stored[value["oid"]]
+        elif entry["key"] == "deletedFile":
+            del state.files[value["path"]]
     state.commits += 1
     name = path.removeprefix("/api/models/").partition("/commit/")[0]
     return 200, {"commitUrl": f"{state.url}/{name}/commit/{OID}", "commitOid": OID}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from tiltflow.cli.main import app
 from tiltflow.config.load import dump_config
 from tiltflow.core.checkpoint import save_checkpoint
+from tiltflow.formats.wanted import Wanted
 from tiltflow.tasks.push import push_run
 
 TOKEN = "hf_right"
@@ -68,6 +70,22 @@ def test_what_is_pushed_is_the_export_and_its_samples(there: Hub, run: Path) -> 
     assert not any(TOKEN.encode() in content for content in there.files.values())
     # again, into what is there
     assert push_run(run, "me/student", private=True).url is not None and there.commits == 2
+
+
+def test_a_push_takes_the_place_of_an_earlier_one(there: Hub, run: Path, tmp_path: Path) -> None:
+    """Files of other formats would be of another student, and nobody would say so; what is not an
+    export's stays. Samples of iterations that were not saved are not the student's."""
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    Image.new("RGB", (8, 8), "green").save(later / "samples" / "step-000004.png")
+    there.files |= {"notes.md": b"mine", "comfyui/mine.json": b"mine", "tilt/own.txt": b"mine"}
+    push_run(later, "me/student", Wanted(("diffusers", "comfyui"), (0.5,)))
+    assert {"comfyui/tilt.safetensors", "baked_0.5/contract.json"} <= set(there.files)
+    assert there.files["samples.png"] == (run / "samples" / "step-000003.png").read_bytes()
+    shutil.rmtree(later / "samples")
+    push_run(later, "me/student")
+    mine = {"notes.md", "comfyui/mine.json", "tilt/own.txt", ".gitattributes"}
+    assert set(there.files) - mine == SENT - {"samples.png"} and len(mine - set(there.files)) <= 1
+    assert "samples.png" not in there.files["README.md"].decode() and there.commits == 2
 
 
 def test_a_dry_run_asks_nobody(there: Hub, run: Path) -> None:

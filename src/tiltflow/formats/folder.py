@@ -58,6 +58,16 @@ def check_export_folder(out: Path) -> None:
         )
 
 
+def of_an_export(path: str) -> bool:
+    """Whether a file, by its path in an export's folder, is one that an export writes into one of
+    its folders; all of a merged pipeline is."""
+    top, _, rest = path.partition("/")
+    inside = next((INSIDE[name] for name in INSIDE if re.fullmatch(name, top)), None)
+    if inside is None:
+        return bool(rest) and re.fullmatch(MERGED, top) is not None
+    return re.fullmatch(inside, rest) is not None
+
+
 def _foreign(out: Path) -> Iterator[str]:
     """What in a folder no export has written, by the path in it."""
     for entry in out.iterdir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from tiltflow.formats.contract import CONTRACT_FILE
+from tiltflow.formats.folder import of_an_export
 from tiltflow.formats.wanted import Wanted
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.export import export_run
@@ -77,10 +79,11 @@ def prepare(run: Path, wanted: Wanted | None, callbacks: Callbacks = SILENT) -> 
             raise ValueError(f"{folder} is not what an earlier push wrote: move it away")
         (folder / PICTURE).unlink(missing_ok=True)  # the rest the export replaces
     export_run(run, folder, wanted, callbacks)
-    pictures = Run(run).samples
-    if pictures:
-        shutil.copyfile(pictures[-1], folder / PICTURE)
-        step = int(pictures[-1].stem.removeprefix("step-"))
+    done = Run(run).step or 0  # a kill may have left samples of iterations that were not saved
+    pictures = {int(path.stem.removeprefix("step-")): path for path in Run(run).samples}
+    step = max((step for step in pictures if step <= done), default=None)
+    if step is not None:
+        shutil.copyfile(pictures[step], folder / PICTURE)
         shown = f"## Samples\n\n![Samples at iteration {step}]({PICTURE})\n\n## Recipe\n"
         card = (folder / "README.md").read_text(encoding="utf-8")
         (folder / "README.md").write_text(card.replace("## Recipe\n", shown, 1), encoding="utf-8")
@@ -88,7 +91,7 @@ def prepare(run: Path, wanted: Wanted | None, callbacks: Callbacks = SILENT) -> 
 
 
 def _send(folder: Path, repository: str, private: bool) -> str:
-    """One commit of the folder; its address.
+    """One commit of the folder in the place of an earlier one; its address.
 
     Raises:
         ValueError: if the Hub refuses it or cannot be reached, or as `push_run` on `private`.
@@ -102,7 +105,10 @@ def _send(folder: Path, repository: str, private: bool) -> str:
                 "private on the Hub, or give another name"
             )
         commit = hub.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="A student trained with tiltflow"
+            repo_id=name,
+            folder_path=folder,
+            commit_message="A student trained with tiltflow",
+            delete_patterns=_earlier(hub.list_repo_files(name)),
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the last of a file's own upload
         raise ValueError(
@@ -110,6 +116,13 @@ def _send(folder: Path, repository: str, private: bool) -> str:
             "sent, and the same command tries again"
         ) from error
     return str(commit.commit_url)
+
+
+def _earlier(files: Sequence[str]) -> list[str] | None:
+    """What an earlier push left in a repository: what is not sent again is of another student."""
+    if CONTRACT_FILE not in files:
+        return None
+    return [file for file in files if file == PICTURE or of_an_export(file)] or None
 
 
 def _reason(error: Exception) -> str:
