@@ -128,7 +128,10 @@ def test_a_start_that_saves_nothing_is_not_followed_by_the_same_for_ever(
         ({"account": "a\n#SBATCH --x"}, "is no name of SLURM's"),
         ({"more": ("--x\n#SBATCH",)}, "should be one option"),
         ({"more": ("rm -r",)}, "should be one option"),
-        ({"more": ("--time=3",)}, "sets this option itself"),
+        *(
+            ({"more": (f"--{text}",)}, "sets this option itself")
+            for text in ("time=3", "sig=USR2@9", "node 3", "no-requeue", "array=1-3", "ntasks=2")
+        ),
     ],
 )
 def test_a_job_that_is_none(job: dict[str, object], said: str) -> None:

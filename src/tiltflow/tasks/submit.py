@@ -36,6 +36,9 @@ _NAME = re.compile(r"[\w.,@%+:-]+", re.ASCII)
 _OWN = ("nodes", "ntasks-per-node", "gpus-per-node", "time", "signal", "requeue", "open-mode")
 """Options of sbatch that the script sets: another value of them would break it."""
 
+_AGAINST = ("no-requeue", "array", "ntasks", "gpus")
+"""Options that say the contrary, or start more jobs or tasks over the same run directory."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -70,7 +73,8 @@ class Job:
         for text in self.more:
             if not (text.startswith("--") and text.isprintable()):
                 raise ValueError(f"--sbatch {text!r} should be one option, as --constraint=h100")
-            if text[2:].partition("=")[0].split(" ")[0] in _OWN:
+            name = re.split(r"[= ]", text[2:], maxsplit=1)[0]
+            if name in _AGAINST or any(own.startswith(name) for own in _OWN):  # or shortened
                 raise ValueError(f"--sbatch {text!r}: submit sets this option itself")
 
     def directives(self, name: str) -> list[str]:
