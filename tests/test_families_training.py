@@ -15,7 +15,9 @@ from torch import Tensor
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.setup.build import Build, build_stage
 from tiltflow.tasks.train import run_training
+from tiltflow.training.buckets import Bucketed
 
 Tiny = Callable[[str], Path]
 QUIET = Console(quiet=True)
@@ -97,3 +99,31 @@ def test_a_base_in_8_bits_and_embeddings_from_the_cache(
     assert same(first, run("cold_start", family, tiny_pipeline, tmp_path / "off", *more))
     plain = run("cold_start", family, tiny_pipeline, tmp_path / "plain", cache)
     assert not same(first, plain)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", CASES)
+def test_an_iteration_over_sizes_is_that_of_a_run_over_its_size(
+    tiny_pipeline: Tiny, tmp_path: Path, family: str
+) -> None:
+    """Figures and the weights after it, bit for bit, in both stages; of two sizes, whose levels
+    differ where they go by the size."""
+    sizes, below = "data.buckets=[[64, 96], 64]", [f"model.few_step={tmp_path / 'cold'}"]
+    run("cold_start", family, tiny_pipeline, tmp_path / "cold", "train.steps=1")
+    for stage in ("cold_start", "tilt"):
+
+        def built(*more: str, stage: str = stage) -> Build:
+            own = below if stage == "tilt" else []
+            return build_stage(recipe(stage, family, tiny_pipeline, tmp_path / "x", *own, *more))
+
+        first = built(sizes).running
+        assert isinstance(first, Bucketed) and first.names == ("64x96", "64")
+        steps = {first.drawn(step): step for step in range(20, -1, -1)}
+        for which, size in enumerate(("[64, 96]", "64")):
+            mixed, alone = built(sizes), built(f"model.resolution={size}")
+            found, expected = (each.running.iteration(steps[which]) for each in (mixed, alone))
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+            for role in ("generator", "fake_score"):
+                after, theirs = (getattr(each.stage.roles, role).state() for each in (mixed, alone))
+                assert same(after, theirs) and any(value.any() for value in after.values())
+            assert mixed.facts.sizes == ((64, 96), 64) and alone.facts.sizes is None
