@@ -307,6 +307,11 @@ def test_an_option_of_what_is_not_sampled_is_said(made: Student) -> None:
         (teacher | {"steps": 8, "eta": 1.0}, False, "warning: --steps and --eta are of students"),
         (teacher | {"student_guidance": 2.0}, False, "--student-guidance is of students, and the"),
         ({"guidance": 5.0}, True, "warning: --guidance is the teacher's, and a student is"),
+        (
+            {"prompts": [Prompt("a cat", {}, "a dog")]},
+            True,
+            "negative prompts are the teacher",
+        ),
         ({"steps": 8}, True, ""),
         (teacher | {"guidance": 5.0}, False, ""),
     ):

@@ -273,5 +273,10 @@ def say_unused(request: Request, student: bool, callbacks: Callbacks) -> None:
             f"warning: {' and '.join(given)} {'are' if len(given) > 1 else 'is'} of students, and "
             f"the teacher is sampled: in --teacher-steps {request.teacher_steps}"
         )
-    if student and request.guidance is not None:
-        callbacks.notice("warning: --guidance is the teacher's, and a student is sampled")
+    negative = any(prompt.negative for prompt in request.prompts)
+    of_teacher = {
+        "--guidance is": request.guidance is not None,
+        "negative prompts are": negative and request.settled.guidance in (None, 1.0),
+    }
+    for what in (what for what, unused in of_teacher.items() if student and unused):
+        callbacks.notice(f"warning: {what} the teacher's, and a student is sampled")
