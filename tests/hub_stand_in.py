@@ -77,16 +77,8 @@ def hub() -> Iterator[Hub]:
             self.reply(200, {})
 
         def do_GET(self) -> None:
-            name = re.split("/(?:revision|tree)/", self.path.removeprefix("/api/models/"))[0]
-            if not self.allowed():
-                return
-            if "/tree/" in self.path:
-                files = [{"type": "file", "path": p, "size": 1, "oid": OID} for p in state.files]
-                self.reply(200, files)
-            else:
-                known = name in state.repositories
-                facts = {"id": name, "private": state.repositories.get(name), "sha": OID}
-                self.reply(200 if known else 404, facts)
+            if self.allowed():
+                self.reply(*shown(state, self.path))
 
         def do_POST(self) -> None:
             content = self.body()
@@ -103,6 +95,18 @@ def hub() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def shown(state: Hub, path: str) -> tuple[int, object]:
+    """The status and the JSON for a GET: a repository's files, or what it is."""
+    name = re.split("/(?:revision|tree)/", path.removeprefix("/api/models/"))[0]
+    if "/tree/" in path:
+        files = [{"type": "file", "path": p, "size": 1, "oid": OID} for p in state.files]
+        return 200, files
+    known = name in state.repositories
+    return 200 if known else 404, {
+        "id": name, "private": state.repositories.get(name), "sha": OID
+    }  # fmt: skip
 
 
 def answer(state: Hub, path: str, content: bytes) -> tuple[int, object]:
