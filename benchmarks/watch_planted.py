@@ -105,7 +105,7 @@ def planted_result(history: Sequence[Measurement], gain: dict[str, float]) -> di
         fine = gain[name] > 0 and (ALLOWED * gain[name] >= size or not fall.any())
         falls[name] = {
             "fall": float(fall.mean()),
-            "standard_error": standard_error(fall),
+            "standard_error": standard_error(fall, first.clusters(fall)),
             "gain_of_default": gain[name],
             "share_of_gain": float(fall.mean()) / gain[name] if fine else None,
             "fall_at_end": best.mean(name) - history[-1].mean(name),

@@ -15,6 +15,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from tiltflow.core.disk import write_whole
+from tiltflow.core.sentences import counted
 from tiltflow.tasks.study_file import load_study
 from tiltflow.tasks.study_table import markdown, summarise
 
@@ -29,7 +30,9 @@ PANELS = {
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """A panel a reward: each row's mean with its 95% interval over prompts, stage 1 in grey."""
+    """A panel a reward: each row's mean with its 95% interval over prompts, stage 1 in grey. A
+    stage-2 row has a grey mark at the mean of the stage 1 that it started from, on its own seeds:
+    rows have different ones."""
     systems = summary["systems"]
     names = list(systems)[::-1]
     figure, panels = plt.subplots(
@@ -42,14 +45,21 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
             colour = "#777777" if systems[name]["stage"] == "cold_start" else "#1f5fa8"
             axes.plot([low, high], [at, at], color=colour, linewidth=2)
             axes.plot(score["mean"], at, "o", color=colour, markersize=5)
-        start = systems["ac_dmd"]["scores"][reward]["mean"]
-        axes.axvline(start, color="#777777", linewidth=0.8, linestyle=":")
+            if systems[name]["stage"] == "tilt":
+                axes.plot(started(systems, name, reward), at, "|", color="#777777", markersize=11)
         axes.set_title(title, fontsize=9)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        labels = [f"{name} ({counted(len(systems[name]['seeds']), 'seed')})" for name in names]
+        axes.set_yticks(range(len(names)), labels, fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+def started(systems: Mapping[str, Any], name: str, reward: str) -> float:
+    """The mean of stage 1 on the seeds of a row."""
+    by_seed = systems["ac_dmd"]["scores"][reward]["by_seed"]
+    return sum(by_seed[str(seed)] for seed in systems[name]["seeds"]) / len(systems[name]["seeds"])
 
 
 def differences(summary: Mapping[str, Any], other: str, p: bool = False) -> list[str]:

@@ -119,6 +119,17 @@ def test_the_accuracy_of_pure_noise_is_honest():
     assert passed <= 4
 
 
+def test_votes_on_one_prompt_are_no_independent_ones():
+    """Nine of twelve prompts, each voted on twenty times in the same way, are nine of twelve."""
+    groups = np.repeat(np.arange(12), 20)
+    rng = np.random.default_rng(3)
+    x = np.abs(rng.normal(1, 0.05, (240, 1)))
+    chosen = np.where(groups < 9, 1.0, 0.0)
+    found = fit(Choices(x, chosen, groups, np.concatenate([x, x - x])))
+    assert found.accuracy == 0.75 and found.decided == 240
+    assert found.interval[0] < 0.5  # 240 votes by themselves would give [.69, .80]
+
+
 def test_the_regression_is_at_its_optimum():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(80, 6)), rng.choice([0.0, 0.5, 1.0], 80)

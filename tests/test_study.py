@@ -13,18 +13,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evidence_figure import started
 from torch import Tensor
 from typer.testing import CliRunner
 
 from tiltflow.cli.main import app
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.evaluation.report import _verdict as report_verdict
 from tiltflow.evaluation.seeds import compared, over_seeds
 from tiltflow.setup.build import build_stage
 from tiltflow.setup.costing import Cost, Counter, costs, within
 from tiltflow.tasks.study import RESULT, Cell, cells_of, make_cells
 from tiltflow.tasks.study_file import load_study
-from tiltflow.tasks.study_table import budgets, summarise, verdict, write_study
+from tiltflow.tasks.study_table import (
+    budgets,
+    comparison_lines,
+    summarise,
+    verdict,
+    write_study,
+)
 from tiltflow.tasks.train import train_run
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -272,8 +280,35 @@ def test_means_and_differences_over_prompts_and_over_seeds() -> None:
     assert row["seeds"] == [1] and row["difference"] == 1.5 and row["p_seeds"] is None
     assert row["p_holm"] == row["p_value"] and verdict(row) == "higher, of one seed"
     assert compared({"a": {"r": a}, "b": {"r": {2: b[1]}}}, [("a", "b")]) == []
-    far = {"p_holm": 0.01, "difference": -1.0, "seeds_ci95": [-2.0, 0.5]}
+    far = {"p_holm": 0.01, "difference": -1.0, "seeds": [0, 1], "seeds_ci95": [-2.0, 0.5]}
     assert verdict(far) == "lower, but the seeds' interval has 0 in it"
+
+
+def test_rows_of_other_seeds_are_compared_on_those_that_both_have() -> None:
+    """A row of two seeds, from a stage 1 of three, whose third seed is far off: neither a
+    comparison, nor its line, the page's or the figure's mark has the third in it."""
+    rng = np.random.default_rng(0)
+    start = {seed: rng.normal(size=40) + (9.0 if seed == 2 else 0.0) for seed in (0, 1, 2)}
+    row = {seed: start[seed] + 1 + 0.1 * rng.normal(size=40) for seed in (1, 0)}
+    scores = {"ac_dmd": {"r": start}, "rtdmd": {"r": row}}
+    systems = {
+        name: {"seeds": list(of["r"]), "scores": {"r": over_seeds(of["r"])}}
+        for name, of in scores.items()
+    }
+    (found,) = compared(scores, [("rtdmd", "ac_dmd")])
+    assert found["seeds"] == [1, 0] and found["difference"] == pytest.approx(1, abs=0.1)
+    each = [float((row[s] - start[s]).mean()) for s in (1, 0)]
+    half = 12.7062 * abs(each[0] - each[1]) / 2  # t of one degree of freedom, s / √2
+    assert found["seeds_ci95"] == pytest.approx([np.mean(each) - half, np.mean(each) + half])
+    (line,) = comparison_lines({"comparisons": [found]})
+    assert line.startswith(f"rtdmd − ac_dmd on r (seeds 1, 0): {found['difference']:+.4f}")
+    assert report_verdict(found).seeds == "seeds 1, 0"
+    alone = compared({**scores, "rtdmd": {"r": {0: row[0]}}}, [("rtdmd", "ac_dmd")])[0]
+    assert report_verdict(alone).words.endswith(", of one seed")
+    mark = started(systems, "rtdmd", "r")
+    assert mark == pytest.approx(np.mean([start[0].mean(), start[1].mean()]))
+    gain = systems["rtdmd"]["scores"]["r"]["mean"] - mark
+    assert gain == pytest.approx(found["difference"])
 
 
 @pytest.mark.parametrize(

@@ -320,3 +320,50 @@ def test_drift_of_samples_off_the_teachers_distribution() -> None:
     off, collapsed = own + 0.8, torch.tensor([[1.0, 0.0]]).expand(2000, 2)
     found = [log_velocity_gap(x, levels, noises, p.velocity).mean() for x in (collapsed, own, off)]
     assert found[0] < found[1] - math.log(1.5) and found[2] > found[1] + math.log(1.5)
+
+
+@pytest.mark.parametrize("each", [1, 4])
+def test_a_prompt_counts_once_however_many_samples_it_has(each: int) -> None:
+    """Samples of one prompt change together. Where nothing changes on average, 400 runs of 24
+    prompts trip a rule of level .05 in about 20; counted one by one, four samples of each prompt
+    trip it several times as often."""
+    rng, prompts = np.random.default_rng(6), np.repeat(np.arange(24), each)
+    tripped = {True: 0, False: 0}
+    rules = WatchRules(alpha=0.05, held_out_fall=0.0, agreement=None)
+    for _ in range(400):
+        shared = rng.normal(size=24)[prompts]
+        start = {"held_out/h": rng.normal(size=len(prompts)), "trained/clip": np.zeros(24 * each)}
+        fallen = start["held_out/h"] + shared + 0.3 * rng.normal(size=len(prompts))
+        after = {"held_out/h": fallen, "trained/clip": np.ones(24 * each)}
+        for known in tripped:
+            of = tuple(prompts.tolist()) if known and each > 1 else ()
+            looks = [Measurement(0, start, prompts=of), Measurement(1, after, prompts=of)]
+            tripped[known] += bool(judge(looks, rules, WEIGHTS))
+    assert 8 <= tripped[True] <= 34
+    assert tripped[False] == tripped[True] if each == 1 else tripped[False] > 60
+
+
+def test_agreement_ranks_prompts_where_they_repeat() -> None:
+    """One prompt of ten that all held-out rewards disagree on is one, not as many as it has
+    samples: ten prompts of eight samples are ten ranks."""
+    rng, prompts = np.random.default_rng(7), tuple(np.repeat(np.arange(12), 8).tolist())
+    shared, other = rng.normal(size=(2, 12))[:, list(prompts)]
+    noise = 0.01 * rng.normal(size=(2, N))
+    values = {"trained/clip": 3 + shared + noise[0], "held_out/h": other + noise[1]}
+    start = {name: np.zeros(N) for name in values}
+    looks = [Measurement(0, start), Measurement(1, values)]
+    assert set(judge(looks, TestAgreement.RULES, WEIGHTS)) == {"agreement"}
+    known = [Measurement(m.step, m.values, prompts=prompts) for m in looks]
+    assert not judge(known, TestAgreement.RULES, WEIGHTS)
+
+
+def test_the_memory_keeps_the_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "watch.jsonl"
+    History(path, -1).add(Measurement(0, {"drift": np.zeros(3)}, prompts=(0, 1, 0)))
+    (found,) = read_history(path)
+    assert found.prompts == (0, 1, 0) and found.clusters(np.zeros(2)) == (0, 1)
+    plain = path.read_text()
+    for wrong in ("[0, 1]", "[0, 1, 0.5]", "3"):
+        path.write_text(plain.replace("[0, 1, 0]", wrong))
+        with pytest.raises(ValueError, match="step 0 is no measurement"):
+            read_history(path)

@@ -22,6 +22,7 @@ from tiltflow.evaluation.charts import curves as drawn_curves
 from tiltflow.evaluation.charts import forests, side_by_side
 from tiltflow.evaluation.figures import decimals, number
 from tiltflow.evaluation.pictures import Sheet, grid, progress
+from tiltflow.evaluation.seeds import caveat, named
 from tiltflow.evaluation.statistics import NO_DIFFERENCE, SIGNIFICANT, verdict
 from tiltflow.evaluation.watch_figures import Watched, alarms, watch_charts
 
@@ -64,6 +65,8 @@ class Verdict:
     difference: str
     interval: str
     p_value: str
+    seeds: str = ""
+    """Of runs of several seeds: those that both have."""
 
 
 def write_report(
@@ -265,9 +268,10 @@ def _verdict(comparison: Mapping[str, Any]) -> Verdict:
         a=comparison["a"],
         b=comparison["b"],
         reward=comparison["reward"],
-        words=found if found == NO_DIFFERENCE else f"{found} by {size}",
+        words=found if found == NO_DIFFERENCE else f"{found} by {size}{caveat(comparison)}",
         significant=found != NO_DIFFERENCE,
         difference=size if difference == 0 else ("+" if difference > 0 else "−") + size,
         interval=f"{low} to {high}",
         p_value=p_text(comparison.get("p_holm", comparison["p_value"])),
+        seeds=named(comparison["seeds"]) if "seeds" in comparison else "",
     )

@@ -79,6 +79,21 @@ def compared(
     return rows
 
 
+def caveat(row: Mapping[str, Any]) -> str:
+    """What a verdict over prompts leaves open about a comparison of runs: that it is of one seed,
+    or that the seeds' own interval has 0 in it; "" of neither, or of no runs."""
+    if "seeds" not in row:
+        return ""
+    interval = row["seeds_ci95"]
+    if interval is None:
+        return ", of one seed"
+    return "" if interval[0] * interval[1] > 0 else ", but the seeds' interval has 0 in it"
+
+
+def named(seeds: Sequence[int]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+
+
 def _table(scores: Scores, seeds: Sequence[int]) -> Array:
     return np.stack([scores[seed] for seed in seeds])
 

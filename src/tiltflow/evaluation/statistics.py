@@ -56,7 +56,7 @@ def mean_ci(
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval must lie in (0, 1), got {level}")
     mean = float(values.mean())
-    error, freedom = _standard_error(values, _codes(clusters, len(values)))
+    error, freedom = standard_error(values, clusters)
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
     return mean, mean - half, mean + half
 
@@ -78,7 +78,7 @@ def paired_comparison(a: ArrayLike, b: ArrayLike, clusters: Clusters = None) -> 
     # Equal up to the rounding of the subtraction, whose remains would pass for a tiny variance.
     rounding = 4 * np.finfo(np.float64).eps * max(np.abs(first).max(), np.abs(second).max())
     n, test = len(differences), "paired t"
-    error, freedom = _standard_error(differences, _codes(clusters, n))
+    error, freedom = standard_error(differences, clusters)
     if np.ptp(differences) <= rounding:
         shifted = abs(differences.mean()) > rounding
         p_value, test = (2.0**-freedom, "sign") if shifted else (1.0, test)
@@ -88,6 +88,53 @@ def paired_comparison(a: ArrayLike, b: ArrayLike, clusters: Clusters = None) -> 
     mean, low, high = mean_ci(differences, clusters=clusters)
     wins = float(((differences > 0) + 0.5 * (differences == 0)).mean())
     return Comparison(mean, (low, high), p_value, n, wins, test)
+
+
+def proportion_ci(
+    hits: ArrayLike, level: float = 0.95, clusters: Clusters = None
+) -> tuple[float, float, float]:
+    """The share of (n,) hits (1, else 0) and its Wilson interval (share, low, high), n >= 2.
+
+    Where clusters repeat, n is the effective number of hits: that of independent ones whose share
+    has the cluster-robust standard error, in t's terms (Korn and Graubard 1998, Franco et al. 2019,
+    doi 10.1093/jssam/smy019), n at most. Where that error is 0, a cluster is one hit.
+
+    Raises:
+        ValueError: as `mean_ci`.
+    """
+    values = _vector(hits)
+    share, effective = float(values.mean()), float(len(values))
+    z = float(stats.norm.ppf((1 + level) / 2))
+    if _codes(clusters, len(values)) is not None:
+        error, freedom = standard_error(values, clusters)
+        ratio = z / float(stats.t.ppf((1 + level) / 2, freedom))
+        alike = share * (1 - share) / error**2 if error > 0 else freedom + 1
+        effective = min(effective, alike * ratio**2)
+    weight = z**2 / effective
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / effective + weight / (4 * effective)) / (1 + weight)
+    return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def standard_error(values: Array, clusters: Clusters = None) -> tuple[float, int]:
+    """Of the mean of (n,) values, n >= 2, with its degrees of freedom.
+
+    Raises:
+        ValueError: if there are not as many `clusters`.
+    """
+    n, codes = len(values), _codes(clusters, len(values))
+    if codes is None:
+        return float(values.std(ddof=1)) / math.sqrt(n), n - 1
+    sums = np.bincount(codes, values - values.mean())
+    groups = len(sums)
+    return math.sqrt(groups / (groups - 1) * float(np.square(sums).sum())) / n, groups - 1
+
+
+def cluster_means(values: Array, clusters: Clusters) -> Array:
+    """The mean of each cluster's values, in the clusters' order; the values themselves where there
+    is nothing to take together."""
+    codes = _codes(clusters, len(values))
+    return values if codes is None else np.bincount(codes, values) / np.bincount(codes)
 
 
 def bootstrap_ci(
@@ -160,16 +207,6 @@ def _codes(clusters: Clusters, n: int) -> NDArray[np.intp] | None:
     numbers: dict[Hashable, int] = {}
     codes = np.array([numbers.setdefault(each, len(numbers)) for each in clusters], dtype=np.intp)
     return codes if 1 < len(numbers) < n else None
-
-
-def _standard_error(values: Array, codes: NDArray[np.intp] | None) -> tuple[float, int]:
-    """Of the mean, with its degrees of freedom."""
-    n = len(values)
-    if codes is None:
-        return float(values.std(ddof=1)) / math.sqrt(n), n - 1
-    sums = np.bincount(codes, values - values.mean())
-    groups = len(sums)
-    return math.sqrt(groups / (groups - 1) * float(np.square(sums).sum())) / n, groups - 1
 
 
 def _vector(scores: ArrayLike) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tiltflow.evaluation.charts import Chart, Series, chart
 from tiltflow.evaluation.statistics import mean_ci
-from tiltflow.evaluation.watch.history import LOGARITHMS, TEACHER, Measurement
+from tiltflow.evaluation.watch.history import LOGARITHMS, TEACHER, Array, Measurement
 
 Interval = tuple[float, float, float]
 
@@ -79,7 +79,8 @@ def _rewards(looks: Sequence[Measurement]) -> list[Series]:
             start = seen[0].values[name]
             spread = float(start.std()) or 1.0
             intervals = {
-                look.step: _scaled(mean_ci(look.values[name] - start), 1 / spread) for look in seen
+                look.step: _scaled(_change(look, look.values[name] - start), 1 / spread)
+                for look in seen
             }
             words = f"{name.partition('/')[2]} ({group.replace('_', '-')})"
             lines.append(_series(words, intervals, dashed))
@@ -96,7 +97,7 @@ def _ratios(looks: Sequence[Measurement], name: str) -> dict[int, Interval]:
         return {}
     found: dict[int, Interval] = {}
     for look in seen:
-        gap = mean_ci(look.values[name][: len(start)] - start)
+        gap = _change(look, look.values[name][: len(start)] - start)
         if name in LOGARITHMS:
             found[look.step] = (math.exp(gap[0]), math.exp(gap[1]), math.exp(gap[2]))
         else:
@@ -106,6 +107,10 @@ def _ratios(looks: Sequence[Measurement], name: str) -> dict[int, Interval]:
             low, middle, high = gap[1] / mean, gap[0] / mean, gap[2] / mean
             found[look.step] = (1 + middle, 1 + low, 1 + high)
     return found
+
+
+def _change(look: Measurement, differences: Array) -> Interval:
+    return mean_ci(differences, clusters=look.clusters(differences))
 
 
 def _series(name: str, intervals: Mapping[int, Interval], dashed: bool = False) -> Series:

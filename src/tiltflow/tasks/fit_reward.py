@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import binomtest
 
 from tiltflow.core.disk import save_tensors, write_whole
 from tiltflow.core.paths import check_folder, resolve_path
 from tiltflow.core.sentences import counted
 from tiltflow.data.preferences import Preference, agreement, load_preferences
+from tiltflow.evaluation.statistics import proportion_ci
 from tiltflow.rewards.fitted import FITTED
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.rewards.zoo.votes import HEAD, facts_text, features, identity
@@ -61,7 +61,8 @@ class Choices:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came out: `accuracy` with its 95% interval (Wilson) on `decided` choices left out."""
+    """What came out: `accuracy` with its 95% interval on `decided` choices left out. The votes on
+    one prompt are no independent ones, so it counts a prompt once (`proportion_ci`)."""
 
     weight: Array
     prior: float
@@ -168,11 +169,10 @@ def fit(choices: Choices) -> Fit:
         weight = regression(choices.differences[~part], choices.chosen[~part], prior)
         right[part] = (choices.differences[part] @ weight > 0) == (choices.chosen[part] > 0.5)
     decided = choices.chosen != 0.5
-    agreed, n = int(right[decided].sum()), int(decided.sum())
-    wilson = binomtest(agreed, n).proportion_ci(0.95, method="wilson")
+    share, low, high = proportion_ci(right[decided], clusters=choices.groups[decided].tolist())
     prior = _prior(choices, np.ones_like(decided))
     weight = regression(choices.differences, choices.chosen, prior)
-    return Fit(weight, prior, agreed / n, (float(wilson.low), float(wilson.high)), n)
+    return Fit(weight, prior, share, (low, high), int(decided.sum()))
 
 
 def regression(differences: Array, chosen: Array, prior: float) -> Array:

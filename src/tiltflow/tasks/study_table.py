@@ -17,7 +17,7 @@ from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import read_metrics
 from tiltflow.evaluation.report import write_report
 from tiltflow.evaluation.scores import texts_of
-from tiltflow.evaluation.seeds import compared, over_seeds
+from tiltflow.evaluation.seeds import caveat, compared, named, over_seeds
 from tiltflow.evaluation.statistics import NO_DIFFERENCE, mean_ci
 from tiltflow.evaluation.statistics import verdict as verdict_over_prompts
 from tiltflow.setup.costing import Cost
@@ -143,28 +143,30 @@ def table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def comparison_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Each comparison: the difference, its intervals, its corrected p-value, and a verdict."""
+    """Each comparison: the seeds that both rows have, the difference on these, its intervals, its
+    corrected p-value, and a verdict."""
     return [
-        f"{row['a']} − {row['b']} on {row['reward']}: {row['difference']:+.4f}, "
-        f"{_interval(row['ci95'])} over prompts, {_interval(row['seeds_ci95'])} over seeds, "
-        f"p = {row['p_holm']:.2g}: {verdict(row)}"
+        f"{row['a']} − {row['b']} on {row['reward']} ({named(row['seeds'])}): "
+        f"{row['difference']:+.4f}, {_interval(row['ci95'])} over prompts, "
+        f"{_interval(row['seeds_ci95'])} over seeds, p = {row['p_holm']:.2g}: {verdict(row)}"
         for row in summary["comparisons"]
     ]
 
 
 def verdict(row: Mapping[str, Any]) -> str:
     """The verdict over prompts, and whether the seeds' own interval has 0 in it."""
-    words, seeds = verdict_over_prompts(row), row["seeds_ci95"]
-    if words == NO_DIFFERENCE:
-        return words
-    if seeds is None:
-        return f"{words}, of one seed"
-    return words if seeds[0] * seeds[1] > 0 else f"{words}, but the seeds' interval has 0 in it"
+    words = verdict_over_prompts(row)
+    return words if words == NO_DIFFERENCE else words + caveat(row)
 
 
+SEEDS = (
+    "A mean is over the row's own seeds; a comparison is on the seeds that both rows have, so it "
+    "need not be the difference of their means."
+)
 NOTE = (
-    "Means ± half the 95% interval over prompts / over seeds. p is over prompts, corrected (Holm) "
-    "for all comparisons here. An evaluation is one sample through a network, forward or backward."
+    f"Means ± half the 95% interval over prompts / over seeds. {SEEDS} p is over prompts, "
+    "corrected (Holm) for all comparisons here. An evaluation is one sample through a network, "
+    "forward or backward."
 )
 
 
@@ -181,31 +183,35 @@ def write_study(study: Study, out: Path, summary: Mapping[str, Any]) -> list[Pat
     write_whole(out / "study.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_whole(out / "study.md", markdown(summary))
     systems = {name.partition("@")[0]: system for name, system in summary["systems"].items()}
-    curves = {row: _curves(study, out, row) for row in systems}
+    curves: dict[str, list[dict[str, float]]] = {}
     stages: dict[str, list[str]] = {}
     for row, system in systems.items():
-        if curves[row]:
-            stages.setdefault(system["stage"], []).append(row)
+        seeds, rows = _curves(study, out, row)
+        if rows:
+            name = f"{row} ({named(seeds)})"
+            curves[name] = rows
+            stages.setdefault(system["stage"], []).append(name)
     first = {row: Cell(study, out, row, system["seeds"][0]) for row, system in systems.items()}
     page = write_report(
         out / "study.html",
         title=f"tiltflow study: {out.name}",
         evaluation=summary,
-        curves={row: rows for row, rows in curves.items() if rows},
+        curves=curves,
         grids={},
         prompts=[],
         config={row: dump_config(cell.config) for row, cell in first.items()},
         versions=versions(),
         together=list(stages.values()),
-        notice=" ".join(budget_lines(summary)),
+        notice=f"{'. '.join([*budget_lines(summary), SEEDS])}",
     )
     return [out / "study.json", out / "study.md", page]
 
 
-def _curves(study: Study, out: Path, row: str) -> list[dict[str, float]]:
-    """The chosen figures of a row's logs: the mean over the seeds at the steps that all have.
-    None of them where the results are kept and the runs are not."""
-    logs = []
+def _curves(study: Study, out: Path, row: str) -> tuple[list[int], list[dict[str, float]]]:
+    """The seeds whose logs are there, and the chosen figures of these: the mean over the seeds at
+    the steps that all have. None of them where the results are kept and the runs are not."""
+    logs: list[dict[int, dict[str, float]]] = []
+    seeds: list[int] = []
     for cell in cells_of(study, out, [row]):
         if cell.result() is not None and cell.run.is_dir():
             lines: dict[int, dict[str, float]] = {}
@@ -213,6 +219,7 @@ def _curves(study: Study, out: Path, row: str) -> list[dict[str, float]]:
                 kept = {k: line[k] for k in study.curves if isinstance(line.get(k), float)}
                 lines.setdefault(line["step"], {}).update(kept)
             logs.append(lines)
+            seeds.append(cell.seed)
     common = [s for s in sorted(logs[0]) if all(s in log for log in logs)] if logs else []
     rows = []
     for step in common:
@@ -220,7 +227,7 @@ def _curves(study: Study, out: Path, row: str) -> list[dict[str, float]]:
         means = {k: float(np.mean([log[step][k] for log in logs])) for k in names}
         if means:
             rows.append({"step": step, **means})
-    return rows
+    return seeds, rows
 
 
 def show_study(summary: Mapping[str, Any], console: Console) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import read_metrics
+from tiltflow.evaluation.statistics import Clusters
 
 Array = NDArray[np.float64]
 FILE = "watch.jsonl"
@@ -27,12 +28,14 @@ class Measurement:
 
     Names: `held_out/REWARD`, `trained/REWARD`, `diversity`, and `drift` and `high_frequency`
     (`LOGARITHMS`). The samples are the same in every measurement of a run. `alarms` are sentences
-    by rule.
+    by rule. `prompts`: the number of each sample's prompt where some are of one, else empty; a
+    series of n values is of the first n samples.
     """
 
     step: int
     values: Mapping[str, Array]
     alarms: Mapping[str, str] = field(default_factory=dict)
+    prompts: tuple[int, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -40,6 +43,10 @@ class Measurement:
 
     def mean(self, name: str) -> float:
         return float(self.values[name].mean())
+
+    def clusters(self, values: Array) -> Clusters:
+        """The prompts that a series is of, as `evaluation.statistics` takes them."""
+        return self.prompts[: len(values)] or None
 
 
 def read_history(path: Path) -> list[Measurement]:
@@ -58,7 +65,11 @@ def read_history(path: Path) -> list[Measurement]:
             values = {k: np.asarray(v, dtype=np.float64) for k, v in row["values"].items()}
             if not all(v.ndim == 1 and len(v) and np.isfinite(v).all() for v in values.values()):
                 raise ValueError("a series is a list of numbers")
-            found.append(Measurement(row["step"], values, dict(row["alarms"])))
+            prompts = tuple(row.get("prompts", ()))
+            whole = not prompts or len(prompts) >= max(map(len, values.values()), default=0)
+            if not whole or not all(type(number) is int for number in prompts):
+                raise ValueError("every sample has a prompt")
+            found.append(Measurement(row["step"], values, dict(row["alarms"]), prompts))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: step {row['step']} is no measurement") from error
     return found
@@ -108,4 +119,5 @@ class History:
 def _line(measurement: Measurement) -> str:
     values = {name: array.tolist() for name, array in measurement.values.items()}
     row = {"step": measurement.step, "alarms": dict(measurement.alarms), "values": values}
+    row |= {"prompts": list(measurement.prompts)} if measurement.prompts else {}
     return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"

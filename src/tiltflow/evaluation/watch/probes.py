@@ -123,7 +123,17 @@ class Probes:
             values["diversity"] = self._diversity(torch.cat(features), self.features)
         if teacher:
             values |= self._teacher()
-        return Measurement(step, values)
+        return Measurement(step, values, prompts=self._prompts())
+
+    def _prompts(self) -> tuple[int, ...]:
+        """The number of each sample's prompt; none where all differ."""
+        texts = [prompt.text for prompt in self.fixed.encoded.prompts]
+        numbers: dict[str, int] = {}
+        found = tuple(
+            numbers.setdefault(texts[row % len(texts)], len(numbers))
+            for row in range(self.settings.samples)
+        )
+        return found if len(numbers) < len(found) else ()
 
     def _scores(self, rows: Sequence[int], images: Tensor) -> dict[str, Tensor]:
         """Every reward's scores (B,)."""

@@ -2,7 +2,8 @@
 
 All measurements are of the same prompts from the same noise, so every rule is a one-sided paired
 test of a difference between two measurements, sample by sample, and asks for two things at
-once: that the change is larger than a stated amount, and that this is no chance.
+once: that the change is larger than a stated amount, and that this is no chance. Where samples
+share a prompt they change together: a prompt then counts once (`evaluation/statistics.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+from tiltflow.evaluation.statistics import Clusters, cluster_means
+from tiltflow.evaluation.statistics import standard_error as error_of_mean
 from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement, first_with
 from tiltflow.evaluation.watch.settings import WatchRules
 
@@ -54,23 +57,24 @@ def judge(
     return alarms
 
 
-def above_zero(values: Array, alpha: float) -> bool:
+def above_zero(values: Array, alpha: float, clusters: Clusters = None) -> bool:
     """Whether the mean of (n,) values exceeds 0 at level `alpha`, by a one-sided t test.
 
-    Values that are all equal have no spread to go by; the sign test then needs 2^−n ≤ alpha.
+    Values that are all equal have no spread to go by; the sign test then needs 2^−n ≤ alpha, n the
+    number of clusters.
     """
     n, mean = len(values), float(values.mean())
     if n < 2 or mean <= 0:
         return False
     rounding = 4 * np.finfo(np.float64).eps * float(np.abs(values).max())
+    error, freedom = error_of_mean(values, clusters)
     if np.ptp(values) <= rounding:
-        return 2.0**-n <= alpha
-    error = float(values.std(ddof=1)) / math.sqrt(n)
-    return float(stats.t.sf(mean / error, n - 1)) < alpha
+        return 2.0 ** -(freedom + 1) <= alpha
+    return float(stats.t.sf(mean / error if error > 0 else math.inf, freedom)) < alpha
 
 
-def standard_error(values: Array) -> float:
-    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def standard_error(values: Array, clusters: Clusters = None) -> float:
+    return error_of_mean(values, clusters)[0] if len(values) > 1 else math.nan
 
 
 def _held_out(
@@ -91,15 +95,16 @@ def _held_out(
     best = max(earlier, key=lambda m: m.mean(name))
     gain = best.values[name] - start.values[name]
     fall = best.values[name] - now.values[name]
-    if not above_zero(fall - share * gain, alpha / len(earlier)):
+    if not above_zero(fall - share * gain, alpha / len(earlier), now.clusters(fall)):
         return None
     risen = [n for n, weight in weights.items() if _risen(now, best, f"trained/{n}", weight)]
     if not risen:
         return None
+    error = standard_error(fall, now.clusters(fall))
     return (
         f"the held-out {name.partition('/')[2]} fell by {fall.mean():.4g} (standard error "
-        f"{standard_error(fall):.2g}) since step {best.step}, where its gain was "
-        f"{gain.mean():.4g}, while the trained {' and '.join(risen)} rose"
+        f"{error:.2g}) since step {best.step}, where its gain was {gain.mean():.4g}, while the "
+        f"trained {' and '.join(risen)} rose"
     )
 
 
@@ -112,11 +117,12 @@ def _disagreement(
     rose by Wilcoxon's signed-rank test, and their rank correlation with the changes of every
     held-out reward (of which at least half the samples changed) is below the threshold, by Fisher's
     z with the variance of Fieller, Hartley and Pearson (1957). Ranks, because early in a run most
-    samples hardly change and a few change much.
+    samples hardly change and a few change much. Samples of one prompt are one, by their mean.
     """
     now, start = history[-1], history[0]
-    trained = _weighted_change(now, start, weights)
-    if trained is None or len(trained) < FEWEST:
+    rise = _weighted_change(now, start, weights)
+    trained = None if rise is None else cluster_means(rise, now.clusters(rise))
+    if trained is None or len(trained) < FEWEST or np.ptp(trained) == 0:
         return None
     if not stats.wilcoxon(trained, alternative="greater").pvalue < alpha:
         return None
@@ -124,9 +130,10 @@ def _disagreement(
     found = {}
     for name in (n for n in now.values if n.startswith("held_out/") and n in start.values):
         change = now.values[name] - start.values[name]
-        if np.mean(change != 0) < 0.5:
+        seen = cluster_means(change, now.clusters(change))
+        if np.mean(change != 0) < 0.5 or np.ptp(seen) == 0:
             continue  # a count or a yes and no, which has few changes: its ranks are mostly ties
-        found[name.partition("/")[2]] = float(stats.spearmanr(trained, change).statistic)
+        found[name.partition("/")[2]] = float(stats.spearmanr(trained, seen).statistic)
     if not found or any(r >= math.tanh(limit) for r in found.values()):
         return None
     each = ", ".join(f"{r:.2f} with {name}" for name, r in found.items())
@@ -155,12 +162,13 @@ def _weighted_change(
 def _risen(now: Measurement, then: Measurement, name: str, weight: float) -> bool:
     if name not in now.values or name not in then.values:
         return False
-    return above_zero(math.copysign(1.0, weight) * (now.values[name] - then.values[name]), RISING)
+    rise = math.copysign(1.0, weight) * (now.values[name] - then.values[name])
+    return above_zero(rise, RISING, now.clusters(rise))
 
 
 def _diversity(now: Measurement, start: Measurement, share: float, alpha: float) -> str | None:
     before, after = start.values["diversity"], now.values["diversity"]
-    if not above_zero(share * before - after, alpha):
+    if not above_zero(share * before - after, alpha, now.clusters(after)):
         return None
     return (
         f"diversity is {after.mean():.4g}, {after.mean() / before.mean():.2f} of the "
@@ -189,7 +197,7 @@ def _outside(
         gaps.append(after[: len(teacher)] - teacher)
     what, *causes = WORDS[name]
     for word, sign, cause in (("above", 1, causes[0]), ("below", -1, causes[1])):
-        if all(above_zero(sign * gap - margin, alpha) for gap in gaps):
+        if all(above_zero(sign * gap - margin, alpha, now.clusters(gap)) for gap in gaps):
             ratios = [f"{math.exp(gap.mean()):.2f}" for gap in gaps]
             against = f"{ratios[0]} times that at step {start.step}"
             if teacher is not None:
