@@ -28,7 +28,7 @@ from tiltflow.models.graphs import Graphs
 from tiltflow.setup.build import Build, build_stage
 from tiltflow.setup.checks import check_run
 from tiltflow.tasks.report import write_run_report
-from tiltflow.tasks.train import run_training
+from tiltflow.tasks.train import _say_other_size, run_training
 from tiltflow.training.buckets import Bucketed
 
 QUIET = Console(quiet=True)
@@ -220,6 +220,23 @@ def test_a_column_of_the_prompt_file_gives_each_prompt_its_size(
     running.iteration(0)
     assert build.facts.as_json()["sizes"] == tuple(SIZES)
     assert "sizes" not in built(config("cold_start", tmp_path)).facts.as_json()
+
+
+def test_samples_of_a_size_that_nothing_is_trained_on_are_said(
+    config: Config, tmp_path: Path
+) -> None:
+    drawn = ["log.samples_every=1", "log.samples=1"]
+    for more, told in (
+        ([LIST, *drawn, "model.resolution=64"], 1),
+        ([LIST, "model.resolution=64"], 0),  # there are none
+        ([LIST, *drawn], 0),
+        (drawn, 0),
+    ):
+        lines: list[str] = []
+        _say_other_size(built(config("cold_start", tmp_path, *more)), lines.append)
+        assert len(lines) == told, more
+        said_so = "warning: samples and the watch are of 64 pixels (model.resolution), which data."
+        assert all(line.startswith(said_so) for line in lines)
 
 
 def test_sizes_are_drawn_by_their_weights(config: Config, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from diffusers.utils import logging
 
 from tiltflow.formats.writing import few_step_scheduler
 from tiltflow.models.families import load_backbone
@@ -28,6 +29,18 @@ def edited(path: Path, to: Path, file: str, **values: object) -> Path:
     config = json.loads((to / file).read_text())
     (to / file).write_text(json.dumps({**config, **values}))
     return to
+
+
+def test_a_students_scheduler_is_given_nothing_of_the_solvers(
+    tiny_pipeline: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of which diffusers would warn whoever exports."""
+    logging.enable_propagation()
+    try:
+        made = few_step_scheduler(Pipeline(tiny_pipeline("sana")), 0.9)
+    finally:
+        logging.disable_propagation()
+    assert not caplog.records and (made.config.shift, made.config.eta) == (3.0, 0.9)
 
 
 def test_a_students_levels_have_the_solvers_shift(tiny_pipeline: Tiny, tmp_path: Path) -> None:

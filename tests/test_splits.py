@@ -48,6 +48,7 @@ def texts(source: Path, split: str | None = None) -> list[str]:
     [
         ("train-00000-of-00001.parquet", "train"),
         ("my_split-00003-of-00010.parquet", "my_split"),
+        ("my_split-00003-of-00010-0123456789abcdef.parquet", "my_split"),
         ("test.parquet", "test"),
         ("captions_val.parquet", "validation"),
         ("Dev.parquet", "validation"),
@@ -87,6 +88,9 @@ def test_nothing_in_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
     for split in (None, "train", "test"):
         with pytest.raises(ValueError, match=r"has 2 of the 3 parts of 'train': fetch the others"):
             texts(folder, split)
+    older = parquet(tmp_path / "older", "train-00001-of-00002-0123456789abcdef")  # of datasets
+    with pytest.raises(ValueError, match=r"has 1 of the 2 parts of 'train'"):
+        texts(older)
 
 
 def test_one_split_is_one_set(tmp_path: Path) -> None:

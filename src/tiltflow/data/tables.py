@@ -23,7 +23,7 @@ DATASETS = "datasets:"
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, and what is in it."""
 
-SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-(\d{5})")
+SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-(\d{5})(?:-[0-9a-f]{16})?")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),

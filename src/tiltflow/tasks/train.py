@@ -16,9 +16,11 @@ from tiltflow.core.disk import write_whole
 from tiltflow.core.distributed import Ranks, ranks_of_job
 from tiltflow.core.errors import NonFiniteError
 from tiltflow.core.run_lock import RunLock, refuse_if_held
+from tiltflow.core.sizes import said
 from tiltflow.evaluation.watch.probes import FixedPrompts
 from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.medium import IMAGES, Medium
+from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.roles import Role
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build, attention_for, build_stage, device_of
@@ -111,6 +113,7 @@ def _run(
     few_step = build.stage.roles.state().get("few_step")
     manifest = manifest_of(cfg, subject.prompts, few_step, subject.pipelines)
     _say_other_base(cfg, manifest, say)
+    _say_other_size(build, say)
     settings = _loop_settings(cfg, build.facts.as_json() | {"manifest": manifest})
     callbacks.begin(cfg.stage, start or 0, cfg.train.steps)
 
@@ -171,6 +174,18 @@ def _say_other_base(
         say(
             f"warning: model.few_step {start} was trained on a base whose weights have the hash "
             f"{str(there)[:12]}, but those here have {here[:12]}"
+        )
+
+
+def _say_other_size(build: Build, say: Callable[[str], None]) -> None:
+    """A line if samples and the watch are of pictures that nothing is trained on."""
+    sizes, backbone = build.facts.sizes, build.backbone
+    if not sizes or build.fixed is None or not isinstance(backbone, PipelineBackbone):
+        return
+    if backbone.resolution not in sizes:
+        say(
+            f"warning: samples and the watch are of {said(backbone.resolution)} pixels "
+            "(model.resolution), which data.buckets does not have"
         )
 
 
