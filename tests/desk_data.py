@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +90,7 @@ def make_evaluation(
 ) -> Path:
     """An evaluation.json of one reward, `shapes`, with its scores and images."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(file.with_suffix(".images"), ignore_errors=True)
     systems = {
         name: {"nfe": 4, "scores": {"shapes": {"mean": float(np.mean(v)), "ci95": [0, 1]}}}
         for name, v in scores.items()
@@ -104,6 +106,35 @@ def make_evaluation(
             save_image(path, (40 * k, 7 * i % 256, 120))
     file.with_suffix(".scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return file
+
+
+def add_sizes(file: Path, sizes: Sequence[str]) -> None:
+    """Makes an evaluation one of several sizes: at the k-th its scores are k higher, and its images
+    are of that size."""
+    summary = json.loads(file.read_text())
+    about = {
+        system: {"shapes": {"mean": values["scores"]["shapes"]["mean"], "ci95": [0, 1]}}
+        for system, values in summary["systems"].items()
+    }
+    summary["sizes"] = {s: {"prompts": summary["prompts"], "systems": about} for s in sizes}
+    summary["asked"]["sizes"] = [[size, None] for size in sizes]
+    file.write_text(json.dumps(summary))
+    scores = file.with_suffix(".scores.jsonl")
+    rows = [json.loads(line) for line in scores.read_text().splitlines()]
+    for row in rows:
+        row["sizes"] = {
+            size: {s: {"shapes": v["shapes"] + k} for s, v in row["scores"].items()}
+            for k, size in enumerate(sizes)
+        }
+    scores.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for system in file.with_suffix(".images").iterdir():
+        for picture in sorted(system.glob("*.png")):
+            with Image.open(picture) as image:
+                for size in sizes:
+                    height, width = map(int, size.split("x"))
+                    (system / size).mkdir(exist_ok=True)
+                    image.resize((width, height)).save(system / size / picture.name)
+            picture.unlink()
 
 
 class Client:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tiltflow.desk.app import Desk
 from tiltflow.desk.runs import POINTS, Curve, Log
-from tiltflow.desk.sets import PAGE, Choice, load_table, look
+from tiltflow.desk.sets import PAGE, Choice, Set, load_table, look
 from tiltflow.desk.sources import find_sources
 from tiltflow.evaluation.scores import compare
 from tiltflow.evaluation.statistics import paired_comparison, verdict
@@ -160,7 +160,7 @@ def test_a_curve_of_any_length_is_short_and_keeps_the_mean():
 
 def test_the_table_agrees_with_the_statistics(desk):
     place = next(iter(desk.sources.evaluations.values()))
-    table = load_table([place])
+    table = load_table(Set((place,)))
     shown = look(table, Choice("shapes", "ac_dmd", differ=True))
     assert [row["row"] for row in shown["rows"]] == [0, 2, 1]
     assert [row["prompt"] for row in shown["rows"]] == [ODD[0], ODD[2], ODD[1]]
@@ -254,7 +254,7 @@ def test_ten_thousand_samples_and_fifty_runs(tmp_path):
             for page in range(5):
                 client.json("/api/overview")
                 client.json(f"{address}/rows?{query}&page={page}")
-                client.ask(f"{address}/image/1/{page}?side=192")
+                client.ask(f"{address}/image/rtdmd/{page}?side=192")
             grown = tracemalloc.get_traced_memory()[0] - before
         finally:
             tracemalloc.stop()

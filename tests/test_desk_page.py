@@ -57,8 +57,11 @@ def page(request, browser, client):
 
 
 def check(page) -> None:
-    """Nothing wider than the window, and no serious finding of axe-core."""
+    """Nothing wider than the window, something to see in its screenshot, and no serious finding of
+    axe-core."""
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    seen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    assert seen.size in SIZES.values() and len(seen.getcolors(1 << 24)) > 30
     check_access(page)
 
 

@@ -97,11 +97,15 @@ def test_the_desk_makes_images_and_refuses_nonsense(runs, tmp_path):
         ids = [run["id"] for run in client.json("/api/overview")["runs"]]
         about = client.json("/api/dial/load", {"runs": ids[:1], "side": None})
         assert (about["dials"], about["steps"], about["side"]) == (["tilt-0"], 4, 64)
+        asked["student"] = about["student"]
         made = client.json("/api/dial/image", asked)
         picture = client.ask(f"/api/dial/picture/{made['picture']}")[1]
         assert np.asarray(Image.open(io.BytesIO(picture))).shape == (64, 64, 3)
-        assert "clipscore" in client.json("/api/dial/scores", {"strengths": [1.5]})["scores"]
+        assert (
+            "clipscore" in client.json("/api/dial/scores", asked | {"strengths": [1.5]})["scores"]
+        )
         for change in (
+            {"student": "x"},
             {"strengths": ["1"]},
             {"strengths": [True]},
             {"strengths": [2]},

@@ -66,19 +66,28 @@ def _read(source: Path | bytes, digest: str | None) -> Tensor:
 def append_vote(path: Path, row: Mapping[str, Any]) -> None:
     """One more line in a file of votes; it is on the disk when this returns.
 
-    Several processes may append at once. What a killed one left of a line is cut off first.
+    Several processes may append at once. What a killed one left of a line is cut off first. A vote
+    that did not reach the disk is taken back: given again, it counts once.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     new = not path.exists()
-    with path.open("a+b") as file:
+    with path.open("a+b", buffering=0) as file:  # or closing it might write what failed
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         whole = _whole(file, size)
         if whole < size:
             file.truncate(whole)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            rest = line
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(whole)
+            raise
     if new:
         fsync(path.parent)
 

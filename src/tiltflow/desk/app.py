@@ -68,8 +68,8 @@ class Desk:
             for place in self.sources.runs.values()
         ]
         sets = [
-            {"id": key, "name": ", ".join(place.name for place in places)}
-            for key, places in group(self.sources.evaluations, problems).items()
+            {"id": key, "name": found.name}
+            for key, found in group(self.sources.evaluations, problems).items()
         ]
         dials = [{"id": place.id, "name": place.name} for place in self.sources.dials.values()]
         return {"runs": listed, "sets": sets, "dials": dials, "problems": problems}
@@ -102,7 +102,7 @@ def make_app(desk: Desk, host: str, port: int, token: str) -> ASGIApp:
         Route("/api/run/{id}/sample/{step:int}", answers.sample),
         Route("/api/set/{id}", answers.set),
         Route("/api/set/{id}/rows", answers.rows),
-        Route("/api/set/{id}/image/{column:int}/{row:int}", answers.image),
+        Route("/api/set/{id}/image/{system:path}/{row:int}", answers.image),
         Route("/api/pair", answers.pair, methods=["POST"]),
         Route("/api/pair/{pair}/{side}", answers.pair_image),
         Route("/api/vote", answers.vote, methods=["POST"]),
@@ -162,10 +162,10 @@ class Answers:
         return Json(look(table, _choice(request.query_params)))
 
     def image(self, request: Request) -> Response:
-        table, column = self.desk.table(request.path_params["id"]), request.path_params["column"]
-        if column >= len(table.columns):
-            raise KeyError(column)
-        return _picture(request, table.columns[column].image(request.path_params["row"]))
+        """By the system's name: columns change places when an evaluation comes or goes."""
+        asked = request.path_params
+        column = self.desk.table(asked["id"]).column(asked["system"])
+        return _picture(request, column.image(asked["row"]))
 
     async def pair(self, request: Request) -> Response:
         """A new pair of images for a vote."""
@@ -232,7 +232,8 @@ def _text(found: Mapping[str, Any], key: str) -> str:
 def _choice(asked: Mapping[str, str]) -> Choice:
     """Raises ValueError if the query of a page of rows is none."""
     systems = json.loads(asked["systems"]) if "systems" in asked else None
-    if systems is not None and not all(isinstance(s, str) for s in systems):
+    plain = isinstance(systems, list) and all(isinstance(s, str) for s in systems)
+    if systems is not None and not plain:
         raise ValueError("systems is a list of names")
     page = int(asked.get("page", "0"))
     if not 0 <= page < 10**6:

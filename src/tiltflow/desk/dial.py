@@ -22,12 +22,16 @@ LONGEST_PROMPT = 4000
 
 
 class Dial:
-    """The student that was loaded last, and the latest images it made."""
+    """The student that was loaded last, and the latest images it made.
+
+    Several browsers share it. So a student has a name, which whoever asks for an image or scores
+    gives: after another was loaded, the first one's page is told so, and shown nothing of it.
+    """
 
     def __init__(self, device: str = "auto") -> None:
         self.device = device
         self._lock = threading.Lock()
-        self._student: tuple[object, Student] | None = None
+        self._student: tuple[object, str, Student] | None = None
         self._pictures: OrderedDict[str, bytes] = OrderedDict()
 
     def load(self, runs: Sequence[Place], side: int | None) -> dict[str, Any]:
@@ -43,16 +47,18 @@ class Dial:
                 made = load_student([p.path for p in runs], side, self.device)
                 # The first image takes longer than later ones: now, and not at the first turn.
                 made.image([1.0] * len(runs), "", 0, made.request.settled.steps)
-                self._student = (key, made)
-            about = facts(self._student[1])
+                self._student = (key, secrets.token_hex(8), made)
+            _, name, student = self._student
+            about = facts(student)
         names = [place.name for place in runs]
-        return {**about, "dials": names, "strongest": STRONGEST_TILT}
+        return {**about, "student": name, "dials": names, "strongest": STRONGEST_TILT}
 
     def image(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Makes an image; the answer names it and says how long it took.
 
         Raises:
-            ValueError: if no student is loaded, or what is asked for is no number or out of range.
+            ValueError: if no student or another is loaded, or what is asked for is no number or out
+                of range.
         """
         strengths, prompt = _numbers(asked), asked.get("prompt")
         seed, steps = asked.get("seed"), asked.get("steps")
@@ -62,7 +68,7 @@ class Dial:
             raise ValueError("seed and steps are whole numbers")
         with self._lock:
             began = time.perf_counter()
-            made = self._loaded().image(strengths, prompt, seed, steps)
+            made = self._loaded(asked).image(strengths, prompt, seed, steps)
             took = time.perf_counter() - began
             key = secrets.token_hex(8)
             self._pictures[key] = packed(made)
@@ -81,12 +87,15 @@ class Dial:
             ValueError: as `image`.
         """
         with self._lock:
-            return {"scores": self._loaded().scores(_numbers(asked))}
+            return {"scores": self._loaded(asked).scores(_numbers(asked))}
 
-    def _loaded(self) -> Student:
+    def _loaded(self, asked: Mapping[str, Any]) -> Student:
         if self._student is None:
             raise ValueError("no student is loaded")
-        return self._student[1]
+        _, name, student = self._student
+        if asked.get("student") != name:
+            raise ValueError("another student has been loaded meanwhile: load this one again")
+        return student
 
 
 def view(folder: Path) -> dict[str, Any]:

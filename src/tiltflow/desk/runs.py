@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from tiltflow.config.recipe_source import read_recipe
 from tiltflow.core.disk import parse_json
 from tiltflow.core.run_lock import held_by_another
+from tiltflow.evaluation.watch.history import FILE as WATCH
 from tiltflow.tasks.evaluate import PROMPTS
 from tiltflow.tasks.train import COLUMNS
 from tiltflow.training.changes import by_key
@@ -22,6 +24,8 @@ NOTES = 100
 """Sentences of a log that are kept: the latest."""
 TAIL = 65_536
 """Bytes at the end of a log that the list of runs looks at."""
+FAR = 64 * TAIL
+"""Bytes at its end in which it looks for the watch's last line, where the watch looks seldom."""
 PIECE = 1 << 20
 """Bytes of a log that are read at a time."""
 LARGEST = 1e300
@@ -53,10 +57,13 @@ class Curve:
 
 
 class Log:
-    """A run's metrics.jsonl: `refresh` reads what has been appended since the last time."""
+    """A run's metrics.jsonl: `refresh` reads what has been appended since the last time.
+
+    Several browsers ask at once: whoever reads it, or what it holds, has `lock`.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.lock = path, threading.Lock()
         self._forget()
 
     def _forget(self) -> None:
@@ -114,24 +121,35 @@ def _plain(value: object) -> bool:
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """A run in the list, from the end of its log: its step, alarms at it, whether it goes on."""
-    log, step, alarms, modified = run / "metrics.jsonl", 0, 0, 0.0
+    """A run in the list, from the end of its log: its step, the alarms of the watch's last look,
+    whether it goes on."""
+    log, step, modified = run / "metrics.jsonl", 0, 0.0
+    alarms: int | None = None
     if log.is_file():
         with log.open("rb") as file:
             about = os.fstat(file.fileno())
             file.seek(max(0, about.st_size - TAIL))
             for row in filter(None, map(_row, file.read(TAIL).split(b"\n"))):
                 step = max(step, row["step"])
-                found = row.get("watch/alarms", alarms)
-                alarms = alarms if isinstance(found, str) else int(found)
+                alarms = _alarms(row, alarms)
+            if alarms is None and (run / WATCH).is_file():
+                file.seek(max(0, about.st_size - FAR))
+                seen = file.read(FAR).rpartition(b'"watch/alarms"')
+                line = seen[0].rpartition(b"\n")[2] + seen[1] + seen[2].partition(b"\n")[0]
+                alarms = _alarms(_row(line) or {}, None)
         modified = about.st_mtime
     return {
         "step": step,
-        "alarms": alarms,
+        "alarms": alarms or 0,
         "modified": modified,
         "running": held_by_another(run),
         "tilt": (run / "export" / "tilt").is_dir(),
     }
+
+
+def _alarms(row: Mapping[str, Any], before: int | None) -> int | None:
+    found = row.get("watch/alarms", before)
+    return before if found is None or isinstance(found, str) else int(found)
 
 
 def sample_steps(run: Path) -> list[int]:
@@ -168,7 +186,12 @@ def settings(run: Path) -> dict[str, Any]:
 
 def view(run: Path, log: Log) -> dict[str, Any]:
     """Everything of a run that the page shows."""
-    log.refresh()
+    with log.lock:
+        log.refresh()
+        return _view(run, log)
+
+
+def _view(run: Path, log: Log) -> dict[str, Any]:
     chosen = settings(run)
     steps, total = sample_steps(run), chosen.get("train.steps")
     running = held_by_another(run)
@@ -183,7 +206,7 @@ def view(run: Path, log: Log) -> dict[str, Any]:
         "running": running,
         "seconds_per_step": pace,
         "seconds_left": left,
-        "curves": {name: curve.points for name, curve in log.curves.items()},
+        "curves": {name: list(curve.points) for name, curve in log.curves.items()},
         "notes": log.notes,
         "samples": steps,
         "prompts": sample_prompts(run, chosen),

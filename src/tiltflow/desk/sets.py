@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 from tiltflow.desk.sources import Place
 from tiltflow.evaluation.files import StoredScores, read_evaluation, read_scores, scores_path
 from tiltflow.evaluation.statistics import correct, mean_ci, paired_comparison, verdict
+from tiltflow.tasks.compare import other_rewards
 
 PAGE = 12
 """Prompts of a page of the table."""
 NOISE = ("prompts", "seed", "resolution", "max_sequence_length")
 """What two evaluations have in common where their images come from the same noise."""
+
+
+Scores = Mapping[str, NDArray[np.float64]]
+"""By reward, a value a prompt."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,8 @@ class Column:
 
     name: str
     nfe: int
-    scores: Mapping[str, NDArray[np.float64]]
+    scores: Scores
     images: Path
-    tilt: float | None
-    """The strength of the stage-2 adapter it was sampled with, None where that has no part."""
 
     def image(self, row: int) -> Path:
         return self.images / f"{row:05d}.png"
@@ -64,6 +67,20 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Set:
+    """Evaluations whose images come from the same noise; where a prompt has images of several
+    sizes, those of one `size`."""
+
+    places: tuple[Place, ...]
+    size: str | None = None
+
+    @property
+    def name(self) -> str:
+        names = ", ".join(place.name for place in self.places)
+        return names if self.size is None else f"{names}: {self.size}"
+
+
+@dataclass(frozen=True)
 class Choice:
     """Which rows and systems are looked at. None takes every system, or every category."""
 
@@ -76,70 +93,76 @@ class Choice:
     page: int = 0
 
 
-def group(
-    evaluations: Mapping[str, Place], problems: list[str] | None = None
-) -> dict[str, list[Place]]:
-    """Evaluations by what makes them comparable; the key is a digest of that. One that cannot be
-    read (any more) is left out, and why is added to `problems`."""
-    sets: dict[str, list[Place]] = {}
+def group(evaluations: Mapping[str, Place], problems: list[str] | None = None) -> dict[str, Set]:
+    """Evaluations by what makes them comparable; the key is a digest of that. Of several sizes each
+    is a set: under a picture stands its own score. An evaluation that cannot be read (any more) is
+    left out, and why is added to `problems`."""
+    found: dict[str, list[Place]] = {}
+    sizes: dict[str, str | None] = {}
     for place in evaluations.values():
         try:
-            asked = _summary(place.path).get("asked")
+            summary = _summary(place.path)
         except (OSError, ValueError) as error:
             if problems is not None and not isinstance(error, FileNotFoundError):
                 problems.append(f"{place.name}: {error}")
             continue
-        same: Any = place.id
-        if isinstance(asked, dict):
-            several = {"sizes": asked["sizes"]} if "sizes" in asked else {}
-            same = {key: asked.get(key) for key in NOISE} | several
-        text = json.dumps(same, sort_keys=True)
-        key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-        sets.setdefault(key, []).append(place)
-    return sets
+        asked = summary.get("asked")
+        for size in _sizes(summary):
+            same: Any = place.id
+            if isinstance(asked, dict):
+                several = {"sizes": asked["sizes"]} if "sizes" in asked else {}
+                same = {key: asked.get(key) for key in NOISE} | several
+            text = json.dumps(same if size is None else [same, size], sort_keys=True)
+            key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+            found.setdefault(key, []).append(place)
+            sizes[key] = size
+    return {key: Set(tuple(places), sizes[key]) for key, places in found.items()}
 
 
-def load_table(places: Sequence[Place]) -> Table:
+def _sizes(summary: Mapping[str, Any]) -> list[str | None]:
+    """The sizes that every prompt has images of, where these are several."""
+    found = summary.get("sizes", {})
+    every = all(each["prompts"] == summary["prompts"] for each in found.values())
+    return list(found) if len(found) > 1 and every else [None]
+
+
+def load_table(of: Set) -> Table:
     """The systems of comparable evaluations. One with the same scores in all of them (the
-    teacher, as a rule) is one column; others are called by their evaluation, too.
+    teacher, as a rule) is one column; others are called by their evaluation, too, and so are
+    rewards of one name that had other weights in each: their scores are not compared.
 
     Raises:
         ValueError: if a file of them cannot be read, or their prompts are not the same.
     """
-    stored = {place: _scores(place.path) for place in places}
+    stored = {place: _scores(place.path, of.size) for place in of.places}
+    summaries = {place: _summary(place.path) for place in of.places}
+    tables = {place: _named(place, found, summaries) for place, found in stored.items()}
     first = next(iter(stored.values()))
     columns: dict[str, Column] = {}
     for place, found in stored.items():
         if found.prompts != first.prompts:
-            raise ValueError(f"{place.name} has other prompts than {places[0].name}")
-        summary = _summary(place.path)
-        for system, scores in found.scores.items():
-            alone = all(_same(scores, other.scores.get(system)) for other in stored.values())
+            raise ValueError(f"{place.name} has other prompts than {of.places[0].name}")
+        for system, scores in tables[place].items():
+            alone = all(_same(scores, other.get(system)) for other in tables.values())
             name = system if alone else f"{system}, {place.name}"
-            columns.setdefault(name, _column(name, system, scores, place.path, summary))
+            nfe = int(summaries[place]["systems"].get(system, {}).get("nfe", 0))
+            images = place.path.with_suffix(".images") / system / (of.size or "")
+            columns.setdefault(name, Column(name, nfe, scores, images))
     return Table(first.prompts, first.categories, tuple(columns.values()))
 
 
-def _column(
-    name: str,
-    system: str,
-    scores: Mapping[str, NDArray[np.float64]],
-    path: Path,
-    summary: Mapping[str, Any],
-) -> Column:
-    asked = summary.get("asked") or {}
-    tilt = asked.get("tilt") if asked.get("tilt_lora") and system == "rtdmd" else None
-    nfe = int(summary["systems"].get(system, {}).get("nfe", 0))
-    images = path.with_suffix(".images") / system
-    first = next(iter(summary.get("sizes", {})), "")  # where a prompt has several, that is shown
-    if (images / first).is_dir():
-        images = images / first
-    return Column(name, nfe, scores, images, tilt)
+def _named(
+    place: Place, found: StoredScores, summaries: Mapping[Place, Mapping[str, Any]]
+) -> dict[str, Scores]:
+    """The scores of a place, by system and by reward under the name that it has in the set."""
+    own = {r for other in summaries.values() for r in other_rewards(summaries[place], other)}
+    return {
+        system: {f"{r}, {place.name}" if r in own else r: values for r, values in table.items()}
+        for system, table in found.scores.items()
+    }
 
 
-def _same(
-    scores: Mapping[str, NDArray[np.float64]], other: Mapping[str, NDArray[np.float64]] | None
-) -> bool:
+def _same(scores: Scores, other: Scores | None) -> bool:
     """Whether two tables hold the same scores, or the other evaluation has no such system."""
     if other is None:
         return True
@@ -182,8 +205,8 @@ def chosen(table: Table, choice: Choice) -> list[Column]:
 
 def look(table: Table, choice: Choice) -> dict[str, Any]:
     """A page of rows, and for each column its mean and its paired difference to the baseline
-    over all rows of the choice, with 95% intervals and a verdict, whose p-value is corrected for
-    the number of columns (`evaluation/statistics.py`)."""
+    over all rows of the choice that were measured, with 95% intervals and a verdict, whose p-value
+    is corrected for the number of columns (`evaluation/statistics.py`)."""
     rows = rows_of(table, choice)
     page = rows[choice.page * PAGE : (choice.page + 1) * PAGE]
     base = _values(table.column(choice.baseline), choice.reward, len(table.prompts))[rows]
@@ -218,24 +241,28 @@ def _figures(
     prompts: Sequence[str],
 ) -> dict[str, Any]:
     values = _values(column, choice.reward, len(prompts))[rows]
-    texts = [prompts[row] for row in rows]
     found: dict[str, Any] = {
         "name": column.name,
         "nfe": column.nfe,
         "mean": None,
         "difference": None,
     }
-    if len(values) > 1 and bool(np.isfinite(values).all()):
-        mean, low, high = mean_ci(values, clusters=texts)
-        found["mean"] = {"value": mean, "ci95": [low, high]}
-        if column.name != choice.baseline and bool(np.isfinite(base).all()):
-            paired = paired_comparison(values, base, texts)
-            found["difference"] = {
-                "difference": paired.difference,
-                "ci95": list(paired.ci95),
-                "p_value": paired.p_value,
-                "win_rate": paired.win_rate,
-            }
+    measured = np.isfinite(values)
+    if measured.sum() > 1:
+        texts = [prompts[row] for row in rows[measured]]
+        mean, low, high = mean_ci(values[measured], clusters=texts)
+        found["mean"] = {"value": mean, "ci95": [low, high], "n": len(texts)}
+    both = measured & np.isfinite(base)
+    if column.name != choice.baseline and both.sum() > 1:
+        texts = [prompts[row] for row in rows[both]]
+        paired = paired_comparison(values[both], base[both], texts)
+        found["difference"] = {
+            "difference": paired.difference,
+            "ci95": list(paired.ci95),
+            "p_value": paired.p_value,
+            "win_rate": paired.win_rate,
+            "n": paired.n,
+        }
     return found
 
 
@@ -252,8 +279,8 @@ def _summary(path: Path) -> dict[str, Any]:
     return _read_summary(path, path.stat().st_mtime_ns)
 
 
-def _scores(path: Path) -> StoredScores:
-    return _read_scores(path, scores_path(path).stat().st_mtime_ns)
+def _scores(path: Path, size: str | None) -> StoredScores:
+    return _read_scores(path, size, scores_path(path).stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
@@ -261,6 +288,6 @@ def _read_summary(path: Path, changed: int) -> dict[str, Any]:
     return read_evaluation(path)
 
 
-@lru_cache(maxsize=8)
-def _read_scores(path: Path, changed: int) -> StoredScores:
-    return read_scores(scores_path(path))
+@lru_cache(maxsize=32)
+def _read_scores(path: Path, size: str | None, changed: int) -> StoredScores:
+    return read_scores(scores_path(path), size)

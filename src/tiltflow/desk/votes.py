@@ -7,7 +7,9 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ OPEN = 4096
 
 @dataclass(frozen=True)
 class Match:
-    """What is voted on: two systems of a set."""
+    """What is voted on: two systems of a set, by their names there."""
 
     set: str
     a: str
@@ -31,13 +33,14 @@ class Match:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt's two images as they are shown."""
+    """One prompt's two images as they are shown; `digests` are what they are."""
 
     match: Match
     row: int
     prompt: str
     left: Column
     right: Column
+    digests: tuple[str | None, str | None]
 
     def image(self, side: str) -> Path:
         """Raises KeyError if there is no such side."""
@@ -66,14 +69,16 @@ class Ballot:
         with self._lock:
             row = self._row(match, columns, len(table.prompts))
             left, right = columns if secrets.randbits(1) else columns[::-1]
-            key, pair = secrets.token_hex(8), Pair(match, row, table.prompts[row], left, right)
+            digests = (_digest(left.image(row)), _digest(right.image(row)))
+            pair = Pair(match, row, table.prompts[row], left, right, digests)
+            key = secrets.token_hex(8)
             self._pairs[key] = pair
             while len(self._pairs) > OPEN:
                 self._pairs.popitem(last=False)
-        return {"pair": key, "prompt": pair.prompt, "tally": self.tally(match)}
+        return {"pair": key, "prompt": pair.prompt, "tally": self.tally(match, columns)}
 
     def _row(self, match: Match, columns: list[Column], n: int) -> int:
-        shown = Counter(vote["row"] for vote in self._votes(match))
+        shown = Counter(vote["row"] for vote in self._votes(match, columns)[0])
         shown.update(pair.row for pair in self._pairs.values() if pair.match == match)
         names = [_names(column.images) for column in columns]
         kept = [r for r in range(n) if all(f"{r:05d}.png" in files for files in names)]
@@ -90,7 +95,8 @@ class Ballot:
         """Writes down which side was chosen: left, right or tie. A pair is voted on once.
 
         Raises:
-            ValueError: if the choice is none of these, or the pair is not on show (any more).
+            ValueError: if the choice is none of these, the pair is not on show (any more), or its
+                images are others than those that were shown.
         """
         if choice not in ("left", "right", "tie"):
             raise ValueError("a choice is left, right or tie")
@@ -99,6 +105,9 @@ class Ballot:
             if pair is None:
                 raise ValueError("this pair has been voted on, or was shown too long ago")
             left, right = pair.image("left"), pair.image("right")
+            if (_digest(left), _digest(right)) != pair.digests:
+                del self._pairs[key]
+                raise ValueError("the images of this pair have been made anew: no vote is kept")
             append_vote(
                 self.file,
                 {
@@ -111,8 +120,8 @@ class Ballot:
                     "row": pair.row,
                     "set": pair.match.set,
                     "time": round(time.time(), 3),
-                    "sha256_a": sha256(left),
-                    "sha256_b": sha256(right),
+                    "sha256_a": pair.digests[0],
+                    "sha256_b": pair.digests[1],
                 },
             )
             del self._pairs[key]  # only now: a failed write leaves the pair to be voted on again
@@ -122,10 +131,12 @@ class Ballot:
         """An image's path from the folder of the votes."""
         return Path(os.path.relpath(image.resolve(), self.file.resolve().parent)).as_posix()
 
-    def tally(self, match: Match) -> dict[str, Any]:
+    def tally(self, match: Match, columns: list[Column]) -> dict[str, Any]:
         """Wins, losses and ties of the match's first system, its win rate (a tie is half a win)
-        and the interval, which holds however often one looks."""
-        results = Counter(_result(vote, match) for vote in self._votes(match))
+        and the interval, which holds however often one looks; and how many votes were on images
+        that are not there any more, which are not counted."""
+        counted, other = self._votes(match, columns)
+        results = Counter(_result(vote, match) for vote in counted)
         wins, losses, ties = results["win"], results["loss"], results["tie"]
         votes = wins + losses + ties
         low, high = win_rate_interval(wins + ties / 2, losses + ties / 2)
@@ -135,26 +146,55 @@ class Ballot:
             "ties": ties,
             "rate": (wins + ties / 2) / votes if votes else None,
             "interval": [low, high],
+            "other": other,
         }
 
-    def _votes(self, match: Match) -> list[dict[str, Any]]:
-        """The votes of a match, whichever side its systems were on."""
+    def _votes(self, match: Match, columns: list[Column]) -> tuple[list[dict[str, Any]], int]:
+        """The votes of a match, whichever side its systems were on: those on the images that these
+        have now, and how many others. Trained or sampled anew, a system keeps its name and is
+        another one."""
         file = self.file
         mark = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
         if mark != self._read[0]:
             self._read = (mark, read_votes(file))
         sides = ([match.a, match.b], [match.b, match.a])
-        return [
+        by_name = {column.name: column for column in columns}
+        found = [
             vote
             for vote in self._read[1]
             if vote.get("set") == match.set
             and [vote.get("system_a"), vote.get("system_b")] in sides
             and isinstance(vote.get("row"), int)
         ]
+        counted = [vote for vote in found if _current(vote, by_name)]
+        return counted, len(found) - len(counted)
 
 
 def _names(folder: Path) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+
+def _current(vote: Mapping[str, Any], columns: Mapping[str, Column]) -> bool:
+    """Whether a vote is on the images that its systems have now, as far as it says."""
+    for side in "ab":
+        image = columns[vote[f"system_{side}"]].image(vote["row"])
+        if (said := vote.get(f"sha256_{side}")) is not None and said != _digest(image):
+            return False
+    return True
+
+
+def _digest(image: Path) -> str | None:
+    """What an image is, None where there is none."""
+    try:
+        about = image.stat()
+        return _hashed(image, about.st_mtime_ns, about.st_size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=65_536)
+def _hashed(file: Path, changed: int, size: int) -> str:
+    return sha256(file)
 
 
 def _result(vote: dict[str, Any], match: Match) -> str:

@@ -120,23 +120,31 @@ def _compared(
 
 
 def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> None:
-    """That a reward that is in both evaluations had the same weights or code, as far as they say:
-    files of the same names and sizes, or the same hub id.
+    """That a reward that is in both evaluations is one and the same.
 
     Raises:
-        ValueError: naming the first that had not.
+        ValueError: naming the first that is not.
     """
-    first, second = map(_rewards, summaries)
+    for name in other_rewards(*summaries):
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} have the reward {name!r} with other "
+            f"{'code' if ':' in name else 'weights'}, so its scores cannot be compared"
+        )
+
+
+def other_rewards(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The rewards that are in both of two evaluations and had other weights or code in the second,
+    as far as they say: files of other names or sizes, or another hub id."""
+    first, second = _rewards(one), _rewards(other)
+    found = []
     for name in (name for name in first if name in second):
-        both = [_weights(found[name]) for found in (first, second)]
+        both = [_weights(table[name]) for table in (first, second)]
         own = ":" in name or is_fitted(name)
         if own and None in both:
             continue  # earlier versions did not look at one's own
         if both[0] != both[1]:
-            raise ValueError(
-                f"{paths[0]} and {paths[1]} have the reward {name!r} with other "
-                f"{'code' if ':' in name else 'weights'}, so its scores cannot be compared"
-            )
+            found.append(name)
+    return found
 
 
 def _rewards(summary: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,6 +14,12 @@ export function ticks(low, high, most = 4) {
   return found;
 }
 
+// The digits by which numbers at equal distances differ.
+function apart(found) {
+  const largest = Math.max(...found.map(Math.abs)), step = found.length > 1 ? found[1] - found[0] : largest;
+  return largest > 0 && step > 0 ? Math.min(7, Math.max(3, 2 + Math.floor(Math.log10(largest)) - Math.floor(Math.log10(step)))) : 3;
+}
+
 function range(values) {
   let low = Infinity, high = -Infinity;
   for (const value of values) {
@@ -36,10 +42,12 @@ export function chart(series, options) {
   const sx = (x) => LEFT + ((x - x0) / (x1 - x0 || 1)) * (W - LEFT - RIGHT);
   const sy = (y) => H - BOTTOM - ((y - y0) / (y1 - y0 || 1)) * (H - TOP - BOTTOM);
   const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, class: "chart", "aria-hidden": "true" });
-  for (const y of ticks(y0, y1)) {
+  const levels = ticks(y0, y1);
+  const digits = apart(levels);
+  for (const y of levels) {
     svg.append(
       s("line", { x1: LEFT, x2: W - RIGHT, y1: sy(y), y2: sy(y), class: "grid" }),
-      s("text", { x: LEFT - 6, y: sy(y) + 3.5, class: "tick", "text-anchor": "end" }, number(y, 3)),
+      s("text", { x: LEFT - 6, y: sy(y) + 3.5, class: "tick", "text-anchor": "end" }, number(y, digits)),
     );
   }
   for (const x of ticks(x0, x1, 5)) {
@@ -88,7 +96,8 @@ function framed(svg, cursor, shown, options, { x0, x1, sx }) {
     cursor.setAttribute("x2", sx(x));
     const parts = shown.map((each) => {
       const near = each.points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
-      return h("span", {}, swatch(each), ` ${shown.length > 1 ? each.name + " " : ""}${number(near[1])}`);
+      const where = near[0] === x ? "" : ` (at ${number(near[0], 6)})`; // it has no value at x itself
+      return h("span", {}, swatch(each), ` ${shown.length > 1 ? each.name + " " : ""}${number(near[1])}${where}`);
     });
     read.replaceChildren(h("span", {}, `${options.x ?? "step"} ${number(x, 6)}`), ...parts);
   };

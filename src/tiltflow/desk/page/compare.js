@@ -1,8 +1,9 @@
 // Compare: systems as columns, prompts as rows, from the same noise.
-import { fill, get, h, labelled, number, s, select, signed } from "./dom.js";
+import { fill, get, h, labelled, number, s, say, select, signed } from "./dom.js";
 
 let about = null; // what the chosen set holds
-let look = null; // the page of rows on show
+let look = null; // the page of rows on show, with what it was asked for
+let asked = 0; // questions so far: answers to all but the latest are dropped
 const chosen = { set: "", reward: "", baseline: "", category: "", order: "", page: 0, off: new Set() };
 
 async function show(panel, overview) {
@@ -10,34 +11,42 @@ async function show(panel, overview) {
     return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to compare yet"),
       h("p", {}, "Run ", h("code", {}, "tiltflow evaluate … --keep-images --json RUN/evaluation.json"), " and it appears here.")));
   }
-  const known = overview.sets.map((set) => set.id);
-  if (!known.includes(chosen.set)) await open(known[0]);
-  await load();
-  draw(panel, overview);
+  const set = overview.sets.find((each) => each.id === chosen.set) ?? overview.sets[0];
+  if (await load(set.id !== about?.id || set.name !== about.name ? set : null)) draw(panel, overview);
 }
 
-async function open(id) {
-  about = await get(`/api/set/${id}`);
-  Object.assign(chosen, { set: id, page: 0, category: "", off: new Set() });
-  if (!about.rewards.includes(chosen.reward)) chosen.reward = about.rewards[0];
-  chosen.baseline = about.systems.find((name) => name.startsWith("ac_dmd")) ?? about.systems[0];
-}
-
-async function load() {
+// The rows that are chosen, first of another set if one is given; whether nothing else was asked
+// for meanwhile.
+async function load(set = null) {
+  const mine = ++asked;
+  if (set) {
+    const found = await get(`/api/set/${set.id}`);
+    if (mine !== asked) return false;
+    about = { ...set, ...found };
+    Object.assign(chosen, { set: set.id, page: 0, category: "", off: new Set() });
+    if (!about.rewards.includes(chosen.reward)) chosen.reward = about.rewards[0];
+    chosen.baseline = about.systems.find((name) => name.startsWith("ac_dmd")) ?? about.systems[0];
+  }
   const systems = about.systems.filter((name) => !chosen.off.has(name));
   const query = { reward: chosen.reward, baseline: chosen.baseline, page: chosen.page, systems: JSON.stringify(systems) };
   if (chosen.category) query.category = chosen.category;
   if (chosen.order) query.order = chosen.order;
-  look = await get(`/api/set/${chosen.set}/rows`, query);
+  const found = await get(`/api/set/${about.id}/rows`, query);
+  if (mine !== asked) return false;
+  look = { ...found, set: about.id, reward: query.reward, baseline: query.baseline };
+  return true;
 }
 
 function draw(panel, overview) {
   const again = async (name, value) => {
     const focused = document.activeElement?.closest("[data-control]")?.dataset.control;
-    if (name === "set") await open(value);
-    else chosen[name] = value;
+    if (name !== "set") chosen[name] = value;
     if (name !== "page") chosen.page = 0;
-    await load();
+    try {
+      if (!(await load(name === "set" ? overview.sets.find((set) => set.id === value) : null))) return;
+    } catch (error) {
+      return say(error.message);
+    }
     draw(panel, overview);
     if (focused) panel.querySelector(`[data-control="${focused}"] select, [data-control="${focused}"] button:not(:disabled)`)?.focus();
   };
@@ -84,7 +93,7 @@ function table() {
         h("span", { dir: "auto" }, row.prompt), row.category ? h("small", { class: "chip" }, row.category) : null)),
       h("tr", {}, columns.map((column) => cell(row, column)))));
   const made = h("table", { class: "compare" },
-      h("caption", {}, `${chosen.reward}, ${look.count} of ${about.prompts} prompts. Below each system: its mean and 95% interval, then the paired difference to ${chosen.baseline}. Intervals are of one difference each; p-values are corrected (Holm) for the columns shown, and they alone decide what is called higher or lower.`),
+      h("caption", {}, `${look.reward}, ${look.count} of ${about.prompts} prompts. Below each system: its mean and 95% interval, then the paired difference to ${look.baseline}. Intervals are of one difference each; p-values are corrected (Holm) for the columns shown, and they alone decide what is called higher or lower.`),
       h("thead", {}, head), bodies);
   made.style.setProperty("--columns", columns.length);
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "systems by prompt" }, made);
@@ -93,8 +102,11 @@ function table() {
 function figures(column, widest) {
   if (!column.mean) return h("div", { class: "figures" }, "not measured here");
   const [low, high] = column.mean.ci95;
-  const mean = h("span", {}, `${number(column.mean.value)} ± ${number((high - low) / 2, 2)}`);
-  if (!column.difference) return h("div", { class: "figures" }, mean, h("span", {}, "baseline"));
+  const some = column.mean.n < look.count ? `, of ${column.mean.n} prompts` : "";
+  const mean = h("span", {}, `${number(column.mean.value)} ± ${number((high - low) / 2, 2)}${some}`);
+  if (!column.difference) {
+    return h("div", { class: "figures" }, mean, h("span", {}, column.name === look.baseline ? "baseline" : "not compared"));
+  }
   const { difference: value, ci95, p_holm: p, win_rate: wins, verdict } = column.difference;
   const sure = ["higher", "lower"].includes(verdict) ? verdict : "unclear";
   const x = (v) => 60 + (v / widest) * 54;
@@ -107,8 +119,8 @@ function figures(column, widest) {
     h("small", {}, `${verdict}; wins ${Math.round(wins * 100)}%, p = ${number(p, 2)}`));
 }
 
-function address(row, column, side) {
-  const path = `/api/set/${chosen.set}/image/${about.systems.indexOf(column.name)}/${row.row}`;
+function address(set, row, column, side) {
+  const path = `/api/set/${set}/image/${encodeURIComponent(column.name)}/${row.row}`;
   return side ? `${path}?side=${side}` : path;
 }
 
@@ -118,24 +130,25 @@ function cell(row, column) {
   const best = others.length > 1 && score === Math.max(...others) && Math.min(...others) < score;
   const picture = row.images.includes(column.name)
     ? h("button", { class: "picture", "aria-label": `${column.name}, full size: ${row.prompt}`, onclick: (event) => enlarge(row, column, event.currentTarget) },
-        h("img", { src: address(row, column, 192), alt: "", loading: "lazy", decoding: "async", width: 192, height: 192 }))
+        h("img", { src: address(look.set, row, column, 192), alt: "", loading: "lazy", decoding: "async", width: 192, height: 192 }))
     : h("div", { class: "picture none" }, "no image kept");
   return h("td", {}, picture, h("span", { class: best ? "score best" : "score" }, number(score)));
 }
 
 function enlarge(row, column, opener) {
+  const { reward, set } = look;
   const columns = look.columns.filter((each) => row.images.includes(each.name));
   let at = columns.indexOf(column);
   const picture = h("img", { class: "full" });
   const name = h("h2", {});
   const said = h("p", { class: "score" });
-  const set = (index) => {
+  const turn = (index) => {
     at = (index + columns.length) % columns.length;
     const shown = columns[at];
-    picture.src = address(row, shown);
+    picture.src = address(set, row, shown);
     picture.alt = `${shown.name}: ${row.prompt}`;
     name.textContent = shown.name;
-    said.textContent = Object.keys(row.scores).includes(shown.name) ? `${chosen.reward} ${number(row.scores[shown.name])}` : "";
+    said.textContent = Object.keys(row.scores).includes(shown.name) ? `${reward} ${number(row.scores[shown.name])}` : "";
   };
   const dialog = h("dialog", {
     "aria-label": "image in full size",
@@ -143,15 +156,15 @@ function enlarge(row, column, opener) {
     onclick: (event) => { if (event.target === dialog) dialog.close(); },
     onkeydown: (event) => {
       const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (move) set(at + move);
+      if (move) turn(at + move);
     },
   },
   h("div", { class: "lightbox" }, name, picture, h("p", { dir: "auto" }, row.prompt), said,
     h("div", { class: "buttons" },
-      h("button", { onclick: () => set(at - 1) }, "← previous system"),
-      h("button", { onclick: () => set(at + 1) }, "next system →"),
+      h("button", { onclick: () => turn(at - 1) }, "← previous system"),
+      h("button", { onclick: () => turn(at + 1) }, "next system →"),
       h("button", { onclick: () => dialog.close() }, "close"))));
-  set(at);
+  turn(at);
   document.body.append(dialog);
   dialog.showModal();
 }

@@ -19,10 +19,12 @@ export function rewards(curves, at, strongest) {
 export function computed(panel, dials) {
   let chosen = dials[0].id;
   const open = async () => {
+    const id = chosen;
     try {
-      const about = await get(`/api/computed/${chosen}`);
+      const about = await get(`/api/computed/${id}`);
+      if (id !== chosen) return; // another was chosen meanwhile
       say("");
-      draw(panel.querySelector(".desk"), chosen, about);
+      draw(panel.querySelector(".desk"), id, about);
     } catch (error) {
       say(error.message);
     }

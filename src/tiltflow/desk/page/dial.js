@@ -11,6 +11,7 @@ let curves = new Map(); // strength of the first moving dial -> scores
 let moving = 0; // the dial that the curves are along
 let making = null; // the request in flight, and whether another is wanted after it
 let home = null;
+let easel = {}; // what is drawn into: `image`, `took` and `plots`, on the page or not any more
 
 async function show(panel, overview) {
   home = panel;
@@ -74,10 +75,13 @@ function draw() {
     asked[name] = name === "prompt" ? value : Math.round(Number(value));
     if (value) make();
   };
+  easel = {
+    image: h("img", { class: "made", alt: "", width: 320, height: 320 }),
+    took: h("small", { class: "took" }, ""),
+    plots: h("div", { class: "plots" }),
+  };
   fill(home.querySelector(".desk"),
-    h("div", { class: "easel" },
-      h("img", { class: "made", alt: "", width: 320, height: 320 }),
-      h("small", { class: "took" }, "")),
+    h("div", { class: "easel" }, easel.image, easel.took),
     h("div", { class: "controls" }, sliders,
       h("datalist", { id: "strengths" }, [0, 0.5, 1, 1.5].map((value) => h("option", { value: String(value) }))),
       labelled("Prompt", h("input", { type: "text", dir: "auto", list: "prompts", value: asked.prompt, oninput: change("prompt") })),
@@ -86,47 +90,51 @@ function draw() {
         labelled("Seed", h("input", { type: "number", min: 0, value: "0", oninput: change("seed") })),
         labelled("Steps", h("input", { type: "number", min: 1, max: 64, value: String(asked.steps), oninput: change("steps") })),
         h("button", { onclick: sweep }, "Score all strengths")),
-      h("div", { class: "plots" })));
+      easel.plots));
   plots();
 }
 
+// Makes the image that is asked for now; of the student that was loaded last.
 async function make() {
   if (making) { making.again = true; return; }
   making = { again: true };
   while (making.again) {
     making.again = false;
+    const wanted = { ...asked, strengths: [...strengths], student: about.student };
     try {
-      const made = await post("/api/dial/image", { ...asked, strengths });
-      const image = home.querySelector(".made");
+      const made = await post("/api/dial/image", wanted);
+      if (wanted.student !== about.student) continue; // the next one is of the student there now
+      const { image, took } = easel;
       image.src = `/api/dial/picture/${made.picture}`;
-      image.alt = `${asked.prompt}, at ${strengths.map((x) => x.toFixed(2)).join(", ")}`;
-      home.querySelector(".took").textContent = `${about.side} × ${about.side} pixels, ${asked.steps} steps, ${duration(made.seconds)}`;
+      image.alt = `${wanted.prompt}, at ${wanted.strengths.map((x) => x.toFixed(2)).join(", ")}`;
+      took.textContent = `${about.side} × ${about.side} pixels, ${wanted.steps} steps, ${duration(made.seconds)}`;
       say("");
     } catch (error) {
-      say(error.message);
+      if (wanted.student === about.student) say(error.message);
     }
   }
   making = null;
 }
 
 async function sweep() {
-  const along = moving;
-  curves = new Map();
+  const mine = new Map(); // in the place of `curves` until another dial, student or sweep comes
+  const [along, others, { student }] = [moving, [...strengths], about];
+  curves = mine;
   for (const value of GRID) {
-    const at = strengths.map((x, i) => (i === along ? value : x));
+    const at = others.map((x, i) => (i === along ? value : x));
     try {
-      const found = await post("/api/dial/scores", { strengths: at });
-      if (along !== moving) return; // another dial was turned meanwhile
-      curves.set(value, found.scores);
+      const found = await post("/api/dial/scores", { strengths: at, student });
+      if (curves !== mine) return;
+      mine.set(value, found.scores);
     } catch (error) {
-      return say(error.message);
+      return curves === mine && say(error.message);
     }
     plots();
   }
 }
 
 function plots() {
-  const place = home.querySelector(".plots");
+  const place = easel.plots;
   const names = [...new Set([...curves.values()].flatMap((scores) => Object.keys(scores)))];
   if (!names.length) {
     return fill(place, h("p", { class: "soft" }, `“Score all strengths” draws the trained and the held-out rewards along ${about.dials[moving]}, on ${about.prompts.length} held-out prompts. Where the trained one still rises and a held-out one falls, the reward is being hacked.`));

@@ -66,7 +66,8 @@ export function fill(element, ...children) {
 
 export function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(2);
+  const large = Math.abs(value) >= 10 ** Math.max(5, digits);
+  if (value !== 0 && (Math.abs(value) < 1e-3 || large)) return value.toExponential(digits > 4 && !large ? digits - 1 : 2).replaceAll("-", "−");
   return Number(value.toPrecision(digits)).toString().replace("-", "−");
 }
 
@@ -82,9 +83,9 @@ export function duration(seconds) {
   return `${(seconds / 3600).toFixed(1)} h`;
 }
 
-const DIGITS = 8;
+export const COLOURS = 8;
 
 // Colours by the order of runs or rewards; their contrast holds on both backgrounds (style.css).
 export function colour(index) {
-  return `var(--series-${index % DIGITS})`;
+  return `var(--series-${index % COLOURS})`;
 }

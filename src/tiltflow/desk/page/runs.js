@@ -1,6 +1,6 @@
 // Runs: curves as they grow, samples as they come, settings and what differs in them.
 import { chart, swatch } from "./chart.js";
-import { colour, duration, fill, get, h } from "./dom.js";
+import { COLOURS, colour, duration, fill, get, h } from "./dom.js";
 
 const picked = new Map(); // id -> index of its colour
 const steps = new Map(); // id -> the step whose samples are looked at; none: the latest
@@ -24,6 +24,12 @@ function pick(id, on) {
   picked.set(id, index);
 }
 
+// How a run is drawn: where colours come again, they are dashed.
+function mark(run) {
+  const index = picked.get(run.id);
+  return { colour: colour(index), dashed: index >= COLOURS };
+}
+
 async function show(panel, overview) {
   if (!panel.firstChild) {
     panel.append(
@@ -39,7 +45,9 @@ async function show(panel, overview) {
     if (error instanceof TypeError) throw error; // the desk does not answer: what is shown stays
     return { id, name: names.get(id), error: error.message };
   });
-  const views = await Promise.all([...picked.keys()].map(read));
+  const ids = [...picked.keys()];
+  const views = await Promise.all(ids.map(read));
+  if (ids.join() !== [...picked.keys()].join()) return; // others were ticked: their own answer follows
   failed = views.filter((run) => run.error);
   found = views.filter((run) => !run.error);
   const state = JSON.stringify([found, failed]);
@@ -68,10 +76,9 @@ function list(panel, overview) {
           await show(panel, overview);
         },
       });
-      const mark = h("i", { class: "swatch" });
-      mark.style.color = picked.has(run.id) ? colour(picked.get(run.id)) : "var(--line)";
+      const shown = swatch(picked.has(run.id) ? mark(run) : { colour: "var(--line)" });
       return h(
-        "label", { class: "run" }, box, mark, h("span", { class: "name", dir: "auto" }, run.name),
+        "label", { class: "run" }, box, shown, h("span", { class: "name", dir: "auto" }, run.name),
         h("small", {}, `step ${run.step}${run.running ? ", running" : ""}${run.alarms ? `, ⚠ ${run.alarms} alarms` : ""}`),
       );
     }),
@@ -86,12 +93,12 @@ function notes(place) {
     failed.map((run) => h("div", { class: "state" }, h("h2", {}, h("bdi", {}, run.name)), h("p", { class: "alarm" }, run.error))),
     found.map((run) => {
       const share = run.steps ? Math.min(1, run.step / run.steps) : 0;
-      const state = run.running ? `${duration(run.seconds_left)} left` : run.step >= run.steps ? "done" : "stopped";
+      const state = run.running ? `${duration(run.seconds_left)} left` : run.steps && run.step >= run.steps ? "done" : "stopped";
       const bar = h("progress", { max: 1, value: share, "aria-label": `progress of ${run.name}` });
       bar.style.accentColor = colour(picked.get(run.id));
       return h(
         "div", { class: "state" },
-        h("h2", {}, swatch({ colour: colour(picked.get(run.id)) }), " ", h("bdi", {}, run.name)),
+        h("h2", {}, swatch(mark(run)), " ", h("bdi", {}, run.name)),
         bar,
         h("p", {}, `${run.stage}: step ${run.step} of ${run.steps ?? "?"}, ${duration(run.seconds_per_step)} a step, ${state}`),
         run.notes.slice(-4).map(([step, name, text]) =>
@@ -113,9 +120,7 @@ function curves(place) {
       if (!mine.length) return null;
       const charts = mine.sort().map((name) =>
         chart(
-          found.filter((run) => run.curves[name]).map((run) => ({
-            name: run.name, colour: colour(picked.get(run.id)), points: run.curves[name],
-          })),
+          found.filter((run) => run.curves[name]).map((run) => ({ ...mark(run), name: run.name, points: run.curves[name] })),
           { title: name.replace("held_out/", "").replace("watch/trained/", "watched: ").replace("reward/", "batches: ").replace("watch/", "") },
         ));
       return h(
@@ -161,7 +166,7 @@ function sheet(run) {
   set(start);
   return h(
     "figure", { class: "card" },
-    h("figcaption", {}, swatch({ colour: colour(picked.get(run.id)) }), " ", h("bdi", {}, run.name)),
+    h("figcaption", {}, swatch(mark(run)), " ", h("bdi", {}, run.name)),
     run.prompts.length ? h("div", { class: "tiles" }, link.tiles) : null,
     link, h("div", { class: "slide" }, slider, said),
   );

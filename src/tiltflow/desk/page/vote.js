@@ -4,6 +4,7 @@ import { fill, get, h, labelled, post, s, say, select } from "./dom.js";
 const match = { set: "", a: "", b: "" };
 let systems = [];
 let pair = null; // the pair on show
+let of = {}; // the match that it is of
 let busy = false;
 let home = null; // the panel
 
@@ -13,8 +14,9 @@ async function show(panel, overview) {
     return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to vote on yet"),
       h("p", {}, "Votes need the images of an evaluation: ", h("code", {}, "tiltflow evaluate … --keep-images"), ".")));
   }
-  if (!overview.sets.some((set) => set.id === match.set)) await open(overview.sets[0].id);
-  if (panel.querySelector(".ballot")) return; // a pair is on show: it stays
+  const known = overview.sets.some((set) => set.id === match.set);
+  if (known && panel.querySelector(".ballot")) return; // a pair is on show: it stays
+  if (!known) await open(overview.sets[0].id);
   fill(panel, toolbar(overview), h("div", { class: "ballot", tabindex: "-1" }), h("div", { class: "tally" }));
   await next();
 }
@@ -44,12 +46,19 @@ function toolbar(overview) {
     control("a", "Is this system", systems), control("b", "better than this one?", systems));
 }
 
+const same = (one) => ["set", "a", "b"].every((name) => one[name] === match[name]);
+
+// A pair of the match; an answer that comes after another match was chosen is dropped.
 async function next(told = "") {
+  const wanted = { ...match };
   try {
-    pair = await post("/api/pair", match);
+    const found = await post("/api/pair", wanted);
+    if (!same(wanted)) return;
+    [pair, of] = [found, wanted];
     say(told);
     draw();
   } catch (error) {
+    if (!same(wanted)) return;
     pair = null;
     fill(home.querySelector(".ballot"));
     fill(home.querySelector(".tally"));
@@ -58,16 +67,20 @@ async function next(told = "") {
 }
 
 async function choose(choice) {
-  if (busy || !pair) return;
+  // Nobody has seen a pair before its images are there: that key was for the one before.
+  if (busy || !pair || ![...home.querySelectorAll(".sides img")].every((image) => image.complete)) return;
   busy = true;
+  const wanted = of;
   try {
-    pair = await post("/api/vote", { pair: pair.pair, choice });
+    const found = await post("/api/vote", { pair: pair.pair, choice });
+    if (!same(wanted)) return; // of another match there will be a pair of its own
+    pair = found;
     say(`Noted: ${choice === "tie" ? "no preference" : choice}.`, 2);
     draw();
     home.querySelector(".ballot").focus({ preventScroll: true });
   } catch (error) {
     if (error instanceof TypeError) say("the desk does not answer: press again when it does"); // the pair stays
-    else await next(error.message);
+    else if (same(wanted)) await next(error.message);
   } finally {
     busy = false;
   }
@@ -85,7 +98,7 @@ function draw() {
 }
 
 function tally() {
-  const { wins, losses, ties, rate, interval } = pair.tally;
+  const { wins, losses, ties, rate, interval, other } = pair.tally;
   const votes = wins + losses + ties;
   const percent = (x) => `${Math.round(100 * x)}%`;
   const x = (v) => 4 + v * 292;
@@ -97,9 +110,10 @@ function tally() {
   if (rate !== null) bar.append(s("circle", { cx: x(rate), cy: 13, r: 5 }));
   const verdict = { higher: "is preferred", lower: "is liked less", unclear: "no difference is shown yet" }[sure];
   fill(home.querySelector(".tally"),
-    h("h2", {}, h("bdi", {}, match.a), " against ", h("bdi", {}, match.b)), bar,
+    h("h2", {}, h("bdi", {}, of.a), " against ", h("bdi", {}, of.b)), bar,
     h("p", { class: "result" }, votes ? `Wins ${percent(rate)} of ${votes} votes, 95% interval ${percent(interval[0])} to ${percent(interval[1])}: ${verdict}.` : "No votes yet."),
-    h("p", { class: "soft" }, `${wins} won, ${losses} lost, ${ties} without preference (half a win each). The interval holds however often you look and whenever you stop.`));
+    h("p", { class: "soft" }, `${wins} won, ${losses} lost, ${ties} without preference (half a win each). The interval holds however often you look and whenever you stop.`),
+    other ? h("p", { class: "soft" }, `${other} more ${other === 1 ? "vote was" : "votes were"} on images that these systems do not have any more, and not counted.`) : null);
 }
 
 function key(event) {
