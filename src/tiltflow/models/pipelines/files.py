@@ -143,6 +143,8 @@ def parts_of(pipeline: Pipeline, family: Family) -> list[str]:
     for name, value in index.items():
         if name not in needed and (name.startswith("_") or not is_part(value) or is_null(value)):
             continue
+        if value == [None, None] and not (pipeline.root / name).is_dir():
+            continue  # a part that is needed and not there: its files are listed as missing
         known = is_part(value) and len(value) == 2 and value[0] in LIBRARIES
         if not known or not PART_NAME.fullmatch(name):
             raise ValueError(
