@@ -19,7 +19,7 @@ from tiltflow.models.pipelines.directory import (
     local_pipeline,
 )
 from tiltflow.models.pipelines.headers import DEPTHS, WIDTHS, check_sizes
-from tiltflow.models.pipelines.limits import check_numbers, flattened, is_number, shown
+from tiltflow.models.pipelines.limits import check_numbers, flattened, is_number, is_whole, shown
 
 __all__ = ["absent_parts", "check_directory", "check_pipeline", "local_pipeline"]
 
@@ -80,6 +80,7 @@ def check_directory(pipeline: Pipeline) -> Family:
             for config in flattened(pipeline.config(part)):
                 check_sizes(root / part, config, pipeline.header(part), depths, widths)
     check_numbers(root / INDEX, index)
+    _check_kinds(pipeline, family)
     check_numbers(root / SIDE_FILE, pipeline.side)
     _check_tokenizers(pipeline, family)
     pipeline.checked = True
@@ -99,6 +100,17 @@ def _check_class(pipeline: Pipeline, part: str, family: Family) -> None:
             raise ValueError(
                 f"{pipeline.root / file} calls the {part} {shown(name)}, but it must be a "
                 f"{' or a '.join(wanted)}"
+            )
+
+
+def _check_kinds(pipeline: Pipeline, family: Family) -> None:
+    """Whether what a family's index says beside its parts is of the kind that it is by default."""
+    for key, default in family.twin_index.items():
+        value, listed = pipeline.index.get(key), isinstance(default, list)
+        if value is not None and not (isinstance(value, list) if listed else is_whole(value)):
+            raise ValueError(
+                f"{pipeline.root / INDEX} has {key}={shown(value)}, which is no "
+                f"{'list' if listed else 'whole number'}"
             )
 
 
