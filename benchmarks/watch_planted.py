@@ -24,8 +24,9 @@ from rich.console import Console
 
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import latest_step
+from tiltflow.evaluation.statistics import standard_error
 from tiltflow.evaluation.watch.history import Measurement, read_history
-from tiltflow.evaluation.watch.rules import judge, standard_error
+from tiltflow.evaluation.watch.rules import judge
 from tiltflow.evaluation.watch.settings import WatchRules
 from tiltflow.tasks.train import run_training
 
@@ -105,7 +106,7 @@ def planted_result(history: Sequence[Measurement], gain: dict[str, float]) -> di
         fine = gain[name] > 0 and (ALLOWED * gain[name] >= size or not fall.any())
         falls[name] = {
             "fall": float(fall.mean()),
-            "standard_error": standard_error(fall, first.clusters(fall)),
+            "standard_error": standard_error(fall, first.clusters(fall))[0],
             "gain_of_default": gain[name],
             "share_of_gain": float(fall.mean()) / gain[name] if fine else None,
             "fall_at_end": best.mean(name) - history[-1].mean(name),

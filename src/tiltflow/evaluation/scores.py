@@ -108,33 +108,32 @@ def evaluate_systems(
     scores = {name: _scores(parts, len(prompts)) for name, parts in found.items()}
     texts = [prompt.text for prompt in prompts]
     categories = by_category([p.metadata for p in prompts], scores, texts)
-    summary: dict[str, Any] = {"prompts": len(prompts), "systems": {}}
-    for system in systems:
-        beside = _beside(found, system.name, diversity, texts)
-        own = _system(system, scores[system.name], beside, categories, texts)
-        summary["systems"][system.name] = own
-    summary["comparisons"] = compare(scores, comparisons, texts)
+    beside = {s.name: _beside(found, s.name, diversity, texts) for s in systems}
+    summary: dict[str, Any] = {
+        "prompts": len(prompts),
+        "systems": {s.name: _system(s, scores, beside, categories, texts) for s in systems},
+        "comparisons": compare(scores, comparisons, texts),
+    }
     if categories:
         summary["categories"] = categories
     sized = _by_size(chosen, found) if sizes else {}
     if sized:
         summary["sizes"] = {name: _size_figures(at, texts) for name, at in sized.items()}
-    first = {name: parts[0].images for name, parts in found.items()}
-    images = {name: pictures for name, pictures in first.items() if pictures is not None}
+    images = {n: made for n, parts in found.items() if (made := parts[0].images) is not None}
     some = {DIVERSITY: job.groups} if any(DIVERSITY in table for table in scores.values()) else {}
     return Evaluation(summary, scores, images, some, sized)
 
 
 def _system(
     system: System,
-    scores: Mapping[str, Array],
-    beside: Mapping[str, Any],
+    scores: Mapping[str, Mapping[str, Array]],
+    beside: Mapping[str, Mapping[str, Any]],
     categories: Mapping[str, Any],
     texts: Sequence[str],
 ) -> dict[str, Any]:
     """A system's part of the summary."""
-    table = {reward: _interval(values, texts) for reward, values in scores.items()}
-    figures = {"nfe": system.nfe, "scores": table, **beside}
+    table = {reward: _interval(values, texts) for reward, values in scores[system.name].items()}
+    figures = {"nfe": system.nfe, "scores": table, **beside[system.name]}
     if categories:
         figures["category_means"] = category_means(categories, system.name)
     return figures

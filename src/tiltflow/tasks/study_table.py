@@ -202,7 +202,7 @@ def write_study(study: Study, out: Path, summary: Mapping[str, Any]) -> list[Pat
         config={row: dump_config(cell.config) for row, cell in first.items()},
         versions=versions(),
         together=list(stages.values()),
-        notice=f"{'. '.join([*budget_lines(summary), SEEDS])}",
+        notice=". ".join([*budget_lines(summary), SEEDS]),
     )
     return [out / "study.json", out / "study.md", page]
 

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from tiltflow.evaluation.statistics import Clusters, cluster_means
-from tiltflow.evaluation.statistics import standard_error as error_of_mean
+from tiltflow.evaluation.statistics import Clusters, cluster_means, standard_error
 from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement, first_with
 from tiltflow.evaluation.watch.settings import WatchRules
 
@@ -67,14 +66,10 @@ def above_zero(values: Array, alpha: float, clusters: Clusters = None) -> bool:
     if n < 2 or mean <= 0:
         return False
     rounding = 4 * np.finfo(np.float64).eps * float(np.abs(values).max())
-    error, freedom = error_of_mean(values, clusters)
+    error, freedom = standard_error(values, clusters)
     if np.ptp(values) <= rounding:
         return 2.0 ** -(freedom + 1) <= alpha
     return float(stats.t.sf(mean / error if error > 0 else math.inf, freedom)) < alpha
-
-
-def standard_error(values: Array, clusters: Clusters = None) -> float:
-    return error_of_mean(values, clusters)[0] if len(values) > 1 else math.nan
 
 
 def _held_out(
@@ -100,7 +95,7 @@ def _held_out(
     risen = [n for n, weight in weights.items() if _risen(now, best, f"trained/{n}", weight)]
     if not risen:
         return None
-    error = standard_error(fall, now.clusters(fall))
+    error, _ = standard_error(fall, now.clusters(fall))
     return (
         f"the held-out {name.partition('/')[2]} fell by {fall.mean():.4g} (standard error "
         f"{error:.2g}) since step {best.step}, where its gain was {gain.mean():.4g}, while the "
