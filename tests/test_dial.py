@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tiltflow.core.limits import STRONGEST_TILT
 from tiltflow.data.prompts import Prompt
 from tiltflow.desk.app import Desk
 from tiltflow.tasks.dial import load_student
+from tiltflow.tasks.dial_grid import packed
 from tiltflow.tasks.request import Request, prepare
 
 TEXT = "a red circle on white"
@@ -54,6 +56,17 @@ def test_dials_are_apart_and_go_back(student):
         assert all((one - other).abs().max() > 1e-3 for other in images[:i])
     student.image((STRONGEST_TILT, STRONGEST_TILT), TEXT, 0, 4)
     assert torch.equal(student.image((0.0, 0.0), TEXT, 0, 4), at[0.0, 0.0])
+
+
+def test_a_turn_of_the_dial_takes_under_a_second(student):
+    """In CPU seconds, which other work on the machine does not lengthen: two dials move, as when
+    somebody turns them, and so the adapters are mixed anew each time."""
+    took = []
+    for turn in range(5):
+        began = time.process_time()
+        packed(student.image((0.2 * turn, 1 - 0.2 * turn), TEXT, 0, student.request.settled.steps))
+        took.append(time.process_time() - began)
+    assert sorted(took)[2] < 1, took
 
 
 def test_scores_are_of_trained_and_held_out_rewards(student):
