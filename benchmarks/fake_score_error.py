@@ -215,7 +215,7 @@ def plot(cells: Cells, path: Path) -> None:
         at = [one["done"] / (updates if stage == "stage 1" else 1) for one in runs[0]]
         points = [interval([mean(run[i]["error"]) for run in runs]) for i in range(len(at))]
         middle, low, high = zip(*points, strict=True)
-        axis, style = axes[stage == "stage 2"], "--" if updates == 1 else "-"
+        axis, style = axes[int(stage == "stage 2")], "--" if updates == 1 else "-"
         label = f"γ = {gamma:g}, {updates} update{'s' if updates > 1 else ''}"
         axis.plot(at, middle, style, color=colours[gamma], marker="o", label=label)
         axis.fill_between(at, low, high, color=colours[gamma], alpha=0.12)

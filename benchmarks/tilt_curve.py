@@ -1,7 +1,8 @@
 """Rewards and diversity along the dial: a tilt at strengths from 0 (stage 1) over 1 to 1.5.
 
-For finished stage-2 runs of the embedded model, by name. Scored as studies/paper.yaml scores: its
-prompts, from the same noise at every strength, in as many steps as were trained.
+For finished stage-2 runs of the embedded model, by name; of several runs of a name (its seeds) the
+mean of each prompt. Scored as studies/paper.yaml scores: its prompts, from the same noise at every
+strength, in as many steps as were trained.
 
     python benchmarks/tilt_curve.py NAME=RUN... [--count 512]
 """
@@ -9,9 +10,9 @@ prompts, from the same noise at every strength, in as many steps as were trained
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -38,28 +39,43 @@ def named(text: str) -> tuple[str, Path]:
     return name, Path(run)
 
 
+def runs_of(cells: Cells, name: str) -> int:
+    return sum(cell.startswith(f"{name}, run ") for cell in cells.found) // len(STRENGTHS)
+
+
+def at_strength(cells: Cells, name: str, strength: float) -> dict[str, list[float]]:
+    """Every column's scores by prompt, their mean over the runs of the name."""
+    found = [cells.found[f"{name}, run {run}, {strength:g}"] for run in range(runs_of(cells, name))]
+    return {
+        c: [sum(each) / len(each) for each in zip(*(at[c] for at in found), strict=True)]
+        for c in COLUMNS
+    }
+
+
 def rows(cells: Cells, name: str) -> list[tuple[float, dict[str, tuple[float, float, float]]]]:
     """Of each strength, every column's difference to strength 0, paired, with its 95% interval."""
-    start: dict[str, Any] = cells.found[f"{name}, 0"]
-    found = []
+    start, found = at_strength(cells, name, 0), []
     for strength in STRENGTHS:
-        at = cells.found[f"{name}, {strength:g}"]
+        at = at_strength(cells, name, strength)
         pairs = {c: paired(at[c], start[c], cells.settings["count"]) for c in COLUMNS}
         found.append((strength, {c: (p.difference, *p.ci95) for c, p in pairs.items()}))
     return found
 
 
 def table(cells: Cells, names: list[str]) -> None:
-    print("| run | strength | " + " | ".join(COLUMNS) + " |\n|---|---" + "|---" * 4 + "|")
+    print(
+        "| row | runs | strength | " + " | ".join(COLUMNS) + " |\n|---|---|---" + "|---" * 4 + "|"
+    )
     for name in names:
         for strength, columns in rows(cells, name):
-            at = cells.found[f"{name}, {strength:g}"]
+            at = at_strength(cells, name, strength)
             texts = []
             for column, (middle, low, high) in columns.items():
                 mean = sum(at[column]) / len(at[column])
                 change = f" ({middle:+.3f} [{low:+.3f}, {high:+.3f}])" if strength else ""
                 texts.append(f"{mean:.3f}{change}")
-            print(f"| `{name}` | {strength:g} | " + " | ".join(texts) + " |")
+            runs = runs_of(cells, name)
+            print(f"| `{name}` | {runs} | {strength:g} | " + " | ".join(texts) + " |")
 
 
 def plot(cells: Cells, names: list[str], path: Path) -> None:
@@ -88,10 +104,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     cells = Cells(args.out, {"count": args.count})
+    names, seen = list(dict.fromkeys(name for name, _ in args.runs)), Counter[str]()
     for name, run in args.runs:
         for strength in STRENGTHS:
-            cells.cell(f"{name}, {strength:g}", partial(scored, run, strength, args.count))
-    names = [name for name, _ in args.runs]
+            cell = f"{name}, run {seen[name]}, {strength:g}"
+            cells.cell(cell, partial(scored, run, strength, args.count))
+        seen[name] += 1
     table(cells, names)
     plot(cells, names, args.figure)
 

@@ -62,14 +62,17 @@ def started(systems: Mapping[str, Any], name: str, reward: str) -> float:
     return sum(by_seed[str(seed)] for seed in systems[name]["seeds"]) / len(systems[name]["seeds"])
 
 
-def differences(summary: Mapping[str, Any], other: str, p: bool = False) -> list[str]:
-    """Each row of stage 2 less `other`, paired: the difference with its interval over prompts and,
-    of several seeds, over seeds; with `p`, Holm's corrected p of `shapes`, over prompts."""
+def differences(
+    summary: Mapping[str, Any], other: str, p: bool = False, stage: str | None = None
+) -> list[str]:
+    """Each row (of one stage, where it is given) less `other`, paired: the difference with its
+    interval over prompts and, of several seeds, over seeds; with `p`, Holm's corrected p of
+    `shapes`, over prompts."""
     head = [f"less `{other}`", "seeds", *PANELS, *(["p of shapes"] if p else [])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     rows = {(row["a"], row["reward"]): row for row in summary["comparisons"]}
     for name, system in summary["systems"].items():
-        if (name, "shapes") not in rows or (system["stage"] == "cold_start" and not p):
+        if (name, "shapes") not in rows or stage not in (None, system["stage"]):
             continue
         found = [rows[name, reward] for reward in PANELS]
         line = [f"`{name}`", str(len(found[0]["seeds"])), *map(_difference, found)]
@@ -103,7 +106,8 @@ def main() -> None:
     print("\n".join(differences(summary, study.reference, p=True)) + "\n")
     pairs = tuple((name, "ac_dmd") for name in study.rows if name != "ac_dmd")
     over_start = summarise(study.model_copy(update={"compare": pairs}), given.results)
-    print("\n".join(differences(over_start, "ac_dmd")))
+    for stage in ("cold_start", "tilt"):
+        print("\n".join(differences(over_start, "ac_dmd", stage=stage)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The estimator behind docs/evidence.md, against the closed form that it stands in for."""
+"""docs/evidence.md: an estimator against the closed form that it stands in for, and its figures."""
 
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from tiltflow.flow import interpolate
 from tiltflow.models.families.mixture import ring
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+DATA = Path(__file__).parents[1] / "docs" / "data"
 
 
 @pytest.fixture
@@ -43,3 +45,18 @@ def test_the_velocity_of_samples_is_the_mixtures_within_its_stated_error(
     size = mixture.velocity(x_t, level).square().sum(1).mean()
     assert 0 < error < 2 * variance.mean()
     assert variance.mean() < 0.01 * size
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["fake_score_error", "tilted_target", "tilt_curve"])
+def test_the_kept_cells_make_the_table_and_the_figure(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script, kept = importlib.import_module(name), DATA / f"{name}.json"
+    cells = script.Cells(kept, json.loads(kept.read_text())["settings"])
+    names = [["rtdmd_2", "demo_tilt"]] if name == "tilt_curve" else []
+    script.table(cells, *names)
+    assert capsys.readouterr().out.count("\n|") > 8
+    script.plot(cells, *names, tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").read_text().count("<path") > 20
