@@ -6,10 +6,10 @@
 #   and FLUX.1 with true guidance call their network twice a step, first with the prompt, then with the negative one.
 #   With a range of 2 every second call takes what the one before has left, and these are always the negative ones; no
 #   pass with the prompt is ever spared. With Wan's cross attention (`cross_attention_block_skip_range=2`) both passes
-#   are equal, and u + g (c - u) is c. With 3 the passes take each other's states in turn. `cache_context("cond")`, by which these pipelines tell their
-#   passes apart, is not read. Nothing is raised or warned.
-# One would have guessed: reuse between steps, as the documentation says of every pipeline ("enable PAB on any pipeline"). First
-#   Block Cache keeps a state for each pass. A pipeline that puts both passes into one batch is right.
+#   are equal, and u + g (c - u) is c. With 3 the passes take each other's states in turn. `cache_context("cond")`, by
+#   which these pipelines tell their passes apart, is not read. Nothing is raised or warned.
+# One would have guessed: reuse between successive steps of the same pass, as the documentation describes it. First Block Cache
+#   keeps a state for each pass. A pipeline that puts both passes into one batch is right.
 # Who is hurt: whoever speeds up a teacher, or an evaluation with guidance, of these families. In the range of timesteps
 #   (100 to 800 unless given) each step of Wan is one of guidance 1, whatever the scale and the negative prompt say.
 # What helps: First Block Cache; or look whether the two passes differ.
