@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# With group offloading to disk, changes of the weights are thrown away, and what is saved is memory that nobody has written.
+# With group offloading to disk, changes of the weights are thrown away, and `save_pretrained` saves other numbers than the weights.
 #
 # Versions: diffusers 0.42.1, peft 0.21.2, torch 2.13.0, transformers 5.23.0, accelerate 1.15.0.
 # Behaviour: `enable_group_offload(offload_to_disk_path=...)` writes the weights once. After each forward pass every parameter
 #   becomes an empty tensor of its shape, and the next pass reads the file. `load_state_dict` and `fuse_lora` write into
 #   the empty tensors: a fused LoRA is in no picture at all, since its layers count it as merged. `save_pretrained`
-#   and `state_dict` hand out the empty tensors as they are: right names, types and shapes, and whatever was in that
-#   memory. Nothing is raised or warned.
+#   and `state_dict` hand out the empty tensors as they are: right names, types and shapes, and no weights
+#   in them. Nothing is raised or warned.
 # One would have guessed: the same as without a path, where the weights lie in main memory and all of this works; or an error.
 #   transformers and accelerate read disk-offloaded weights back when a model is saved.
 # Who is hurt: whoever fuses a few-step LoRA into a large model on a small machine, copies averaged weights in for a picture,
