@@ -106,7 +106,7 @@ def draw(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Path) -> N
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=7, frameon=False)
+    panels[-1].legend(loc="upper right", fontsize=7, frameon=False)
     save_figure(figure, path)
 
 
