@@ -218,7 +218,7 @@ def plot(cells: Cells, path: Path) -> None:
             axis.minorticks_off()
     for axis in axes[1]:
         axis.set_xlabel("steps K")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 1].legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
