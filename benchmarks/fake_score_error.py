@@ -159,9 +159,9 @@ def stage_1(gamma: float, every: int, seed: int) -> list[dict[str, Any]]:
     return followed(build, UPDATES * every)
 
 
-def stage_2(cold: Path, gamma: float, updates: int, seed: int) -> list[dict[str, Any]]:
+def stage_2(runs: Path, gamma: float, updates: int, seed: int) -> list[dict[str, Any]]:
     options = (f"tilt.consistency={gamma}", f"tilt.fake_score_updates={updates}")
-    return followed(tilt(cold, STEPS, seed, *options), ROLLOUTS)
+    return followed(tilt(cold_start(runs, STEPS, seed), STEPS, seed, *options), ROLLOUTS)
 
 
 def arms() -> Sequence[tuple[str, int, float]]:
@@ -234,7 +234,7 @@ def main() -> None:
         for stage, updates, gamma in arms():
             make = partial(stage_1, gamma, updates, seed)
             if stage == "stage 2":
-                make = partial(stage_2, cold_start(args.runs, STEPS, seed), gamma, updates, seed)
+                make = partial(stage_2, args.runs, gamma, updates, seed)
             cells.cell(cell_name(stage, updates, gamma, seed), make)
     table(cells)
     plot(cells, args.figure)

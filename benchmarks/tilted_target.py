@@ -60,9 +60,9 @@ def measured(x: Tensor, target: GaussianMixture) -> dict[str, float]:
     return {"distance": distance(x, real), "floor": floor(real), "kl": kl, "share": share}
 
 
-def student(cold: Path, steps: int, seed: int) -> dict[str, dict[str, float]]:
+def student(runs: Path, steps: int, seed: int) -> dict[str, dict[str, float]]:
     """By stated β, the student where it has reached it; an empty entry where it never did."""
-    build = tilt(cold, steps, seed)
+    build = tilt(cold_start(runs, steps, seed), steps, seed)
     mixture, roles = mixture_of(build), build.stage.roles
     found = {"0.0": {"rollouts": 0.0, **measured(sample(roles.ema, steps), mixture)}}
     left = [beta for beta in BETAS if beta > 0]
@@ -134,8 +134,7 @@ def fill(cells: Cells, runs: Path, seeds: int) -> None:
             for beta, target in targets.items():
                 name = f"exact, K {steps}, beta {beta}, seed {seed}"
                 cells.cell(name, partial(exact, target, steps, 1 + seed))
-            cold = cold_start(runs, steps, seed)
-            cells.cell(f"rtdmd, K {steps}, seed {seed}", partial(student, cold, steps, seed))
+            cells.cell(f"rtdmd, K {steps}, seed {seed}", partial(student, runs, steps, seed))
             for beta in BETAS[1:]:
                 name = f"fitted, K {steps}, beta {beta}, seed {seed}"
                 cells.cell(name, partial(fit, targets[beta], steps, seed))
