@@ -28,9 +28,9 @@ ARMS = (("all", 1e-3), ("last", 1e-4), ("last", 1e-3))
 ROLLOUTS, EVERY, STEPS = 600, 50, 4
 
 
-def one_run(cold: Path, matching: str, rate: float, seed: int) -> dict[str, Any]:
+def one_run(runs: Path, matching: str, rate: float, seed: int) -> dict[str, Any]:
     options = (f"tilt.match_steps={matching}", f"train.generator_lr={rate}")
-    build = tilt(cold, STEPS, seed, *options)
+    build = tilt(cold_start(runs, STEPS, seed), STEPS, seed, *options)
     mixture, looks, seconds = mixture_of(build), [], 0.0
     for done in range(1, ROLLOUTS + 1):
         began = time.process_time()
@@ -72,9 +72,8 @@ def main() -> None:
         cells.cell(f"evaluations, {matching}", partial(evaluations, matching, 20))
     for matching, rate in ARMS:
         for seed in range(args.seeds):
-            cold = cold_start(args.runs, STEPS, seed)
             name = f"{matching}, rate {rate:g}, seed {seed}"
-            cells.cell(name, partial(one_run, cold, matching, rate, seed))
+            cells.cell(name, partial(one_run, args.runs, matching, rate, seed))
     table(cells)
 
 
