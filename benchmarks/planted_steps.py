@@ -1,9 +1,9 @@
 """A reward with a planted bias, seen at 4 steps and at 50.
 
 The embedded model's stage 2 (`demo_tilt`, 75 rollouts) with its CLIP reward and a bias that nobody
-asked for: brightness, at the same weight and at that of benchmarks/watch_planted.py. Does the bias
-show only in the few steps that the reward has seen, or in the student's samples in 50 steps as
-well? The student before and after, on the same prompts and noise, at each number of steps.
+asked for: brightness, at the same weight and at twenty times that. Does the bias show only in the
+few steps that the reward has seen, or in the student's samples in 50 steps as well? The student
+before and after, on the same prompts and noise, at each number of steps.
 
     python benchmarks/planted_steps.py --few-step runs/demo/cold_start [--seeds 1]
 """
@@ -31,12 +31,15 @@ REWARDS = (PLANTED, "clipscore", "clipscore_heldout", "shapes")
 STEPS = (4, 50)
 WEIGHTS = (1.0, 20.0)
 """Of the planted reward; CLIP's is 1."""
+TARGET = 100
+"""Out of reach: a sample whose weighted rewards pass the recipe's 3 has no gradient."""
 
 
 def trained(out: Path, few_step: Path, seed: int, weight: float) -> Path:
     """The run, gone on with where it was stopped."""
     rewards = f"rewards={{clipscore: 1.0, '{PLANTED}': {weight}}}"
     given = [f"run.out={out}", f"model.few_step={few_step}", f"run.seed={seed}", rewards]
+    given.append(f"tilt.reward_target={TARGET}")
     cfg = load_config("demo_tilt", [*given, "run.resume=auto", "train.steps=75", "watch.every=75"])
     if latest_step(out) != cfg.train.steps:
         run_training(cfg, Console())
