@@ -169,8 +169,21 @@ def test_rewards_go_back_through_several_steps(
         )  # fmt: skip
         (seen[steps],) = read_metrics(out / "metrics.jsonl")
     assert "policy/ratio_gap" in seen[3] and "policy/ratio_gap" not in seen[4]
+    assert all(row["generator/at_target"] == 0 for row in seen.values())
     assert all(row["generator/reward_gradient"] > 0 for row in seen.values())
     assert len({row["generator/grad_norm"] for row in seen.values()}) == 3
+
+
+def test_the_log_says_how_many_samples_are_above_the_rewards_target(
+    pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
+) -> None:
+    """They have no gradient: a reward of a large scale would be trained on in name alone."""
+    out = run(
+        "tilt", pipeline, prompts, tmp_path / "run", f"model.few_step={cold}", "train.steps=1",
+        "tilt.reward_target=-10",
+    )  # fmt: skip
+    (row,) = read_metrics(out / "metrics.jsonl")
+    assert row["generator/at_target"] == 1 and row["generator/reward_gradient"] == 0
 
 
 def test_a_sample_is_decoded_once(

@@ -256,6 +256,7 @@ class Pull(Term):
             seen = {
                 "generator/reward_loss": losses[rows],
                 "generator/reward_gradient": norms[rows],
+                "generator/at_target": (losses[rows] == 0).float(),  # the share without a gradient
             }
             return pull, seen
 
