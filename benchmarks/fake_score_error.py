@@ -204,6 +204,21 @@ def table(cells: Cells) -> None:
         print(f"| {arm[0]} | {arm[1]} | {arm[2]:g} | {len(last)} | " + " | ".join(row) + " |")
 
 
+def contrasts(cells: Cells) -> None:
+    """The error at the end less that of the arm it is compared with, by seed, over seeds."""
+    print("\n| stage | arm | less | error |\n|---|---|---|---|")
+    for stage, usual in (("stage 1", 4), ("stage 2", 5)):
+        plain = (stage, usual, 0.0)
+        pairs = [((stage, usual, gamma), plain) for gamma in GAMMAS[1:]]
+        pairs += [((stage, 1, 0.0), plain), ((stage, 1, GAMMAS[1]), (stage, 1, 0.0))]
+        for arm, other in pairs:
+            both = zip(runs_of(cells, arm), runs_of(cells, other), strict=True)
+            found = [mean(a[-1]["error"]) - mean(b[-1]["error"]) for a, b in both]
+            if found:
+                words = [f"γ = {gamma:g}, updates {n}" for _, n, gamma in (arm, other)]
+                print(f"| {stage} | {' | '.join(words)} | {spoken(found, 4)} |")
+
+
 def plot(cells: Cells, path: Path) -> None:
     """The error over the run, the mean over seeds with its interval, one panel a stage."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
@@ -237,6 +252,7 @@ def main() -> None:
                 make = partial(stage_2, args.runs, gamma, updates, seed)
             cells.cell(cell_name(stage, updates, gamma, seed), make)
     table(cells)
+    contrasts(cells)
     plot(cells, args.figure)
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from support.cells import Cells
-from support.students import paired, student_scores
+from support.cells import Cells, spoken
+from support.students import student_scores
 from watch_planted import brightness
 
 from tiltflow.config.load import load_config
@@ -46,25 +45,37 @@ def trained(out: Path, few_step: Path, seed: int, weight: float) -> Path:
     return out
 
 
-def scored(run: Path, steps: int, tilt: float, count: int) -> dict[str, list[float]]:
-    return student_scores(run, REWARDS, count, steps=steps, tilt=tilt)
+def fill(cells: Cells, runs: Path, few_step: Path, seeds: int, count: int) -> None:
+    """Every cell; a run is trained for those that are not there. Stage 1 is scored once a seed."""
 
+    def scored(seed: int, weight: float, steps: int, tilt: float) -> dict[str, list[float]]:
+        run = trained(runs / f"planted-{weight:g}-seed-{seed}", few_step, seed, weight)
+        return student_scores(run, REWARDS, count, steps=steps, tilt=tilt)
 
-def rows(cells: Cells, run: Path, seed: int, weight: float, count: int) -> Iterator[str]:
-    """The table's, one a number of steps and a reward; stage 1 is measured once a seed."""
-    for steps in STEPS:
+    for seed, weight, steps in itertools.product(range(seeds), WEIGHTS, STEPS):
         place = f"seed {seed}, {steps} steps"
-        before = cells.cell(f"{place}, tilt 0", partial(scored, run, steps, 0, count))
-        planted = f"{place}, weight {weight:g}"
-        after = cells.cell(planted, partial(scored, run, steps, 1, count))
-        for name in REWARDS:
-            means = [sum(at[name]) / count for at in (before, after)]
-            found = paired(after[name], before[name], count)
-            low, high = found.ci95
-            yield (
-                f"| {seed} | {weight:g} | {steps} | {name.rpartition(':')[2]} | {means[0]:.3f} "
-                f"| {means[1]:.3f} | {found.difference:+.3f} [{low:+.3f}, {high:+.3f}] |"
-            )
+        cells.cell(f"{place}, tilt 0", partial(scored, seed, weight, steps, 0))
+        cells.cell(f"{place}, weight {weight:g}", partial(scored, seed, weight, steps, 1))
+
+
+def means(cells: Cells, steps: int, student: str, reward: str) -> list[float]:
+    """A student's mean over the prompts, by seed."""
+    place = f", {steps} steps, {student}"
+    found = [cell[reward] for name, cell in cells.found.items() if name.endswith(place)]
+    return [sum(scores) / len(scores) for scores in found]
+
+
+def table(cells: Cells) -> None:
+    """A row for each weight, number of steps and reward; differences by seed, and over seeds."""
+    heads = "weight | steps | reward | before | after, by seed | difference, by seed | over seeds"
+    print(f"| {heads} |\n|" + "---|" * 7)
+    for weight, steps, reward in itertools.product(WEIGHTS, STEPS, REWARDS):
+        before = means(cells, steps, "tilt 0", reward)
+        after = means(cells, steps, f"weight {weight:g}", reward)
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        each = [", ".join(f"{x:.3f}" for x in after), ", ".join(f"{x:+.3f}" for x in changes)]
+        row = [f"{weight:g}", str(steps), reward.rpartition(":")[2], f"{before[0]:.3f}", *each]
+        print(f"| {' | '.join([*row, spoken(changes)])} |")
 
 
 def main() -> None:
@@ -76,13 +87,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/data/planted_steps.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cells, table = Cells(args.out, {"count": args.count}), []
-    for seed, weight in itertools.product(range(args.seeds), WEIGHTS):
-        out = args.runs / f"planted-{weight:g}-seed-{seed}"
-        run = trained(out, args.few_step, seed, weight)
-        table += rows(cells, run, seed, weight, args.count)
-    print("| seed | weight | steps | reward | before | after | difference |\n|" + "---|" * 7)
-    print("\n".join(table))
+    cells = Cells(args.out, {"count": args.count})
+    fill(cells, args.runs, args.few_step, args.seeds, args.count)
+    table(cells)
 
 
 if __name__ == "__main__":

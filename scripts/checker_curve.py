@@ -3,7 +3,8 @@
     python scripts/checker_curve.py [--runs runs/checker]
 
 With `--runs` (the cells of studies/checker.yaml) their logs are read and kept in
-docs/data/study/checker_curve.json; the figure is drawn from that file.
+docs/data/study/checker_curve.json; the figure is drawn from that file, and how far the share rises
+is printed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from tiltflow.core.disk import write_whole
+from tiltflow.evaluation.statistics import mean_ci
 
 matplotlib.use("agg")
 matplotlib.rcParams["svg.hashsalt"] = "checker_curve"
@@ -25,6 +27,8 @@ ROWS = {"checker": "#1f5fa8", "checker_strong": "#c0392b"}
 TRAINED, WATCHED = "reward/shapes", "watch/trained/shapes"
 WINDOW = 4
 """Lines of the log that a point is the mean of: 20 iterations, 1,280 samples."""
+ENDS = 6
+"""Lines of 30 iterations."""
 
 
 def read(runs: Path) -> dict[str, Any]:
@@ -67,6 +71,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def rise(found: dict[str, Any], row: str) -> tuple[float, float, float]:
+    """From the first 30 iterations' samples to the last 30's: the mean over seeds, and its 95%
+    interval."""
+    lines = [[share for _, share in seed[TRAINED]] for seed in found[row].values()]
+    return mean_ci([sum(line[-ENDS:]) / ENDS - sum(line[:ENDS]) / ENDS for line in lines])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=Path)
@@ -74,7 +85,10 @@ def main() -> None:
     kept = ROOT / "docs" / "data" / "study" / "checker_curve.json"
     if given.runs:
         write_whole(kept, json.dumps(read(given.runs)) + "\n")
-    draw(json.loads(kept.read_text()), ROOT / "docs" / "figures" / "checker_curve.svg")
+    found = json.loads(kept.read_text())
+    draw(found, ROOT / "docs" / "figures" / "checker_curve.svg")
+    for row in ROWS:
+        print("{}: {:+.3f} [{:+.3f}, {:+.3f}]".format(row, *rise(found, row)))
 
 
 if __name__ == "__main__":

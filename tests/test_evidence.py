@@ -60,3 +60,17 @@ def test_the_kept_cells_make_the_table_and_the_figure(
     assert capsys.readouterr().out.count("\n|") > 8
     script.plot(cells, *names, tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").read_text().count("<path") > 20
+
+
+@pytest.mark.long
+def test_the_kept_cells_make_the_rows_of_the_planted_bias(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is trained for them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script, kept = importlib.import_module("planted_steps"), DATA / "planted_steps.json"
+    cells = script.Cells(kept, {"count": 256})
+    script.fill(cells, tmp_path / "runs", tmp_path / "none", 3, 256)
+    script.table(cells)
+    assert capsys.readouterr().out.count("\n|") == 17
+    assert not (tmp_path / "runs").exists()
