@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -135,6 +136,13 @@ def add_sizes(file: Path, sizes: Sequence[str]) -> None:
                     (system / size).mkdir(exist_ok=True)
                     image.resize((width, height)).save(system / size / picture.name)
             picture.unlink()
+
+
+def wait_for_pair(page: Any) -> None:
+    """Until both images of a pair are there: before that the page takes no vote."""
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.sides img')].filter(i => i.complete).length === 2"
+    )
 
 
 class Client:

@@ -9,7 +9,16 @@ import shutil
 import numpy as np
 import pytest
 from chromium import NEEDED, check_access, opened
-from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, make_tilts, served
+from desk_data import (
+    ODD,
+    TOKEN,
+    add_lines,
+    make_evaluation,
+    make_run,
+    make_tilts,
+    served,
+    wait_for_pair,
+)
 from PIL import Image
 
 from tiltflow.data.preferences import read_votes
@@ -183,6 +192,7 @@ def test_votes_by_keyboard_and_mouse_change_the_tally(page, place):
         ),
         start=before + 1,
     ):
+        wait_for_pair(page)
         pair = page.locator(".sides img").first.get_attribute("src")
         press()
         page.wait_for_function(
@@ -295,7 +305,7 @@ def test_a_vote_that_the_desk_does_not_take_is_said_and_can_be_given_again(brows
         opened(browser, SIZES["phone"]) as (page, _),
     ):
         page.goto(f"{client.address}/?token={TOKEN}#vote")
-        page.wait_for_selector(".sides img >> nth=1")
+        wait_for_pair(page)
         page.route("**/api/vote", lambda route: route.abort())
         pair = page.locator(".sides img").first.get_attribute("src")
         page.keyboard.press("1")
@@ -304,6 +314,7 @@ def test_a_vote_that_the_desk_does_not_take_is_said_and_can_be_given_again(brows
         page.unroute("**/api/vote")
         page.keyboard.press("1")
         page.wait_for_function("() => document.querySelector('.result').innerText.includes('of 1')")
+        wait_for_pair(page)
         pair = page.locator(".sides img").first.get_attribute("src").split("/")[3]
         client.json("/api/vote", {"pair": pair, "choice": "left"})  # as in another window
         page.keyboard.press("2")

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 from chromium import NEEDED, check_access, opened
-from desk_data import TOKEN, add_lines, add_sizes, make_evaluation, make_run, make_tilts, served
+from desk_data import (
+    TOKEN,
+    add_lines,
+    add_sizes,
+    make_evaluation,
+    make_run,
+    make_tilts,
+    served,
+    wait_for_pair,
+)
 
 from tiltflow.data.preferences import read_votes
 from tiltflow.desk.app import Desk
@@ -70,9 +79,7 @@ def test_an_answer_that_comes_late_does_not_take_the_place_of_a_later_one(browse
 def test_a_vote_that_is_still_on_its_way_does_not_bring_back_its_match(browser, desk):
     with served(desk) as client, opened(browser, SIZES["phone"]) as (page, said):
         page.goto(f"{client.address}/?token={TOKEN}#vote")
-        page.wait_for_function(
-            "() => [...document.querySelectorAll('.sides img')].filter(i => i.complete).length == 2"
-        )
+        wait_for_pair(page)
         held = []
         page.route("**/api/vote", keeping(held))
         page.keyboard.press("1")
@@ -98,10 +105,10 @@ def test_no_vote_is_given_on_images_that_are_not_there_yet(browser, desk):
         page.goto(f"{client.address}/?token={TOKEN}#vote", wait_until="commit")
         page.wait_for_selector(".sides img >> nth=1")
         page.keyboard.press("1")
-        page.wait_for_timeout(300)
+        page.wait_for_function("() => said.innerText.includes('Not noted')")
         assert read_votes(desk.ballot.file) == []
         held[0].continue_()
-        page.wait_for_function("() => document.querySelector('.sides img').complete")
+        wait_for_pair(page)
         page.unroute("**/api/pair/*/left")
         page.keyboard.press("1")
         page.wait_for_function("() => document.querySelector('.result').innerText.includes('of 1')")

@@ -67,8 +67,11 @@ async function next(told = "") {
 }
 
 async function choose(choice) {
+  if (busy || !pair) return;
   // Nobody has seen a pair before its images are there: that key was for the one before.
-  if (busy || !pair || ![...home.querySelectorAll(".sides img")].every((image) => image.complete)) return;
+  if (![...home.querySelectorAll(".sides img")].every((image) => image.complete)) {
+    return say("Not noted: both images have to be there first.", 2);
+  }
   busy = true;
   const wanted = of;
   try {
