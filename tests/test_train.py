@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import signal
@@ -174,16 +175,21 @@ def test_rewards_go_back_through_several_steps(
     assert len({row["generator/grad_norm"] for row in seen.values()}) == 3
 
 
-def test_the_log_says_how_many_samples_are_above_the_rewards_target(
+def test_samples_above_the_rewards_target_are_counted_and_said_once(
     pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
 ) -> None:
     """They have no gradient: a reward of a large scale would be trained on in name alone."""
-    out = run(
-        "tilt", pipeline, prompts, tmp_path / "run", f"model.few_step={cold}", "train.steps=1",
-        "tilt.reward_target=-10",
-    )  # fmt: skip
-    (row,) = read_metrics(out / "metrics.jsonl")
-    assert row["generator/at_target"] == 1 and row["generator/reward_gradient"] == 0
+    screen = io.StringIO()
+    for target, share in ((-10, 1), (10, 0)):
+        more = [f"model.few_step={cold}", "train.steps=2", f"tilt.reward_target={target}"]
+        out = tmp_path / str(target)
+        cfg = load_config("demo_tilt", recipe("tilt", pipeline, prompts, out, *more))
+        run_training(cfg, Console(file=screen, width=400))
+        rows = read_metrics(out / "metrics.jsonl")
+        assert [row["generator/at_target"] for row in rows] == [share, share]
+        assert [row["generator/reward_gradient"] > 0 for row in rows] == [share == 0] * 2
+        assert screen.getvalue().count("at step 1 100% of the samples score above") == 1
+    assert "tilt.reward_target=-10, where the rewards have no gradient" in screen.getvalue()
 
 
 def test_a_sample_is_decoded_once(

@@ -122,7 +122,7 @@ def _run(
             _write_config(cfg, out)
 
     plain = Hooks(
-        progress=callbacks.metrics,
+        progress=_saying_target(cfg.tilt.reward_target, callbacks),
         notice=say,
         begin=begin,
         before_save=hold,
@@ -187,6 +187,28 @@ def _say_other_size(build: Build, say: Callable[[str], None]) -> None:
             f"warning: samples and the watch are of {said(backbone.resolution)} pixels "
             "(model.resolution), which data.buckets does not have"
         )
+
+
+def _saying_target(
+    target: float, callbacks: Callbacks
+) -> Callable[[int, Mapping[str, float]], None]:
+    """`callbacks.metrics`, and a line the first time that the rewards move under half of the
+    samples: an objective of another scale than `target` trains on in name alone."""
+    told = False
+
+    def metrics(step: int, means: Mapping[str, float]) -> None:
+        nonlocal told
+        share = means.get("generator/at_target", 0.0)
+        if share > 0.5 and not told:
+            told = True
+            callbacks.notice(
+                f"warning: at step {step} {share:.0%} of the samples score above "
+                f"tilt.reward_target={target:g}, where the rewards have no gradient "
+                "(docs/rewards.md); a higher target has one"
+            )
+        callbacks.metrics(step, means)
+
+    return metrics
 
 
 def _write_config(cfg: RunConfig, out: Path) -> None:
