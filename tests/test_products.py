@@ -14,6 +14,7 @@ from tiltflow.config.load import load_config
 from tiltflow.models.low_rank import FusedLinear
 from tiltflow.models.pipelines import products
 from tiltflow.models.pipelines.products import FrozenLinear, available, take_onednn
+from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.build import build_backbone, build_stage
 
 Tiny = Callable[[str], Path]
@@ -102,6 +103,13 @@ def test_training_takes_it_for_a_frozen_fp32_base(
     )
     build.stage.iteration(0)
     assert not build.stage.guard.failures()
+
+
+@onednn
+def test_a_clip_that_scores_takes_it() -> None:
+    model = CLIPScore("packaged:clip").model
+    kinds = {type(module) for module in model.modules()}
+    assert FrozenLinear in kinds and nn.Linear not in kinds
 
 
 def _bases(backbone: object) -> set[type]:

@@ -1,4 +1,4 @@
-"""Products with a frozen base's fp32 matrices on a CPU, by oneDNN where torch takes MKL.
+"""Products with a frozen network's fp32 matrices on a CPU, by oneDNN where torch takes MKL.
 
 torch multiplies fp32 matrices with MKL, which leaves AVX-512 unused on processors that are not
 Intel's: one core of an AMD EPYC does 110 GFLOP/s with it and 240 with oneDNN, whose convolutions
@@ -66,7 +66,7 @@ def available() -> bool:
 
 def take_onednn(*networks: nn.Module) -> int:
     """Changes the linear layers of frozen fp32 networks on a CPU in place, before adapters go on;
-    how many it changed."""
+    how many it changed. The base of training and the CLIPs of rewards are such networks."""
     if not available():
         return 0
     every = [module for network in networks for module in network.modules()]

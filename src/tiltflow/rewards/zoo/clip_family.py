@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from tiltflow.core.paths import resolve_path
+from tiltflow.models.pipelines.products import take_onednn
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
 from tiltflow.rewards.weights import load_pretrained
@@ -151,6 +152,7 @@ class CLIPScore:
         except ValueError as error:
             raise ValueError(f"reward {name!r}: {error}") from error
         self.model = loaded.requires_grad_(False).eval().to(device)
+        take_onednn(self.model)
         self.preprocessing = Preprocessing.from_pretrained(words)
         text = self.model.config.text_config
         self.context: int = text.max_position_embeddings
