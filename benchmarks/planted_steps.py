@@ -38,7 +38,7 @@ def trained(out: Path, few_step: Path, seed: int, weight: float) -> Path:
     """The run, gone on with where it was stopped."""
     rewards = f"rewards={{clipscore: 1.0, '{PLANTED}': {weight}}}"
     given = [f"run.out={out}", f"model.few_step={few_step}", f"run.seed={seed}", rewards]
-    given.append(f"tilt.reward_target={TARGET}")
+    given += [f"tilt.reward_target={TARGET}", "tilt.reward_steps=3"]  # the recipe's of then
     cfg = load_config("demo_tilt", [*given, "run.resume=auto", "train.steps=75", "watch.every=75"])
     if latest_step(out) != cfg.train.steps:
         run_training(cfg, Console())

@@ -109,7 +109,8 @@ def changes(place: Path, size: Size, number: int) -> list[str]:
         f"watch.rewards={json.dumps(held_out) if number else '{}'}",
         f"train.steps={steps}",
         f"train.batch_size={size.batch}",
-        "train.generator_lr=6.0e-4",
+        "train.generator_lr=6.0e-4",  # this and the next as its rounds were tried (docs/desk.md)
+        "tilt.reward_steps=3",
         f"watch.every={max(1, steps // 2)}",
         f"log.samples_every={steps}",
         f"checkpoint.every={max(1, steps // 2)}",
