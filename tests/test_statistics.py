@@ -156,6 +156,21 @@ def test_equal_scores_and_equal_shifts() -> None:
     assert paired_comparison([1, 0], [1, 1]).win_rate == 0.25
 
 
+def test_prompts_that_are_all_alike_have_no_variance_though_their_images_differ() -> None:
+    """Two images of each prompt, right and wrong the other way round: nothing is known."""
+    right, prompts = np.tile([1.0, 0.0], 256), np.repeat(np.arange(256), 2)
+    swapped = paired_comparison(right, 1 - right, prompts)
+    assert (swapped.difference, swapped.p_value, swapped.test) == (0, 1, "paired t")
+    fewer = paired_comparison([1, 0, 0, 0, 0, 0, 1, 0], [0] * 8, [0] * 4 + [1] * 4)
+    assert fewer.p_value == 0.5 and fewer.test == "sign"  # one prompt's sign like the other's
+    # .1 + .2 and .3 − 1e-17: what rounding leaves is no variance either
+    near = paired_comparison([0.1, 0.2, 0.15, 0.15], [0.0] * 4, ["a", "a", "b", "b"])
+    assert near.p_value == 0.5
+    votes = [1.0, 0.0, 0.0] * 6
+    of_six = proportion_ci(votes, clusters=[i // 3 for i in range(18)])
+    assert of_six[1] < proportion_ci(votes)[1] and of_six[2] > proportion_ci(votes)[2]
+
+
 @pytest.mark.parametrize("bad", [[1.0], [[1.0, 2.0]], [1.0, np.nan], []])
 def test_statistics_refuse_bad_scores(bad: list[float]) -> None:
     with pytest.raises(ValueError, match="scores"):

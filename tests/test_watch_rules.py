@@ -214,6 +214,8 @@ def test_one_sided_test() -> None:
     assert abs(rejected / 2000 - 0.05) < 4 * math.sqrt(0.05 * 0.95 / 2000)
     assert not above_zero(np.full(5, 0.1), 0.01) and above_zero(np.full(10, 0.1), 0.01)
     assert not above_zero(np.zeros(100), 0.01) and not above_zero(np.full(100, -1.0), 0.01)
+    # of two prompts whose images differ and whose means do not, no rise is known
+    assert not above_zero(np.tile([1.0, 0.0], 20), 1e-3, np.repeat([0, 1], 20))
 
 
 def test_the_memory_resumes_exactly(tmp_path: Path) -> None:

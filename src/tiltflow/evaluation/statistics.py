@@ -64,9 +64,9 @@ def mean_ci(
 def paired_comparison(a: ArrayLike, b: ArrayLike, clusters: Clusters = None) -> Comparison:
     """Compare (n,) scores of two systems on the same prompts by the paired t test, n >= 2.
 
-    Where all differences are equal the t test has no variance to go by: equal scores give p = 1;
-    one and the same shift everywhere is judged by the exact sign test, p = 2^(1−n), or 2^(1−G) for
-    G clusters.
+    Where the differences of all prompts are equal the t test has no variance to go by: no
+    difference gives p = 1; one and the same shift everywhere is judged by the exact sign test,
+    p = 2^(1−n), or 2^(1−G) for G clusters.
 
     Raises:
         ValueError: if the lengths differ, or there are fewer than two finite scores each.
@@ -75,16 +75,14 @@ def paired_comparison(a: ArrayLike, b: ArrayLike, clusters: Clusters = None) -> 
     if len(first) != len(second):
         raise ValueError(f"a paired comparison of {len(first)} with {len(second)} scores")
     differences = first - second
-    # Equal up to the rounding of the subtraction, whose remains would pass for a tiny variance.
-    rounding = 4 * np.finfo(np.float64).eps * max(np.abs(first).max(), np.abs(second).max())
+    remains = rounding(first, second)
     n, test = len(differences), "paired t"
     error, freedom = standard_error(differences, clusters)
-    if np.ptp(differences) <= rounding:
-        shifted = abs(differences.mean()) > rounding
+    if error <= remains:  # images may differ where their prompts' means do not
+        shifted = abs(differences.mean()) > remains
         p_value, test = (2.0**-freedom, "sign") if shifted else (1.0, test)
     else:
-        t = abs(differences.mean()) / error if error > 0 else math.inf
-        p_value = float(2 * stats.t.sf(t, freedom))
+        p_value = float(2 * stats.t.sf(abs(differences.mean()) / error, freedom))
     mean, low, high = mean_ci(differences, clusters=clusters)
     wins = float(((differences > 0) + 0.5 * (differences == 0)).mean())
     return Comparison(mean, (low, high), p_value, n, wins, test)
@@ -108,12 +106,18 @@ def proportion_ci(
     if _codes(clusters, len(values)) is not None:
         error, freedom = standard_error(values, clusters)
         ratio = z / float(stats.t.ppf((1 + level) / 2, freedom))
-        alike = share * (1 - share) / error**2 if error > 0 else freedom + 1
+        spread = error > rounding(values)
+        alike = share * (1 - share) / error**2 if spread else freedom + 1
         effective = min(effective, alike * ratio**2)
     weight = z**2 / effective
     middle = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / effective + weight / (4 * effective)) / (1 + weight)
     return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rounding(*values: Array) -> float:
+    """What sums and differences of these may be off by: less would pass for a tiny variance."""
+    return float(4 * np.finfo(np.float64).eps * max(np.abs(each).max() for each in values))
 
 
 def standard_error(values: Array, clusters: Clusters = None) -> tuple[float, int]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from tiltflow.evaluation.statistics import Clusters, cluster_means, standard_error
+from tiltflow.evaluation.statistics import Clusters, cluster_means, rounding, standard_error
 from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement, first_with
 from tiltflow.evaluation.watch.settings import WatchRules
 
@@ -59,17 +59,16 @@ def judge(
 def above_zero(values: Array, alpha: float, clusters: Clusters = None) -> bool:
     """Whether the mean of (n,) values exceeds 0 at level `alpha`, by a one-sided t test.
 
-    Values that are all equal have no spread to go by; the sign test then needs 2^−n ≤ alpha, n the
-    number of clusters.
+    Where all clusters are equal there is no spread to go by; the sign test then needs 2^−n ≤ alpha,
+    n the number of clusters.
     """
     n, mean = len(values), float(values.mean())
     if n < 2 or mean <= 0:
         return False
-    rounding = 4 * np.finfo(np.float64).eps * float(np.abs(values).max())
     error, freedom = standard_error(values, clusters)
-    if np.ptp(values) <= rounding:
+    if error <= rounding(values):
         return 2.0 ** -(freedom + 1) <= alpha
-    return float(stats.t.sf(mean / error if error > 0 else math.inf, freedom)) < alpha
+    return float(stats.t.sf(mean / error, freedom)) < alpha
 
 
 def _held_out(
