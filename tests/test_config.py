@@ -198,6 +198,7 @@ def test_bad_overrides_are_refused(recipes: Path, override: str, message: str) -
         ("demo_tilt", ["tilt.reward_steps=5"], "tilt.reward_steps 5 is more than sampler.steps 4"),
         ("demo_tilt", ["tilt.subset=0"], "tilt.subset is 0"),
         ("demo_tilt", ["sampler.eta=0"], "sampler.eta 0 makes every step deterministic"),
+        ("demo_tilt", ["tilt.kl=1", "tilt.policy_weight=0"], "tilt.kl 1 is a part of the policy's"),
         (
             "demo_tilt",
             ["tilt.policy_weight=0", "tilt.matching_weight=0", "tilt.reward_weight=0"],

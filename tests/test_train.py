@@ -192,6 +192,17 @@ def test_samples_above_the_rewards_target_are_counted_and_said_once(
     assert "tilt.reward_target=-10, where the rewards have no gradient" in screen.getvalue()
 
 
+def test_a_reward_that_nothing_takes_is_refused(
+    pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
+) -> None:
+    """Without the policy what is not back-propagated would be scored, and train nothing."""
+    more = [f"model.few_step={cold}", "tilt.policy_weight=0"]
+    table = "rewards={'test_train:redness': {'weight': 1, 'backprop': false}, clipscore: 1}"
+    with pytest.raises(ValueError, match="redness is not back-propagated and tilt.policy_weight"):
+        run("tilt", pipeline, prompts, tmp_path / "run", *more, table)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_sample_is_decoded_once(
     pipeline: Path, prompts: Path, cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,7 @@ MEANINGS = {
     "tilt.window_every": "epochs after which the window moves on by a step",
     "tilt.clip_range": "ε of the clipped ratio",
     "tilt.advantage_clip": "largest advantage",
-    "tilt.kl": "weight of the KL to stage 1's policy",
+    "tilt.kl": "weight of the KL to stage 1's policy, within the policy's own loss",
     "tilt.log_prob": "mean square, as published, or the Gaussian density's",
     "tilt.kl_form": "mean square, or divided by 2 std²; unset: as `log_prob`",
     "tilt.policy_reduction": "mean over the M steps, or their sum with all terms over M + 1",

@@ -177,6 +177,10 @@ def _check_tilt(config: RunConfig) -> None:
             f"tilt.subset {tilt.subset} is more than the {left} stochastic "
             f"step{'' if left == 1 else 's'} of {_least(sampler)}{taken}"
         )
+    if tilt.kl > 0 and tilt.policy_weight == 0:
+        raise ValueError(
+            f"tilt.kl {tilt.kl:g} is a part of the policy's loss, but tilt.policy_weight is 0"
+        )
     if sampler.eta == 0 and tilt.policy_weight > 0:
         raise ValueError(
             f"sampler.eta 0 makes every step deterministic, but tilt.policy_weight "

@@ -230,6 +230,8 @@ def _tilt(cfg: RunConfig, backbone: Backbone, parts: Parts, rewards: RewardMixtu
         raise ValueError(
             "a term of tilt.terms takes the rewards' gradient, but no reward is back-propagated"
         )
+    if chosen.policy_weight == 0 < chosen.reward_weight and not own:
+        _refuse_unused(rewards)
     whole = parts.share.ranks.size * chosen.group_size
     if rewards.rankers and parts.share.batch % whole:
         raise ValueError(
@@ -258,3 +260,14 @@ def _tilt(cfg: RunConfig, backbone: Backbone, parts: Parts, rewards: RewardMixtu
             *own,
         ),
     )
+
+
+def _refuse_unused(rewards: RewardMixture) -> None:
+    """Raises ValueError for a reward without a gradient, where nothing else takes its scores."""
+    used = {item.reward.name for item in rewards.backpropagated}
+    for name in rewards.advantage_weights:
+        if name not in used:
+            raise ValueError(
+                f"rewards.{name} is not back-propagated and tilt.policy_weight is 0, so that it "
+                "trains nothing; put it under watch.rewards"
+            )
