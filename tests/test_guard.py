@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from tiltflow.core.checkpoint import latest_step, load_checkpoint
+from tiltflow.core.distributed import Ranks
+from tiltflow.core.interruption import pause
 from tiltflow.core.metrics import Accumulator, read_metrics
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.roles import Role, Roles
@@ -139,3 +143,31 @@ def test_the_loop_stops_before_it_logs_or_saves(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="step 3"):
         run(tmp_path / "saving", (3,), skip=0, save_every=4)
     assert latest_step(tmp_path / "saving") is None
+
+
+class Waiting(Stage):
+    """Asked to stop while its third iteration waits for a reward server."""
+
+    def iteration(self, step: int) -> dict[str, torch.Tensor]:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pause(30)
+        return super().iteration(step)
+
+
+class Two(Ranks):
+    """Rank 0 of two, whose sums are the halves that it holds."""
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_stopped_in_a_wait_no_other_ranks_part_is_taken_for_nothing(
+    size: int, tmp_path: Path
+) -> None:
+    """What rank 0 holds of two iterations is half of their means: the next line is without them."""
+    settings = LoopSettings(steps=9, log_every=9, save_every=100)
+    done = train(Waiting(()), tmp_path, settings, Hooks(), resume=False, ranks=Two(0, size))
+    kept = load_checkpoint(tmp_path).state["since_log"]
+    assert done == 2 and kept == ({"loss": [5.0, 2.0]} if size == 1 else {})

@@ -147,7 +147,9 @@ def train(
                 saved(done, ranks)
     if stopped.is_set() and not stop:  # in a wait, which no save above follows
         skips.settle(stage)
-        if ranks.main:  # the others are elsewhere: what they have added is lost to the next line
+        if ranks.main:
+            if ranks.size > 1:  # the others are elsewhere, and their parts of the sums with them:
+                accumulator.reset()  # the next line is of what comes
             saved(done, ALONE)
     return done
 
