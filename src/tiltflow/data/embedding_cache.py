@@ -39,6 +39,9 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.models.backbone import Backbone, Conditioning
 
 FORMAT = "tiltflow-embeddings-1"
+"""Part of every key and shard. Raise its number when shards are laid out otherwise, and when a
+builtin family encodes otherwise (`_encode`, `_encode_negative`, `default_sequence`): the code of
+builtin families is in no key, so that an upgrade keeps caches that took hours."""
 SHARD_BYTES = 256 * 2**20
 SHARD_TEXTS = 8192
 """A shard ends with the batch that reaches one of these; the texts stand in its header."""

@@ -153,13 +153,22 @@ def family_named(name: str) -> Family:
     Raises:
         ValueError: if there is none of the name, or no record at the place.
     """
+    return _record(_place_named(name))
+
+
+def _place_named(name: str) -> str:
+    """Where the record of a name is, as `module:RECORD`.
+
+    Raises:
+        ValueError: if there is none of the name.
+    """
     if name in BUILTIN:
-        return _record(BUILTIN[name][1])
+        return BUILTIN[name][1]
     if ":" in name:
-        return _record(name)
+        return name
     for entry in entries(GROUP):
         if entry.name == name:
-            return _record(entry.value)
+            return entry.value
     raise ValueError(f"model.family {name!r} is none of {', '.join(family_names())}; {HOW_TO_ADD}")
 
 
@@ -187,11 +196,28 @@ def graph_families() -> list[str]:
 
 def family_of_class(pipeline: str) -> Family | None:
     """The family whose pipelines are of this diffusers class, or None."""
+    place = _place_of_class(pipeline)
+    return None if place is None else _record(place)
+
+
+def _place_of_class(pipeline: str) -> str | None:
     for kind, place in BUILTIN.values():
         if kind == pipeline:
-            return _record(place)
-    others = (_record(entry.value) for entry in entries(GROUP))
-    return next((f for f in others if f.pipeline == pipeline), None)
+            return place
+    others = (entry.value for entry in entries(GROUP))
+    return next((place for place in others if _record(place).pipeline == pipeline), None)
+
+
+def own_place(asked: str | None, pipeline: str) -> str | None:
+    """The `module:RECORD` of the family that a pipeline of this class is read as, where that is not
+    a builtin one; None where it is. `asked` is the family that was asked for, if one was.
+
+    Raises:
+        ValueError: as `family_named`.
+    """
+    place = _place_of_class(pipeline) if asked is None else _place_named(asked)
+    builtin = any(place == known for _, known in BUILTIN.values())
+    return None if builtin else place
 
 
 def has_files(path: str | None, family: str | None = None) -> bool:

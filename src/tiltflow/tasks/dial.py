@@ -144,6 +144,7 @@ def load_student(runs: Sequence[Path], side: int | None, device: str) -> Student
         few_step=few_step,
         tilt_lora=tilts[0],
         generator_path=cfg.model.generator_path,
+        family=cfg.model.family,
         autocast=cfg.model.autocast,
         resolution=side,
         device=device,

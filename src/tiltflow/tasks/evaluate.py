@@ -35,6 +35,7 @@ from tiltflow.evaluation.scores import (
     evaluate_systems,
 )
 from tiltflow.models.medium import Medium
+from tiltflow.models.pipelines.fingerprint import family_facts
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
 from tiltflow.rewards.files import files_of
 from tiltflow.setup.build import device_of
@@ -312,8 +313,8 @@ def _is_evaluation(path: Path) -> bool:
 def asked(request: Request) -> dict[str, Any]:
     """What the figures of a request depend on, as JSON; weights by the files that hold them.
 
-    Of rewards of one's own the module's file counts, and not what it imports; what a reward server
-    runs is not seen here.
+    Of rewards and families of one's own the module's file counts, and not what it imports; what a
+    reward server runs is not seen here.
     """
     plain = ("tilt", "teacher_steps", "guidance", "seed", "batch", "autocast", "diversity")
     chosen = request.settled
@@ -321,6 +322,7 @@ def asked(request: Request) -> dict[str, Any]:
     sizes = [[said(bucket.size), bucket.prompts] for bucket in request.buckets]
     about = [[p.text, p.metadata, *([p.negative] if p.negative else [])] for p in request.prompts]
     prompts = json.dumps(about, default=str)
+    family = family_facts(request.pipelines.model) if request.has_files else {}
     return {
         **{name: getattr(request, name) for name in plain},
         **{name: getattr(chosen, name) for name in settled},
@@ -328,6 +330,7 @@ def asked(request: Request) -> dict[str, Any]:
         "student_guidance": chosen.guidance,
         "device": device_of(request.device).type,
         "model": place_of(resolve_path(request.model)),
+        **({"family": family} if family else {}),  # the builtin one is the model's own
         "generator": place_of(request.generator_path and resolve_path(request.generator_path)),
         "few_step": place_of(request.few_step),
         "tilt_lora": place_of(request.tilt_lora),

@@ -3,9 +3,12 @@ loading a weight; and which weights an adapter holds."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import sys
+import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.disk import sha256
+from tiltflow.models.family import own_place
 from tiltflow.models.pipelines.directory import Pipeline
 
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers")
@@ -36,7 +40,8 @@ def encoder_facts(
     max_sequence_length: int | None,
     batch_size: int,
 ) -> dict[str, str | int | None]:
-    """Settings, library versions, and the checksum of every file of text encoders and tokenizers.
+    """Settings, library versions, the checksum of every file of text encoders and tokenizers, and
+    of a family that is not builtin its code (of builtin ones `embedding_cache.FORMAT` counts).
 
     `device` is a kind of device: two kinds round differently, two of one kind are taken to be
     alike. So does a batch of another size.
@@ -61,7 +66,40 @@ def encoder_facts(
             facts[part] = str(entry)
             for file in _files(pipeline, part):
                 facts[f"{part}/{file.name}"] = sha256(file)
-    return facts
+    return facts | family_facts(pipeline)
+
+
+def family_facts(pipeline: Pipeline) -> dict[str, str]:
+    """What tells the family that a pipeline is read as from every other: the place of its record,
+    and the checksums of the modules that its class is made of, without what they import. Empty for
+    a builtin family, whose class is the pipeline's.
+
+    Raises:
+        ValueError: as `Pipeline.family`, or if the class cannot be imported.
+    """
+    place = own_place(pipeline.asked, str(pipeline.index.get("_class_name")))
+    if place is None:
+        return {}
+    return {"family": place, **_code(pipeline.family.backbone_class(), place)}
+
+
+@functools.cache
+def _code(kind: type, place: str) -> Mapping[str, str]:
+    """Of the modules of a class, of its bases and of a record. Taken once for each class, because a
+    file that is edited later is not what this process runs; a module that is loaded again makes
+    another class.
+
+    A module without a file (a notebook's) counts as another one each time: what it held before is
+    not known.
+    """
+    modules = {place.partition(":")[0], *(base.__module__ for base in kind.__mro__)}
+    known = {"tiltflow", *sys.stdlib_module_names} - {"__main__"}
+    own = sorted(name for name in modules if name.partition(".")[0] not in known)
+    files = {name: Path(getattr(sys.modules.get(name), "__file__", None) or "") for name in own}
+    return {
+        f"code of {name}": sha256(file) if file.is_file() else uuid.uuid4().hex
+        for name, file in files.items()
+    }
 
 
 def _files(pipeline: Pipeline, part: str) -> list[Path]:
