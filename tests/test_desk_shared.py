@@ -101,6 +101,29 @@ def test_rewards_of_one_name_and_other_weights_are_not_compared(tmp_path):
     assert [c["name"] for c in shown if c["difference"]] == ["teacher, a"]
 
 
+@pytest.mark.parametrize(
+    ("features", "shown"),
+    [
+        (("one", "two"), ["shapes", "diversity, a", "diversity, b"]),
+        (("one", "one"), ["shapes", "diversity"]),
+        (("one", None), ["shapes", "diversity"]),  # an earlier version did not say
+    ],
+)
+def test_diversities_in_different_features_are_not_compared(tmp_path, features, shown):
+    for name, reward in zip("ab", features, strict=True):
+        file = make_evaluation(tmp_path / name / "evaluation.json", SCORES, PROMPTS, images=False)
+        if reward is not None:
+            said = {"diversity_in": {"reward": reward, "weights": None}}
+            file.write_text(json.dumps(json.loads(file.read_text()) | said))
+        path = file.with_suffix(".scores.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for scores in (scores for row in rows for scores in row["scores"].values()):
+            scores["diversity"] = 0.5
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    desk = Desk([tmp_path / n / "evaluation.json" for n in "ab"], tmp_path / "votes.jsonl")
+    assert desk.table(first_set(desk)).rewards == shown
+
+
 def test_a_reward_of_some_prompts_is_shown_on_these(tmp_path):
     file = make_evaluation(tmp_path / "evaluation.json", SCORES, PROMPTS, images=False)
     path = file.with_suffix(".scores.jsonl")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tiltflow.desk.sources import Place
 from tiltflow.evaluation.files import StoredScores, read_evaluation, read_scores, scores_path
 from tiltflow.evaluation.statistics import correct, mean_ci, paired_comparison, verdict
-from tiltflow.tasks.compare import other_rewards
+from tiltflow.tasks.compare import other_columns
 
 PAGE = 12
 """Prompts of a page of the table."""
@@ -129,7 +129,8 @@ def _sizes(summary: Mapping[str, Any]) -> list[str | None]:
 def load_table(of: Set) -> Table:
     """The systems of comparable evaluations. One with the same scores in all of them (the
     teacher, as a rule) is one column; others are called by their evaluation, too, and so are
-    rewards of one name that had other weights in each: their scores are not compared.
+    rewards of one name that had other weights in each, and diversities in other features: these
+    are not compared.
 
     Raises:
         ValueError: if a file of them cannot be read, or their prompts are not the same.
@@ -155,7 +156,7 @@ def _named(
     place: Place, found: StoredScores, summaries: Mapping[Place, Mapping[str, Any]]
 ) -> dict[str, Scores]:
     """The scores of a place, by system and by reward under the name that it has in the set."""
-    own = {r for other in summaries.values() for r in other_rewards(summaries[place], other)}
+    own = {r for other in summaries.values() for r in other_columns(summaries[place], other)}
     return {
         system: {f"{r}, {place.name}" if r in own else r: values for r, values in table.items()}
         for system, table in found.scores.items()

@@ -84,5 +84,13 @@ def place_of(path: str | Path | None) -> Any:
     if not root.exists():
         return str(path)
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    marks = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    marks = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     return {"path": str(root.resolve()), "files": marks}
+
+
+def lasting(place: Any) -> Any:
+    """Of `place_of`, what stays as it is where weights are copied: names and sizes of the files."""
+    files = place.get("files") if isinstance(place, Mapping) else None
+    if not isinstance(files, list):
+        return place
+    return [file[:2] if isinstance(file, list) else file for file in files]

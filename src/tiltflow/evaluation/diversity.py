@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ def features_of(medium: Medium, rewards: Iterable[Reward]) -> Features | None:
     has `image_features` (a CLIP); None without one."""
     if medium.features is not None:
         return medium.features
-    found: Features | None = None
-    for reward in rewards:
-        found = getattr(reward, "image_features", found)
-    return found
+    given = list(rewards)
+    clip = last_clip(given)
+    return None if clip is None else getattr(given[clip], "image_features")  # noqa: B009
+
+
+def last_clip(rewards: Sequence[Reward]) -> int | None:
+    """The place of the last reward that has `image_features`; None where none has."""
+    clips = [i for i, reward in enumerate(rewards) if hasattr(reward, "image_features")]
+    return clips[-1] if clips else None
 
 
 def pairwise_distance(features: Tensor) -> Tensor:

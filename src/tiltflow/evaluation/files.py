@@ -73,6 +73,7 @@ class _Evaluation(_Part):
     prompts: int
     asked: _Asked | None = None
     adapters: dict[str, str] = {}
+    diversity_in: dict[str, Any] | None = None
     systems: Annotated[dict[str, _System], Field(min_length=1)]
     comparisons: list[_Comparison] = []
     categories: dict[str, _Category] = {}

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from tiltflow.core.paths import nearest
 from tiltflow.core.sizes import parse_size, said
+from tiltflow.evaluation.chunks import lasting
 from tiltflow.evaluation.files import (
     evaluation_path,
     read_evaluation,
@@ -20,6 +21,7 @@ from tiltflow.evaluation.files import (
     scores_path,
     write_evaluation,
 )
+from tiltflow.evaluation.measuring import DIVERSITY
 from tiltflow.evaluation.scores import compare
 from tiltflow.rewards.fitted import is_fitted
 from tiltflow.tasks.tables import show, show_comparisons, show_sizes
@@ -52,6 +54,8 @@ def run_compare(
         show_sizes(summary, console)
     else:
         show_comparisons(rows, console)
+    if sentence := left_out(evaluations):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if not rows:
         console.print("there is nothing to compare: the systems have equal scores, or are one")
     elif len(rows) > 1:
@@ -79,6 +83,7 @@ def comparisons(
 
     One: those that it was made with, or the two systems `pair` of it, tested anew. Two: every
     system that is in both, or the first of `pair` in the first against the second in the second.
+    Diversity of two feature spaces is left out (`left_out` says so).
     The p-values are corrected for the comparisons that come back, so name the pair that the
     question is about. Of evaluations over several sizes of pictures, a prompt's score is the mean
     over its sizes, or that at `size`.
@@ -92,7 +97,8 @@ def comparisons(
     summaries = [read_evaluation(path) for path in evaluations]
     if len(evaluations) == 2:
         _check_rewards(evaluations, summaries)
-        return _two(evaluations, pair, size)
+        without = [DIVERSITY] if other_features(*summaries) else []
+        return _two(evaluations, pair, size, without)
     rows: list[dict[str, Any]] = summaries[0]["comparisons"]
     if pair is not None:
         return _compared(evaluations[0], [pair], size)
@@ -138,13 +144,42 @@ def other_rewards(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     first, second = _rewards(one), _rewards(other)
     found = []
     for name in (name for name in first if name in second):
-        both = [_weights(table[name]) for table in (first, second)]
+        both = [lasting(table[name]) for table in (first, second)]
         own = ":" in name or is_fitted(name)
         if own and None in both:
             continue  # earlier versions did not look at one's own
         if both[0] != both[1]:
             found.append(name)
     return found
+
+
+def other_features(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two evaluations say that their diversities are of different features. One that does
+    not say (an earlier version's) may be of the same."""
+    both = [summary.get("diversity_in") for summary in (one, other)]
+    return None not in both and both[0] != both[1]
+
+
+def other_columns(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The columns of scores that both evaluations may have and that are not to be compared."""
+    return other_rewards(one, other) + ([DIVERSITY] if other_features(one, other) else [])
+
+
+def left_out(evaluations: Sequence[Path]) -> str | None:
+    """The sentence that says that diversity is not compared, and why; None where it is."""
+    if len(evaluations) != 2:
+        return None
+    summaries = [read_evaluation(path) for path in evaluations]
+    if not other_features(*summaries):
+        return None
+    return not_in_one([summary["diversity_in"] for summary in summaries])
+
+
+def not_in_one(features: Sequence[Mapping[str, Any]]) -> str:
+    """Why diversities that were measured in these features are not compared."""
+    names = list(dict.fromkeys(str(of.get("reward") or of.get("medium")) for of in features))
+    which = " and ".join(names) + ("" if len(names) > 1 else " with different weights")
+    return f"diversity is not compared: it was measured in different features, those of {which}"
 
 
 def _rewards(summary: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -154,19 +189,14 @@ def _rewards(summary: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _weights(place: Any) -> Any:
-    """Of a place, what stays as it is where weights are copied: names and sizes of its files."""
-    files = place.get("files") if isinstance(place, Mapping) else None
-    if not isinstance(files, list):
-        return place
-    return [file[:2] if isinstance(file, list) else file for file in files]
-
-
 def _two(
-    paths: Sequence[Path], pair: tuple[str, str] | None, size: str | None
+    paths: Sequence[Path],
+    pair: tuple[str, str] | None,
+    size: str | None,
+    without: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Systems of two evaluations; those of equal scores (one and the same teacher) are left out,
-    for there is nothing to test."""
+    """Systems of two evaluations on all columns but those `without`; those of equal scores (one and
+    the same teacher) are left out, for there is nothing to test."""
     first, second = (read_scores(scores_path(evaluation_path(path)), size) for path in paths)
     if first.prompts != second.prompts:
         raise ValueError(
@@ -188,7 +218,8 @@ def _two(
     for a, b in pairs:
         one = _measured(_column(first.scores, a, paths[0]))
         other = _measured(_column(second.scores, b, paths[1]))
-        shared = [reward for reward in one if reward in other]
+        shared = [reward for reward in one if reward in other and reward not in without]
+        one, other = ({r: table[r] for r in shared} for table in (one, other))
         if all(np.array_equal(one[r], other[r]) for r in shared):
             continue
         named.append((f"{labels[0]}:{a}", f"{labels[1]}:{b}"))

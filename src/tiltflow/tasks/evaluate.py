@@ -24,8 +24,8 @@ from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.core.sentences import counted
 from tiltflow.core.sizes import said
 from tiltflow.data.prompts import Prompt
-from tiltflow.evaluation.chunks import Chunks, Take, make_anew, place_of
-from tiltflow.evaluation.diversity import features_of
+from tiltflow.evaluation.chunks import Chunks, Take, lasting, make_anew, place_of
+from tiltflow.evaluation.diversity import features_of, last_clip
 from tiltflow.evaluation.files import scores_path, write_evaluation, write_scores
 from tiltflow.evaluation.scores import (
     KEPT_IMAGES,
@@ -220,6 +220,8 @@ def evaluate(
             sizes=sizes if request.buckets else (),
         )
     result.summary["rewards_at_once"] = {reward.name: at_once_of(reward) for reward in rewards}
+    if request.diversity:
+        result.summary["diversity_in"] = _diversity_in(medium, rewards, request)
     return result
 
 
@@ -327,6 +329,8 @@ def asked(request: Request) -> dict[str, Any]:
         **{name: getattr(request, name) for name in plain},
         **{name: getattr(chosen, name) for name in settled},
         **({"sizes": sizes} if sizes else {}),
+        # Which CLIP is the last is known once the rewards are loaded; their order decides it.
+        **({"rewards_in_order": list(request.rewards)} if request.diversity else {}),
         "student_guidance": chosen.guidance,
         "device": device_of(request.device).type,
         "model": place_of(resolve_path(request.model)),
@@ -354,6 +358,15 @@ def _diversity(medium: Medium, rewards: Sequence[Reward]) -> Diversity:
     if features is None:
         raise ValueError("--diversity measures distances in a CLIP: add --reward clipscore")
     return Diversity(features, reference=TEACHER)
+
+
+def _diversity_in(medium: Medium, rewards: Sequence[Reward], request: Request) -> dict[str, Any]:
+    """Whose features diversity was measured in: the medium's, or a reward's with its weights."""
+    clip = last_clip(rewards)
+    if medium.features is not None or clip is None:
+        return {"medium": medium.name}
+    name, path = list(request.rewards.items())[clip]
+    return {"reward": name, "weights": lasting(place_of(files_of(name, path)))}
 
 
 def save(evaluation: Evaluation, prompts: Sequence[Prompt], path: Path) -> None:

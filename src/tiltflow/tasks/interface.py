@@ -234,7 +234,8 @@ def compare(
 
     Each row has `a`, `b`, `reward`, `difference` (a − b), `ci95`, `p_value` and, of several rows,
     `p_holm`, corrected for their number. `systems` names two alone: of two evaluations, the first's
-    and the second's; `size`, of evaluations over several sizes, one of them.
+    and the second's; `size`, of evaluations over several sizes, one of them. Diversities that were
+    measured in different features are left out.
 
     Raises:
         ValueError: if a system is in neither, the prompts or sizes differ, or scores are missing.

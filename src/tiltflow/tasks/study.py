@@ -238,6 +238,7 @@ def _scored(request: Request, callbacks: Callbacks, place: Path) -> dict[str, An
     return {
         "nfe": system["nfe"],
         "vendi": system.get("vendi"),
+        **{key: found.summary[key] for key in ("diversity_in",) if key in found.summary},
         "scores": {reward: values.tolist() for reward, values in scores.items()},
     }
 

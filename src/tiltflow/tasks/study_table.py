@@ -15,12 +15,14 @@ from rich.table import Table
 from tiltflow.config.load import dump_config
 from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import read_metrics
+from tiltflow.evaluation.measuring import DIVERSITY
 from tiltflow.evaluation.report import write_report
 from tiltflow.evaluation.scores import texts_of
 from tiltflow.evaluation.seeds import caveat, compared, named, over_seeds
 from tiltflow.evaluation.statistics import NO_DIFFERENCE, mean_ci
 from tiltflow.evaluation.statistics import verdict as verdict_over_prompts
 from tiltflow.setup.costing import Cost
+from tiltflow.tasks.compare import not_in_one
 from tiltflow.tasks.doctor import versions
 from tiltflow.tasks.study import Cell, cells_of
 from tiltflow.tasks.study_file import Study
@@ -41,6 +43,9 @@ def summarise(study: Study, out: Path) -> dict[str, Any]:
     systems: dict[str, list[dict[str, Any]]] = {}
     for name, found in (each for result in done for each in _at_steps(result)):
         systems.setdefault(name, []).append(found)
+    apart = _features_apart(systems)
+    if apart:
+        systems = {name: [*map(_without_diversity, found)] for name, found in systems.items()}
     scores: dict[str, dict[str, dict[int, Any]]] = {}
     for name, results in systems.items():
         for found in results:
@@ -55,7 +60,23 @@ def summarise(study: Study, out: Path) -> dict[str, Any]:
         "systems": {name: _system(found, scores[name], of) for name, found in systems.items()},
         "comparisons": compared(scores, pairs, of),
         "budgets": budgets(done),
+        **({"left_out": apart} if apart else {}),
     }
+
+
+def _features_apart(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
+    """Why diversity is left out: two results say that theirs is of different features."""
+    said: list[Mapping[str, Any]] = []
+    for result in (found for results in systems.values() for found in results):
+        of = result.get("diversity_in")  # earlier versions did not say
+        if of is not None and of not in said:
+            said.append(of)
+    return not_in_one(said) if len(said) > 1 else None
+
+
+def _without_diversity(result: Mapping[str, Any]) -> dict[str, Any]:
+    scores = {reward: v for reward, v in result["scores"].items() if reward != DIVERSITY}
+    return {**result, "vendi": None, "scores": scores}
 
 
 def _at_steps(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -116,7 +137,8 @@ def _budget_of(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) 
 
 
 def budget_lines(summary: Mapping[str, Any]) -> list[str]:
-    lines = []
+    """A line a budget, and first why diversity is left out, where it is."""
+    lines = [summary["left_out"]] if "left_out" in summary else []
     for stage, found in summary["budgets"].items():
         verdict = "agree within" if found["agree"] else "DIFFER BY MORE THAN"
         lines.append(
