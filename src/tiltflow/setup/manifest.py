@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from tiltflow.config.load import PromptSets, RunConfig
-from tiltflow.config.schema import ModelConfig, RewardConfig
+from tiltflow.config.schema import ModelConfig
 from tiltflow.core.settings import Section
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.pipelines.directory import Pipelines
@@ -40,9 +40,9 @@ def manifest_of(
         "seed": cfg.run.seed,
         **_of_model(model, pipelines or model.pipelines),
         "few_step": adapter_fingerprint(few_step) if few_step else None,
-        "prompts": _of_prompts(sets.train),
-        "eval_prompts": _of_prompts(sets.fixed),
-        "rewards": _of_rewards(cfg.rewards),
+        "prompts": prompts_fingerprint(sets.train),
+        "eval_prompts": prompts_fingerprint(sets.fixed),
+        "rewards": rewards_fingerprints({n: of.path for n, of in cfg.rewards.items()}),
         "config": with_absolute_paths(cfg).model_dump(mode="json", exclude={other}),
     }
 
@@ -61,7 +61,7 @@ def _of_model(model: ModelConfig, pipelines: Pipelines) -> dict[str, str | None]
     }
 
 
-def _of_prompts(prompts: Sequence[Prompt]) -> str:
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """The number of the prompts, and a digest of their texts and metadata in their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -70,9 +70,9 @@ def _of_prompts(prompts: Sequence[Prompt]) -> str:
     return f"{len(prompts)} prompts {digest.hexdigest()[:16]}"
 
 
-def _of_rewards(rewards: Mapping[str, RewardConfig]) -> dict[str, str]:
-    """What the files hold that each reward depends on, where there are any."""
-    places = {name: files_of(name, chosen.path) for name, chosen in rewards.items()}
+def rewards_fingerprints(rewards: Mapping[str, str | None]) -> dict[str, str]:
+    """What the files hold that each reward of a name and path depends on, where there are any."""
+    places = {name: files_of(name, path) for name, path in rewards.items()}
     here = {name: place for name, place in places.items() if place is not None and place.exists()}
     return {name: files_fingerprint(place) for name, place in here.items()}
 

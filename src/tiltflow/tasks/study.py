@@ -20,6 +20,7 @@ from typing import Any
 
 from tiltflow.config.load import RunConfig, dump_config, load_config
 from tiltflow.config.recipe_source import parse_yaml, read_recipe
+from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.disk import write_whole
 from tiltflow.core.paths import nearest
 from tiltflow.evaluation.chunks import Chunks
@@ -34,6 +35,12 @@ from tiltflow.tasks.train import train_run
 from tiltflow.training.changes import by_key, filled
 
 RESULT = "result.json"
+ASKED = "asked.json"
+"""What a cell's run is trained with, in its folder from before the first iteration on: a run whose
+result is not written yet says so by it alone."""
+CONTENT = "scored.content."
+"""Begins the keys of what files hold. Earlier versions kept none, and other machines may not have
+the files of a reward: where one side has no such key, nothing is known against the other."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,14 @@ class Cell:
                                   *(["steps"] if self.study.steps else [])},
         )  # fmt: skip
         found = parse_yaml(dump_config(plain), "settings")
+        scored["content"] = self.study.content
         found |= {"budget": self.budget, "scored": scored}
         return by_key(found if self.start is None else {**found, "start": self.start.asked})
+
+    @property
+    def trained_with(self) -> dict[str, Any]:
+        """What its run depends on of `asked`. What is scored may change until there is a result."""
+        return {k: v for k, v in self.asked.items() if not _of_start(k).startswith("scored.")}
 
     def result(self) -> dict[str, Any] | None:
         """What it came to; None where it is not done.
@@ -107,27 +120,56 @@ class Cell:
             ValueError: if the file is torn, or is of other settings than the study's now.
         """
         path = self.folder / RESULT
-        if not path.is_file():
-            return None
+        return self._kept(path, "result", self.asked) if path.is_file() else None
+
+    def check_run(self) -> None:
+        """That what is trained of its run is so with the study's settings now. A run without a
+        checkpoint begins anew, and one of an earlier version has not said: neither is refused.
+
+        Raises:
+            ValueError: if it is of others, or what it says is torn.
+        """
+        path = self.folder / ASKED
+        if path.is_file() and latest_step(self.run) is not None:
+            self._kept(path, "record", self.trained_with)
+
+    def begin(self) -> None:
+        """Writes what its run is trained with, for `check_run`, which comes before.
+
+        Raises:
+            ValueError: as `check_run`.
+        """
+        self.check_run()
+        text = json.dumps({"asked": self.trained_with}, allow_nan=False) + "\n"
+        write_whole(self.folder / ASKED, text)
+
+    def _kept(self, path: Path, what: str, now: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            of: dict[str, Any] = dict(result["asked"])
+            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            of: dict[str, Any] = dict(kept["asked"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of a study") from error
-        if found := _another(of, self.asked):
+            raise ValueError(f"{path} is no {what} of a study") from error
+        if found := _another(of, now):
             raise ValueError(
                 f"{path} is of other settings than the study has now ({found}): remove "
                 f"{self.folder}, or give another --out"
             )
-        return result
+        return kept
+
+
+def _of_start(key: str) -> str:
+    """A key of `asked`, or of those of the cell that it starts from, as that cell has it."""
+    return key.removeprefix("start.")
 
 
 def _another(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first setting that is another, "key: old → new". What the version that made a result
-    had no setting for was as its default is."""
+    had no setting for was as its default is; of `CONTENT` it may have known nothing."""
     defaults = defaults_by_key()
     old = filled(before, now, defaults | {f"start.{key}": v for key, v in defaults.items()})
     for key in dict.fromkeys([*now, *old]):
+        if _of_start(key).startswith(CONTENT) and not (key in old and key in now):
+            continue
         was, given = json.dumps(old.get(key)), json.dumps(now.get(key))
         if was != given:
             return f"{key}: {was} → {given}"
@@ -168,12 +210,14 @@ def make_cells(
     done, which they are not where one was stopped.
 
     Raises:
-        ValueError: if a cell fails, or a result is of other settings.
+        ValueError: if a cell fails, or a result or a run is of other settings.
     """
     starts = {c.start.folder: c.start for c in cells if c.start is not None}
     first = [*starts.values(), *(c for c in cells if c.start is None and c.folder not in starts)]
     for cell in (*first, *cells):
         cell.config  # noqa: B018  # settings are wrong before the first run, not after it
+    for cell in (*first, *cells):
+        cell.check_run()
     lost = {c.start.folder: c.start for c in cells if c.start is not None and c.result() is None}
     if not all(make_cell(c, callbacks, say) for c in lost.values() if _lacks_run(c)):
         return False
@@ -204,6 +248,7 @@ def make_cell(cell: Cell, callbacks: Callbacks, say: Callable[[str], None]) -> b
     steps, cost = within(cfg, cell.budget)
     say(f"{cell.row}, seed {cell.seed}: {steps} iterations, {cost.evaluations:,} evaluations")
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": steps})})
+    cell.begin()
     run = Run(cell.run) if (cell.run / "config.yaml").is_file() else None
     if run is None or not _trained(run, steps):
         run = Run(train_run(cfg, callbacks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from tiltflow.core.settings import (
 )
 from tiltflow.data.columns import Columns, columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
+from tiltflow.setup.manifest import prompts_fingerprint, rewards_fingerprints
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1)]
@@ -100,7 +102,29 @@ class Study(Section):
         return found
 
     def scored(self) -> list[Prompt]:
-        """The prompts that every cell is scored on.
+        """The prompts that every cell is scored on, `chosen` ones.
+
+        Raises:
+            ValueError: if the set has fewer.
+        """
+        return self.chosen
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What the prompts and the files of the rewards hold that `prompts` and `rewards` name.
+
+        Raises:
+            ValueError: as `scored`.
+        """
+        return {
+            "prompts": prompts_fingerprint(self.chosen),
+            "rewards": rewards_fingerprints(dict.fromkeys(self.rewards)),
+        }
+
+    @cached_property
+    def chosen(self) -> list[Prompt]:
+        """Read once: a file that is replaced while the study runs leaves its cells those prompts
+        that their results say.
 
         Raises:
             ValueError: if the set has fewer.
