@@ -188,7 +188,12 @@ def _check_wanted(wanted: Wanted, checkpoint: Checkpoint) -> None:
         lora = set(wanted.formats) - {"diffusers", "merged"}
         if lora or "merged" not in wanted.formats:
             exported_adapters(checkpoint.state)  # says why there are none
-    if wanted.strengths and "few_step_adapters" not in checkpoint.state:
+        if wanted.strengths:
+            raise ValueError(
+                "this run trained full copies (adapters.kind=copies), which have no tilt apart: "
+                "leave --tilt out"
+            )
+    if wanted.strengths and not checkpoint.state.get("few_step_adapters"):  # None in stage 1
         raise ValueError("this run has no tilt, which stage 2 trains: leave --tilt out")
 
 
