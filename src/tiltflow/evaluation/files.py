@@ -73,6 +73,7 @@ class _Evaluation(_Part):
     prompts: int
     asked: _Asked | None = None
     adapters: dict[str, str] = {}
+    weights: str | None = None
     diversity_in: dict[str, Any] | None = None
     systems: Annotated[dict[str, _System], Field(min_length=1)]
     comparisons: list[_Comparison] = []
@@ -200,11 +201,15 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     return {"comparisons": [], **summary}
 
 
-def is_of(summary: Mapping[str, Any], adapters: Mapping[str, str | None]) -> bool:
-    """Whether an evaluation is of the student with these fingerprints of adapters by name, as far
-    as it says: earlier versions did not."""
+def is_of(
+    summary: Mapping[str, Any], adapters: Mapping[str, str | None], weights: str | None = None
+) -> bool:
+    """Whether an evaluation is of the student with these fingerprints: of its adapters by name, as
+    far as it says (earlier versions did not), or of its `weights`, where it is a full copy. These
+    it has to say: any copy's evaluation without would pass for this one's."""
     scored: Mapping[str, str] = summary.get("adapters", {})
-    return all(adapters.get(name) in (None, mark) for name, mark in scored.items())
+    same = all(adapters.get(name) in (None, mark) for name, mark in scored.items())
+    return same and summary.get("weights") == weights
 
 
 def evaluation_path(path: Path) -> Path:

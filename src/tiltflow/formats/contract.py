@@ -92,6 +92,8 @@ class Contract(_Part):
     max_sequence_length: Annotated[int, Field(ge=0, le=100_000)]
     dtype: Literal["fp32", "bf16"]
     adapters: dict[str, AdapterFacts] = {}
+    weights: str | None = None
+    """`adapter_fingerprint`'s of full copies' weights as they were trained; None of adapters."""
     tilt: float | None = None
     """The strength at which stage 2 was merged; None in LoRA folders."""
     recipe: dict[str, Any] = {}

@@ -15,6 +15,7 @@ class Facts:
     stage: str
     adapters: AdapterSettings | None
     few_step_adapters: AdapterSettings | None
+    """What stage 2's tilt stands on; None in stage 1 and of copies, whose checkpoints say so."""
     steps: int | tuple[int, ...]
     eta: float
     student_guidance: float | None

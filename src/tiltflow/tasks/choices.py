@@ -38,7 +38,8 @@ DEFAULTS: Mapping[str, Any] = {"steps": 4, "eta": 0.9}
 class Choices:
     """Settled for one command. None in `resolution`, `max_sequence_length` and `guidance` (the
     student's) is the model's own. `notes` are lines for the user; `adapters` the fingerprints of
-    the student's adapters by name, as far as its contract has them."""
+    the student's adapters by name, `weights` that of a full copy, as far as its contract has
+    them."""
 
     steps: int
     eta: float
@@ -48,6 +49,7 @@ class Choices:
     dtype: Dtype
     notes: tuple[str, ...] = ()
     adapters: Mapping[str, str] = field(default_factory=dict)
+    weights: str | None = None
 
 
 def settle(
@@ -98,7 +100,8 @@ def settle(
     chosen = dtype or (contract.dtype if contract else files_dtype(base))
     hashes = {n: a.hash for n, a in contract.adapters.items() if a.hash} if contract else {}
     said_so = tuple(f"warning: {note}" for note in notes)
-    return Choices(**values, dtype=chosen, notes=said_so, adapters=hashes)
+    weights = contract.weights if contract else None
+    return Choices(**values, dtype=chosen, notes=said_so, adapters=hashes, weights=weights)
 
 
 def _other_sizes(contract: Contract, sizes: Sequence[Resolution | None]) -> list[str]:

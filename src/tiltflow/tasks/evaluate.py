@@ -264,6 +264,8 @@ def evaluated(
         result.summary["asked"] = what
         if request.settled.adapters:
             result.summary["adapters"] = dict(request.settled.adapters)
+        if request.settled.weights:
+            result.summary["weights"] = request.settled.weights
         if ranks.main:
             save(result, request.prompts, path)
             save_prompts(made, request.prompts[:kept])

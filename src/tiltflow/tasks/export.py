@@ -140,13 +140,16 @@ def export_checkpoint(
 def _figures(
     evaluation: dict[str, Any] | None, contract: Contract, callbacks: Callbacks
 ) -> dict[str, Any] | None:
-    """An evaluation, unless it is of an earlier student, which is said."""
+    """An evaluation, unless it is of an earlier student or may be of one, which is said."""
     hashes = {name: facts.hash for name, facts in contract.adapters.items()}
-    if evaluation is None or is_of(evaluation, hashes):
+    if evaluation is None or is_of(evaluation, hashes, contract.weights):
         return evaluation
+    reason = "is of other weights than this checkpoint's"
+    if contract.weights and not evaluation.get("weights"):  # an earlier version's, of full copies
+        reason = "does not say which weights it is of"
     callbacks.notice(
-        "evaluation.json is of other weights than this checkpoint's, so the card has no figures: "
-        "evaluate this export, and export again"
+        f"evaluation.json {reason}, so the card has no figures: evaluate this export, and export "
+        "again"
     )
     return None
 
@@ -188,7 +191,12 @@ def _check_wanted(wanted: Wanted, checkpoint: Checkpoint) -> None:
         lora = set(wanted.formats) - {"diffusers", "merged"}
         if lora or "merged" not in wanted.formats:
             exported_adapters(checkpoint.state)  # says why there are none
-    if wanted.strengths and "few_step_adapters" not in checkpoint.state:
+        if wanted.strengths:
+            raise ValueError(
+                "this run trained full copies (adapters.kind=copies), which have no tilt apart: "
+                "leave --tilt out"
+            )
+    if wanted.strengths and not checkpoint.state.get("few_step_adapters"):  # None in stage 1
         raise ValueError("this run has no tilt, which stage 2 trains: leave --tilt out")
 
 
@@ -335,6 +343,7 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
             )
             for name, (group, settings) in adapters.items()
         },
+        weights=None if adapters else adapter_fingerprint(checkpoint.tensors["ema"]),
         recipe=_recipe(cfg, checkpoint.step),
         versions=versions(),
     )
