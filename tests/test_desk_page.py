@@ -106,7 +106,8 @@ def test_samples_slide_through_the_steps(page):
     slider.focus()
     page.keyboard.press("Home")
     assert "step 0" in page.locator(".slide").first.inner_text()
-    assert page.locator("img.sheet").first.get_attribute("src").endswith("/sample/0?side=1280")
+    address = page.locator("img.sheet").first.get_attribute("src")
+    assert "/sample/0?drawn=" in address and address.endswith("&side=1280")
 
 
 def test_samples_have_their_prompts(page):
@@ -129,6 +130,28 @@ def test_samples_have_their_prompts(page):
         assert abs(float(middle.mean()) - 10 * i) < 2
         assert abs(seen.shape[0] - seen.shape[1]) <= 1
     check(page)
+
+
+def test_every_sheet_stands_above_its_own_prompts(page, place):
+    """A run went on from an earlier step, with other prompts; the first sheet keeps its own."""
+    samples = place / "cold" / "samples"
+    step = max(samples.glob("step-*.png"))
+    (samples / "step-000000.txt").write_text("an older prompt\n")
+    step.with_suffix(".txt").write_text("a newer prompt\na second one\n")
+    try:
+        page.get_by_role("checkbox", name="tilt").uncheck()
+        page.get_by_role("checkbox", name="cold").check()
+        page.wait_for_function("() => document.querySelectorAll('.tile').length === 2")
+        page.get_by_role("slider", name="step of the samples of cold").focus()
+        page.keyboard.press("Home")
+        assert page.locator(".tile figcaption").all_inner_texts() == ["an older prompt"]
+        page.keyboard.press("End")
+        said = ["a newer prompt", "a second one"]
+        assert page.locator(".tile figcaption").all_inner_texts() == said
+        assert page.get_by_text("the whole sheet").count() == 1
+    finally:
+        for file in samples.glob("step-*.txt"):
+            file.unlink()
 
 
 def test_prompts_are_text(page):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from PIL import Image
 
 from tiltflow.core.limits import STRONGEST_TILT
 from tiltflow.data.prompts import Prompt
+from tiltflow.desk import dial as desk_dial
 from tiltflow.desk.app import Desk
+from tiltflow.desk.sources import Place
 from tiltflow.tasks.dial import load_student
 from tiltflow.tasks.dial_grid import packed
 from tiltflow.tasks.request import Request, prepare
@@ -101,6 +104,38 @@ def test_runs_without_a_tilt_are_refused(tmp_path, runs):
     (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
     with pytest.raises(ValueError, match="has no export yet"):
         load_student([other], None, "cpu")
+
+
+@pytest.mark.parametrize("file", ["export/few_step/x", "export/tilt/x", "config.yaml"])
+def test_a_run_that_was_exported_anew_is_loaded_anew(tmp_path, monkeypatch, file):
+    """And the student before it answers nobody any more."""
+    loaded = []
+
+    class Fake:
+        request = SimpleNamespace(settled=SimpleNamespace(steps=4))
+
+        def image(self, *about):
+            return torch.zeros(3, 8, 8)
+
+        def scores(self, strengths):
+            return {}
+
+    monkeypatch.setattr(desk_dial, "load_student", lambda *about: loaded.append(1) or Fake())
+    monkeypatch.setattr(desk_dial, "facts", lambda student: {})
+    for name in ("export/few_step/x", "export/tilt/x", "config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of step 100")
+    dial, runs = desk_dial.Dial("cpu"), [Place("id", "tilt", tmp_path)]
+    before = dial.load(runs, None)["student"]
+    assert dial.load(runs, None)["student"] == before and len(loaded) == 1
+    (tmp_path / file).write_text("of step 2000")
+    after = dial.load(runs, None)["student"]
+    assert after != before and len(loaded) == 2
+    asked = {"strengths": [1.0], "prompt": TEXT, "seed": 0, "steps": 4}
+    for ask in (dial.image, dial.scores):
+        with pytest.raises(ValueError, match="another student"):
+            ask(asked | {"student": before})
+        assert ask(asked | {"student": after})
 
 
 def test_the_desk_makes_images_and_refuses_nonsense(runs, tmp_path):

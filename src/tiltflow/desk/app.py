@@ -31,6 +31,7 @@ from tiltflow.desk.sets import Choice, Table, group, load_table, look
 from tiltflow.desk.sources import Place, Sources, find_sources
 from tiltflow.desk.votes import Ballot, Match
 from tiltflow.tasks.dial_grid import picture_file
+from tiltflow.tasks.sheets import sheet_mark
 
 PAGE = Path(__file__).parent / "page"
 LOGS = 64
@@ -143,7 +144,8 @@ class Answers:
 
     def sample(self, request: Request) -> Response:
         run = self.desk.run(request.path_params["id"]).path
-        return _picture(request, runs.sample_file(run, request.path_params["step"]))
+        drawn = request.query_params.get("drawn")
+        return _picture(request, runs.sample_file(run, request.path_params["step"], drawn))
 
     def set(self, request: Request) -> Response:
         table = self.desk.table(request.path_params["id"])
@@ -253,9 +255,8 @@ def _picture(request: Request, file: Path) -> Response:
     long as the file is the same one."""
     if len(file.name) > LONGEST_NAME or not file.is_file():
         raise KeyError(file.name)
-    about = file.stat()
     side = request.query_params.get("side")
-    tag = f'"{about.st_mtime_ns:x}-{about.st_size:x}-{side}"'
+    tag = f'"{sheet_mark(file)}-{side}"'
     kept = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=kept)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tiltflow.core.limits import STRONGEST_TILT
 from tiltflow.desk.sources import Place
+from tiltflow.evaluation.chunks import place_of
 from tiltflow.tasks.dial import Student, facts, load_student
 from tiltflow.tasks.dial_grid import packed, picture_file, read_grid, read_scores
 
@@ -35,13 +36,15 @@ class Dial:
         self._pictures: OrderedDict[str, bytes] = OrderedDict()
 
     def load(self, runs: Sequence[Place], side: int | None) -> dict[str, Any]:
-        """Loads the student of some runs, unless it is the one that is there.
+        """Loads the student of some runs, unless it is the one that is there and their files are
+        as they were: a run may have been exported anew.
 
         Raises:
             ValueError: as `load_student`.
         """
-        key = (tuple(place.id for place in runs), side)
         with self._lock:
+            # Before its files are read: what changes while they are is loaded the next time.
+            key = ([_files(place.path) for place in runs], side)
             if self._student is None or self._student[0] != key:
                 self._student = None  # its memory goes before the next one's comes
                 made = load_student([p.path for p in runs], side, self.device)
@@ -96,6 +99,12 @@ class Dial:
         if asked.get("student") != name:
             raise ValueError("another student has been loaded meanwhile: load this one again")
         return student
+
+
+def _files(run: Path) -> list[Any]:
+    """What stands for all of a run that a student is loaded from."""
+    export = run / "export"
+    return [place_of(p) for p in (export / "few_step", export / "tilt", run / "config.yaml")]
 
 
 def view(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from tiltflow.config.recipe_source import read_recipe
 from tiltflow.core.disk import parse_json
 from tiltflow.core.run_lock import held_by_another
 from tiltflow.evaluation.watch.history import FILE as WATCH
-from tiltflow.tasks.evaluate import PROMPTS
+from tiltflow.tasks.evaluate import kept_prompts
+from tiltflow.tasks.sheets import prompt_files, sheet_mark, sheets
 from tiltflow.tasks.train import COLUMNS
 from tiltflow.training.changes import by_key
 
@@ -31,7 +32,6 @@ PIECE = 1 << 20
 LARGEST = 1e300
 """Of a log's numbers: means of them are finite."""
 CHECKPOINT = re.compile(r"step-(\d{6,})")
-SAMPLE = re.compile(r"step-(\d{6,})\.png")
 
 
 @dataclass
@@ -152,27 +152,44 @@ def _alarms(row: Mapping[str, Any], before: int | None) -> int | None:
     return before if found is None or isinstance(found, str) else int(found)
 
 
-def sample_steps(run: Path) -> list[int]:
-    """The steps after which a run drew samples."""
-    folder = run / "samples"
-    names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(int(match[1]) for match in map(SAMPLE.fullmatch, names) if match)
+def sample_file(run: Path, step: int, drawn: str | None = None) -> Path:
+    """A sheet's picture.
+
+    Raises:
+        KeyError: if there is none, or it is another than the one that was `drawn` (`sheet_mark`):
+            a run that went on from before it drew it anew, maybe of other prompts.
+    """
+    file = sheets(run)[step]
+    if drawn is not None and drawn != sheet_mark(file):
+        raise KeyError(file.name)
+    return file
 
 
-def sample_file(run: Path, step: int) -> Path:
-    return run / "samples" / f"step-{step:06d}.png"
+def _samples(run: Path, chosen: Mapping[str, Any], pictures: Mapping[int, Path]) -> dict[str, Any]:
+    """The sheets: their steps, their marks, and for each the number of its list of `prompts`.
+
+    The marks are read first: a sheet that is drawn anew meanwhile has another mark, and so the page
+    does not get it under the prompts of the one before.
+    """
+    marks = [sheet_mark(file) for file in pictures.values()]
+    files = {} if chosen.get("model.medium") is not None else prompt_files(run)
+    texts = {file: _prompts(file) for file in set(files.values())}
+    lists = [texts[files[step]] if step in files else () for step in pictures]
+    prompts = list(dict.fromkeys(lists))
+    return {
+        "samples": list(pictures),
+        "drawn": marks,
+        "prompts": prompts,
+        "captions": [prompts.index(found) for found in lists],
+    }
 
 
-def sample_prompts(run: Path, chosen: Mapping[str, Any]) -> list[str]:
-    """The prompts of a sheet's images in reading order. None where nobody wrote them down, they are
-    no text, or the samples are of a medium of one's own, which lays them out as it likes."""
-    file = run / "samples" / PROMPTS
-    if chosen.get("model.medium") is not None or not file.is_file():
-        return []
+def _prompts(file: Path) -> tuple[str, ...]:
+    """The prompts of a sheet's images in reading order; none where they are no text."""
     try:
-        return file.read_text(encoding="utf-8").split("\n")[:-1]
-    except UnicodeDecodeError:
-        return []
+        return kept_prompts(file)
+    except ValueError:
+        return ()
 
 
 def settings(run: Path) -> dict[str, Any]:
@@ -193,9 +210,9 @@ def view(run: Path, log: Log) -> dict[str, Any]:
 
 def _view(run: Path, log: Log) -> dict[str, Any]:
     chosen = settings(run)
-    steps, total = sample_steps(run), chosen.get("train.steps")
+    pictures, total = sheets(run), chosen.get("train.steps")
     running = held_by_another(run)
-    pace = _pace(run, steps, log)
+    pace = _pace(run, pictures, log)
     left = None
     if running and pace is not None and isinstance(total, int):
         left = pace * max(0, total - log.step)
@@ -208,8 +225,7 @@ def _view(run: Path, log: Log) -> dict[str, Any]:
         "seconds_left": left,
         "curves": {name: list(curve.points) for name, curve in log.curves.items()},
         "notes": log.notes,
-        "samples": steps,
-        "prompts": sample_prompts(run, chosen),
+        **_samples(run, chosen, pictures),
         "columns": COLUMNS,
         "settings": {name: _text(value) for name, value in chosen.items()},
         "trained": _names(chosen, "rewards."),
@@ -222,11 +238,11 @@ def _names(chosen: Mapping[str, Any], prefix: str) -> list[str]:
     return list(dict.fromkeys(key.rpartition(".")[0] or key for key in keys))
 
 
-def _pace(run: Path, steps: list[int], log: Log) -> float | None:
+def _pace(run: Path, pictures: Mapping[int, Path], log: Log) -> float | None:
     """Seconds an iteration, from the times of the latest two files whose step is known: samples, or
     checkpoints of a run that draws none, and the log. A log has no times in it, so that it is the
     same whoever ran it and when. None before there are two."""
-    files = [(step, sample_file(run, step)) for step in steps] or _checkpoints(run)
+    files = list(pictures.items()) or _checkpoints(run)
     marks = [(step, file.stat().st_mtime) for step, file in files[-2:]]
     if log.path.is_file():
         marks.append((log.step, log.path.stat().st_mtime))

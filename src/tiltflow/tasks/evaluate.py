@@ -348,9 +348,24 @@ def asked(request: Request) -> dict[str, Any]:
 
 def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """The prompts of the images in `folder`, one a line, in `PROMPTS`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [" ".join(prompt.text.split()) for prompt in prompts]
-    write_whole(folder / PROMPTS, "\n".join(lines) + "\n")
+    write_whole(folder / PROMPTS, prompt_lines(prompts))
+
+
+def prompt_lines(prompts: Sequence[Prompt]) -> str:
+    """Prompts as a file beside images has them, one a line."""
+    return "\n".join(" ".join(prompt.text.split()) for prompt in prompts) + "\n"
+
+
+def kept_prompts(file: Path) -> tuple[str, ...]:
+    """What `prompt_lines` made of prompts, read again; none where nobody wrote them down.
+
+    Raises:
+        ValueError: if the file is no text.
+    """
+    try:
+        return tuple(file.read_text(encoding="utf-8").split("\n")[:-1]) if file.is_file() else ()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text") from error
 
 
 def _diversity(medium: Medium, rewards: Sequence[Reward]) -> Diversity:

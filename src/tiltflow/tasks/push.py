@@ -18,6 +18,7 @@ from tiltflow.formats.wanted import Wanted
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.export import export_run
 from tiltflow.tasks.run import Run
+from tiltflow.tasks.sheets import sheets
 
 FOLDER = "push"
 """Where in the run directory what is sent is written, and stays to be looked at."""
@@ -80,7 +81,7 @@ def prepare(run: Path, wanted: Wanted | None, callbacks: Callbacks = SILENT) -> 
         (folder / PICTURE).unlink(missing_ok=True)  # the rest the export replaces
     export_run(run, folder, wanted, callbacks)
     done = Run(run).step or 0  # a kill may have left samples of iterations that were not saved
-    pictures = {int(path.stem.removeprefix("step-")): path for path in Run(run).samples}
+    pictures = sheets(run)
     step = max((step for step in pictures if step <= done), default=None)
     if step is not None:
         shutil.copyfile(pictures[step], folder / PICTURE)

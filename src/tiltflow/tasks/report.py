@@ -21,7 +21,8 @@ from tiltflow.evaluation.statistics import correct
 from tiltflow.evaluation.watch.history import FILE, read_history
 from tiltflow.evaluation.watch_figures import Watched
 from tiltflow.tasks.doctor import versions
-from tiltflow.tasks.evaluate import PROMPTS
+from tiltflow.tasks.evaluate import PROMPTS, kept_prompts
+from tiltflow.tasks.sheets import prompt_files, sheets
 from tiltflow.tasks.train import COLUMNS
 
 IMAGES = "evaluation.images"
@@ -131,13 +132,19 @@ def _rules(run: Path, settings: Mapping[str, Any]) -> dict[str, float | None]:
 def _sheets(run: Path, name: str, settings: Mapping[str, Any]) -> list[Sheet]:
     """The first and the last sheet of samples that a run drew. Those of a medium of one's own are
     left in one piece: how it lays out its samples is its own matter."""
-    files = sorted((run / "samples").glob("step-*.png"))
+    pictures = sheets(run)
     model = settings.get("model")
     own = isinstance(model, dict) and model.get("medium") is not None
-    prompts = () if own else _lines(run / "samples" / PROMPTS)
+    texts = {} if own else prompt_files(run)
     return [
-        Sheet(name, int(file.stem.removeprefix("step-")), _pixels(file), prompts, COLUMNS)
-        for file in dict.fromkeys([*files[:1], *files[-1:]])
+        Sheet(
+            name,
+            step,
+            _pixels(pictures[step]),
+            kept_prompts(texts[step]) if step in texts else (),
+            COLUMNS,
+        )
+        for step in dict.fromkeys([*list(pictures)[:1], *list(pictures)[-1:]])
     ]
 
 
@@ -224,7 +231,7 @@ def run_names(runs: Sequence[Path]) -> dict[Path, str]:
 def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarray]], list[str]]:
     """The kept images by system, in the evaluation's order, and their prompts; of a prompt at
     several sizes one after the other."""
-    prompts = _lines(folder / PROMPTS)
+    prompts = kept_prompts(folder / PROMPTS)
     if not prompts:
         return {}, []
     systems = evaluation["systems"]
@@ -242,18 +249,6 @@ def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarra
             grids[system] = [_pixels(f) for f in shown]
     named = [f"{prompt} ({size})" for prompt in prompts for size in sizes]
     return grids, named or list(prompts)
-
-
-def _lines(file: Path) -> tuple[str, ...]:
-    """The prompts of a folder of images (`save_prompts`); none where nobody wrote them down.
-
-    Raises:
-        ValueError: if the file is no text.
-    """
-    try:
-        return tuple(file.read_text(encoding="utf-8").split("\n")[:-1]) if file.is_file() else ()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text") from error
 
 
 def _pixels(file: Path) -> np.ndarray:

@@ -11,6 +11,7 @@ from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
 from tiltflow.evaluation.files import read_evaluation
+from tiltflow.tasks.sheets import sheets
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Run:
     @property
     def samples(self) -> list[Path]:
         """The pictures of samples, the oldest first."""
-        return sorted((self.path / "samples").glob("step-*.png"))
+        return list(sheets(self.path).values())
 
     @property
     def export(self) -> Path | None:

@@ -19,7 +19,7 @@ from tiltflow.core.run_lock import RunLock, refuse_if_held
 from tiltflow.core.sizes import said
 from tiltflow.evaluation.watch.probes import FixedPrompts
 from tiltflow.evaluation.watch.watch import Watch
-from tiltflow.models.medium import IMAGES, Medium
+from tiltflow.models.medium import Medium
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.roles import Role
 from tiltflow.setup.assemble import build_rewards
@@ -29,11 +29,11 @@ from tiltflow.setup.manifest import defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import start_of, with_absolute_paths
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.choices import base_of_start
-from tiltflow.tasks.evaluate import save_prompts
 from tiltflow.tasks.export import export_checkpoint
 from tiltflow.tasks.failures import explained, resume_command
 from tiltflow.tasks.planning import chosen, device_bytes, is_auto
 from tiltflow.tasks.progress import Terminal
+from tiltflow.tasks.sheets import drop_sheets, save_sheet
 from tiltflow.tasks.watching import build_watch, held_out, look
 from tiltflow.training.loop import Hooks, LoopSettings, Watched, train
 
@@ -119,6 +119,8 @@ def _run(
 
     def begin() -> None:
         if ranks.main:
+            # As the log drops its later lines; without a save (or after step 0) all begins anew.
+            drop_sheets(out, start or -1)
             _write_config(cfg, out)
 
     plain = Hooks(
@@ -240,11 +242,7 @@ def _save_sheet(
     if ranks.main:
         assert medium.sheet is not None
         picture = medium.sheet(medium.rounded(images), COLUMNS)
-        file = out / "samples" / f"step-{done:06d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        IMAGES.save(picture, file)
-        save_prompts(file.parent, fixed.encoded.prompts[:count])
-        callbacks.samples(done, file)
+        callbacks.samples(done, save_sheet(out, done, picture, fixed.encoded.prompts[:count]))
 
 
 def _hooks(

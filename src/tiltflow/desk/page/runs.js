@@ -143,11 +143,21 @@ function samples(place) {
 function sheet(run) {
   const link = h("a", { target: "_blank", rel: "noopener" });
   const said = h("output", {});
-  const draw = run.prompts.length ? tiles(run, link) : whole(run, link);
+  const place = h("div", { class: "tiles" });
+  let draw = null;
+  let drawn = -1; // the list of prompts that `draw` is of: sheets of one run may be of several
   const set = (index) => {
     const step = run.samples[index];
-    const address = `/api/run/${run.id}/sample/${step}`;
-    draw(address, step);
+    // Of this very sheet: a run that went on from an earlier step draws another one of this step.
+    const address = `/api/run/${run.id}/sample/${step}?drawn=${run.drawn[index]}`;
+    if (drawn !== run.captions[index]) {
+      drawn = run.captions[index];
+      const prompts = run.prompts[drawn];
+      fill(link);
+      draw = prompts.length ? tiles(run, prompts, link, place) : whole(run, link);
+      place.hidden = !prompts.length;
+    }
+    draw(`${address}&side=1280`, step);
     link.href = address;
     said.textContent = `step ${step}`;
   };
@@ -167,8 +177,7 @@ function sheet(run) {
   return h(
     "figure", { class: "card" },
     h("figcaption", {}, swatch(mark(run)), " ", h("bdi", {}, run.name)),
-    run.prompts.length ? h("div", { class: "tiles" }, link.tiles) : null,
-    link, h("div", { class: "slide" }, slider, said),
+    place, link, h("div", { class: "slide" }, slider, said),
   );
 }
 
@@ -177,29 +186,29 @@ function whole(run, link) {
   const picture = h("img", { class: "sheet", decoding: "async" });
   link.append(picture);
   return (address, step) => {
-    picture.src = `${address}?side=1280`;
+    picture.src = address;
     picture.alt = `samples of ${run.name} after step ${step}`;
   };
 }
 
 // A sheet cut into its images, each above its prompt: one picture, shown through as many windows.
-function tiles(run, link) {
-  const rows = Math.ceil(run.prompts.length / run.columns);
+function tiles(run, prompts, link, place) {
+  const rows = Math.ceil(prompts.length / run.columns);
   const at = (place, count) => `${count > 1 ? (100 * place) / (count - 1) : 0}%`;
-  const windows = run.prompts.map((prompt, i) => {
+  const windows = prompts.map((prompt, i) => {
     const pane = h("div", { class: "pane", role: "img", "aria-label": `sample ${i + 1}` });
     pane.style.backgroundSize = `${100 * run.columns}% ${100 * rows}%`;
     pane.style.backgroundPosition = `${at(i % run.columns, run.columns)} ${at(Math.floor(i / run.columns), rows)}`;
     return pane;
   });
   link.textContent = "the whole sheet";
-  link.tiles = windows.map((pane, i) => {
-    const prompt = run.prompts[i];
+  fill(place, windows.map((pane, i) => {
+    const prompt = prompts[i];
     return h("figure", { class: "tile" }, pane, h("figcaption", { dir: "auto", title: prompt }, prompt));
-  });
+  }));
   let latest = "";
   return (address) => {
-    latest = `${address}?side=1280`;
+    latest = address;
     const picture = new Image();
     picture.onload = () => {
       if (!picture.src.endsWith(latest)) return; // another step was asked for meanwhile
