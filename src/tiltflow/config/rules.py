@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tiltflow.core.sizes import both, said
+from tiltflow.evaluation.watch.settings import FEWEST_SAMPLES
 from tiltflow.models.family import graph_families, has_files
 from tiltflow.rewards.remote.address import ELSEWHERE
 from tiltflow.rewards.remote.asking import refuse_ranks, settings_elsewhere
@@ -137,11 +138,14 @@ def _check_watch(config: RunConfig) -> None:
     watch = config.watch
     if watch.stop and (config.stage == "cold_start" or not watch.rewards):
         raise ValueError("watch.stop needs stage tilt and at least one reward under watch.rewards")
-    if config.stage == "tilt" and watch.rewards and watch.prompts < 8:
-        raise ValueError(
-            f"watch.prompts is {watch.prompts}, but no test can tell a change from chance with "
-            "fewer than 8"
-        )
+    if config.stage == "cold_start" or not watch.rewards:
+        return
+    for key in ("prompts", "diversity_prompts", "teacher_images"):
+        if getattr(watch, key) < FEWEST_SAMPLES:
+            raise ValueError(
+                f"watch.{key} is {getattr(watch, key)}, but no test can tell a change from chance "
+                f"with fewer than {FEWEST_SAMPLES}"
+            )
 
 
 def _check_tilt(config: RunConfig) -> None:

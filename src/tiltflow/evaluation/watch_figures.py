@@ -93,7 +93,7 @@ def _ratios(looks: Sequence[Measurement], name: str) -> dict[int, Interval]:
     if not seen:
         return {}
     start = seen[0].values.get(TEACHER + name if name in LOGARITHMS else name)
-    if start is None:
+    if start is None or len(start) < 2:  # one sample, of a run that asked for no more: no interval
         return {}
     found: dict[int, Interval] = {}
     for look in seen:

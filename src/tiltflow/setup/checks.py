@@ -34,6 +34,7 @@ from tiltflow.setup.model_checks import (
     check_model,
     check_sizes,
 )
+from tiltflow.setup.watch_prompts import too_few_texts
 from tiltflow.training.objective import check_objective
 from tiltflow.training.own_terms import check_terms
 
@@ -102,6 +103,15 @@ def _check_prompts_fit(on: Subject) -> None:
     check_prompts_fit(on.cfg.watch.rewards, on.prompts.fixed[: on.cfg.watch.prompts])
 
 
+def _check_watch(on: Subject) -> None:
+    """That a watch which may end the run can raise an alarm; any other says what it lacks later
+    (`tasks/watching.py`)."""
+    if on.cfg.watch.stop:
+        few = too_few_texts(on.cfg.watch, [prompt.text for prompt in on.prompts.fixed])
+        if few is not None:
+            raise ValueError(f"watch.stop is true, and {few}")
+
+
 def check_export(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
     """Whether what a run of this config trains can be exported into its directory at its end.
 
@@ -138,6 +148,7 @@ CHECKS: tuple[Check, ...] = (
         needs=("model", "weights", "prompts"),
     ),
     Check("prompts and rewards", _check_prompts_fit, needs=("rewards", "prompts")),
+    Check("prompts and watch", _check_watch, needs=("prompts",)),
     Check("run directory", lambda on: check_folder("run.out", Path(on.cfg.run.out))),
     Check(
         "adapters",

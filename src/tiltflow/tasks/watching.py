@@ -17,6 +17,7 @@ from tiltflow.rewards.combine import RewardMixture
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build
+from tiltflow.setup.watch_prompts import too_few_texts
 from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.training.loop import Watched
 from tiltflow.training.tilt import Tilt
@@ -42,6 +43,9 @@ def build_watch(
     features = _features(cfg, build, held_out, stage.rewards)
     if features is None:
         say("watch: no reward is a CLIP and watch.clip is unset: diversity not measured")
+    few = too_few_texts(chosen, [prompt.text for prompt in fixed.encoded.prompts])
+    if few is not None:
+        say(f"watch: {few}")
     settings = ProbeSettings(
         samples=chosen.prompts,
         groups=min(chosen.diversity_prompts, chosen.prompts),

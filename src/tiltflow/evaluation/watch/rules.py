@@ -80,7 +80,9 @@ def _held_out(
 ) -> str | None:
     """A held-out reward fell from its highest mean by more than `share` of its gain.
 
-    The highest of k means is high by luck, too, hence level alpha / k.
+    The highest of k means is high by luck, too, hence level alpha / k. A trained reward must have
+    risen meanwhile, unless none has a series: rankers have no scores, and the fall then stands
+    alone.
     """
     earlier = [m for m in history[:-1] if name in m.values]
     if not earlier:
@@ -92,13 +94,16 @@ def _held_out(
     if not above_zero(fall - share * gain, alpha / len(earlier), now.clusters(fall)):
         return None
     risen = [n for n, weight in weights.items() if _risen(now, best, f"trained/{n}", weight)]
-    if not risen:
+    if not risen and any(series.startswith("trained/") for series in now.values):
         return None
     error, _ = standard_error(fall, now.clusters(fall))
     return (
         f"the held-out {name.partition('/')[2]} fell by {fall.mean():.4g} (standard error "
-        f"{error:.2g}) since step {best.step}, where its gain was {gain.mean():.4g}, while the "
-        f"trained {' and '.join(risen)} rose"
+        f"{error:.2g}) since step {best.step}, where its gain was {gain.mean():.4g}"
+    ) + (
+        f", while the trained {' and '.join(risen)} rose"
+        if risen
+        else "; what is trained on ranks images and has no scores beside it"
     )
 
 

@@ -8,15 +8,20 @@ from pydantic import Field
 
 from tiltflow.core.settings import Section
 
+FEWEST_SAMPLES = 8
+"""Samples, and prompts where these repeat, below which the tests miss changes that anyone sees:
+with 2 to 7 a t test at the default level finds few falls of a whole standard deviation."""
+
 
 class WatchRules(Section):
     """Thresholds (docs/watch.md); None switches a rule off. `alpha` is the level of each test.
 
     `held_out_fall` X: a held-out reward has lost more than the share X of its gain since its
-    highest mean, while a trained reward rose. `agreement` R: the trained rewards rose, and on the
-    samples where they did no held-out reward did (rank correlation below R). `diversity` Y: below
-    Y times the reference's. `high_frequency` and `drift`, factors: that much above the higher, or
-    below the lower, of teacher and reference. The reference is the first measurement.
+    highest mean, while a trained reward rose (or where none has scores). `agreement` R: the trained
+    rewards rose, and on the samples where they did no held-out reward did (rank correlation below
+    R). `diversity` Y: below Y times the reference's. `high_frequency` and `drift`, factors: that
+    much above the higher, or below the lower, of teacher and reference. The reference is the first
+    measurement.
     """
 
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
