@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from short_runs import SHORT
 
 import tiltflow
 from tiltflow.config.load import load_config
-from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.checkpoint import latest_step, load_checkpoint
 from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import Accumulator, MetricsLog, read_metrics
 from tiltflow.tasks.callbacks import SILENT
@@ -200,3 +201,31 @@ def test_a_run_that_goes_on_between_two_lines_of_its_log_has_the_same_log(tmp_pa
     assert run("parts", SILENT, "run.resume=true") == run("whole")
     kept = load_checkpoint(tmp_path / "parts", "step-000004").state["since_log"]
     assert kept and {count for _, count in kept.values()} == {1.0}
+
+
+class Ended(tiltflow.Callbacks):
+    """Ends the run at the first line of its log, before anything is saved."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        raise RuntimeError("killed")
+
+
+def test_a_run_killed_on_a_branch_before_its_first_save_goes_on_on_that_branch(
+    tmp_path: Path,
+) -> None:
+    """Its log has lost its later lines: the checkpoint of these is not the latest any more."""
+    out, branch = tmp_path / "run", ("run.resume=true", "run.resume_from=step-000002")
+
+    def run(callbacks: tiltflow.Callbacks, *more: str) -> None:
+        chosen = [f"run.out={out}", *SHORT, "train.steps=4", "log.every=1", *more]
+        tiltflow.train(load_config("mixture_cold_start", chosen), callbacks)
+
+    run(SILENT)
+    whole = (out / "metrics.jsonl").read_text()
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Ended(), *branch)
+    assert latest_step(out) == 2
+    run(SILENT, "run.resume=true")
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "changed" not in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and latest_step(out) == 4
+    assert whole.splitlines()[-1] in (out / "metrics.jsonl").read_text()

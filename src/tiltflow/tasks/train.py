@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from tiltflow.config.load import RunConfig, dump_config
-from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.checkpoint import latest_step, load_checkpoint, point_latest
 from tiltflow.core.disk import write_whole
 from tiltflow.core.distributed import Ranks, ranks_of_job
 from tiltflow.core.errors import NonFiniteError
@@ -119,6 +119,8 @@ def _run(
 
     def begin() -> None:
         if ranks.main:
+            if start is not None and latest_step(out) != start:
+                point_latest(out, start)  # a kill before the next save leaves this branch
             # As the log drops its later lines; without a save (or after step 0) all begins anew.
             drop_sheets(out, start or -1)
             _write_config(cfg, out)
