@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,7 @@ from test_train import recipe
 from tiltflow.config.load import load_config
 from tiltflow.evaluation.charts import curves
 from tiltflow.evaluation.report import _best
-from tiltflow.tasks import demo
+from tiltflow.tasks import demo, report
 from tiltflow.tasks.report import write_run_report
 from tiltflow.tasks.train import run_training
 
@@ -218,3 +219,29 @@ def test_a_notice_stands_at_the_top(tmp_path: Path, run: Path) -> None:
     assert not [p for p in plain.all("p") if p.get("id") == "notice"]
     page = Page(_write([run], run, "Nothing <b>here</b>").read_text())
     assert page.text("p")[0] == "Nothing <b>here</b>"
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "exported", "said"),
+    [
+        ({"adapters": {"few_step": "a"}}, "a", False),
+        ({"adapters": {"few_step": "a"}}, "b", True),
+        ({}, "b", False),  # an earlier version's, which does not say
+        ({"adapters": {"few_step": "a"}}, None, False),
+    ],
+)
+def test_figures_of_an_earlier_student_are_said_to_be(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    evaluated: dict[str, object],
+    exported: str | None,
+    said: bool,
+) -> None:
+    """A run that went on after its evaluation, and was exported again."""
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | evaluated))
+    if exported is not None:
+        (run / "export" / "few_step").mkdir(parents=True)
+    contract = SimpleNamespace(adapters={"few_step": SimpleNamespace(hash=exported)}, weights=None)
+    monkeypatch.setattr(report, "read_contract", lambda place: contract)
+    page = write_run_report([run], None).read_text()
+    assert ("is of other weights than its export has now" in page) == said

@@ -13,13 +13,14 @@ from PIL import Image
 
 from tiltflow.config.recipe_source import read_recipe, recipe_text
 from tiltflow.core.metrics import read_metrics
-from tiltflow.evaluation.files import read_evaluation
+from tiltflow.evaluation.files import is_of, read_evaluation
 from tiltflow.evaluation.pictures import Sheet
 from tiltflow.evaluation.report import write_report
 from tiltflow.evaluation.scores import KEPT_IMAGES
 from tiltflow.evaluation.statistics import correct
 from tiltflow.evaluation.watch.history import FILE, read_history
 from tiltflow.evaluation.watch_figures import Watched
+from tiltflow.formats.contract import read_contract
 from tiltflow.tasks.doctor import versions
 from tiltflow.tasks.evaluate import PROMPTS, kept_prompts
 from tiltflow.tasks.sheets import prompt_files, sheets
@@ -97,7 +98,23 @@ def _notice(folder: Path) -> str:
     for place in (folder, folder.absolute().parent):
         if (place / NOTICE).is_file():
             return (place / NOTICE).read_text(encoding="utf-8").strip()
+    if _evaluated(folder) and _is_of_another(folder):
+        return (
+            f"The evaluation in {folder.name} is of other weights than its export has now: "
+            "evaluate it again."
+        )
     return ""
+
+
+def _is_of_another(run: Path) -> bool:
+    """Whether a run's evaluation says that it is of another student than the one exported last."""
+    places = [run / "export" / name for name in ("tilt", "few_step", "merged")]
+    found = (read_contract(place) for place in places if place.is_dir())
+    contract, summary = next(filter(None, found), None), read_evaluation(run)
+    if contract is None or not (summary.get("adapters") or summary.get("weights")):
+        return False
+    hashes = {name: facts.hash for name, facts in contract.adapters.items()}
+    return not is_of(summary, hashes, contract.weights)
 
 
 def _tops(folders: Sequence[Path]) -> list[Path]:
