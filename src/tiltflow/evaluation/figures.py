@@ -19,7 +19,7 @@ _METRICS = {
     "fake_score/consistency": "consistency term (no unit)",
     "generator/matching": "matching gap (no unit)",
     "generator/reward_loss": "reward loss (no unit)",
-    "policy/kl": "KL to the start, its steps summed (no unit)",
+    "policy/kl": "KL to the start (no unit)",
     "loss": "loss (no unit)",
     "seconds": "time (s)",
     "seconds_per_step": "time a step (s)",
