@@ -241,7 +241,7 @@ def test_figures_of_an_earlier_student_are_said_to_be(
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | evaluated))
     if exported is not None:
         (run / "export" / "few_step").mkdir(parents=True)
-    contract = SimpleNamespace(adapters={"few_step": SimpleNamespace(hash=exported)}, weights=None)
+    contract = SimpleNamespace(hashes={"few_step": exported}, weights=None)
     monkeypatch.setattr(report, "read_contract", lambda place: contract)
     page = write_run_report([run], None).read_text()
     assert ("is of other weights than its export has now" in page) == said

@@ -109,6 +109,11 @@ class Contract(_Part):
         """The sizes that it was trained for, the most frequent first."""
         return self.sizes or (self.resolution,)
 
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        """The fingerprint of each adapter by name, as far as it is known."""
+        return {name: facts.hash for name, facts in self.adapters.items()}
+
     def text(self) -> str:
         """The JSON of contract.json and of the header."""
         return self.model_dump_json(indent=1)

@@ -98,7 +98,7 @@ def settle(
     if above and few_step is not None:
         notes += _other_few_step(above, few_step)
     chosen = dtype or (contract.dtype if contract else files_dtype(base))
-    hashes = {n: a.hash for n, a in contract.adapters.items() if a.hash} if contract else {}
+    hashes = {name: mark for name, mark in contract.hashes.items() if mark} if contract else {}
     said_so = tuple(f"warning: {note}" for note in notes)
     weights = contract.weights if contract else None
     return Choices(**values, dtype=chosen, notes=said_so, adapters=hashes, weights=weights)

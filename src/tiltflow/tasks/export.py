@@ -141,8 +141,7 @@ def _figures(
     evaluation: dict[str, Any] | None, contract: Contract, callbacks: Callbacks
 ) -> dict[str, Any] | None:
     """An evaluation, unless it is of an earlier student or may be of one, which is said."""
-    hashes = {name: facts.hash for name, facts in contract.adapters.items()}
-    if evaluation is None or is_of(evaluation, hashes, contract.weights):
+    if evaluation is None or is_of(evaluation, contract.hashes, contract.weights):
         return evaluation
     reason = "is of other weights than this checkpoint's"
     if contract.weights and not evaluation.get("weights"):  # an earlier version's, of full copies

@@ -113,8 +113,7 @@ def _is_of_another(run: Path) -> bool:
     contract, summary = next(filter(None, found), None), read_evaluation(run)
     if contract is None or not (summary.get("adapters") or summary.get("weights")):
         return False
-    hashes = {name: facts.hash for name, facts in contract.adapters.items()}
-    return not is_of(summary, hashes, contract.weights)
+    return not is_of(summary, contract.hashes, contract.weights)
 
 
 def _tops(folders: Sequence[Path]) -> list[Path]:

@@ -148,10 +148,17 @@ def train(
     if stopped.is_set() and not stop:  # in a wait, which no save above follows
         skips.settle(stage)
         if ranks.main:
-            if ranks.size > 1:  # the others are elsewhere, and their parts of the sums with them:
-                accumulator.reset()  # the next line is of what comes
-            saved(done, ALONE)
+            _save_alone(saved, done, accumulator, ranks)
     return done
+
+
+def _save_alone(
+    saved: Callable[[int, Ranks], None], done: int, accumulator: Accumulator, ranks: Ranks
+) -> None:
+    """Rank 0's save while the others are elsewhere, and their parts of the log's sums with them."""
+    if ranks.size > 1:
+        accumulator.reset()
+    saved(done, ALONE)
 
 
 def _log(run: Path, settings: LoopSettings, done: int, ranks: Ranks) -> MetricsLog | NoLog:
