@@ -41,6 +41,25 @@ def opened(browser: Any, size: tuple[int, int]) -> Iterator[tuple[Any, list[str]
     context.close()
 
 
+class Kept:
+    """Requests of a page that do not go out before they are let go. Asked for before the page is
+    opened: an open one's requests are caught only some time after `page.route` has returned."""
+
+    def __init__(self, page: Any, pattern: str) -> None:
+        assert page.url == "about:blank"
+        self.page, self.pattern = page, pattern
+        self.routes: list[Any] = []
+        page.route(pattern, lambda route: self.routes.append(route))  # playwright needs a function
+
+    def wait(self) -> Any:
+        """The first of them, once it is there."""
+        for _ in range(3000):
+            if self.routes:
+                return self.routes[0]
+            self.page.wait_for_timeout(10)
+        raise TimeoutError(f"the page has not asked for {self.pattern}")
+
+
 def check_access(page: Any) -> None:
     """No serious finding of axe-core."""
     found = axe.Axe().run(page).response["violations"]

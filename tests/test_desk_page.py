@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from chromium import NEEDED, check_access, opened
+from chromium import NEEDED, Kept, check_access, opened
 from desk_data import (
     ODD,
     TOKEN,
@@ -327,11 +327,12 @@ def test_a_vote_that_the_desk_does_not_take_is_said_and_can_be_given_again(brows
         served(Desk([run], votes)) as client,
         opened(browser, SIZES["phone"]) as (page, _),
     ):
+        kept = Kept(page, "**/api/vote")
         page.goto(f"{client.address}/?token={TOKEN}#vote")
         wait_for_pair(page)
-        page.route("**/api/vote", lambda route: route.abort())
         pair = page.locator(".sides img").first.get_attribute("src")
         page.keyboard.press("1")
+        kept.wait().abort()
         page.wait_for_function("() => said.innerText.includes('press again')")
         assert page.locator(".sides img").first.get_attribute("src") == pair
         page.unroute("**/api/vote")

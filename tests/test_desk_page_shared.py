@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from chromium import NEEDED, check_access, opened
+from chromium import NEEDED, Kept, check_access, opened
 from desk_data import (
     TOKEN,
     add_lines,
@@ -22,15 +22,6 @@ pytestmark = NEEDED
 SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 PROMPTS = ["one", "two", "three"]
 SCORES = {"teacher": [0.9, 0.8, 0.7], "ac_dmd": [0.1, 0.2, 0.3], "rtdmd": [0.4, 0.5, 0.6]}
-
-
-def keeping(held: list):
-    """A handler that keeps requests, to be let go later."""
-
-    def keep(route) -> None:
-        held.append(route)
-
-    return keep
 
 
 @pytest.fixture
@@ -59,16 +50,15 @@ def test_every_size_is_an_evaluation_of_its_own(browser, desk, tmp_path, size):
 
 def test_an_answer_that_comes_late_does_not_take_the_place_of_a_later_one(browser, desk):
     with served(desk) as client, opened(browser, SIZES["desktop"]) as (page, said):
+        kept = Kept(page, "**/rows?*baseline=teacher*")
         page.goto(f"{client.address}/?token={TOKEN}#compare")
         page.wait_for_selector(".compare")
-        held = []
-        page.route("**/rows?*baseline=teacher*", keeping(held))
         page.get_by_label("Compared with").select_option("teacher")
         page.get_by_label("Compared with").select_option("rtdmd")
         told = "() => document.querySelector('caption').innerText.includes('difference to rtdmd')"
         page.wait_for_function(told)
         with page.expect_event("requestfinished", lambda sent: "baseline=teacher" in sent.url):
-            held[0].continue_()
+            kept.wait().continue_()
         page.wait_for_timeout(100)
         assert page.evaluate(told)
         figures = page.locator("thead .figures").all_inner_texts()
@@ -78,17 +68,17 @@ def test_an_answer_that_comes_late_does_not_take_the_place_of_a_later_one(browse
 
 def test_a_vote_that_is_still_on_its_way_does_not_bring_back_its_match(browser, desk):
     with served(desk) as client, opened(browser, SIZES["phone"]) as (page, said):
+        kept = Kept(page, "**/api/vote")
         page.goto(f"{client.address}/?token={TOKEN}#vote")
         wait_for_pair(page)
-        held = []
-        page.route("**/api/vote", keeping(held))
         page.keyboard.press("1")
+        kept.wait()
         page.get_by_label("better than this one?").select_option("teacher")
         title = "() => document.querySelector('.tally h2')?.innerText"
         page.wait_for_function(f"() => ({title})() === 'rtdmd against teacher'")
         pair = page.locator(".sides img").first.get_attribute("src")
         with page.expect_event("requestfinished", lambda sent: sent.url.endswith("/api/vote")):
-            held[0].continue_()
+            kept.wait().continue_()
         page.wait_for_timeout(100)
         assert page.evaluate(title) == "rtdmd against teacher"
         assert page.locator(".sides img").first.get_attribute("src") == pair
@@ -100,14 +90,13 @@ def test_a_vote_that_is_still_on_its_way_does_not_bring_back_its_match(browser, 
 
 def test_no_vote_is_given_on_images_that_are_not_there_yet(browser, desk):
     with served(desk) as client, opened(browser, SIZES["desktop"]) as (page, _):
-        held = []
-        page.route("**/api/pair/*/left", keeping(held))
+        kept = Kept(page, "**/api/pair/*/left")
         page.goto(f"{client.address}/?token={TOKEN}#vote", wait_until="commit")
         page.wait_for_selector(".sides img >> nth=1")
         page.keyboard.press("1")
         page.wait_for_function("() => said.innerText.includes('Not noted')")
         assert read_votes(desk.ballot.file) == []
-        held[0].continue_()
+        kept.wait().continue_()
         wait_for_pair(page)
         page.unroute("**/api/pair/*/left")
         page.keyboard.press("1")
