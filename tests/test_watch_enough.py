@@ -35,13 +35,20 @@ def looks(fall: float, trained: float | None = None) -> list[Measurement]:
     return found
 
 
-def test_where_only_ranks_are_trained_on_a_fall_is_enough() -> None:
-    found = judge(looks(5.0), WatchRules(), {})
+def test_where_a_ranker_is_trained_on_a_fall_is_enough() -> None:
+    found = judge(looks(5.0), WatchRules(), {"judge": 1.0})
     assert set(found) == {"held_out/h"}
-    assert (
-        "since step 0" in found["held_out/h"] and "has no scores beside it" in found["held_out/h"]
-    )
-    assert judge(looks(0.0), WatchRules(), {}) == judge(looks(-5.0), WatchRules(), {}) == {}
+    assert "since step 0" in found["held_out/h"] and "judge ranks images" in found["held_out/h"]
+    for shift in (0.0, -5.0):
+        assert judge(looks(shift), WatchRules(), {"judge": 1.0}) == {}
+    # also beside a reward with scores that does not rise: it is not what the images follow
+    beside = judge(looks(5.0, -1.0), WatchRules(agreement=None), {"clip": 1.0, "judge": 1.0})
+    assert "judge ranks images" in beside["held_out/h"]
+
+
+def test_stage_1_trains_on_no_reward_and_a_fall_is_enough() -> None:
+    found = judge(looks(5.0), WatchRules(), {})
+    assert set(found) == {"held_out/h"} and "ranks" not in found["held_out/h"]
 
 
 def test_a_trained_reward_with_a_series_must_still_have_risen() -> None:
@@ -125,7 +132,9 @@ def test_few_prompts_are_said_where_no_alarm_ends_the_run(
     monkeypatch.setattr(watching, "_features", lambda *given: 1)
     monkeypatch.setattr(watching, "Tilt", SimpleNamespace)
     stage = SimpleNamespace(
-        rewards=SimpleNamespace(weights={}), matching=SimpleNamespace(guidance=1.0), roles=None
+        rewards=SimpleNamespace(advantage_weights={"judge": 1.0}),
+        matching=SimpleNamespace(guidance=1.0),
+        roles=None,
     )
     backbone = SimpleNamespace(teacher_sigmas=lambda steps: None)
     monkeypatch.setattr(watching, "Probes", lambda *given: SimpleNamespace(measure=None))
@@ -135,7 +144,8 @@ def test_few_prompts_are_said_where_no_alarm_ends_the_run(
         fixed = SimpleNamespace(encoded=SimpleNamespace(prompts=texts))
         said: list[str] = []
         build = SimpleNamespace(stage=stage, backbone=backbone)
-        watching.build_watch(cfg, build, fixed, tmp_path, 0, said.append, ALONE)
+        watch = watching.build_watch(cfg, build, fixed, tmp_path, 0, said.append, ALONE)
+        assert watch is not None and watch.weights == {"judge": 1.0}  # rankers too
         assert len(said) == notices
         assert all(text.startswith("watch: the 96 images of watch.prompts") for text in said)
 

@@ -67,7 +67,7 @@ def build_watch(
     return Watch(
         probes.measure,
         chosen.rules,
-        stage.rewards.weights,
+        stage.rewards.advantage_weights,
         # as in the log, a run that died before its first save starts over
         History(out / FILE, start if start else -1, write=ranks.main),
     )

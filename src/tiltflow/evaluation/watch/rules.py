@@ -29,7 +29,8 @@ def judge(
 ) -> dict[str, str]:
     """The alarms that the last of `history` raises: a sentence by rule, none where all is well.
 
-    `weights` are the trained rewards' by name: one of negative weight rises by falling.
+    `weights` are by name those of the trained rewards, where one of negative weight rises by
+    falling, and of the rankers, which have no series.
     """
     now = history[-1]
     alarms: dict[str, str] = {}
@@ -81,8 +82,8 @@ def _held_out(
     """A held-out reward fell from its highest mean by more than `share` of its gain.
 
     The highest of k means is high by luck, too, hence level alpha / k. A trained reward must have
-    risen meanwhile, unless none has a series: rankers have no scores, and the fall then stands
-    alone.
+    risen meanwhile. Where something else is trained on, whose rise nothing shows (a ranker's), the
+    fall stands alone.
     """
     earlier = [m for m in history[:-1] if name in m.values]
     if not earlier:
@@ -94,16 +95,17 @@ def _held_out(
     if not above_zero(fall - share * gain, alpha / len(earlier), now.clusters(fall)):
         return None
     risen = [n for n, weight in weights.items() if _risen(now, best, f"trained/{n}", weight)]
-    if not risen and any(series.startswith("trained/") for series in now.values):
+    unseen = [n for n in weights if f"trained/{n}" not in now.values]
+    if weights and not risen and not unseen:
         return None
     error, _ = standard_error(fall, now.clusters(fall))
+    if risen:
+        meanwhile = f", while the trained {' and '.join(risen)} rose"
+    else:
+        meanwhile = f"; {' and '.join(unseen)} ranks images: no scores show a rise" * bool(unseen)
     return (
         f"the held-out {name.partition('/')[2]} fell by {fall.mean():.4g} (standard error "
-        f"{error:.2g}) since step {best.step}, where its gain was {gain.mean():.4g}"
-    ) + (
-        f", while the trained {' and '.join(risen)} rose"
-        if risen
-        else "; what is trained on ranks images and has no scores beside it"
+        f"{error:.2g}) since step {best.step}, where its gain was {gain.mean():.4g}" + meanwhile
     )
 
 

@@ -17,7 +17,7 @@ Measure = Callable[[int, bool], Measurement]
 class Watch:
     """Its whole memory is `history`, so it resumes exactly.
 
-    `weights` are the trained rewards' by name.
+    `weights` are the trained rewards' and rankers' by name.
     """
 
     def __init__(
