@@ -16,9 +16,9 @@ from tiltflow.config.load import PromptSets, load_config
 from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
 from tiltflow.data.prompts import Prompt
-from tiltflow.setup.manifest import defaults_by_key, manifest_of
+from tiltflow.setup.manifest import code_fingerprints, defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import with_absolute_paths
-from tiltflow.training.changes import changes
+from tiltflow.training.changes import OF_THE_RUN, PROMPTS, changes
 
 TINY = (
     "model.path=model", "data.prompts=p.txt", "model.dtype=fp32", "model.resolution=32",
@@ -153,12 +153,20 @@ def test_a_setting_that_a_version_did_not_have_is_no_change(place: Path) -> None
 
 def test_other_files_of_a_reward_are_told(place: Path, tmp_path: Path) -> None:
     """Those at a reward's path, and those of a reward that is a folder."""
-    folder, fitted = tmp_path / "clip", tmp_path / "mine"
-    for one in (folder, fitted):
+    folder, fitted, base = tmp_path / "clip", tmp_path / "mine", tmp_path / "base"
+    for one in (folder, fitted, base):
         one.mkdir()
         (one / "weights").write_bytes(b"1")
     (fitted / "reward.json").write_text("{}")
-    chosen = [f"rewards={{pickscore: {{weight: 1.0, path: {folder}}}, '{fitted}': 1.0, ocr: 1.0}}"]
+    (base / "config.json").write_text("{}")
+    (tmp_path / "rubric.yaml").write_text("1")
+    options = (
+        f"{{base: {base}, rubric: {tmp_path / 'rubric.yaml'}, cache: {tmp_path}, x: {'y' * 999}}}"
+    )
+    chosen = [
+        f"rewards={{pickscore: {{weight: 1.0, path: {folder}}}, '{fitted}': 1.0, ocr: 1.0,"
+        f" hpsv3: {{weight: 1.0, options: {options}}}}}"
+    ]
     cfg = load_config(str(place / "tilt" / "config.yaml"), chosen)
     sets = PromptSets([Prompt("a cat")], [Prompt("a dog")])
 
@@ -167,12 +175,65 @@ def test_other_files_of_a_reward_are_told(place: Path, tmp_path: Path) -> None:
         return {"stage": "tilt", "steps": 4, "manifest": held}
 
     before = facts()
-    assert set(before["manifest"]["rewards"]) == {"pickscore", str(fitted)}
+    names = {"pickscore", str(fitted), "hpsv3 base", "hpsv3 rubric"}
+    assert set(before["manifest"]["rewards"]) == names
     assert changes(before, facts(), {}) == {}
     (folder / "weights").write_bytes(b"2")
     (fitted / "more").write_bytes(b"2")
+    (base / "weights").write_bytes(b"2")
+    (tmp_path / "rubric.yaml").write_text("2")
     told = changes(before, facts(), {})
     assert told is not None
-    assert set(told) == {f"the files of reward {name}" for name in ("pickscore", str(fitted))}
+    assert set(told) == {f"the files of reward {name}" for name in names}
     del before["manifest"]["rewards"]  # of an earlier version
+    assert changes(before, facts(), {}) == {}
+
+
+def test_other_defaults_of_the_model_are_told(place: Path, tmp_path: Path) -> None:
+    """Those of tiltflow.json, which no weight shows."""
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    cfg = load_config(str(place / "tilt" / "config.yaml"), [f"model.path={model}"])
+
+    def facts() -> dict[str, Any]:
+        held = manifest_of(cfg, PromptSets([Prompt("a cat")], [Prompt("a dog")]), None)
+        return {"stage": "tilt", "steps": 4, "manifest": json.loads(json.dumps(held))}
+
+    (model / "tiltflow.json").write_text('{"guidance": 1.5}')
+    before = facts()
+    assert changes(before, facts(), {}) == {}
+    (model / "tiltflow.json").write_text('{"guidance": 6.0}')
+    name = "guidance of the model's tiltflow.json"
+    assert changes(before, facts(), {}) == {name: "1.5 → 6.0"}
+    (model / "tiltflow.json").unlink()
+    assert changes(before, facts(), {}) == {name: "1.5 → null"}
+    del before["manifest"]["side"]  # of an earlier version
+    assert changes(before, facts(), {}) == {}
+
+
+@pytest.mark.parametrize("setting", ["tilt.terms", "cold_start.objective", "model.family"])
+def test_edited_code_of_ones_own_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    module = f"own_{setting.partition('.')[2]}"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{module}.py").write_text("scale = 1\n")
+    own = f"{module}:Own"
+    value = {own: {}} if setting == "tilt.terms" else own
+    recipe = "mixture_cold_start" if setting == "cold_start.objective" else "mixture_tilt"
+    cfg = load_config(recipe)
+    section, _, key = setting.partition(".")
+    part = getattr(cfg, section).model_copy(update={key: value})
+
+    def facts() -> dict[str, Any]:
+        code = code_fingerprints(cfg.model_copy(update={section: part}))
+        held = {"code": code, "config": {}} | dict.fromkeys([*OF_THE_RUN, *PROMPTS])
+        return {"stage": cfg.stage, "steps": 4, "manifest": held}
+
+    before = facts()
+    assert list(before["manifest"]["code"]) == [f"{setting} {own}"]
+    assert changes(before, facts(), {}) == {}
+    (tmp_path / f"{module}.py").write_text("scale = 2\n")
+    told = changes(before, facts(), {})
+    assert told is not None and list(told) == [f"the code of {setting} {own}"]
+    del before["manifest"]["code"]  # of an earlier version
     assert changes(before, facts(), {}) == {}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
 from tiltflow.config.load import PromptSets, RunConfig
-from tiltflow.config.schema import ModelConfig
+from tiltflow.config.schema import ModelConfig, RewardConfig
+from tiltflow.core.paths import resolve_path
+from tiltflow.core.registry import source
 from tiltflow.core.settings import Section
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.pipelines.directory import Pipelines
@@ -42,22 +46,25 @@ def manifest_of(
         "few_step": adapter_fingerprint(few_step) if few_step else None,
         "prompts": prompts_fingerprint(sets.train),
         "eval_prompts": prompts_fingerprint(sets.fixed),
-        "rewards": rewards_fingerprints({n: of.path for n, of in cfg.rewards.items()}),
+        "rewards": rewards_fingerprints({n: of.path for n, of in cfg.rewards.items()})
+        | _of_options(cfg.rewards),
+        "code": code_fingerprints(cfg),
         "config": with_absolute_paths(cfg).model_dump(mode="json", exclude={other}),
     }
 
 
-def _of_model(model: ModelConfig, pipelines: Pipelines) -> dict[str, str | None]:
-    """The family's name, and which weights its pipelines hold."""
+def _of_model(model: ModelConfig, pipelines: Pipelines) -> dict[str, Any]:
+    """The family's name, which weights its pipelines hold, and what `tiltflow.json` says."""
     if not model.has_files:
         name = model.path
-        return {"family": name, "base": name, "generator_base": None, "encoders": None}
+        return {"family": name, "base": name, "generator_base": None, "encoders": None, "side": {}}
     generator = pipelines.generator
     return {
         "family": check_directory(pipelines.model).name,
         "base": pipeline_fingerprint(pipelines.model),
         "generator_base": None if generator is None else pipeline_fingerprint(generator),
         "encoders": encoders_fingerprint(pipelines.model),
+        "side": pipelines.model.side,
     }
 
 
@@ -75,6 +82,35 @@ def rewards_fingerprints(rewards: Mapping[str, str | None]) -> dict[str, str]:
     places = {name: files_of(name, path) for name, path in rewards.items()}
     here = {name: place for name, place in places.items() if place is not None and place.exists()}
     return {name: files_fingerprint(place) for name, place in here.items()}
+
+
+def _of_options(rewards: Mapping[str, RewardConfig]) -> dict[str, str]:
+    """What the files and models hold that options name: a rubric, another base. A folder without a
+    `config.json` is no model; a judge's cache is one, and fills while it runs."""
+    named = {
+        f"{name} {option}": resolve_path(value)
+        for name, of in rewards.items()
+        for option, value in of.options.items()
+        if isinstance(value, str)
+    }
+    here = {
+        name: Path(place)
+        for name, place in named.items()
+        if os.path.isfile(place) or os.path.isfile(os.path.join(place, "config.json"))
+    }
+    return {name: files_fingerprint(place) for name, place in here.items()}
+
+
+def code_fingerprints(cfg: RunConfig) -> dict[str, str]:
+    """Digests of the modules of one's own family, medium, objective and terms, by setting and name;
+    without what those import. Rewards are among `rewards_fingerprints`."""
+    places = [("model.family", cfg.model.family), ("model.medium", cfg.model.medium)]
+    if cfg.stage == "cold_start":
+        places += [("cold_start.objective", cfg.cold_start.objective)]
+    else:
+        places += [("tilt.terms", name) for name in cfg.tilt.terms]
+    files = {f"{key} {place}": source(place) for key, place in places if place is not None}
+    return {name: files_fingerprint(file) for name, file in files.items() if file is not None}
 
 
 def defaults_by_key() -> dict[str, Any]:

@@ -19,6 +19,12 @@ OF_THE_RUN = {
     "encoders": "text encoders of model.path (by their weights)",
 }
 """What a run keeps, and what it is called in a sentence."""
+WITHIN = {
+    "side": "{} of the model's tiltflow.json",
+    "rewards": "the files of reward {}",
+    "code": "the code of {}",
+}
+"""Of what a manifest has several by name, and what one is called in a sentence."""
 PROMPTS = {"prompts": "data.prompts", "eval_prompts": "data.eval_prompts"}
 NOT_COMPARED = {
     "model.path", "model.generator_path", "model.few_step", "model.family", "data.prompts",
@@ -63,11 +69,14 @@ def changes(
     for key, name in PROMPTS.items():
         if before.get(key) != here[key]:
             found[name] = f"{_short(before.get(key))} → {_short(here[key])}"
-    had = before.get("rewards")
-    if isinstance(had, Mapping):  # not kept by earlier versions
-        for name, files in here["rewards"].items():
-            if name in had and had[name] != files:
-                found[f"the files of reward {name}"] = f"{_short(had[name])} → {_short(files)}"
+    for key, called in WITHIN.items():
+        had, has = before.get(key), here.get(key)
+        if not isinstance(had, Mapping) or not isinstance(has, Mapping):
+            continue  # not kept by earlier versions
+        # a reward that is new or gone is told by its settings
+        names = {*had, *has} if key == "side" else {*had} & {*has}
+        for name in sorted(name for name in names if had.get(name) != has.get(name)):
+            found[called.format(name)] = f"{_short(had.get(name))} → {_short(has.get(name))}"
     return found
 
 
