@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tiltflow.config.load import load_config
 from tiltflow.setup.planner import GIB
-from tiltflow.tasks.planning import is_auto, plan_recipe, reward_models, with_checkpointing
+from tiltflow.tasks.planning import is_auto, with_checkpointing
+from tiltflow.tasks.plans import plan_recipe, reward_models
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "docs" / "data" / "recipe_memory.json"

@@ -8,7 +8,7 @@ from backbone_helpers import PROMPTS, Tiny, load, noise, shared
 from tiny_pipelines import BUILDERS, RESOLUTION, TOKENS
 from torch import Tensor
 
-from tiltflow.setup.planner import Tally
+from tiltflow.setup.tally import Tally
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_keep_graph import calls, weights
+from test_planning import fixed
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.distributed import ALONE
@@ -144,9 +145,7 @@ def test_auto_keeps_them_where_the_plan_fits(gib: float, keep: bool) -> None:
 
 
 def test_a_run_keeps_whether_it_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = planning.with_graphs
-    monkeypatch.setattr(planning, "fastest", lambda cfg, have: ((), planned(cfg)))
-    monkeypatch.setattr(planning, "with_graphs", lambda *given: real(*given, planned))
+    monkeypatch.setattr(planning, "Plans", fixed(planned))
     said: list[str] = []
 
     def at(gib: float, goes_on: bool) -> bool | str:

@@ -22,7 +22,7 @@ from tiltflow.config.load import load_config
 from tiltflow.flow import euler_step
 from tiltflow.models.families import load_backbone
 from tiltflow.models.pipelines.files import absent_parts, check_pipeline
-from tiltflow.tasks.doctor import plan_recipe
+from tiltflow.tasks.plans import plan_recipe
 
 TOKENS = 20
 

@@ -17,9 +17,10 @@ from tiltflow.data.embeddings import BATCH
 from tiltflow.models.families import load_backbone
 from tiltflow.models.pipelines.meta import meta_backbone, text_encoders
 from tiltflow.setup.build import Build, build_stage
-from tiltflow.setup.planner import GIB, OVERHEAD, Plan, Tally
-from tiltflow.tasks.doctor import plan_recipe, show_plan
-from tiltflow.tasks.planning import encoding_numbers
+from tiltflow.setup.planner import GIB, OVERHEAD, Plan
+from tiltflow.setup.tally import Tally
+from tiltflow.tasks.doctor import show_plan
+from tiltflow.tasks.plans import encoding_numbers, plan_recipe
 
 Tiny = Callable[[str], Path]
 

@@ -16,6 +16,7 @@ from tiltflow.core.distributed import ALONE
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
 from tiltflow.tasks import planning
 from tiltflow.tasks.planning import choices, chosen, fastest, sized, sizes
+from tiltflow.tasks.plans import Plans, plan_recipe
 from tiltflow.tasks.train import run_training
 
 Tiny = Callable[[str], Path]
@@ -33,6 +34,11 @@ def planned(cfg: RunConfig) -> Plan:
     """Each part takes its size unless it is recomputed."""
     kept = [size for part, size in SIZES.items() if part not in cfg.model.checkpointed]
     return Plan({"base weights": GIB}, {"iteration": sum(kept)}, 0)
+
+
+def fixed(plan: Callable[[RunConfig], Plan]) -> type[Plans]:
+    """`Plans` that are made by `plan`."""
+    return type("Fixed", (Plans,), {"__call__": lambda self, cfg: plan(cfg)})
 
 
 def memory(gib: float) -> float:
@@ -70,7 +76,7 @@ def test_where_memory_is_not_known_everything_is_recomputed() -> None:
 def test_a_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a larger device it goes on as it began; on a smaller one it is refused, or planned anew
     and said so."""
-    monkeypatch.setattr(planning, "fastest", lambda cfg, have: fastest(cfg, have, planned))
+    monkeypatch.setattr(planning, "Plans", fixed(planned))
     said: list[str] = []
 
     def at(gib: float, goes_on: bool, *more: str) -> frozenset[str]:
@@ -159,12 +165,11 @@ def test_a_size_by_itself_and_where_nothing_is_known() -> None:
     assert sized(config(SIZE), memory(0.1), 9, of_samples).train.micro == 1
     assert sized(config(), memory(9), 9, of_samples) == config()
     mixture = load_config("mixture_cold_start", [SIZE, "run.out=x"])
-    assert sized(mixture, memory(1), 64).train.micro == 64
+    assert sized(mixture, memory(1), 64, of_samples).train.micro == 64
 
 
 def test_a_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "plan_recipe", of_samples)
-    monkeypatch.setattr(planning, "fastest", lambda cfg, have, *_: fastest(cfg, have, of_samples))
+    monkeypatch.setattr(planning, "Plans", fixed(of_samples))
     said: list[str] = []
 
     def at(gib: float, goes_on: bool, *more: str) -> int:
@@ -183,3 +188,35 @@ def test_a_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert said[1].startswith("planned anew: micro_batch_size=auto is 1: ")
     (tmp_path / "plan.json").write_text('{"gradient_checkpointing": [], "bytes": 1}')
     assert at(100, True) == 72  # it began with a size that was given: all rows now
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "stage", "more"),
+    [
+        ("sd3m", "tilt", ["tilt.reward_steps=2"]),
+        ("sd3m", "tilt", ["tilt.keep_graph=true"]),
+        ("klein", "cold_start", ["model.generator_path=null", "model.guidance=1.0"]),
+        ("sd3m", "cold_start", ["cold_start.keep_graph=true", "cold_start.fresh_boundary=false"]),
+        ("sd3m", "cold_start", ["adapters.kind=copies", "adapters.init_std=null"]),
+    ],
+)
+def test_plans_of_variants_are_those_of_each_by_itself(
+    tiny_pipeline: Tiny, tmp_path: Path, name: str, stage: str, more: list[str]
+) -> None:
+    """Whatever was planned before, and in which order: what they share is made once."""
+    recipe = {"sd3m": "sd3m", "klein": "flux2_klein_4b"}[name]
+    values = [f"model.path={tiny_pipeline(name)}", "model.gradient_checkpointing=auto", *more]
+    values += ["data.prompts=x", f"run.out={tmp_path}", "model.max_sequence_length=8"]
+    values += ["train.batch_size=4", "train.micro_batch_size=2", "model.resolution=64"]
+    if stage == "tilt":
+        values += ["rewards={shapes_soft: 1.0}", "model.few_step=y", "tilt.group_size=2"]
+    cfg = load_config(f"{recipe}_{stage}", values)
+    parts = list(choices(cfg))
+    assert len(parts) == (4 if stage == "cold_start" else 8)
+    cases = [planning.with_checkpointing(cfg, each) for each in parts]
+    plans = Plans(cfg)
+    forth, back = [plans(case) for case in cases], [plans(case) for case in reversed(cases)]
+    assert forth == back[::-1]
+    assert forth == [plan_recipe(case) for case in cases]
+    assert len({made.peak for made in forth}) > 1

@@ -14,7 +14,7 @@ from tiltflow.config.load import load_config
 from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.sizes import reward_memory
 from tiltflow.setup.planner import GIB
-from tiltflow.tasks.planning import plan_recipe, reward_models
+from tiltflow.tasks.plans import plan_recipe, reward_models
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.build import Build, build_stage
 from tiltflow.setup.costing import Counter, costs
 from tiltflow.setup.planner import GIB
-from tiltflow.tasks.planning import plan_recipe
+from tiltflow.tasks.plans import plan_recipe
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.study import cells_of, make_cells
 from tiltflow.tasks.study_file import load_study

@@ -31,14 +31,8 @@ from tiltflow.models.roles import adapter_roles
 from tiltflow.setup import build as building
 from tiltflow.setup.build import DTYPES, Build, adapter_settings, build_stage
 from tiltflow.setup.planner import Plan
-from tiltflow.tasks.planning import (
-    device_bytes,
-    fastest,
-    is_auto,
-    plan_recipe,
-    sized,
-    with_graphs,
-)
+from tiltflow.tasks.planning import device_bytes, fastest, is_auto, sized, with_graphs
+from tiltflow.tasks.plans import plan_recipe
 
 MODELS = {
     "sd35m": ("stabilityai/stable-diffusion-3.5-medium", "sd35m", 128, "sd3"),

@@ -322,8 +322,14 @@ def _checkpoint(
     if not any(_covered(name, parts) for name in names):
         return
     for base in {id(b): b for b in bases}.values():
-        function = _checkpointing(switches[id(base)], parts)
-        call(base, "enable_gradient_checkpointing", function)
+        recompute_under(base, switches[id(base)], parts)
+
+
+def recompute_under(base: nn.Module, switch: AdapterSwitch, parts: Collection[str]) -> None:
+    """Has a base recompute under the adapters of the trained `parts`, and under no others."""
+    if not {"generator", "fake_score"} & set(parts):
+        return call(base, "disable_gradient_checkpointing")
+    return call(base, "enable_gradient_checkpointing", _checkpointing(switch, parts))
 
 
 def copy_roles(

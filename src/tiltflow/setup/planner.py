@@ -11,16 +11,12 @@ both), and reward models (`commands.planning` adds them to a plan).
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from tiltflow.method.distribution_matching import matching_gradient, matching_loss
 from tiltflow.method.fake_score import FakeScoreDraws, fake_score_objective
@@ -30,52 +26,19 @@ from tiltflow.models.backbone import Conditioning
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.kernel_shapes import fused_kernels
 from tiltflow.models.pipelines.meta import META
-from tiltflow.models.pipelines.storage import FP8
-from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles, copy_roles
+from tiltflow.models.roles import (
+    AdapterSettings,
+    Role,
+    Roles,
+    adapter_roles,
+    copy_roles,
+    recompute_under,
+)
+from tiltflow.setup.tally import Tally, bytes_of, tensors_of
 
 GIB = 2**30
 OVERHEAD = 1.5 * GIB
 """CUDA's context, cuBLAS's and cuDNN's workspaces, and the allocator's rounding: a round figure."""
-
-
-class Tally(TorchDispatchMode):
-    """Bytes of the storages that operations make, while they live: `live` now, `peak` so far.
-
-    (torch.distributed._tools.MemTracker counts the same to the byte, and is private. It would run a
-    whole iteration, too, but not one on the meta device, where no loss or reward has a value; and
-    the peaks wanted are those of each phase.)
-    """
-
-    def __init__(self, *held: nn.Module | Tensor) -> None:
-        """Storages of `held` are there already and not counted."""
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, int] = {}
-        for thing in held:
-            for tensor in [thing] if isinstance(thing, Tensor) else _tensors(thing):
-                self._note(tensor.untyped_storage(), counted=False)
-
-    def __torch_dispatch__(  # type: ignore[no-untyped-def]
-        self, func, types, args=(), kwargs=None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                # a weight that returns to its 8 bits takes the place of what it was before
-                self._note(leaf.untyped_storage(), counted=leaf.dtype != FP8)
-        return result
-
-    def _note(self, storage: torch.UntypedStorage, counted: bool) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known[key] = storage.nbytes() if counted else 0
-        weakref.finalize(storage, self._forget, key)
-        self.live += self._known[key]
-        self.peak = max(self.peak, self.live)
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._known.pop(key)
 
 
 @dataclass(frozen=True)
@@ -142,50 +105,93 @@ class Plan:
         return max(self.peak, self.encoding) + OVERHEAD <= memory
 
 
-def plan(make: Callable[[], PipelineBackbone], job: Job, encoders: int = 0) -> Plan:
-    """The memory of a run on the pipelines that `make` makes (on the meta device; called twice).
+class Planner:
+    """Plans of jobs on the pipelines that `make` makes, on the meta device. What several jobs have
+    in common is made once: the roles, and a phase that is the same in both.
 
     `encoders` are the bytes while prompts are encoded, which are gone before training.
     """
-    roles = _roles(make, job)
-    backbone = roles.generator.backbone
-    assert isinstance(backbone, PipelineBackbone)
-    backbone.fuse()
-    if "decoder" in job.checkpointing:
-        backbone.checkpoint_decoder()
-    copied = _copied(roles)
+
+    def __init__(self, make: Callable[[], PipelineBackbone], encoders: int = 0) -> None:
+        self.make, self.encoders = make, encoders
+        self._roles: dict[str, Roles] = {}
+        self._peaks: dict[tuple[str, str], int] = {}
+
+    def plan(self, job: Job) -> Plan:
+        """The memory of a run that does `job`."""
+        roles = self._roles_of(job)
+        backbone = roles.generator.backbone
+        assert isinstance(backbone, PipelineBackbone)
+        for role in _updated(roles):
+            if role.switch is not None:
+                recompute_under(role.network, role.switch, job.checkpointing)
+        held = _held(roles, backbone, job)
+        latents = job.batch * _latent_bytes(backbone)
+        phases = {}
+        for name, copies, run in _phases(roles, backbone, job):
+            phases[name] = copies * latents + self._peak(name, run, roles, job)
+        if job.tilt is not None and job.keep_graph:
+            one = self._peak("step", lambda: _advance(roles, backbone, job), roles, job)
+            count = job.tilt.graphs * -(-job.batch // job.micro)
+            held["graphs of the generator's steps"] = count * one
+            phases["generator"] -= one  # the phase makes one of them itself
+        if job.fused:  # several ranks add up one flat copy of the gradients
+            phases["optimizer step"] = (job.steps + 1) * latents + held["gradients"]
+        return Plan(held, phases, self.encoders)
+
+    def _roles_of(self, job: Job) -> Roles:
+        """The roles. Adapters recompute what a job before did; copies, and a decoder, as made."""
+        of = {"decoder"} if job.adapters is not None else job.checkpointing
+        parts = job.checkpointing & of
+        stage = None if job.tilt is None else (job.tilt.stage_one, job.tilt.fresh_fake_score)
+        key = repr((job.adapters, stage, job.boundaries, sorted(parts)))
+        if key not in self._roles:
+            roles = self._roles[key] = _roles(self.make, replace(job, checkpointing=parts))
+            backbone = roles.generator.backbone
+            assert isinstance(backbone, PipelineBackbone)
+            backbone.fuse()
+            if "decoder" in parts:
+                backbone.checkpoint_decoder()
+            for role in _updated(roles):  # of a micro-batch before, which the next one adds to
+                for parameter in role.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+        return self._roles[key]
+
+    def _peak(self, name: str, run: Callable[[], object], roles: Roles, job: Job) -> int:
+        """The peak of a phase; of a "step", what is left of it. Traced where it is another one than
+        in every job so far."""
+        networks = job.checkpointing - {"decoder"}
+        matters = {"scoring": job.checkpointing & {"decoder"}}.get(name, networks)
+        key = (name, repr(replace(job, checkpointing=frozenset(matters))))
+        if key not in self._peaks:
+            backbone = roles.generator.backbone
+            assert isinstance(backbone, PipelineBackbone)
+            self._peaks[key] = _traced(run, job.fused, roles, backbone, whole=name != "step")
+        return self._peaks[key]
+
+
+def _updated(roles: Roles) -> list[Role]:
+    """Those with gradients at a time: one fake score has them."""
+    return [roles.generator, roles.fake_score.at(1)]
+
+
+def _held(roles: Roles, backbone: PipelineBackbone, job: Job) -> dict[str, int]:
+    """Bytes that are there throughout, by what they are."""
     trained = [roles.generator, roles.fake_score]
-    updated = [roles.generator, roles.fake_score.at(1)]  # one fake score at a time has gradients
-    for role in updated:  # of a micro-batch before, which the next one adds to
-        for parameter in role.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
     every = [*trained, roles.ema, *([roles.reference] if roles.reference else [])]
-    sizes = {role.name: _bytes(role.parameters.values()) for role in every}
+    sizes = {role.name: bytes_of(role.parameters.values()) for role in every}
     bases = {id(b): b for b in (backbone.student_base, backbone.teacher_base)}
     own = {id(p) for role in every for p in role.parameters.values()}
-    held = {
+    return {
         "base weights": sum(
-            _bytes(t for t in _tensors(b) if id(t) not in own) for b in bases.values()
+            bytes_of(t for t in tensors_of(b) if id(t) not in own) for b in bases.values()
         ),
-        "autoencoder": _bytes(_tensors(backbone.vae)),
-        "adapters and EMA": sum(sizes.values()) + copied,
+        "autoencoder": bytes_of(tensors_of(backbone.vae)),
+        "adapters and EMA": sum(sizes.values()) + _copied(roles),
         "optimizer states": 2 * sum(sizes[role.name] for role in trained),
-        "gradients": max(_bytes(role.parameters.values()) for role in updated),
+        "gradients": max(bytes_of(role.parameters.values()) for role in _updated(roles)),
         "conditioning": _conditioning_bytes(backbone, job),
     }
-    latents = job.batch * _latent_bytes(backbone)
-    phases = {}
-    for name, copies, run in _phases(roles, backbone, job):
-        phases[name] = copies * latents + _traced(run, job.fused, roles, backbone)
-    if job.tilt is not None and job.keep_graph:
-        one = _traced(
-            lambda: _advance(roles, backbone, job), job.fused, roles, backbone, whole=False
-        )
-        held["graphs of the generator's steps"] = job.tilt.graphs * -(-job.batch // job.micro) * one
-        phases["generator"] -= one  # the phase makes one of them itself
-    if job.fused:  # several ranks add up one flat copy of the gradients
-        phases["optimizer step"] = (job.steps + 1) * latents + held["gradients"]
-    return Plan(held, phases, encoders)
 
 
 def _roles(make: Callable[[], PipelineBackbone], job: Job) -> Roles:
@@ -233,7 +239,7 @@ def _copied(roles: Roles) -> int:
         if role is not None and role.switch is not None:
             with role.switch.use(role.adapters):
                 copies |= {id(t): t for made in role.switch.copies.values() for t in made.tensors}
-    return _bytes(copies.values())
+    return bytes_of(copies.values())
 
 
 Phase = tuple[str, int, Callable[[], object]]
@@ -371,11 +377,3 @@ def _conditioning_bytes(backbone: PipelineBackbone, job: Job) -> int:
     return (prompts + (prompts if job.negatives else 1)) * sum(
         t.nbytes for t in _conditioning(backbone, 1).positive.values()
     )
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.nbytes for t in tensors)

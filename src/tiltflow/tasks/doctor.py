@@ -16,15 +16,8 @@ from tiltflow.core.sentences import counted
 from tiltflow.setup.build import device_of
 from tiltflow.setup.checks import Finding, Subject, findings
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
-from tiltflow.tasks.planning import (
-    fastest,
-    is_auto,
-    plan_recipe,
-    reward_models,
-    sentence,
-    sized,
-    with_graphs,
-)
+from tiltflow.tasks.planning import fastest, is_auto, sentence, sized, with_graphs
+from tiltflow.tasks.plans import Plans
 
 PACKAGES = ("tiltflow", "torch", "diffusers", "transformers", "peft", "safetensors")
 
@@ -68,15 +61,15 @@ def examine(
             f"{counted(cfg.train.batch_size, 'sample')}{groups}{order}"
         )
         if cfg.model.has_files and not {"model", "weights", "adapters"} & set(failed):
-            have = memory or device_memory()
+            have, planned = memory or device_memory(), Plans(cfg)
             if is_auto(cfg):
                 room = None if have is None else have * GIB
-                opened, cfg = cfg, sized(cfg, room, cfg.train.batch_size)
-                parts, made = fastest(cfg, room)
-                cfg, made = with_graphs(cfg, parts, made, room)
+                opened, cfg = cfg, sized(cfg, room, cfg.train.batch_size, planned)
+                parts, made = fastest(cfg, room, planned)
+                cfg, made = with_graphs(cfg, parts, made, room, planned)
                 console.print(sentence(opened, cfg, made, room))
-            models, unknown = reward_models(cfg)
-            show_plan(plan_recipe(cfg), have, console)
+            models, unknown = planned.models
+            show_plan(planned(cfg), have, console)
             if models:
                 console.print(
                     "of reward models the weights are counted, and for what they compute with as "

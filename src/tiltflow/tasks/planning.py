@@ -1,115 +1,23 @@
-"""What a recipe holds in memory, and what is `auto`, `model.gradient_checkpointing` and
+"""What is `auto`, `model.gradient_checkpointing` and
 `train.micro_batch_size`: the fastest plan that fits the device, kept in the run."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tiltflow.config.load import RunConfig
 from tiltflow.config.schema import AUTO, CHECKPOINTED
 from tiltflow.core.disk import write_whole
 from tiltflow.core.distributed import Ranks
-from tiltflow.core.paths import resolve_path
-from tiltflow.data.embeddings import BATCH
-from tiltflow.models.pipelines.backbone import PipelineBackbone
-from tiltflow.models.pipelines.meta import text_encoders
-from tiltflow.rewards.sizes import reward_memory
-from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
-from tiltflow.setup.model_checks import largest, meta_of
-from tiltflow.setup.planner import GIB, Job, Plan, TiltJob, plan
-from tiltflow.training.own_terms import most_passes
-
-
-def plan_recipe(cfg: RunConfig) -> Plan:
-    """What a recipe will hold in memory, from configurations alone, reward models included.
-
-    Raises:
-        ValueError: if there is no directory of the pipeline and it is no published one.
-    """
-    model = cfg.model
-    make = partial(meta_of, cfg, resolution=largest(cfg))
-    backbone = make()
-    lora = cfg.adapters.kind == "lora"
-    settings = adapter_settings(cfg, backbone) if lora else None
-    tilt = None
-    if cfg.stage == "tilt":
-        backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
-        chunk = cfg.tilt.decode_chunk or cfg.train.micro
-        steps = cfg.tilt.reward_steps if backprop else 0
-        fresh = cfg.tilt.fake_score_start == "fresh"
-        graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + max(steps, 1)
-        own = most_passes(cfg.tilt.terms, cfg.sampler.most)
-        tilt = TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs, own)
-    chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
-    job = Job(
-        batch=cfg.train.batch_size,
-        micro=cfg.train.micro,
-        steps=cfg.sampler.most,
-        guidance=backbone.guidance if model.guidance is None else model.guidance,
-        consistency=chosen.consistency > 0,
-        adapters=settings,
-        checkpointing=model.checkpointed,
-        tilt=tilt,
-        fused=cfg.run.device != "cpu",
-        boundaries=fake_scores(cfg),
-        keep_graph=chosen.keep_graph is True,
-        negatives=cfg.data.columns.negative is not None,
-    )
-    encoders = text_encoders(resolve_path(model.path))
-    made = plan(make, job, encoding_numbers(backbone, encoders) * DTYPES[model.dtype].itemsize)
-    models, _ = reward_models(cfg)
-    if not models:
-        return made
-    phases = {**made.phases, "scoring": made.phases.get("scoring", 0) + max(models.values())}
-    return replace(made, held={**made.held, **models}, phases=phases)
-
-
-def encoding_numbers(backbone: PipelineBackbone, encoders: Mapping[str, nn.Module]) -> int:
-    """How many numbers are in memory while a batch of prompts is encoded: the encoders' weights,
-    what comes out, and of an encoder that is asked for them the states of every layer."""
-    rows = 1 if backbone.ragged else BATCH
-    weights = sum(p.numel() for encoder in encoders.values() for p in encoder.parameters())
-    made = rows * sum(map(math.prod, backbone.conditioning_shapes().values()))
-    states = [0]
-    for name in backbone.record.keeps_states:
-        if name in encoders:
-            outer: Any = encoders[name].config
-            config = getattr(outer, "text_config", outer)
-            tokens = min(backbone.sequence, config.max_position_embeddings)
-            states.append(rows * tokens * config.hidden_size * (config.num_hidden_layers + 1))
-    return weights + made + max(states)  # one encoder after the other
-
-
-def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
-    """The bytes of the weights of the reward models that a run loads, by what they are, and the
-    rewards whose size is not known before they load.
-
-    What one computes with is allowed for in a plan's scoring, as much again as its weights: a round
-    figure, for a ViT and eight images more than enough.
-
-    Raises:
-        ValueError: as `reward_memory`.
-    """
-    held, unknown = {}, []
-    for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
-        for name, size in reward_memory(table).items():
-            if size is None:
-                unknown.append(f"{kind} {name}")
-            elif size:
-                held[f"{kind} {name}"] = size
-    return held, unknown
-
+from tiltflow.setup.planner import GIB, Plan
+from tiltflow.tasks.plans import Plans
 
 FILE = "plan.json"
 USED = 0.95
@@ -233,7 +141,7 @@ def sized(
     cfg: RunConfig,
     memory: float | None,
     rows: int,
-    planned: Callable[[RunConfig], Plan] | None = None,
+    planned: Callable[[RunConfig], Plan],
 ) -> RunConfig:
     """The config with an open `train.micro_batch_size` as in the fastest plan that fits `memory`,
     for a rank's `rows`; the smallest where none does, or where memory is not known."""
@@ -250,7 +158,7 @@ def sized(
         filled = rows + FILL * -(-rows // size)
         if passes * filled >= least:
             break  # nothing that comes can be faster
-        parts, made = fastest(with_micro_batch(cfg, size), memory, planned or plan_recipe)
+        parts, made = fastest(with_micro_batch(cfg, size), memory, planned)
         time = (passes + sum(work.get(part, 0.0) for part in parts)) * filled
         if made is not None and made.fits(USED * memory) and time < least:
             best, least = size, time
@@ -258,7 +166,7 @@ def sized(
 
 
 def fastest(
-    cfg: RunConfig, memory: float | None, planned: Callable[[RunConfig], Plan] = plan_recipe
+    cfg: RunConfig, memory: float | None, planned: Callable[[RunConfig], Plan]
 ) -> tuple[tuple[str, ...], Plan | None]:
     """The parts to recompute in `memory` bytes, and the plan; all where memory is not known.
 
@@ -285,7 +193,7 @@ def with_graphs(
     parts: tuple[str, ...],
     made: Plan | None,
     memory: float | None,
-    planned: Callable[[RunConfig], Plan] = plan_recipe,
+    planned: Callable[[RunConfig], Plan],
 ) -> tuple[RunConfig, Plan | None]:
     """The config with these parts recomputed, whose plan is `made`; and where `tilt.keep_graph` is
     `auto`, with the graphs kept if they fit as well."""
@@ -329,18 +237,18 @@ def chosen(
             f"{memory / GIB:.1f} GiB: go on where it began, or give run.replan=true, which makes "
             "another plan"
         )
-    opened = cfg
-    size = sized(cfg, memory, -(-cfg.train.batch_size // ranks.size)).train.micro
+    opened, planned = cfg, Plans(cfg)
+    size = sized(cfg, memory, -(-cfg.train.batch_size // ranks.size), planned).train.micro
     cfg = with_micro_batch(cfg, ranks.from_main(size))
     order = list(choices(cfg))
-    parts, made = fastest(cfg, memory)
+    parts, made = fastest(cfg, memory, planned)
     parts = order[ranks.from_main(order.index(parts))] if parts in order else parts
-    built, made = with_graphs(cfg, parts, made, memory)
+    built, made = with_graphs(cfg, parts, made, memory, planned)
     keep = bool(ranks.from_main(int(built.tilt.keep_graph is True)))
     built = with_checkpointing(cfg, parts, keep)
     again = "planned anew: " if kept is not None else ""
     say(f"{again}{sentence(opened, built, made, memory)}")
-    if unknown := reward_models(cfg)[1]:
+    if unknown := planned.models[1]:
         say(f"not counted, for its size is not known: {', '.join(unknown)}")
     if ranks.main:
         values: dict[str, Any] = {"gradient_checkpointing": list(parts), "keep_graph": keep}

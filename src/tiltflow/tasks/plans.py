@@ -1,0 +1,133 @@
+"""What a recipe holds in memory, from configurations alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from tiltflow.config.load import RunConfig
+from tiltflow.core.paths import resolve_path
+from tiltflow.data.embeddings import BATCH
+from tiltflow.models.adapters import AdapterSettings
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.meta import text_encoders
+from tiltflow.rewards.sizes import reward_memory
+from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
+from tiltflow.setup.model_checks import largest, meta_of
+from tiltflow.setup.planner import Job, Plan, Planner, TiltJob
+from tiltflow.training.own_terms import most_passes
+
+
+class Plans:
+    """What a recipe and variants of it will hold in memory, reward models included, from
+    configurations alone. A variant has other micro-batches, or recomputes or keeps other parts:
+    what it has in common with those before is made once.
+
+    Raises:
+        ValueError: if there is no directory of the pipeline and it is no published one; as
+            `reward_memory`.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+
+    def __call__(self, cfg: RunConfig) -> Plan:
+        made, (models, _) = self._planner.plan(self._job(cfg)), self.models
+        if not models:
+            return made
+        phases = {**made.phases, "scoring": made.phases.get("scoring", 0) + max(models.values())}
+        return replace(made, held={**made.held, **models}, phases=phases)
+
+    @cached_property
+    def models(self) -> tuple[dict[str, int], list[str]]:
+        """As `reward_models`."""
+        return reward_models(self.cfg)
+
+    def _make(self) -> PipelineBackbone:
+        return meta_of(self.cfg, resolution=largest(self.cfg))
+
+    @cached_property
+    def _backbone(self) -> PipelineBackbone:
+        return self._make()
+
+    @cached_property
+    def _planner(self) -> Planner:
+        encoders = text_encoders(resolve_path(self.cfg.model.path))
+        numbers = encoding_numbers(self._backbone, encoders)
+        return Planner(self._make, numbers * DTYPES[self.cfg.model.dtype].itemsize)
+
+    def _job(self, cfg: RunConfig) -> Job:
+        model = cfg.model
+        lora = cfg.adapters.kind == "lora"
+        settings = adapter_settings(cfg, self._backbone) if lora else None
+        chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
+        return Job(
+            batch=cfg.train.batch_size,
+            micro=cfg.train.micro,
+            steps=cfg.sampler.most,
+            guidance=self._backbone.guidance if model.guidance is None else model.guidance,
+            consistency=chosen.consistency > 0,
+            adapters=settings,
+            checkpointing=model.checkpointed,
+            tilt=_tilt_job(cfg, settings) if cfg.stage == "tilt" else None,
+            fused=cfg.run.device != "cpu",
+            boundaries=fake_scores(cfg),
+            keep_graph=chosen.keep_graph is True,
+            negatives=cfg.data.columns.negative is not None,
+        )
+
+
+def _tilt_job(cfg: RunConfig, settings: AdapterSettings | None) -> TiltJob:
+    backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
+    chunk = cfg.tilt.decode_chunk or cfg.train.micro
+    steps = cfg.tilt.reward_steps if backprop else 0
+    fresh = cfg.tilt.fake_score_start == "fresh"
+    graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + max(steps, 1)
+    own = most_passes(cfg.tilt.terms, cfg.sampler.most)
+    return TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs, own)
+
+
+def plan_recipe(cfg: RunConfig) -> Plan:
+    """The plan of one recipe (`Plans`)."""
+    return Plans(cfg)(cfg)
+
+
+def encoding_numbers(backbone: PipelineBackbone, encoders: Mapping[str, nn.Module]) -> int:
+    """How many numbers are in memory while a batch of prompts is encoded: the encoders' weights,
+    what comes out, and of an encoder that is asked for them the states of every layer."""
+    rows = 1 if backbone.ragged else BATCH
+    weights = sum(p.numel() for encoder in encoders.values() for p in encoder.parameters())
+    made = rows * sum(map(math.prod, backbone.conditioning_shapes().values()))
+    states = [0]
+    for name in backbone.record.keeps_states:
+        if name in encoders:
+            outer: Any = encoders[name].config
+            config = getattr(outer, "text_config", outer)
+            tokens = min(backbone.sequence, config.max_position_embeddings)
+            states.append(rows * tokens * config.hidden_size * (config.num_hidden_layers + 1))
+    return weights + made + max(states)  # one encoder after the other
+
+
+def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
+    """The bytes of the weights of the reward models that a run loads, by what they are, and the
+    rewards whose size is not known before they load.
+
+    What one computes with is allowed for in a plan's scoring, as much again as its weights: a round
+    figure, for a ViT and eight images more than enough.
+
+    Raises:
+        ValueError: as `reward_memory`.
+    """
+    held, unknown = {}, []
+    for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
+        for name, size in reward_memory(table).items():
+            if size is None:
+                unknown.append(f"{kind} {name}")
+            elif size:
+                held[f"{kind} {name}"] = size
+    return held, unknown
