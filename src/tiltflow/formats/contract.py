@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from tiltflow.core.paths import PACKAGED
 from tiltflow.core.settings import Steps, plain
-from tiltflow.core.sizes import Resolution
+from tiltflow.core.sizes import Resolution, said
 from tiltflow.models.lora_files import lora_file
 from tiltflow.models.pipelines.directory import HUB_ID
 
@@ -114,9 +115,22 @@ class Contract(_Part):
         """The fingerprint of each adapter by name, as far as it is known."""
         return {name: facts.hash for name, facts in self.adapters.items()}
 
+    def levels(self, steps: int, size: Resolution) -> tuple[float, ...] | None:
+        """The levels σ₀ > … > σ_K = 0 that it was trained at, in `steps` steps at `size`; None
+        where the contract does not say them."""
+        if steps != self.steps or size not in self.trained_sizes:
+            return None
+        found = self.sized_sigmas.get(said(size), self.sigmas)
+        return found if len(found) == steps + 1 and falling(found) else None
+
     def text(self) -> str:
         """The JSON of contract.json and of the header."""
         return self.model_dump_json(indent=1)
+
+
+def falling(levels: Sequence[float]) -> bool:
+    """Whether noise levels fall from 1 at most to 0, each below the one before."""
+    return all(now > then for now, then in pairwise(levels)) and levels[-1] == 0 and levels[0] <= 1
 
 
 def read_contract(folder: Path) -> Contract | None:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from tiltflow.core.sentences import counted, first_sentence
 from tiltflow.core.sizes import Resolution
-from tiltflow.formats.contract import CONTRACT_KEY, Contract
+from tiltflow.formats.contract import CONTRACT_KEY, Contract, falling
 from tiltflow.formats.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
 from tiltflow.models.pipelines.directory import SIDE_FILE, Pipeline
@@ -151,7 +150,7 @@ def _check_levels(scheduler: CPSFlowMatchScheduler, steps: int, model: Pipeline)
         dynamic = scheduler.config.use_dynamic_shifting
         scheduler.set_timesteps(steps, mu=1.0 if dynamic else None)
     levels = [float(level) for level in scheduler.sigmas]
-    if not all(now > then for now, then in pairwise(levels)) or levels[-1] != 0 or levels[0] > 1:
+    if not falling(levels):
         said = ", ".join(f"{level:g}" for level in levels)
         raise ValueError(
             f"the scheduler in {model} gives {counted(steps, 'step')} the levels {said}, which do "

@@ -13,11 +13,15 @@ from safetensors.torch import load_file
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
 from tiltflow.core.sentences import either
-from tiltflow.core.sizes import Resolution, said
+from tiltflow.core.sizes import Resolution, plain, said
 from tiltflow.formats.contract import Contract, read_contract
-from tiltflow.models.lora_files import lora_file
+from tiltflow.models.lora_files import adapter_keys, lora_file
 from tiltflow.models.pipelines.directory import INDEX, Pipeline, Pipelines
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
+from tiltflow.models.pipelines.limits import is_number, is_whole
+from tiltflow.models.switch import FEW_STEP, TILT
+from tiltflow.scheduler import CPSFlowMatchScheduler
+from tiltflow.tasks.levels import own_levels
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -39,7 +43,8 @@ class Choices:
     """Settled for one command. None in `resolution`, `max_sequence_length` and `guidance` (the
     student's) is the model's own. `notes` are lines for the user; `adapters` the fingerprints of
     the student's adapters by name, `weights` that of a full copy, as far as its contract has
-    them."""
+    them; `levels` the noise levels that the student was trained at by the size's name, where the
+    pipeline's scheduler gives others."""
 
     steps: int
     eta: float
@@ -50,6 +55,7 @@ class Choices:
     notes: tuple[str, ...] = ()
     adapters: Mapping[str, str] = field(default_factory=dict)
     weights: str | None = None
+    levels: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def settle(
@@ -64,44 +70,102 @@ def settle(
 
     `asked` has the keys of `OPTIONS`, None where the user did not say; `sizes` are what is sampled
     in the place of its resolution. The contract is the tilt's (whose student is sampled at last),
-    else the few-step adapter's, else the merged pipeline's; without `dtype` the base is in the
-    contract's, else in that of its files.
+    else the few-step adapter's, else the merged pipeline's; a merged pipeline without one has its
+    scheduler's steps, η and size. Without `dtype` the base is in the contract's, else in that of
+    its files.
 
     Raises:
         ValueError: if a folder holds no LoRA, or a contract that cannot be read; or if there is
-            a tilt without the few-step adapter.
+            a tilt without the few-step adapter, or a LoRA in the place of the other.
     """
     if tilt_lora is not None and few_step is None:
         raise ValueError("--tilt-lora needs --few-step, the adapter that it was trained on")
     root, base = pipelines.model.root, pipelines.base
     below, above = (read_contract(f) if f is not None else None for f in (few_step, tilt_lora))
     merged = read_contract(root) if pipelines.model.has(INDEX) else None
-    contract = above or below or merged
-    notes = []
+    contract, trained = above or below or merged, {}
+    notes = _roles(few_step, below, tilt_lora, above) if few_step is not None else []
     if above and below and any(getattr(above, key) != getattr(below, key) for key in OPTIONS):
         notes.append("the two LoRAs were trained for different sampling: the tilt's is taken")
-    values: dict[str, Any] = {key: asked.get(key) for key in OPTIONS}
-    for key, value in values.items():
-        trained = getattr(contract, key, None)
-        if value is None:
-            values[key] = DEFAULTS.get(key) if trained is None else trained
-        elif contract and key == "steps":
-            if value not in contract.trained_steps:
-                several = either(contract.trained_steps)
-                notes.append(f"--steps is {value}, but the student was trained for {several}")
-        elif key != "resolution" and trained is not None and value != trained:
-            notes.append(f"{OPTIONS[key]} is {value}, but the student was trained for {trained}")
+    if contract:
+        trained = {key: getattr(contract, key) for key in OPTIONS}
+        trained["several"] = contract.trained_steps
+    elif few_step is None:
+        trained = _of_scheduler(pipelines.model)
+        notes += _no_contract(pipelines.model, trained)
+    values, others = _values(asked, trained)
+    notes += others
+    levels: Mapping[str, tuple[float, ...]] = {}
     if contract:
         notes += _other_sizes(contract, sizes or [asked.get("resolution")])
     if contract and contract is not merged:
-        notes += _other_base(contract, base)
-    if above and few_step is not None:
-        notes += _other_few_step(above, few_step)
-    chosen = dtype or (contract.dtype if contract else files_dtype(base))
-    hashes = {name: mark for name, mark in contract.hashes.items() if mark} if contract else {}
-    said_so = tuple(f"warning: {note}" for note in notes)
-    weights = contract.weights if contract else None
-    return Choices(**values, dtype=chosen, notes=said_so, adapters=hashes, weights=weights)
+        moved, at = _other_base(contract, base), sizes or [values["resolution"]]
+        levels, others = own_levels(contract, pipelines, values["steps"], at, moved=bool(moved))
+        notes += [*moved, *others]
+    return Choices(
+        **values,
+        dtype=dtype or (contract.dtype if contract else files_dtype(base)),
+        notes=tuple(f"warning: {note}" for note in notes),
+        adapters={n: mark for n, mark in contract.hashes.items() if mark} if contract else {},
+        weights=contract.weights if contract else None,
+        levels=levels,
+    )
+
+
+def _values(
+    asked: Mapping[str, Any], trained: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What is asked for, else as it was trained, else by default; and a line for each that is
+    asked for otherwise than it was trained, but for sizes."""
+    values, notes = {key: asked.get(key) for key in OPTIONS}, []
+    for key, value in values.items():
+        own = trained.get(key)
+        if value is None:
+            values[key] = DEFAULTS.get(key) if own is None else own
+        elif key == "steps" and own is not None:
+            if value not in trained["several"]:
+                several = either(trained["several"])
+                notes.append(f"--steps is {value}, but the student was trained for {several}")
+        elif key != "resolution" and own is not None and value != own:
+            notes.append(f"{OPTIONS[key]} is {value}, but the student was trained for {own}")
+    return values, notes
+
+
+def _of_scheduler(model: Pipeline) -> dict[str, Any]:
+    """What a merged pipeline's scheduler says of the student, by the keys of `OPTIONS`, and under
+    `several` all its numbers of steps; empty where the scheduler is no student's."""
+    file = "scheduler/scheduler_config.json"
+    if not model.has(INDEX) or not model.has(file):
+        return {}  # what is missing is said when it is loaded
+    config = model.json(file)
+    if config.get("_class_name") != CPSFlowMatchScheduler.__name__:
+        return {}
+    eta, steps, size = (config.get(key) for key in ("eta", "steps", "size"))
+    found: dict[str, Any] = {}
+    several = steps if isinstance(steps, list) else [steps]
+    if several and all(is_whole(number) for number in several):
+        found |= {"steps": max(several), "several": tuple(several)}
+    if is_number(eta):
+        found["eta"] = eta
+    if isinstance(size, list) and len(size) == 2 and all(is_whole(side) for side in size):
+        found["resolution"] = plain(*size)
+    return found
+
+
+def _no_contract(model: Pipeline, trained: Mapping[str, Any]) -> list[str]:
+    """A line if a student is sampled by its scheduler alone."""
+    if not trained:
+        return []
+    words = {"steps": "steps {}", "eta": "η {}", "resolution": "size {}"}
+    own = [
+        text.format(said(trained[key]) if key == "resolution" else trained[key])
+        for key, text in words.items()
+        if key in trained
+    ]
+    return [
+        f"{model} has no contract.json: its scheduler says {', '.join(own)}, and the rest, such as "
+        "the number of text tokens, is the model's own and may not be as the student was trained"
+    ]
 
 
 def _other_sizes(contract: Contract, sizes: Sequence[Resolution | None]) -> list[str]:
@@ -147,15 +211,54 @@ def base_of_start(few_step: Path) -> str | None:
     return manifest.get("generator_base") or manifest.get("base")
 
 
-def _other_few_step(tilt: Contract, folder: Path) -> list[str]:
-    """A line if the tilt was trained on another few-step adapter than the one in `folder`."""
-    trained = tilt.adapters.get("few_step")
-    if trained is None or trained.hash is None:
+def _roles(
+    few_step: Path, below: Contract | None, tilt_lora: Path | None, above: Contract | None
+) -> list[str]:
+    """Lines where the LoRAs are not those that the tilt's contract names.
+
+    Raises:
+        ValueError: if one is given in the place of the other, or one that holds both beside them.
+    """
+    contracts = [contract for contract in (above, below) if contract]
+    if not contracts and tilt_lora is None:
         return []
+    known = {mark: name for each in contracts for name, mark in each.hashes.items() if mark}
+    first = _mark(few_step)
+    if known.get(first) == TILT:
+        raise ValueError(
+            f"--few-step is {few_step}, which holds a tilt: it acts on the few-step adapter that "
+            "it was trained on, so give that as --few-step, and the tilt as --tilt-lora"
+        )
+    if tilt_lora is None:
+        return []
+    if below and below.tilt:
+        raise ValueError(
+            f"--few-step is {few_step}, which has its tilt in it at {below.tilt:g}: give it "
+            "without --tilt-lora"
+        )
+    if above and above.tilt is not None:
+        raise ValueError(
+            f"--tilt-lora is {tilt_lora}, which holds the few-step adapter too: give it alone, as "
+            "--few-step"
+        )
+    second = _mark(tilt_lora)
+    no_tilt = above is not None and bool(above.adapters) and TILT not in above.adapters
+    if no_tilt or second == first or known.get(second) == FEW_STEP:
+        raise ValueError(f"--tilt-lora is {tilt_lora}, which holds a few-step adapter and no tilt")
+    trained = above.hashes if above else {}
+    notes = []
+    if trained.get(FEW_STEP) not in (None, first):
+        notes.append(f"the tilt was trained on another few-step adapter than the one in {few_step}")
+    # of other programs' names the fingerprint is another one
+    if trained.get(TILT) not in (None, second) and adapter_keys(tilt_lora) is not None:
+        notes.append(f"the weights in {tilt_lora} are not those of the tilt in its contract")
+    return notes
+
+
+def _mark(folder: Path) -> str:
+    """The fingerprint of a LoRA's weights by their names in the transformer."""
     weights = {k.removeprefix("transformer."): v for k, v in load_file(lora_file(folder)).items()}
-    if adapter_fingerprint(weights) == trained.hash:
-        return []
-    return [f"the tilt was trained on another few-step adapter than the one in {folder}"]
+    return adapter_fingerprint(weights)
 
 
 def files_dtype(pipeline: Pipeline) -> Dtype:

@@ -106,7 +106,8 @@ class Student:
         for name, strength in zip(self.dials, strengths, strict=True):
             check_tilt("a dial", strength)
             self.switch.scale(name, strength)
-        sampler = Sampler(encoded, Randomness(seed), steps, self.request.settled.eta)
+        chosen = self.request.settled
+        sampler = Sampler(encoded, Randomness(seed), steps, chosen.eta, levels=chosen.levels)
         mixed = self.role.autocast
         with attention_of(self.backbone.device, mixed) if mixed else nullcontext():
             return sampler.few_step(self.role, rows)

@@ -331,6 +331,7 @@ def asked(request: Request) -> dict[str, Any]:
         **{name: getattr(request, name) for name in plain},
         **{name: getattr(chosen, name) for name in settled},
         **({"sizes": sizes} if sizes else {}),
+        **({"levels": dict(chosen.levels)} if chosen.levels else {}),
         # Which CLIP is the last is known once the rewards are loaded; their order decides it.
         **({"rewards_in_order": list(request.rewards)} if request.diversity else {}),
         "student_guidance": chosen.guidance,

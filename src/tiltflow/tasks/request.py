@@ -177,6 +177,7 @@ def _sampler(request: Request, backbone: Backbone, encoded: EncodedPrompts) -> S
         request.settled.eta,
         request.teacher_steps,
         guidance,
+        request.settled.levels,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from tiltflow.core.randomness import Randomness
+from tiltflow.core.sizes import said
 from tiltflow.data.embeddings import EncodedPrompts
 from tiltflow.evaluation.scores import System
 from tiltflow.formats.writing import load_lora
@@ -117,7 +118,8 @@ def load_adapter(backbone: Backbone, name: str, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are made: the few-step grid and η, the teacher's steps and guidance."""
+    """How images are made: the few-step grid and η, the teacher's steps and guidance. `levels` are
+    a student's by the size's name, where they are not those of the pipeline's scheduler."""
 
     encoded: EncodedPrompts
     randomness: Randomness
@@ -125,13 +127,22 @@ class Sampler:
     eta: float = 0.9
     teacher_steps: int = 50
     guidance: float = 4.0
+    levels: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def few_step(self, role: Role, rows: Sequence[int], draw: int = 0) -> Tensor:
         """Images of a student, (B, 3, H, W) in [0, 1]."""
-        sigmas = role.backbone.few_step_sigmas(self.steps)
+        sigmas = self._few_step_levels(role.backbone)
         cond, numbers = self._batch(role, rows, draw)
         latents = sample_few_step(role, cond, numbers, self.randomness, sigmas, self.eta)
         return self._images(role, latents, rows)
+
+    def _few_step_levels(self, backbone: Backbone) -> Tensor:
+        """The students' σ₀ > … > σ_K = 0, (K + 1,) in fp32."""
+        if self.levels:  # of pipelines only, which have a size
+            own = self.levels.get(said(backbone.resolution))  # type: ignore[attr-defined]
+            if own is not None and len(own) == self.steps + 1:
+                return torch.tensor(own, dtype=torch.float32)
+        return backbone.few_step_sigmas(self.steps)
 
     def ode(self, role: Role, sigmas: Tensor, rows: Sequence[int], draw: int = 0) -> Tensor:
         """Images of the teacher's ODE, with guidance."""
