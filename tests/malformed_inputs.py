@@ -209,6 +209,11 @@ FILES = [
         PROMPTS + "p",
         all_of(*(text(f"p/{s}-00000-of-00001.parquet", "") for s in ("train", "test", "dev"))),
     ),
+    Case(
+        "a held-out file beside one without a split",
+        PROMPTS + "p",
+        all_of(text("p/captions.csv", "prompt\na\n"), text("p/captions_test.csv", "prompt\nb\n")),
+    ),
     Case("a split of a file", PROMPTS + "prompts.txt data.split=train"),
     prompts("parquet without pyarrow", "p.parquet", "PAR1"),
     prompts("CSV with another mark", "p.csv", "prompt;size\na;1\n"),

@@ -17,7 +17,7 @@ from tiltflow.core.interruption import pause
 from tiltflow.core.metrics import Accumulator, read_metrics
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.roles import Role, Roles
-from tiltflow.training.loop import Hooks, LoopSettings, train
+from tiltflow.training.loop import Hooks, LoopSettings, Skips, train
 from tiltflow.training.optim import Attempt, Guard, NonFiniteError, Updater
 
 PROMPTS = [Prompt("a cat"), Prompt("a dog")]
@@ -143,6 +143,49 @@ def test_the_loop_stops_before_it_logs_or_saves(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="step 3"):
         run(tmp_path / "saving", (3,), skip=0, save_every=4)
     assert latest_step(tmp_path / "saving") is None
+
+
+class Raising:
+    """Two updates an iteration, of which the second raises in its last part at the given steps."""
+
+    def __init__(self, fail: tuple[int, ...], bad: tuple[int, ...] = ()) -> None:
+        self.guard, self.fail, self.bad = Guard(), fail, bad
+        names = ("fake_score", "generator", "own")
+        self.updaters = {n: Updater(role(n), lr=0.1, guard=self.guard) for n in names}
+
+    def iteration(self, step: int) -> dict[str, torch.Tensor]:
+        feed(self.updaters["fake_score"], step, (1.0, NAN if step in self.bad else 1.0))
+        later = [self.updaters["generator"], self.updaters["own"]]
+        for part in range(2):
+            for updater in later:
+                if part and step in self.fail:
+                    raise NonFiniteError(f"step {step}: seen by a term")
+                sum((i * p.cos()).sum() for i, p in enumerate(updater.parameters, 1)).backward()
+                updater.watch(
+                    "the loss", torch.full((2,), NAN if step in self.fail else 1.0), PROMPTS
+                )
+        return {u.role.name: u.apply(step) for u in later}
+
+
+def test_a_passed_over_iteration_leaves_nothing_to_the_next() -> None:
+    """Neither gradients of what it had not finished, nor values that the next step is refused
+    for."""
+    made, other, skips = Raising(fail=(1,)), Raising(fail=()), Skips(1)
+    assert [bool(skips.iteration(made, step)) for step in range(3)] == [True, False, True]
+    for step in (0, 2):
+        Skips(0).iteration(other, step)
+    skips.settle(made)
+    assert skips.count == 1
+    for name in ("generator", "own"):
+        assert equal(everything(made.updaters[name]), everything(other.updaters[name]))
+
+
+def test_an_iteration_that_was_refused_and_raised_counts_once() -> None:
+    stage, skips = Raising(fail=(1,), bad=(0, 1)), Skips(2)
+    for step in range(3):
+        skips.iteration(stage, step)
+    skips.settle(stage)
+    assert skips.count == 2
 
 
 class Waiting(Stage):

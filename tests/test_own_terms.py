@@ -17,10 +17,12 @@ from torch import Tensor
 from tiltflow.config.load import load_config
 from tiltflow.core import registry
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.errors import NonFiniteError
 from tiltflow.method.boundary import Boundary
 from tiltflow.method.rollout import log_prob
 from tiltflow.setup.build import build_stage
 from tiltflow.tasks.train import run_training
+from tiltflow.training.loop import Skips
 from tiltflow.training.parts import Parts
 from tiltflow.training.terms import Attached, Epoch, Loss, Span, Term, single
 from tiltflow.training.tilt import Tilt
@@ -109,6 +111,30 @@ def test_a_term_may_call_the_networks_itself(cold: Path, tmp_path: Path) -> None
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-6)
     assert not same(one, tilt(tmp_path / "c", cold, *none, "tilt.reward_weight=1e-9"))
+
+
+class Checks(Forward):
+    """Sees a number that is not finite in the second micro-batch of epoch 1."""
+
+    def begin(self, epoch: Epoch) -> Loss:
+        right = super().begin(epoch)
+
+        def loss(at: Attached) -> tuple[Tensor, dict[str, Tensor]]:
+            if epoch.step == 1 and at.rows.start > 0:
+                raise NonFiniteError("step 1: my own check")
+            return right(at)
+
+        return loss
+
+
+def test_a_terms_own_check_passes_an_epoch_over_whole(cold: Path, tmp_path: Path) -> None:
+    terms = "tilt.terms={test_own_terms:Checks: {weight: 1.0}}"
+    chosen = [f"run.out={tmp_path}", f"model.few_step={cold}", *SHORT, "tilt.group_size=4", terms]
+    stage = build_stage(load_config("mixture_tilt", [*chosen, "train.micro_batch_size=4"])).stage
+    skips = Skips(1)
+    assert skips.iteration(stage, 0) and not skips.iteration(stage, 1) and skips.count == 1
+    for updater in stage.updaters.values():
+        assert all(p.grad is None for p in updater.parameters)
 
 
 class Explorer(Term):

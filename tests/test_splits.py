@@ -93,13 +93,53 @@ def test_nothing_in_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
         texts(older)
 
 
+@pytest.mark.parametrize(
+    ("kept", "there"),
+    [
+        (["00000-of-00002-0123456789abcdef", "00000-of-00002-fedcba9876543210"], 1),
+        (["00000-of-00002", "00002-of-00002"], 1),
+        (["00000-of-00002", "00001-of-00002", "00001-of-00002-0123456789abcdef"], 2),
+    ],
+)
+def test_parts_of_a_whole_are_told_by_their_numbers(
+    tmp_path: Path, kept: list[str], there: int
+) -> None:
+    folder = parquet(tmp_path, *(f"train-{part}" for part in kept))
+    missing = r"has 1 of the 2 parts of 'train': fetch the others"
+    twice = r"has 3 files for the 2 parts of 'train': keep one of each number"
+    with pytest.raises(ValueError, match=missing if there == 1 else twice):
+        texts(folder)
+
+
 def test_one_split_is_one_set(tmp_path: Path) -> None:
-    folder = parquet(tmp_path, "train-00000-of-00002", "train-00001-of-00002", "a", "b")
-    assert texts(folder) == ["a", "b", "train-00000-of-00002", "train-00001-of-00002"]
+    folder = parquet(tmp_path, "train-00000-of-00002", "train-00001-of-00002")
+    for beside in ("README.md", ".gitattributes", "dataset_infos.json", "prompts.txt"):
+        (folder / beside).write_text("no table")  # as folders of the hub have them
+    assert texts(folder) == ["train-00000-of-00002", "train-00001-of-00002"]
     assert texts(folder, "train") == ["train-00000-of-00002", "train-00001-of-00002"]
     assert texts(parquet(tmp_path / "plain", "part-0", "part-1")) == ["part-0", "part-1"]
     with pytest.raises(ValueError, match="no split 'train'; it has none"):
         texts(tmp_path / "plain", "train")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (("captions", "captions_test"), "test by name, and 'captions.parquet', whose name says no"),
+        (("x", "test"), "test by name, and 'x.parquet', whose name says none: say it there"),
+        (("a", "b", "train-00000-of-00001"), "train by name, and 'a.parquet'"),
+        (("captions_train", "extra", "test"), "train, test by name, and 'extra.parquet'"),
+    ],
+)
+def test_what_names_no_split_is_not_read_beside_what_does(
+    tmp_path: Path, files: tuple[str, ...], said: str
+) -> None:
+    """Read together, what is held out would be trained on; by name, the file would be left out."""
+    folder = parquet(tmp_path, *files)
+    for split in (None, "train", "test"):
+        with pytest.raises(ValueError, match=f"holds several splits: {said}"):
+            texts(folder, split)
+    assert texts(folder / f"{files[0]}.parquet") == [files[0]]
 
 
 def test_what_datasets_saved_is_taken_by_split(tmp_path: Path) -> None:

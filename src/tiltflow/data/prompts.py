@@ -60,7 +60,8 @@ def load_prompts(
     directory either such tables, which are read in the order of their names, or what `datasets`
     saved to disk; `datasets:NAME` is a set in the local cache of `datasets`.
     Of a source with several splits (`train-00000-of-00001.parquet` beside `test-…`, or a saved
-    `DatasetDict`), `split` names the one that is meant: they are never read together.
+    `DatasetDict`), `split` names the one that is meant: they are never read together, nor is a file
+    whose name says no split (`captions.csv`) beside one whose name does (`captions_test.csv`).
     An object's prompt is its `prompt`, `text` or `caption`, unless `columns` says otherwise, and
     its metadata the whole object. Blank lines are skipped, surrounding white space is dropped.
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,8 @@ DATASETS = "datasets:"
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, and what is in it."""
 
-SHARD = re.compile(r"(\w[\w.]*)-\d{5}-of-(\d{5})(?:-[0-9a-f]{16})?")
+SHARD = re.compile(r"(\w[\w.]*)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?")
+"""A numbered part by its file's stem: of what, its number from 0, and of how many."""
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -37,8 +39,8 @@ def read_folder(folder: Path, split: str | None, keys: Sequence[str]) -> Iterato
     what `datasets` saved to disk.
 
     Raises:
-        ValueError: if there is none of these, or several splits of which none is chosen, or as
-            `read_table`.
+        ValueError: if there is none of these, or several splits of which none is chosen, or a file
+            whose name says no split beside one whose name does, or as `read_table`.
     """
     for part in _parts(folder, split):
         yield from read_table(part, keys)
@@ -171,21 +173,38 @@ def _parts(folder: Path, split: str | None) -> list[Path]:
     named: dict[str, list[Path]] = {}
     for file in found:
         named.setdefault(split_name(file.name), []).append(file)
-    named.pop("", None)
+    unnamed = named.pop("", [])
+    if named and unnamed:
+        # Beside "captions_test.csv", "captions.csv" may be the rest or all there is: read together,
+        # what is held out is trained on, and of the splits by name it would be left out unseen.
+        raise ValueError(
+            f"prompts: {folder} holds several splits: {', '.join(named)} by name, and "
+            f"{printable(unnamed[0].name, 80)!r}, whose name says none: say it there, move that "
+            "file elsewhere, or give one file"
+        )
     if split is None and len(named) < 2:
         return found
     return _chosen(folder, named, split)
 
 
 def _check_whole(folder: Path, files: Sequence[Path]) -> None:
-    """Raises ValueError where files are numbered parts of a whole and some of them are missing."""
-    parts = [found for file in files if (found := SHARD.fullmatch(file.stem))]
-    for name, count in dict.fromkeys((part[1], part[2]) for part in parts):
-        there = sum(part[1] == name and part[2] == count for part in parts)
-        if there != int(count):
+    """Raises ValueError where files are numbered parts of a whole and some of them are missing, or
+    there twice: a folder that was fetched into anew has parts with other hashes."""
+    wholes: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+    for file in files:
+        if part := SHARD.fullmatch(file.stem):
+            wholes[part[1], int(part[3])].append(int(part[2]))
+    for (name, count), numbers in wholes.items():
+        there = len(set(numbers) & set(range(count)))
+        if there != count:
             raise ValueError(
-                f"prompts: {folder} has {there} of the {int(count)} parts of {printable(name)!r}: "
+                f"prompts: {folder} has {there} of the {count} parts of {printable(name)!r}: "
                 "fetch the others, or rename what is to be read alone"
+            )
+        if len(numbers) != count:
+            raise ValueError(
+                f"prompts: {folder} has {len(numbers)} files for the {count} parts of "
+                f"{printable(name)!r}: keep one of each number"
             )
 
 

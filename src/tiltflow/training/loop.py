@@ -180,7 +180,9 @@ class Skips:
     count: int = 0
 
     def iteration(self, stage: Stage, step: int) -> dict[str, Tensor]:
-        """One iteration, or no metrics where a score that was not finite ended it.
+        """One iteration, or no metrics where a number that was not finite ended it: a score, or
+        one that a term from outside saw. Nothing of its gradients stays; an optimizer step that it
+        had made before does.
 
         Raises:
             NonFiniteError, NonFiniteScore: when the limit is used up.
@@ -188,6 +190,9 @@ class Skips:
         try:
             return stage.iteration(step)
         except NON_FINITE as error:
+            for updater in stage.updaters.values():  # what its part so far would add to the next
+                updater.drop()
+            stage.guard.forget(step)  # a refused step of it, too, is of the one that counts here
             self._pass_over(error)
             return {}
 

@@ -81,6 +81,10 @@ class Guard:
     def add(self, attempt: Attempt) -> None:
         self._attempts.append(attempt)
 
+    def forget(self, step: int) -> None:
+        """Keeps what was refused in iteration `step` from `failures`: it has failed already."""
+        self._attempts = [attempt for attempt in self._attempts if attempt.step != step]
+
     def failures(self) -> list[NonFiniteError]:
         """One error for each iteration that was refused since the last call; one transfer."""
         attempts, self._attempts = self._attempts, []
