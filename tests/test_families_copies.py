@@ -22,7 +22,8 @@ from torch import Tensor
 from tiltflow.config.load import RunConfig, read_prompts
 from tiltflow.models.roles import Role, Roles, State, copy_roles
 from tiltflow.setup.assemble import make_stages
-from tiltflow.setup.build import Start, adapter_settings, build_backbone, build_roles, encode_sets
+from tiltflow.setup.build import adapter_settings, build_backbone, build_roles, encode_sets
+from tiltflow.setup.starts import Start
 from tiltflow.training.cold_start import ColdStart
 from tiltflow.training.optim import Updater
 from tiltflow.training.tilt import Tilt

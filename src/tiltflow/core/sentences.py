@@ -22,8 +22,13 @@ def counted(count: int, one: str, several: str | None = None) -> str:
 
 def either(numbers: Sequence[int | str]) -> str:
     """1, 2 or 4."""
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} or {last}" if others else last
+    return listed(numbers, "or")
+
+
+def listed(numbers: Sequence[int | str], last: str = "and") -> str:
+    """1, 2 and 4."""
+    *others, end = map(str, numbers)
+    return f"{', '.join(others)} {last} {end}" if others else end
 
 
 def printable(text: str, length: int = 300) -> str:

@@ -149,20 +149,25 @@ def _by_name(state: State, names: Sequence[str]) -> dict[str, State]:
     }
 
 
+def boundaries_of(state: Mapping[str, Tensor]) -> int:
+    """How many boundaries the weights of a fake score have a network for each; 0 of one for all."""
+    return len({name.partition(".")[0] for name in state if name.startswith("boundary")})
+
+
 def fit_to_boundaries(state: Mapping[str, Tensor], count: int | None) -> State:
     """Weights of a fake score, for one with another number of networks.
 
     One for all boundaries is where each of several starts; of several, the last boundary's, which
     has seen the finished samples, is where one for all starts.
     """
-    have = {name.partition(".")[0] for name in state if name.startswith("boundary")}
+    have = boundaries_of(state)
     if not have:
         numbers = range(1, (count or 0) + 1)
         each = {f"boundary{k}.{name}": value for k in numbers for name, value in state.items()}
         return each if count else dict(state)
     if count is not None:
         return dict(state)
-    last = f"boundary{len(have)}."
+    last = f"boundary{have}."
     return {n.removeprefix(last): value for n, value in state.items() if n.startswith(last)}
 
 

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from tiltflow.config.load import PromptSets, RunConfig, read_prompts
-from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.distributed import ALONE, Ranks, shard
 from tiltflow.core.paths import embedding_cache
 from tiltflow.core.precision import attention_of, autocast_dtype
@@ -24,31 +22,22 @@ from tiltflow.models.compiled import compile_blocks
 from tiltflow.models.families import load_backbone
 from tiltflow.models.family import graph_families
 from tiltflow.models.graphs import graphs_for
-from tiltflow.models.lora_files import read_adapter
 from tiltflow.models.medium import load_medium
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.pipelines.products import take_onednn
-from tiltflow.models.roles import AdapterSettings, Roles, State, adapter_roles, copy_roles
+from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles, copy_roles
 from tiltflow.setup.assemble import buckets_of, make_stages
 from tiltflow.setup.facts import Facts
+from tiltflow.setup.starts import Start, check_grids, starting_point
 from tiltflow.training.cold_start import ColdStart
 from tiltflow.training.loop import Stage
 from tiltflow.training.tilt import Tilt
 from tiltflow.training.updates import Share
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Start:
-    """What stage 2 takes from stage 1: the EMA's weights, the fake score's, the adapter's shape."""
-
-    few_step: State
-    fake_score: State | None
-    settings: AdapterSettings | None
 
 
 @dataclass(frozen=True)
@@ -173,48 +162,6 @@ def adapter_settings(cfg: RunConfig, backbone: Backbone) -> AdapterSettings:
     )
 
 
-def load_start(run: Path) -> Start:
-    """Stage 1's result: from its run directory, or from an exported LoRA folder.
-
-    A LoRA folder has no fake score: that starts from the teacher again.
-
-    Raises:
-        ValueError: if the directory holds neither a complete stage-1 checkpoint nor a LoRA.
-    """
-    if not (run / "checkpoints").is_dir():
-        settings, weights = read_adapter(run)
-        return Start(weights, None, settings)
-    checkpoint = load_checkpoint(run)
-    if checkpoint.state.get("stage") != "cold_start":
-        raise ValueError(f"model.few_step={run} is not a cold_start run")
-    adapters = checkpoint.state["adapters"]
-    return Start(
-        dict(checkpoint.tensors["ema"]),
-        dict(checkpoint.tensors["fake_score"]),
-        AdapterSettings(**adapters) if adapters else None,
-    )
-
-
-def starting_point(cfg: RunConfig) -> Start | None:
-    """What stage 2 stands on: stage 1's result, or where that is gone and the run is resumed, the
-    frozen adapters of the run's own checkpoint.
-
-    Raises:
-        ValueError: if neither is there.
-    """
-    if cfg.model.few_step is None:
-        return None
-    run = Path(cfg.model.few_step)
-    if run.exists() or not cfg.run.resume:
-        return load_start(run)
-    checkpoint = load_checkpoint(Path(cfg.run.out), cfg.run.resume_from, tidy=False)
-    tensors, adapters = checkpoint.tensors, checkpoint.state.get("few_step_adapters")
-    if "few_step" not in tensors or not adapters:
-        raise ValueError(f"model.few_step {run} is gone, and the run to resume has no copy of it")
-    below = tensors.get("few_step_fake_score")
-    return Start(tensors["few_step"], below, AdapterSettings(**adapters))
-
-
 def fake_scores(cfg: RunConfig) -> int | None:
     """How many fake scores a config asks for: one for each boundary, or one for all (None)."""
     return cfg.sampler.boundaries if cfg.train.fake_scores == "per_boundary" else None
@@ -242,7 +189,12 @@ def student_guidance(cfg: RunConfig, backbone: Backbone) -> float | None:
 
 
 def build_roles(cfg: RunConfig, backbone: Backbone, start: Start | None) -> Roles:
-    """Adapters over one base, or separate copies, as `adapters.kind` says."""
+    """Adapters over one base, or separate copies, as `adapters.kind` says.
+
+    Raises:
+        ValueError: if what stage 2 starts from does not fit; as `student_guidance`.
+    """
+    check_grids(cfg, start)
     autocast = autocast_dtype(cfg.model.autocast, backbone.device)
     guidance = student_guidance(cfg, backbone)
     if cfg.adapters.kind == "copies":

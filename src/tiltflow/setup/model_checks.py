@@ -29,7 +29,8 @@ from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.setup.assemble import buckets_of
-from tiltflow.setup.build import DTYPES, Start, build_roles, starting_point
+from tiltflow.setup.build import DTYPES, build_roles
+from tiltflow.setup.starts import Start, grids_of, starting_point
 
 
 def meta_of(
@@ -64,7 +65,7 @@ def check_sizes(
         ValueError: naming the size that does not, or the prompt that has none.
     """
     buckets, pipelines = buckets_of(cfg, prompts), pipelines or cfg.model.pipelines
-    if not buckets or not _here(cfg, pipelines):
+    if not buckets or not can_look(cfg, pipelines):
         return
     backbone = meta_of(cfg, pipelines)
     for bucket in buckets:
@@ -87,7 +88,7 @@ def check_guided_from(cfg: RunConfig, sets: PromptSets, pipelines: Pipelines | N
             f"data.columns.negative is for text, of which the {cfg.model.path} has none"
         )
     pipelines = pipelines or cfg.model.pipelines
-    if _here(cfg, pipelines):
+    if can_look(cfg, pipelines):
         prompts = [*sets.train, *sets.fixed]
         check_negatives(prompts, meta_of(cfg, pipelines), cfg.model.guidance)
 
@@ -109,7 +110,7 @@ def check_model(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
         ValueError: naming the key, and what is wrong.
     """
     pipelines = pipelines or cfg.model.pipelines
-    if not _here(cfg, pipelines):
+    if not can_look(cfg, pipelines):
         return
     for key, name, parts in (
         ("model.path", "model", None),
@@ -135,7 +136,7 @@ def check_adapters(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
         ValueError: naming what does not fit.
     """
     pipelines = pipelines or cfg.model.pipelines
-    if not _here(cfg, pipelines):
+    if not can_look(cfg, pipelines):
         return
     start = None
     if cfg.model.few_step is not None:
@@ -171,11 +172,11 @@ def start_shapes(run: Path) -> Start:
         }
         for group in ("ema", "fake_score")
     )
-    return Start(ema, fake, AdapterSettings(**adapters) if adapters else None)
+    return Start(ema, fake, AdapterSettings(**adapters) if adapters else None, grids_of(state))
 
 
-def _here(cfg: RunConfig, pipelines: Pipelines) -> bool:
-    """Whether there is a configuration to look at: a directory, or a published one."""
+def can_look(cfg: RunConfig, pipelines: Pipelines) -> bool:
+    """Whether there is a configuration for `meta_of`: a directory's, or a published one."""
     if not cfg.model.has_files:
         return False
     return pipelines.here("model") is not None or published(cfg.model.path) is not None

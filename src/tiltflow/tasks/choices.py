@@ -10,8 +10,6 @@ from typing import Any, Literal
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tiltflow.core.disk import parse_json
-from tiltflow.core.latest import latest_name
 from tiltflow.core.sentences import either
 from tiltflow.core.sizes import Resolution, plain, said
 from tiltflow.formats.contract import Contract, read_contract
@@ -189,26 +187,6 @@ def _other_base(contract: Contract, base: Pipeline) -> list[str]:
         f"the LoRA was trained on {contract.base.name}, whose weights have the hash {there[:12]}, "
         f"but those in {base} have {here[:12]}"
     ]
-
-
-def base_of_start(few_step: Path) -> str | None:
-    """The fingerprint of the base that stage 2's start was trained on: a run's, by its latest
-    checkpoint, or an exported LoRA's. None where it is not said.
-
-    Raises:
-        ValueError: as `read_contract`, or if the checkpoint's state is no JSON.
-    """
-    folder = few_step / "checkpoints"
-    name = latest_name(folder)
-    if name is None:
-        inner = few_step / "export" / "few_step"
-        contract = read_contract(inner if inner.is_dir() else few_step)
-        return contract.base.hash if contract else None
-    state = parse_json((folder / name / "state.json").read_text(encoding="utf-8"))
-    manifest = state.get("manifest") if isinstance(state, dict) else None
-    if not isinstance(manifest, dict):
-        return None
-    return manifest.get("generator_base") or manifest.get("base")
 
 
 def _roles(

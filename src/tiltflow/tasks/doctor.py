@@ -16,6 +16,7 @@ from tiltflow.core.sentences import counted
 from tiltflow.setup.build import device_of
 from tiltflow.setup.checks import Finding, Subject, findings
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
+from tiltflow.setup.start_notices import start_notices
 from tiltflow.tasks.planning import fastest, is_auto, sentence, sized, with_graphs
 from tiltflow.tasks.plans import Plans
 
@@ -50,9 +51,13 @@ def examine(
     console.print(f"device {device_of('auto')}, {counted(torch.get_num_threads(), 'thread')}")
     if recipe is not None:
         cfg = load_config(recipe, overrides)
-        found = list(findings(Subject(cfg)))
+        subject = Subject(cfg)
+        found = list(findings(subject))
         for finding in found:
             console.print(f"{finding.name}: {_verdict(finding).removeprefix(f'{finding.name}: ')}")
+        if not {"model", "stage 1", "prompts"} & {one.name for one in found if one.error}:
+            for line in start_notices(cfg, subject.prompts.train, subject.pipelines):
+                console.print(f"warning: {line}")
         groups = "" if cfg.stage == "cold_start" else f" in groups of {cfg.tilt.group_size}"
         failed = {finding.name: finding for finding in found if finding.failed}
         order = ", in order" if not failed else ""

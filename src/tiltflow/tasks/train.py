@@ -27,8 +27,9 @@ from tiltflow.setup.build import Build, attention_for, build_stage, device_of
 from tiltflow.setup.checks import Subject, check_run
 from tiltflow.setup.manifest import defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import start_of, with_absolute_paths
+from tiltflow.setup.start_notices import start_notices
+from tiltflow.setup.starts import below
 from tiltflow.tasks.callbacks import SILENT, Callbacks
-from tiltflow.tasks.choices import base_of_start
 from tiltflow.tasks.export import export_checkpoint
 from tiltflow.tasks.failures import explained, resume_command
 from tiltflow.tasks.planning import chosen, device_bytes, is_auto
@@ -110,9 +111,11 @@ def _run(
     build = build_stage(
         planned, say, sets=subject.prompts, pipelines=subject.pipelines, ranks=ranks
     )
-    few_step = build.stage.roles.state().get("few_step")
+    few_step = below(cfg, build.stage.roles)
     manifest = manifest_of(cfg, subject.prompts, few_step, subject.pipelines)
-    _say_other_base(cfg, manifest, say)
+    here = manifest["generator_base"] or manifest["base"]
+    for line in start_notices(cfg, subject.prompts.train, subject.pipelines, here):
+        say(f"warning: {line}")
     _say_other_size(build, say)
     settings = _loop_settings(cfg, build.facts.as_json() | {"manifest": manifest})
     callbacks.begin(cfg.stage, start or 0, cfg.train.steps)
@@ -164,21 +167,6 @@ def _loop_settings(cfg: RunConfig, facts: Mapping[str, Any]) -> LoopSettings:
         skip=cfg.train.skip_nonfinite,
         resume_from=cfg.run.resume_from,
     )
-
-
-def _say_other_base(
-    cfg: RunConfig, manifest: Mapping[str, Any], say: Callable[[str], None]
-) -> None:
-    """A line if stage 2 starts from an adapter of other weights than those it will train on."""
-    start = Path(cfg.model.few_step) if cfg.model.few_step else None
-    if start is None or not start.is_dir():
-        return  # nothing, or a run that goes on from its own copy
-    there, here = base_of_start(start), manifest["generator_base"] or manifest["base"]
-    if there not in (None, here):
-        say(
-            f"warning: model.few_step {start} was trained on a base whose weights have the hash "
-            f"{str(there)[:12]}, but those here have {here[:12]}"
-        )
 
 
 def _say_other_size(build: Build, say: Callable[[str], None]) -> None:

@@ -25,6 +25,9 @@ WITHIN = {
     "code": "the code of {}",
 }
 """Of what a manifest has several by name, and what one is called in a sentence."""
+NOT_ALWAYS = ("encoders", "few_step")
+"""Not kept by earlier versions, or where nothing needs it: encoders beside cached embeddings, what
+full copies started from without a KL."""
 PROMPTS = {"prompts": "data.prompts", "eval_prompts": "data.eval_prompts"}
 NOT_COMPARED = {
     "model.path", "model.generator_path", "model.few_step", "model.family", "data.prompts",
@@ -56,8 +59,8 @@ def changes(
     if not isinstance(before, dict) or not isinstance(before.get("config"), dict):
         raise ValueError("its manifest is no JSON object with a config")
     for key, name in OF_THE_RUN.items():
-        if key == "encoders" and None in (before.get(key), here[key]):
-            continue  # not kept by earlier versions, or not needed beside cached embeddings
+        if key in NOT_ALWAYS and None in (before.get(key), here[key]):
+            continue
         _same(name, before.get(key), here[key])
     new = by_key(here["config"])
     old = filled(by_key(before["config"]), new, defaults)
