@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,33 @@ def set_base(code: str, base: Path) -> str:
     ["sd3m", *(pytest.param(n, marks=pytest.mark.long) for n in ("flux1_dev", "flux2_klein_4b"))],
 )
 def test_the_code_runs_in_the_folder(tiny_pipeline: Tiny, tmp_path: Path, name: str) -> None:
-    made = student(tiny_pipeline, name, tmp_path, formats=("diffusers", "merged"))
-    folders, merged = code_of(made.export)
+    made = student(tiny_pipeline, name, tmp_path, formats=("diffusers", "merged", "peft"))
+    folders, merged, peft = code_of(made.export)
     asked = request(made, prompts=[Prompt(FOX)])
     ours = (sampled(asked) * 255).round().byte().permute(0, 2, 3, 1).int()
-    theirs = run_code(set_base(folders, made.base), made.export).int()
-    assert (ours - theirs).abs().max() <= 1  # diffusers rounds what we round, from fp32
+    for code in (folders, peft):  # each by itself, on a base of its own
+        theirs = run_code(set_base(code, made.base), made.export).int()
+        assert (ours - theirs).abs().max() <= 1  # diffusers rounds what we round, from fp32
+    below = (sampled(replace(asked, tilt_lora=None)) * 255).round().permute(0, 2, 3, 1)
+    assert (ours - below).abs().max() > 5  # stage 1's student is another
     assert (ours - run_code(merged, made.export).int()).abs().max() <= 2
     assert ours.float().std() > 5
+
+
+@pytest.mark.parametrize("formats", [("peft",), ("diffusers", "peft")])
+def test_the_peft_code_is_whole(
+    tiny_pipeline: Tiny, tmp_path: Path, formats: tuple[str, ...]
+) -> None:
+    """A base of its own, the sampler, which is there, and both adapters at work; none baked."""
+    made = student(tiny_pipeline, "sd3m", tmp_path, formats=formats, strengths=(0.5,))
+    code = code_of(made.export)[-1]
+    assert "pipe = StableDiffusion3Pipeline.from_pretrained(BASE" in code
+    for name in ("few_step", "tilt"):
+        assert f'"peft/{name}", adapter_name="{name}"' in code
+    assert 'set_adapter(["few_step", "tilt"])' in code and "baked" not in code
+    assert 'CPSFlowMatchScheduler.from_pretrained("scheduler")' in code
+    assert (made.export / "scheduler" / "scheduler_config.json").is_file()
+    assert "`peft/baked_0.5` is both in one" in (made.export / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from students import MERGED, PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
+from students import MERGED, MODELS, PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
 
 from tiltflow.data.prompts import Prompt
 from tiltflow.formats.contract import Contract, parse_contract, plain_rewards, read_contract
@@ -121,6 +121,42 @@ def test_another_base_is_said(made: Student, tmp_path: Path) -> None:
     save_file(weights, file, {"format": "pt"})
     (note,) = plain(made, model=str(other)).settled.notes
     assert "trained on flux_dev, whose weights have the hash" in note and "\n" not in note
+
+
+def test_other_text_encoders_are_said(
+    tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in no fingerprint, and an absent one's tokens are zeros."""
+    monkeypatch.setitem(MODELS, "sd35m", ("sd3m_without_t5", None))
+    made, whole = student(tiny_pipeline, "sd35m", tmp_path), tiny_pipeline("sd3m")
+    found = read_contract(made.export / "tilt")
+    assert found is not None and found.absent == ("text_encoder_3",)
+    assert not plain(made).settled.notes
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.copytree(whole / part, made.model / part)
+    index = made.model / "model_index.json"
+    without, parts = (
+        json.loads(index.read_text()),
+        json.loads((whole / "model_index.json").read_text()),
+    )
+    more = {part: parts[part] for part in ("text_encoder_3", "tokenizer_3")}
+    index.write_text(json.dumps(without | more))
+    (note,) = plain(made).settled.notes
+    said = "the student was trained without text_encoder_3, which"
+    assert note == f"warning: {said} {made.model} has"
+    export_checkpoint(made.config, made.checkpoint, tmp_path / "with_t5")
+    folders = {name: tmp_path / "with_t5" / name for name in ("few_step", "tilt")}
+    asked_of = {"few_step": folders["few_step"], "tilt_lora": folders["tilt"]}
+    assert not plain(made, **asked_of).settled.notes
+    index.write_text(json.dumps(without))
+    (note,) = plain(made, **asked_of).settled.notes
+    assert note.endswith(f"was trained with text_encoder_3, which {made.model} lacks")
+
+
+def test_an_earlier_contract_does_not_say_which_encoders(made: Student) -> None:
+    text = json.loads((made.export / "contract.json").read_text())
+    assert text.pop("absent") == []
+    assert Contract.model_validate_json(json.dumps(text)).absent is None
 
 
 def test_a_tilt_on_another_few_step_adapter_is_said(made: Student, tmp_path: Path) -> None:

@@ -73,12 +73,17 @@ def test_a_turn_of_the_dial_takes_under_a_second(student):
 
 
 def test_scores_are_of_trained_and_held_out_rewards(student):
-    found = student.scores([1.0, 0.0])
+    found = student.scores([1.0, 0.0], 4)
     assert {name: each["trained"] for name, each in found.items()} == {
         "clipscore": True, "shapes": False, "clipscore_heldout": False
     }  # fmt: skip
     assert all(each["ci95"][0] <= each["mean"] <= each["ci95"][1] for each in found.values())
-    assert found == student.scores([1.0, 0.0])
+    assert found == student.scores([1.0, 0.0], 4)
+    fewer = student.scores([1.0, 0.0], 1)  # of other images
+    assert fewer["clipscore"]["mean"] != found["clipscore"]["mean"]
+    for steps in (0, 65):
+        with pytest.raises(ValueError, match="steps go from 1 to 64"):
+            student.scores([1.0, 0.0], steps)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_a_run_that_was_exported_anew_is_loaded_anew(tmp_path, monkeypatch, file
         def image(self, *about):
             return torch.zeros(3, 8, 8)
 
-        def scores(self, strengths):
+        def scores(self, strengths, steps):
             return {}
 
     monkeypatch.setattr(desk_dial, "load_student", lambda *about: loaded.append(1) or Fake())
@@ -149,9 +154,11 @@ def test_the_desk_makes_images_and_refuses_nonsense(runs, tmp_path):
         made = client.json("/api/dial/image", asked)
         picture = client.ask(f"/api/dial/picture/{made['picture']}")[1]
         assert np.asarray(Image.open(io.BytesIO(picture))).shape == (64, 64, 3)
-        assert (
-            "clipscore" in client.json("/api/dial/scores", asked | {"strengths": [1.5]})["scores"]
-        )
+        asked["strengths"] = [1.5]
+        scores = [client.json("/api/dial/scores", asked | {"steps": n})["scores"] for n in (4, 1)]
+        assert scores[0]["clipscore"]["mean"] != scores[1]["clipscore"]["mean"]
+        for steps in (None, 0, 2.5, True):
+            assert client.ask("/api/dial/scores", body=asked | {"steps": steps})[0].status == 422
         for change in (
             {"student": "x"},
             {"strengths": ["1"]},

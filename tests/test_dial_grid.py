@@ -59,7 +59,26 @@ def test_its_pictures_are_the_live_ones(run: Path, folder: Path) -> None:
         at = [grid.strengths[strength]]
         live = packed(student.image(at, grid.prompts[prompt], grid.seeds[seed], grid.steps))
         assert picture_file(folder, prompt, seed, strength).read_bytes() == live
-    assert dial_grid.read_scores(folder, grid) == {x: student.scores([x]) for x in STRENGTHS}
+    assert dial_grid.read_scores(folder, grid) == {
+        x: student.scores([x], grid.steps) for x in STRENGTHS
+    }
+
+
+def test_the_scores_are_of_the_pictures_steps(run: Path, tmp_path: Path) -> None:
+    """And one whose scores are of the trained number, as they once were, is not gone on with."""
+    out, asked = tmp_path / "dial", {"prompts": TEXTS[:1], "seeds": [0], "strengths": [1.0]}
+    grid = compute(run, out, steps=1, **asked)
+    student = load_student([run], None, "cpu")
+    assert dial_grid.read_scores(out, grid) == {1.0: student.scores([1.0], 1)}
+    cfg = student.cfg.model_dump(mode="json", include={"rewards", "watch", "run"})
+    plain = {**dial_grid.asked(student.request), **cfg}
+    earlier = grid.model_copy(update={"digest": dial_grid.digest({**plain, "steps": 1})})
+    (out / FILE).write_text(earlier.model_dump_json())
+    with pytest.raises(ValueError, match="holds a dial of another run, settings or versions"):
+        compute(run, out, steps=1, **asked)
+    trained = student.request.settled.steps  # whose scores were right, and so their digest stays
+    kept = compute(run, tmp_path / "trained", **asked)
+    assert kept.digest == dial_grid.digest({**plain, "steps": trained})
 
 
 def test_nothing_is_made_twice_or_mixed(run: Path, folder: Path) -> None:

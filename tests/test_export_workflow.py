@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from students import PROMPTS, Student, request, sampled, student
+from students import MODELS as MODELS_OF_STUDENTS
+from students import PROMPTS, TOKENS, Student, request, sampled, student
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -33,6 +34,7 @@ from tiltflow.formats.workflow import (
     TRANSFORMERS,
     ancestral_eta,
     has_workflow,
+    no_workflow,
     spelled,
     workflow,
 )
@@ -228,6 +230,70 @@ def test_the_workflow_asks_for_the_students_own_base(made: Student) -> None:
     assert named(hub_id=large).startswith("sd3.5_large.safetensors ")
     nine = named(hub_id="black-forest-labs/FLUX.2-klein-9B")
     assert nine.startswith("flux-2-klein-9b.safetensors ") and "qwen_3_8b.safetensors" in nine
+
+
+@pytest.fixture(scope="module")
+def without_t5(tiny_pipeline: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Student:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS_OF_STUDENTS, "sd35m", ("sd3m_without_t5", None))
+        out = tmp_path_factory.mktemp("without_t5")
+        return student(tiny_pipeline, "sd35m", out, formats=("diffusers", "comfyui", "merged"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [TOKENS, 0])
+def test_without_t5_its_tokens_are_the_zeros_of_training(without_t5: Student, length: int) -> None:
+    """By what ComfyUI's nodes do to a conditioning (comfy/text_encoders/sd3_clip.py, nodes.py):
+    both CLIPs alone give their tokens, padded to T5's width, and nothing of T5's; ZeroOut makes
+    zeros of tokens and pooled output; Concat puts the second's tokens behind the first's, with the
+    pooled output of the first."""
+    graph = workflow(contract_of(without_t5).model_copy(update={"max_sequence_length": length}))
+    asked = request(without_t5, max_sequence_length=length, cache="off")
+    cond, _ = prepare(asked)[1].encoded.select([0], torch.device("cpu"))
+    tokens, pooled = cond.positive["prompt_embeds"], cond.positive["pooled_prompt_embeds"]
+    clip_tokens = tokens.shape[1] - length
+    assert tokens[:, clip_tokens - 1].any()  # those before T5's place are CLIP's
+
+    def made(link: list[Any]) -> tuple[Tensor, Tensor]:
+        kind, inputs = graph[link[0]]["class_type"], graph[link[0]]["inputs"]
+        if kind == "ConditioningZeroOut":
+            return tuple(map(torch.zeros_like, made(inputs["conditioning"])))  # type: ignore[return-value]
+        if kind == "ConditioningConcat":
+            first, second = made(inputs["conditioning_to"]), made(inputs["conditioning_from"])
+            return torch.cat((first[0], second[0]), 1), first[1]
+        assert kind == "CLIPTextEncode"
+        encoder = graph[inputs["clip"][0]]
+        if encoder["class_type"] == "T5TokenizerOptions":
+            least = encoder["inputs"]["min_length"]
+            assert graph[encoder["inputs"]["clip"][0]]["class_type"] == "CLIPLoader"
+            assert inputs["text"] == "" and encoder["inputs"]["min_padding"] == 0
+            return torch.ones(1, least, tokens.shape[-1]), torch.ones_like(pooled)
+        assert encoder["class_type"] == "DualCLIPLoader" and encoder["inputs"]["type"] == "sd3"
+        assert "t5" not in str(encoder)
+        return tokens[:, :clip_tokens], pooled
+
+    sampling = next(n for n in graph.values() if n["class_type"] == "SamplerCustom")
+    found = made(sampling["inputs"]["positive"])
+    assert torch.equal(found[0], tokens) and torch.equal(found[1], pooled)
+    assert ("t5xxl" in str(graph)) is (length > 0)
+
+
+def test_what_stands_in_t5s_place_is_said(without_t5: Student) -> None:
+    text = (without_t5.export / "README.md").read_text()
+    for section in ("## ComfyUI", "## One file"):
+        said = text[text.index(section) :]
+        assert f"trained without T5, with {TOKENS} tokens of zeros in its place" in said
+    for folder in ("comfyui", "original"):
+        graph = json.loads((without_t5.export / folder / "workflow.json").read_text())
+        assert "TripleCLIPLoader" not in str(graph) and "ConditioningZeroOut" in str(graph)
+    contract = contract_of(without_t5)
+    assert no_workflow(contract) is None
+    clip = contract.model_copy(update={"absent": ("text_encoder", "text_encoder_3")})
+    assert no_workflow(clip) == (
+        "There is no workflow for a student that was trained without text_encoder and "
+        "text_encoder_3"
+    )
+    assert no_workflow(contract.model_copy(update={"absent": None})) is None
 
 
 def test_every_base_of_a_recipe_has_a_file() -> None:

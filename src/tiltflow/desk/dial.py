@@ -64,11 +64,9 @@ class Dial:
                 of range.
         """
         strengths, prompt = _numbers(asked), asked.get("prompt")
-        seed, steps = asked.get("seed"), asked.get("steps")
+        seed, steps = _whole(asked, "seed"), _whole(asked, "steps")
         if not isinstance(prompt, str) or not 0 < len(prompt) <= LONGEST_PROMPT:
             raise ValueError(f"a prompt has 1 to {LONGEST_PROMPT} characters")
-        if type(seed) is not int or type(steps) is not int:
-            raise ValueError("seed and steps are whole numbers")
         with self._lock:
             began = time.perf_counter()
             made = self._loaded(asked).image(strengths, prompt, seed, steps)
@@ -84,13 +82,14 @@ class Dial:
         return self._pictures[key]
 
     def scores(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Rewards at some strengths, on the run's held-out prompts.
+        """Rewards at some strengths and in some steps, on the run's held-out prompts.
 
         Raises:
             ValueError: as `image`.
         """
+        strengths, steps = _numbers(asked), _whole(asked, "steps")
         with self._lock:
-            return {"scores": self._loaded(asked).scores(_numbers(asked))}
+            return {"scores": self._loaded(asked).scores(strengths, steps)}
 
     def _loaded(self, asked: Mapping[str, Any]) -> Student:
         if self._student is None:
@@ -123,6 +122,13 @@ def view(folder: Path) -> dict[str, Any]:
         "of": len(grid.places()),
         "scores": [scores.get(strength) for strength in grid.strengths],
     }
+
+
+def _whole(asked: Mapping[str, Any], name: str) -> int:
+    found = asked.get(name)
+    if type(found) is not int:
+        raise ValueError("seed and steps are whole numbers")
+    return found
 
 
 def _numbers(asked: Mapping[str, Any]) -> list[float]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from tiltflow.core.sentences import either
 from tiltflow.core.sizes import both, said
-from tiltflow.formats.contract import BaseModelFacts, Contract
+from tiltflow.formats.contract import Contract
+from tiltflow.formats.usage import Usage
 from tiltflow.models.family import Family
-from tiltflow.models.switch import TILT, stack_tilt
 
 STAGES = {
     "cold_start": "Ambient-Consistent Distribution Matching Distillation (AC-DMD)",
@@ -24,20 +24,20 @@ STAGES = {
 class Card:
     """What a card says.
 
-    `call` are the arguments of the pipeline's call; `folders` the LoRA folders for diffusers and
-    `merged` those of merged pipelines, if there are any; `absent` the parts that the base was saved
-    without and has to be loaded without; `others` the sections of other programs; `caution` is the
-    family's.
+    `folders` are the LoRA folders for diffusers and `merged` those of merged pipelines, if there
+    are any; `others` the sections of other programs; `caution` is the family's.
     """
 
-    contract: Contract
-    call: Mapping[str, Any]
+    usage: Usage
     folders: Sequence[str]
     merged: Sequence[str]
-    absent: Sequence[str] = ()
     evaluation: Mapping[str, Any] | None = None
     others: Sequence[str] = ()
     caution: str = ""
+
+    @property
+    def contract(self) -> Contract:
+        return self.usage.contract
 
 
 def call_of(contract: Contract, family: Family) -> dict[str, Any]:
@@ -127,11 +127,11 @@ def _usage(card: Card) -> str:
     """Code that runs in the export's folder, for the LoRA folders and for the merged pipeline."""
     blocks = []
     if card.folders:
-        blocks.append(_code(card))
+        blocks.append(card.usage.of_folders(card.folders))
     if card.merged:
         if card.folders:
             blocks.append("The merged pipeline by itself:")
-        blocks.append(_code(card, card.merged[0]))
+        blocks.append(card.usage.of_merged(card.merged[0]))
     same = card.contract.dtype
     return "## Use\n\nIn this folder, with tiltflow installed:\n\n" + "\n\n".join(
         [
@@ -144,46 +144,6 @@ def _usage(card: Card) -> str:
             *([card.caution] if card.caution else []),
         ]
     )
-
-
-def _code(card: Card, merged: str | None = None) -> str:
-    contract = card.contract
-    arguments = ", ".join(f"{key}={value!r}" for key, value in card.call.items())
-    options = ["dtype=torch.bfloat16"] if contract.dtype == "bf16" else []
-    options += [f"{part}=None" for part in card.absent]
-    source = ", ".join([f'"{merged}"' if merged else "BASE", *options])
-    naming = f"  # the class that {merged}/ names" if merged else ""
-    code = [
-        *(["import torch"] if contract.dtype == "bf16" else []),
-        f"from diffusers import {contract.pipeline}",
-        f"from tiltflow.scheduler import CPSFlowMatchScheduler{naming}",
-        "",
-        *([] if merged else _where(contract.base)),
-        f"pipe = {contract.pipeline}.from_pretrained({source})",
-    ]
-    if not merged:
-        names = [name for name in card.folders if not name.startswith("baked_")]
-        code += [f'pipe.load_lora_weights("{name}", adapter_name="{name}")' for name in names]
-        if TILT in names:
-            stack = json.dumps(stack_tilt())
-            code.append(f"pipe.set_adapters({stack}, [1.0, 1.0])  # tilt: 0 to 1.5")
-        code.append('pipe.scheduler = CPSFlowMatchScheduler.from_pretrained("scheduler")')
-    code += [
-        'prompts = ["a red fox in the snow"]',
-        "noise = pipe.scheduler.seed(0, images=len(prompts))",
-        f"images = pipe(prompt=prompts, generator=noise, {arguments}).images",
-    ]
-    return "```python\n" + "\n".join(code) + "\n```"
-
-
-def _where(base: BaseModelFacts) -> list[str]:
-    """Lines that say where the base model is."""
-    if base.packaged is not None:
-        place = f'str(files("tiltflow") / "assets" / "{base.packaged}")'
-        return ["from importlib.resources import files", "", f"BASE = {place}"]
-    if base.hub_id is not None:
-        return [f'BASE = "{base.hub_id}"']
-    return [f"BASE = {base.name!r}  # set this: the directory of the base model"]
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:

@@ -95,6 +95,9 @@ class Contract(_Part):
     adapters: dict[str, AdapterFacts] = {}
     weights: str | None = None
     """`adapter_fingerprint`'s of full copies' weights as they were trained; None of adapters."""
+    absent: tuple[str, ...] | None = None
+    """The text encoders that the pipeline was without in training; None of an earlier version's,
+    which does not say."""
     tilt: float | None = None
     """The strength at which stage 2 was merged; None in LoRA folders."""
     recipe: dict[str, Any] = {}

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from tiltflow.core.sizes import said
 from tiltflow.formats.contract import Contract
 from tiltflow.formats.keys import has_layout
+from tiltflow.formats.usage import Usage
 from tiltflow.formats.wanted import Wanted
-from tiltflow.formats.workflow import NO_WORKFLOW, has_workflow
+from tiltflow.formats.workflow import T5_ZEROS, no_workflow, zero_tokens
 from tiltflow.models.switch import TILT
 
 
-def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str]:
+def guides(wanted: Wanted, loras: Sequence[str], usage: Usage) -> list[str]:
     """One section of markdown for each format that has files of its own."""
+    contract = usage.contract
     files = " and ".join(f"`{name}.safetensors`" for name in loras)
     parts = []
     if "comfyui" in wanted.formats:
@@ -33,13 +35,7 @@ def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str
             f"and `….alpha`. The scale is alpha / rank. {_levels(contract)}"
         )
     if "peft" in wanted.formats:
-        folders = " and ".join(f"`peft/{name}/`" for name in loras)
-        parts.append(
-            f"## PEFT\n\n{folders} are PEFT folders of the transformer, which servers take too:\n\n"
-            "```python\nfrom peft import PeftModel\n\n"
-            f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "peft/{loras[0]}")\n'
-            f"```\n\n{_levels(contract)}"
-        )
+        parts.append(_peft(loras, usage))
     if "merged" in wanted.formats and has_layout(contract.family):
         kind = {None: f"in {contract.dtype}", "bf16": "in bf16", "fp8": "in fp8 (e4m3)"}
         parts.append(
@@ -48,8 +44,8 @@ def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str
             "transformer from one file"
             + (
                 "; `workflow.json` beside it is ComfyUI's, which finds the file in "
-                "`models/diffusion_models`."
-                if has_workflow(contract.family)
+                f"`models/diffusion_models`.{_without_t5(contract)}"
+                if no_workflow(contract) is None
                 else "."
             )
             + (
@@ -61,16 +57,40 @@ def guides(wanted: Wanted, loras: Sequence[str], contract: Contract) -> list[str
     return parts
 
 
+def _peft(loras: Sequence[str], usage: Usage) -> str:
+    folders = " and ".join(f"`peft/{name}/`" for name in loras)
+    baked = [name for name in loras if name.startswith("baked_")]
+    both = f"`peft/{baked[0]}` is both in one: load it alone in their place. " if baked else ""
+    return (
+        f"## PEFT\n\n{folders} are PEFT folders of the transformer, which servers take too. "
+        f"In this folder, with tiltflow installed:\n\n{usage.of_peft(loras)}\n\n"
+        "The base is loaded anew: on a pipeline that has the LoRAs already they would act twice. "
+        f"{both}{_levels(usage.contract)}"
+    )
+
+
+def _without_t5(contract: Contract) -> str:
+    """What a workflow has in T5's place, where the student was trained without it."""
+    zeros = zero_tokens(contract)
+    if zeros is None:
+        return ""
+    if zeros == 0:
+        return " The student was trained without T5, and the workflow loads none."
+    return (
+        f" The student was trained without T5, with {zeros} tokens of zeros in its place. "
+        "ComfyUI's nodes take their number from a T5 only. So the workflow loads "
+        f"`{T5_ZEROS['clip_name']}`, gives it an empty prompt, and sets what comes out to zero."
+    )
+
+
 def _graph(contract: Contract) -> str:
-    if has_workflow(contract.family):
+    reason = no_workflow(contract)
+    if reason is None:
         return (
             ", open `comfyui/workflow.json`, and set the file names of the base model, text "
-            "encoders and autoencoder to yours. "
+            f"encoders and autoencoder to yours.{_without_t5(contract)} "
         )
-    return (
-        f". {NO_WORKFLOW}: load the LoRAs behind the node that loads the model. "
-        f"{_levels(contract)} "
-    )
+    return f". {reason}: load the LoRAs behind the node that loads the model. {_levels(contract)} "
 
 
 def _strength(loras: Sequence[str]) -> str:

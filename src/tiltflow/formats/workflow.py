@@ -1,7 +1,8 @@
 """A ComfyUI workflow that samples as the student was trained, in the form of ComfyUI's own API.
 
 ManualSigmas, SamplerEulerAncestral, the loaders of several encoders and the empty latents are as
-docs.comfy.org/built-in-nodes names them (read 2026-11); the other nodes are as published workflows
+docs.comfy.org/built-in-nodes names them (read 2026-11), what nodes and SD3's loaders do to a
+prompt's conditioning is from ComfyUI's source; the other nodes are as published workflows
 have them. ComfyUI itself was not run. What the samplers do to a flow model, in our symbols, with
 x̂₀ = x − σ v:
 
@@ -45,6 +46,8 @@ class Nodes:
     t5: bool = False
     """Whether the text encoder pads a prompt as `T5TokenizerOptions` says."""
     embedded_guidance: bool = False
+    without_t5: tuple[str, Mapping[str, Any]] | None = None
+    """The encoders' loader for a student that was trained without T5, if it can be."""
 
 
 NODES: Mapping[str, Nodes] = {
@@ -60,6 +63,14 @@ NODES: Mapping[str, Nodes] = {
         autoencoder="sd3_vae.safetensors",
         latent="EmptySD3LatentImage",
         t5=True,
+        without_t5=(
+            "DualCLIPLoader",
+            {
+                "clip_name1": "clip_l.safetensors",
+                "clip_name2": "clip_g.safetensors",
+                "type": "sd3",
+            },
+        ),
     ),
     "flux": Nodes(
         encoders=(
@@ -114,6 +125,9 @@ NODES: Mapping[str, Nodes] = {
 """By family. There is none of SANA, which its own nodes do not load, nor of Qwen-Image-2.1."""
 
 NO_WORKFLOW = "There is no workflow for this family"
+T5_ABSENT = ("text_encoder_3",)
+T5_ZEROS = {"clip_name": "t5xxl_fp16.safetensors", "type": "sd3"}
+"""The loader of the T5 whose tokens are set to zero (`_zeros`)."""
 
 TRANSFORMERS: Mapping[str, str] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3_medium.safetensors",
@@ -161,13 +175,29 @@ def has_workflow(family: str) -> bool:
     return family in NODES
 
 
+def no_workflow(contract: Contract) -> str | None:
+    """Why a student has no workflow, without a full stop; None where it has one."""
+    if not has_workflow(contract.family):
+        return NO_WORKFLOW
+    absent = contract.absent or ()
+    if not absent or (absent == T5_ABSENT and NODES[contract.family].without_t5):
+        return None
+    return f"There is no workflow for a student that was trained without {' and '.join(absent)}"
+
+
+def zero_tokens(contract: Contract) -> int | None:
+    """The tokens that are zeros in T5's place in a student's workflow; None where T5 is there."""
+    return contract.max_sequence_length if contract.absent == T5_ABSENT else None
+
+
 def workflow(
     contract: Contract, loras: Sequence[tuple[str, float]] = (), transformer: str | None = None
 ) -> Graph:
     """The graph for the student of a contract.
 
     `loras` are file names in ComfyUI's loras folder with their strengths; `transformer` is a file
-    among its diffusion models, by default that of the student's own base.
+    among its diffusion models, by default that of the student's own base. There has to be one
+    (`no_workflow`).
     """
     nodes, make = NODES[contract.family], _Builder()
     name = transformer or _transformer(contract.base)
@@ -177,14 +207,7 @@ def workflow(
             "LoraLoaderModelOnly", model=model, lora_name=file, strength_model=strength
         )
         model = (loader, 0)
-    kind, files = nodes.encoders
-    files = {**files, **ENCODERS.get(contract.base.hub_id or "", {})}
-    clip: Link = (make.add(kind, **files), 0)
-    if nodes.t5:
-        length = contract.max_sequence_length
-        clip = (make.add("T5TokenizerOptions", clip=clip, min_padding=0, min_length=length), 0)
-    positive: Link = (make.add("CLIPTextEncode", clip=clip, text="a red fox in the snow"), 0)
-    negative: Link = (make.add("CLIPTextEncode", clip=clip, text=""), 0)
+    positive, negative = _prompts(make, nodes, contract)
     if nodes.embedded_guidance:
         guided = make.add("FluxGuidance", conditioning=positive, guidance=contract.guidance)
         positive = (guided, 0)
@@ -208,6 +231,39 @@ def workflow(
     image: Link = (make.add("VAEDecode", samples=latent, vae=vae), 0)
     make.add("SaveImage", images=image, filename_prefix="tiltflow")
     return make.graph
+
+
+def _prompts(make: _Builder, nodes: Nodes, contract: Contract) -> tuple[Link, Link]:
+    """The conditioning of a prompt and of the empty one, which nothing reads at cfg = 1."""
+    zeros = zero_tokens(contract)
+    kind, files = nodes.encoders if zeros is None else nodes.without_t5 or nodes.encoders
+    files = {**files, **ENCODERS.get(contract.base.hub_id or "", {})}
+    clip: Link = (make.add(kind, **files), 0)
+    if nodes.t5 and zeros is None:
+        clip = _padded(make, clip, contract.max_sequence_length)
+    texts = ("a red fox in the snow", "")
+    made: list[Link] = [(make.add("CLIPTextEncode", clip=clip, text=text), 0) for text in texts]
+    if zeros:
+        more = _zeros(make, zeros)
+        made = [
+            (make.add("ConditioningConcat", conditioning_to=one, conditioning_from=more), 0)
+            for one in made
+        ]
+    return made[0], made[1]
+
+
+def _padded(make: _Builder, clip: Link, length: int) -> Link:
+    """A text encoder whose T5 pads a prompt to `length` tokens."""
+    return (make.add("T5TokenizerOptions", clip=clip, min_padding=0, min_length=length), 0)
+
+
+def _zeros(make: _Builder, length: int) -> Link:
+    """`length` tokens of zeros. Without T5 ComfyUI has CLIP's 77 tokens alone, where the pipeline
+    has zeros in T5's place, which the transformer attends to; and no node makes a length of its own
+    but T5's. So T5 reads an empty prompt, and its tokens are set to zero."""
+    t5: Link = (make.add("CLIPLoader", **T5_ZEROS), 0)
+    empty: Link = (make.add("CLIPTextEncode", clip=_padded(make, t5, length), text=""), 0)
+    return (make.add("ConditioningZeroOut", conditioning=empty), 0)
 
 
 def _transformer(base: BaseModelFacts) -> str:

@@ -96,6 +96,7 @@ def settle(
     levels: Mapping[str, tuple[float, ...]] = {}
     if contract:
         notes += _other_sizes(contract, sizes or [asked.get("resolution")])
+        notes += _other_encoders(contract, pipelines.model)
     if contract and contract is not merged:
         moved, at = _other_base(contract, base), sizes or [values["resolution"]]
         levels, others = own_levels(contract, pipelines, values["steps"], at, moved=bool(moved))
@@ -187,6 +188,17 @@ def _other_base(contract: Contract, base: Pipeline) -> list[str]:
         f"the LoRA was trained on {contract.base.name}, whose weights have the hash {there[:12]}, "
         f"but those in {base} have {here[:12]}"
     ]
+
+
+def _other_encoders(contract: Contract, model: Pipeline) -> list[str]:
+    """A line if the model at hand has other text encoders than the student was trained with: they
+    are in no fingerprint, and what is absent is zeros in a prompt's conditioning."""
+    if contract.absent is None or not model.has(INDEX):
+        return []
+    trained, here = set(contract.absent), set(model.absent_encoders)
+    more, fewer = (" and ".join(sorted(names)) for names in (trained - here, here - trained))
+    lines = [f"the student was trained without {more}, which {model} has"] if more else []
+    return lines + ([f"the student was trained with {fewer}, which {model} lacks"] if fewer else [])
 
 
 def _roles(

@@ -65,22 +65,19 @@ class Student:
         Raises:
             ValueError: if there are other than one strength a dial, or a number is out of range.
         """
-        if not 1 <= steps <= MOST_STEPS:
-            raise ValueError(f"steps go from 1 to {MOST_STEPS}")
         if not 0 <= seed < 2**63:
             raise ValueError("a seed goes from 0 to 2^63 − 1")
         return self._sample(strengths, self._encode(text), [0], seed, steps)[0]
 
-    def scores(self, strengths: Sequence[float]) -> dict[str, dict[str, Any]]:
-        """Each reward on the fixed prompts and noise: its mean and 95% interval, and whether it was
-        trained on.
+    def scores(self, strengths: Sequence[float], steps: int) -> dict[str, dict[str, Any]]:
+        """Each reward on the fixed prompts and noise, of images in `steps` steps: its mean and 95%
+        interval, and whether it was trained on.
 
         Raises:
             ValueError: as `image`.
         """
         rows = list(range(len(self.fixed)))
-        chosen = self.request.settled.steps
-        images = self._sample(strengths, self.fixed, rows, self.cfg.run.seed, chosen)
+        images = self._sample(strengths, self.fixed, rows, self.cfg.run.seed, steps)
         texts = [prompt.text for prompt in self.fixed.prompts]
         about = [prompt.metadata for prompt in self.fixed.prompts]
         found: dict[str, dict[str, Any]] = {}
@@ -101,6 +98,8 @@ class Student:
         seed: int,
         steps: int,
     ) -> Tensor:
+        if not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"steps go from 1 to {MOST_STEPS}")
         if len(strengths) != len(self.dials):
             raise ValueError(f"this student has {len(self.dials)} dials")
         for name, strength in zip(self.dials, strengths, strict=True):

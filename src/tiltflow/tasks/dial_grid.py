@@ -1,7 +1,7 @@
 """A dial computed beforehand: `tiltflow dial`, for models whose pictures take too long to wait for.
 
 A folder holds a picture of every prompt, seed and strength, each the one that the loaded student
-makes, to the last bit, and each strength's rewards on the run's held-out prompts.
+makes, to the last bit, and each strength's rewards on the run's held-out prompts, in as many steps.
 """
 
 from __future__ import annotations
@@ -90,10 +90,13 @@ def compute_dial(
     """
     _check(seeds, strengths, prompts)
     student = load_student([run], side, device)
-    chosen = student.request.settled.steps if steps is None else steps
+    trained = student.request.settled.steps
+    chosen = trained if steps is None else steps
     texts = list(prompts or [p.text for p in student.fixed.prompts[:count]])
     scored = student.cfg.model_dump(mode="json", include={"rewards", "watch", "run"})
     what = {**asked(student.request), **scored, "steps": chosen}
+    if chosen != trained:  # what earlier versions scored at the trained number is not gone on with
+        what["scored_steps"] = chosen
     grid = Grid(
         tilt=run.absolute().name,
         digest=digest(what),
@@ -163,7 +166,8 @@ def _scores(student: Student, grid: Grid, out: Path, callbacks: Callbacks) -> No
         file = _scores_file(out, number)
         if not file.is_file():
             with writing(file):
-                write_whole(file, json.dumps(student.scores([strength]), allow_nan=False) + "\n")
+                found = student.scores([strength], grid.steps)
+                write_whole(file, json.dumps(found, allow_nan=False) + "\n")
         callbacks.progress("rewards", number + 1, len(grid.strengths))
 
 

@@ -38,8 +38,9 @@ from tiltflow.formats.programs import (
     write_original,
     write_peft,
 )
+from tiltflow.formats.usage import Usage
 from tiltflow.formats.wanted import Wanted
-from tiltflow.formats.workflow import NO_WORKFLOW, has_workflow, workflow, write_workflow
+from tiltflow.formats.workflow import no_workflow, workflow, write_workflow
 from tiltflow.formats.writing import (
     FullWeights,
     LoraWeights,
@@ -109,7 +110,7 @@ def export_checkpoint(
         check_fit(one, shapes)
     with replacing(out) as part:
         paths = _write_loras(wanted, loras, source, shapes, part)
-        if {"diffusers", "merged"} & set(wanted.formats):
+        if {"diffusers", "merged", "peft"} & set(wanted.formats):
             scheduler = _scheduler(source, contract)
             scheduler.save_pretrained(part / "scheduler")
             paths.append(part / "scheduler")
@@ -117,22 +118,21 @@ def export_checkpoint(
             paths += _write_merged(wanted, loras, checkpoint, contract, source, part)
         _write(part, contract)
         folders = [one.name for one in loras if "diffusers" in wanted.formats]
+        usage = Usage(contract, call_of(contract, source.family), _absent(source))
         card = Card(
-            contract=contract,
-            call=call_of(contract, source.family),
+            usage=usage,
             caution=source.family.caution,
             folders=folders,
             merged=[path.name for path in paths if (path / "model_index.json").is_file()],
-            absent=_absent(source),
             evaluation=_figures(evaluation, contract, callbacks),
-            others=guides(wanted, [one.name for one in loras], contract),
+            others=guides(wanted, [one.name for one in loras], usage),
         )
         (part / "README.md").write_text(model_card(card), encoding="utf-8")
         licence = licence_file(source.base.root)
         if licence is not None:
             shutil.copyfile(licence, part / licence.name)
         paths.append(part / "README.md")
-    for line in _notices(wanted, loras, source.family, checkpoint.step):
+    for line in _notices(wanted, loras, contract, checkpoint.step):
         callbacks.notice(line)
     return [out / path.relative_to(part) for path in paths]
 
@@ -153,7 +153,7 @@ def _figures(
     return None
 
 
-def _notices(wanted: Wanted, loras: list[Lora], family: Family, step: int) -> list[str]:
+def _notices(wanted: Wanted, loras: list[Lora], contract: Contract, step: int) -> list[str]:
     lines = [
         f"{one.name} is as it began, all zeros: in {counted(step, 'iteration')} the generator's "
         "average has taken no step (train.ema_interval, cold_start.generator_every)"
@@ -161,8 +161,9 @@ def _notices(wanted: Wanted, loras: list[Lora], family: Family, step: int) -> li
         if one.name in SINGLE
         and not any(bool(w.any()) for name, w in one.weights.items() if ".lora_B." in name)
     ]
-    if "comfyui" in wanted.formats and not has_workflow(family.name):
-        lines.append(f"{NO_WORKFLOW}: README.md says at which levels the student samples")
+    reason = no_workflow(contract) if "comfyui" in wanted.formats else None
+    if reason is not None:
+        lines.append(f"{reason}: README.md says at which levels the student samples")
     return lines
 
 
@@ -216,7 +217,7 @@ def _write_loras(
             folder = part / "comfyui"
             paths += [write_comfyui(one, layout, rows, folder) for one in loras]
             single = [(f"{one.name}.safetensors", 1.0) for one in loras if one.name in SINGLE]
-            if has_workflow(source.family.name):
+            if no_workflow(loras[0].contract) is None:
                 paths.append(write_workflow(workflow(loras[0].contract, single), folder))
         if "kohya" in wanted.formats:
             paths += [write_kohya(one, layout, rows, part / "kohya") for one in loras]
@@ -252,7 +253,7 @@ def _write_merged(
         if has_layout(family):
             write_original(folder / "transformer", layout_of(family), wanted.dtype, file, own)
             paths.append(file)
-            if has_workflow(family):
+            if no_workflow(own) is None:
                 graph = workflow(own, transformer=file.name)
                 paths.append(write_workflow(graph, file.parent, f"workflow{end}.json"))
     return paths
@@ -342,6 +343,7 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
             )
             for name, (group, settings) in adapters.items()
         },
+        absent=source.model.absent_encoders,
         weights=None if adapters else adapter_fingerprint(checkpoint.tensors["ema"]),
         recipe=_recipe(cfg, checkpoint.step),
         versions=versions(),

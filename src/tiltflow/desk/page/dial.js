@@ -7,7 +7,7 @@ const picked = new Set();
 let about = null; // the loaded student
 let strengths = [];
 let asked = { prompt: "", seed: 0, steps: 4 };
-let curves = new Map(); // strength of the first moving dial -> scores
+let curves = new Map(); // strength of the first moving dial -> scores, in the steps asked for
 let moving = 0; // the dial that the curves are along
 let making = null; // the request in flight, and whether another is wanted after it
 let home = null;
@@ -73,6 +73,7 @@ function draw() {
   const change = (name) => (event) => {
     const value = event.target.value;
     asked[name] = name === "prompt" ? value : Math.round(Number(value));
+    if (name === "steps") { curves = new Map(); plots(); } // they are of the steps before
     if (value) make();
   };
   easel = {
@@ -117,13 +118,13 @@ async function make() {
 }
 
 async function sweep() {
-  const mine = new Map(); // in the place of `curves` until another dial, student or sweep comes
-  const [along, others, { student }] = [moving, [...strengths], about];
+  const mine = new Map(); // in the place of `curves` until another dial, student, number of steps or sweep comes
+  const [along, others, { student }, { steps }] = [moving, [...strengths], about, asked];
   curves = mine;
   for (const value of GRID) {
     const at = others.map((x, i) => (i === along ? value : x));
     try {
-      const found = await post("/api/dial/scores", { strengths: at, student });
+      const found = await post("/api/dial/scores", { strengths: at, steps, student });
       if (curves !== mine) return;
       mine.set(value, found.scores);
     } catch (error) {

@@ -124,6 +124,11 @@ class Pipeline:
         return {name: None for name, value in self.index.items() if is_null(value)}
 
     @property
+    def absent_encoders(self) -> tuple[str, ...]:
+        """Of these, the text encoders: a prompt's conditioning goes by which there are."""
+        return tuple(sorted(part for part in self.absent if part.startswith("text_encoder")))
+
+    @property
     def side(self) -> Mapping[str, Any]:
         """The call-time defaults beside the pipeline, or none."""
         return self.json(SIDE_FILE) if (self.root / SIDE_FILE).is_file() else {}
