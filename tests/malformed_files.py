@@ -158,6 +158,19 @@ PIPELINES = [
     broken("parts of two models", other_autoencoder),
     broken("a resolution that does not fit", line=SAMPLE + "model --resolution 40"),
     broken("a second base for SD3", line=SAMPLE + "model --generator model"),
+    broken(
+        "a merged student for a teacher",
+        edit(INDEX, scheduler=["tiltflow.scheduler", "CPSFlowMatchScheduler"]),
+        line="train demo_cold_start run.device=cpu model.path=model",
+    ),
+    broken(
+        "an index of shards that a later save left",
+        text(SHARDS, json.dumps({"metadata": {}, "weight_map": {"w": "a.safetensors"}})),
+    ),
+    broken(
+        "a text encoder whose weights lie elsewhere",
+        edit("model/text_encoder/config.json", transformers_weights="../x.safetensors"),
+    ),
 ]
 
 LORAS = [

@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline
 from tiny_pipelines import RESOLUTION
 
 from tiltflow.models.families import check_pipeline, load_backbone
+from tiltflow.models.pipelines.directory import Pipeline
+from tiltflow.models.pipelines.files import check_teacher
 
 Tiny = Callable[[str], Path]
 
@@ -111,6 +113,22 @@ def test_missing_parts_and_shards_are_listed(sd3: Path) -> None:
     shutil.rmtree(sd3 / "vae")
     with pytest.raises(ValueError, match=r": vae/config\.json, vae/diffusion_pytorch_model"):
         check_pipeline(sd3)
+
+
+def test_an_older_index_beside_a_newer_file_is_named(sd3: Path) -> None:
+    """diffusers goes by the index, so that the file which was saved over it does not load."""
+    index = sd3 / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "a.safetensors"}}))
+    with pytest.raises(ValueError, match=r"transformer/a\.safetensors missing .an index names the"):
+        check_pipeline(sd3)
+
+
+def test_a_merged_student_is_a_pipeline_and_no_teacher(sd3: Path) -> None:
+    check_teacher(Pipeline(sd3))
+    edit(sd3 / "model_index.json", scheduler=["tiltflow.scheduler", "CPSFlowMatchScheduler"])
+    assert check_pipeline(sd3) == "sd3"
+    with pytest.raises(ValueError, match="is a merged student .* and cannot be a teacher: give"):
+        check_teacher(Pipeline(sd3))
 
 
 @pytest.mark.parametrize("resolution", [0, -64, 60, 1024])

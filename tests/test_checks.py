@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
 
 from tiltflow.cli.main import main
 from tiltflow.config.load import load_config
+from tiltflow.core.paths import resolve_path
 from tiltflow.setup import checks
+from tiltflow.setup.build import build_backbone
 from tiltflow.setup.checks import CHECKS, Check, Subject, check_run, findings
 
 
@@ -163,3 +171,52 @@ def test_places_that_cannot_be_made_are_found_first(
 def test_a_null_character_in_a_path_is_refused_with_its_key() -> None:
     with pytest.raises(ValueError, match="run.out is 'a.x00b', but it should have no null"):
         load_config("demo_cold_start", [r'run.out="a\0b"'])
+
+
+def merged(model: Path, place: Path) -> Path:
+    """A pipeline as an export merges a student into it."""
+    index = json.loads((shutil.copytree(model, place) / "model_index.json").read_text())
+    index["scheduler"] = ["tiltflow.scheduler", "CPSFlowMatchScheduler"]
+    (place / "model_index.json").write_text(json.dumps(index))
+    return place
+
+
+@pytest.mark.long
+def test_a_merged_student_is_no_teacher(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = merged(Path(resolve_path("packaged:pipeline")), here / "student")
+    settings = ["demo_cold_start", f"model.path={student}", "run.device=cpu", "run.out=out"]
+    (listed,) = (check for check in CHECKS if check.name == "model")
+    monkeypatch.setattr(checks, "CHECKS", (listed,))  # by itself, for speed
+    said = f"{student} is a merged student .* and cannot be a teacher: .* model.few_step=RUN"
+    assert run(monkeypatch, "doctor", *settings) == 2
+    assert re.search(f"\nmodel: model.path: {said}", capsys.readouterr().out)
+    assert run(monkeypatch, "train", *settings) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and "generator_path" not in error
+    assert not (here / "out").exists()
+    with pytest.raises(ValueError, match=said):  # as one on the hub, after its download
+        build_backbone(load_config(settings[0], settings[1:]), "image")
+
+
+@pytest.mark.long
+def test_a_merged_student_is_a_generators_start(
+    here: Path, tiny_pipeline: Callable[[str], Path]
+) -> None:
+    student = merged(tiny_pipeline("klein"), here / "student")
+    model = Flux2Transformer2DModel.from_pretrained(student / "transformer")
+    with torch.no_grad():
+        model.proj_out.weight.mul_(1.5)
+    model.save_pretrained(student / "transformer")
+    settings = ["model.resolution=64", "model.max_sequence_length=24", "run.device=cpu"]
+    settings += ["data.prompts=prompts.txt", "model.dtype=fp32", f"model.generator_path={student}"]
+    base = tiny_pipeline("klein_base")
+    cfg = load_config("flux2_klein_4b_cold_start", [f"model.path={base}", *settings])
+    check_run(cfg)
+    backbone: Any = build_backbone(cfg, "image")
+    assert torch.equal(backbone.student_base.proj_out.weight, model.proj_out.weight)
+    assert not torch.equal(backbone.teacher_base.proj_out.weight, model.proj_out.weight)
+    other = load_config("flux2_klein_4b_cold_start", [f"model.path={student}", *settings])
+    with pytest.raises(ValueError, match=f"or model.generator_path={student}"):
+        check_run(other)

@@ -7,12 +7,23 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tiltflow.models.pipelines import fingerprint
-from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
+from tiltflow.models.pipelines.directory import Pipeline
+from tiltflow.models.pipelines.files import check_pipeline
+from tiltflow.models.pipelines.fingerprint import (
+    adapter_fingerprint,
+    encoders_fingerprint,
+    pipeline_fingerprint,
+)
+from tiltflow.models.pipelines.loading import load_part
+from tiltflow.models.pipelines.weights import check_weights
+from tiltflow.tasks.choices import files_dtype
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -75,6 +86,95 @@ def test_a_large_file_counts_by_size_header_and_blocks(
     assert pipeline_fingerprint(copy) != before
     file.write_bytes(content)
     assert pipeline_fingerprint(copy) == before
+
+
+PARTS = {
+    "transformer": diffusers.SD3Transformer2DModel,
+    "vae": diffusers.AutoencoderKL,
+    "text_encoder": transformers.CLIPTextModelWithProjection,
+    "text_encoder_3": transformers.T5EncoderModel,
+}
+
+
+def saved_over(pipeline: Path, part: str) -> str:
+    """A fine-tune of a part, in bf16 and in shards, saved over what is there, which stays; the name
+    of a weight whose values are others than before."""
+    network = PARTS[part].from_pretrained(pipeline / part)
+    name = next(key for key, value in network.named_parameters() if value.ndim > 1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.5)
+    network.bfloat16().save_pretrained(pipeline / part, max_shard_size="20KB")
+    return name
+
+
+def read(pipeline: Pipeline, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of the files that are told apart, counted and checked."""
+    found: dict[str, torch.Tensor] = {}
+    for name in pipeline.weight_files(part):
+        found |= load_file(pipeline.root / part / name)
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_of_an_old_file_and_new_shards_that_counts_which_the_library_loads(
+    copy: Path, part: str
+) -> None:
+    """diffusers loads the shards, transformers the single file."""
+    before = pipeline_fingerprint(copy)
+    name, own = saved_over(copy, part), Pipeline(copy)
+    assert own.both_kinds(part)
+    check_pipeline(copy)
+    check_weights(copy)
+    loaded = load_part(own, part, torch.float32).state_dict()[name]
+    assert torch.equal(read(own, part)[name].float(), loaded)
+    assert (len(own.weight_files(part)) > 1) is (part in ("transformer", "vae"))
+    assert (pipeline_fingerprint(copy) != before) is (part in ("transformer", "vae"))
+    assert files_dtype(own) == ("bf16" if part == "transformer" else "fp32")
+    both = pipeline_fingerprint(copy), encoders_fingerprint(own)
+    for file in {*copy.glob(f"{part}/*.safetensors*")} - {*copy.glob(f"{part}/*.index.json")}:
+        if file.name not in own.weight_files(part):
+            file.unlink()
+    if len(own.weight_files(part)) == 1:
+        (copy / part / "model.safetensors.index.json").unlink()
+    assert (pipeline_fingerprint(copy), encoders_fingerprint(Pipeline(copy))) == both
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_3"])
+def test_variants_do_not_count_as_no_library_is_asked_for_one(copy: Path, part: str) -> None:
+    before, files = pipeline_fingerprint(copy), Pipeline(copy).weight_files(part)
+    network = PARTS[part].from_pretrained(copy / part).bfloat16()
+    network.save_pretrained(copy / part, variant="fp16", max_shard_size="20KB")
+    network.save_pretrained(copy / part, variant="fp16")
+    assert len(list((copy / part).glob("*fp16*"))) > 1
+    own = Pipeline(copy)
+    assert own.weight_files(part) == files and pipeline_fingerprint(copy) == before
+    name, value = next(iter(read(own, part).items()))
+    assert torch.equal(load_part(own, part, torch.float32).state_dict()[name], value)
+
+
+@pytest.mark.parametrize("end", ["", ".index.json"])
+def test_a_text_encoder_may_name_its_file(copy: Path, end: str) -> None:
+    """transformers goes by its configuration's `transformers_weights`."""
+    part = copy / "text_encoder_3"
+    old, other = part / "model.safetensors", f"other.safetensors{end}"
+    table = {name: value * 1.5 for name, value in load_file(old).items()}
+    shard = part / ("a.safetensors" if end else other)
+    save_file(table, shard, {"format": "pt"})
+    if end:
+        listed = {"metadata": {}, "weight_map": dict.fromkeys(table, shard.name)}
+        (part / other).write_text(json.dumps(listed))
+    before = encoders_fingerprint(Pipeline(copy))
+    change(part / "config.json", "transformers_weights", other)
+    own = Pipeline(copy)
+    assert own.weight_files(part.name) == [shard.name] and encoders_fingerprint(own) != before
+    check_pipeline(own.root)
+    check_weights(own)
+    loaded = load_part(own, part.name, torch.float32).state_dict()
+    assert torch.equal(loaded["shared.weight"], table["shared.weight"])
+    (part / other).unlink()
+    with pytest.raises(ValueError, match=f": text_encoder_3/{other} missing"):
+        check_pipeline(copy)
 
 
 def test_what_is_missing_is_named(copy: Path) -> None:

@@ -31,7 +31,7 @@ from tiltflow.core.settings import complaint
 from tiltflow.data.columns import weights_of
 from tiltflow.data.prompts import PACKAGED, Prompt, load_prompts
 from tiltflow.models.pipelines.directory import HUB_ID, Pipelines
-from tiltflow.models.pipelines.files import check_directory
+from tiltflow.models.pipelines.files import check_directory, check_teacher
 from tiltflow.rewards.remote.address import refuse_secrets
 
 __all__ = [
@@ -264,7 +264,8 @@ def validate_files(config: RunConfig) -> PromptSets:
 
 
 def check_model_files(config: RunConfig, pipelines: Pipelines | None = None) -> None:
-    """That the pipelines of the model are there and whole, or could be on the hub.
+    """That the pipelines of the model are there and whole, and model.path a teacher's, or could be
+    on the hub.
 
     `pipelines` are the config's, where something has been read of them already.
 
@@ -291,6 +292,8 @@ def check_model_files(config: RunConfig, pipelines: Pipelines | None = None) -> 
         elif here is not None:
             try:
                 check_directory(here)
+                if name == "model":
+                    check_teacher(here)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
 

@@ -25,7 +25,7 @@ from tiltflow.models.graphs import graphs_for
 from tiltflow.models.medium import load_medium
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.directory import Pipelines
-from tiltflow.models.pipelines.files import check_directory
+from tiltflow.models.pipelines.files import check_directory, check_teacher
 from tiltflow.models.pipelines.fingerprint import encoder_facts
 from tiltflow.models.pipelines.products import take_onednn
 from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles, copy_roles
@@ -85,9 +85,14 @@ def build_backbone(
 
     A transformer that the ranks will share stays in rank 0's main memory. `pipelines` are the
     config's, where something has been read of them already.
+
+    Raises:
+        ValueError: as `load_backbone`, or if the model is a merged student, which is no teacher.
     """
     model = cfg.model
     pipelines = pipelines or model.pipelines
+    if model.has_files:
+        check_teacher(pipelines.model)  # here too: one on the hub could not be looked at before
     shared: Base = "host" if ranks.main else "empty"
     base: Base = shared if _sharded(cfg, ranks) else "device"
     backbone = load_backbone(

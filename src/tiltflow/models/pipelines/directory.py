@@ -33,6 +33,8 @@ LARGEST_JSON = 32 * 2**20
 """Bytes: a tokenizer's vocabulary is 11 MB at most, and what is read takes 20 times as much."""
 
 SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
+INDEX_END = ".index.json"
+"""After the name of a single weight file: the index of shards that are in its place."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
@@ -151,13 +153,13 @@ class Pipeline:
         }
 
     def weight_files(self, part: str) -> list[str]:
-        """The safetensors files of a part's weights: one, or the shards that its index names.
+        """The safetensors files that loading a part reads: one, or the shards that its index names.
 
         Raises:
-            ValueError: if the index is none, or names a file that is not a safetensors file beside
-                it.
+            ValueError: if the index is none, or it or the part's configuration names a file that is
+                not a safetensors file beside it.
         """
-        return sorted(set(self._shards(part).values())) or [f"{stem(part)}.safetensors"]
+        return sorted(set(self._shards(part).values())) or [self._loaded(part)]
 
     def header(self, part: str) -> Mapping[str, Entry]:
         """What the headers of a network's weight files say.
@@ -170,11 +172,42 @@ class Pipeline:
             self._headers[part] = part_header(self.root / part, self.weight_files(part), listed)
         return self._headers[part]
 
+    def both_kinds(self, part: str) -> bool:
+        """Whether a part has an index of shards and a single file, of which one is not read."""
+        single = f"{part}/{stem(part)}.safetensors"
+        return self.has(single) and self.has(single + INDEX_END)
+
+    def _loaded(self, part: str) -> str:
+        """The name of what is opened for a part's weights: a single file or an index of shards.
+
+        A model that was saved over another may leave both, old and new. diffusers (0.42) then
+        takes the index, and transformers (5.23) the single file, or what its configuration names.
+
+        Raises:
+            ValueError: if the configuration names something else than such a file.
+        """
+        single = f"{stem(part)}.safetensors"
+        index = single + INDEX_END
+        if not is_encoder(part):
+            return index if self.has(f"{part}/{index}") else single
+        named = None
+        if self.has(f"{part}/config.json"):
+            named = self.config(part).get("transformers_weights")
+        if named is not None:
+            if not SHARD_NAME.fullmatch(str(named).removesuffix(INDEX_END)):
+                raise ValueError(
+                    f"{self.root / part / 'config.json'} has transformers_weights={shown(named)}, "
+                    "which is no safetensors file beside it"
+                )
+            return str(named)
+        alone = self.has(f"{part}/{index}") and not self.has(f"{part}/{single}")
+        return index if alone else single
+
     def _shards(self, part: str) -> dict[str, str]:
         """The shards of a part's weights by name; empty where they are in one file."""
-        name = f"{part}/{stem(part)}.safetensors.index.json"
+        name = f"{part}/{self._loaded(part)}"
         index = self.root / name
-        if not index.is_file() or self.has(f"{part}/{stem(part)}.safetensors"):
+        if not name.endswith(INDEX_END) or not index.is_file():
             return {}
         content = self.json(name)
         table = content.get("weight_map")
@@ -244,11 +277,17 @@ def none_of(name: str) -> str:
 
 def stem(part: str) -> str:
     """What a network's weight files are called."""
-    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+    return "model" if is_encoder(part) else "diffusion_pytorch_model"
+
+
+def is_encoder(part: str) -> bool:
+    """Whether a part is a text encoder, which transformers saves and loads; the other networks are
+    diffusers' own."""
+    return part.startswith("text_encoder")
 
 
 def is_network(part: str) -> bool:
-    return part in ("transformer", "vae") or part.startswith("text_encoder")
+    return part in ("transformer", "vae") or is_encoder(part)
 
 
 def is_part(entry: Any) -> bool:

@@ -13,15 +13,17 @@ from tiltflow.models.pipelines.directory import (
     SIDE_FILE,
     Pipeline,
     absent_parts,
+    is_encoder,
     is_network,
     is_null,
     is_part,
     local_pipeline,
+    stem,
 )
 from tiltflow.models.pipelines.headers import DEPTHS, WIDTHS, check_sizes
 from tiltflow.models.pipelines.limits import check_numbers, flattened, is_number, is_whole, shown
 
-__all__ = ["absent_parts", "check_directory", "check_pipeline", "local_pipeline"]
+__all__ = ["absent_parts", "check_directory", "check_pipeline", "check_teacher", "local_pipeline"]
 
 PART_NAME = re.compile(r"\w+")
 
@@ -67,7 +69,8 @@ def check_directory(pipeline: Pipeline) -> Family:
     if isinstance(scheduler, list) and scheduler[-1] not in (None, STUDENTS, *family.schedulers):
         raise ValueError(f"{root} has a {scheduler[-1]}, but it needs a {family.schedulers[0]}")
     if missing:
-        raise ValueError(f"{root} is not a complete {name}: {', '.join(missing)} missing")
+        listed = f"{', '.join(missing)} missing{_left_over(pipeline, parts, missing)}"
+        raise ValueError(f"{root} is not a complete {name}: {listed}")
     for part in parts:
         _check_class(pipeline, part, family)
         for file in JSON_FILES:
@@ -85,6 +88,25 @@ def check_directory(pipeline: Pipeline) -> Family:
     _check_tokenizers(pipeline, family)
     pipeline.checked = True
     return family
+
+
+def check_teacher(pipeline: Pipeline) -> None:
+    """Whether a pipeline may be the teacher of a run: a merged student is none.
+
+    It would be the fake score's start too, with guidance on top of what was distilled from it.
+
+    Raises:
+        ValueError: if the pipeline's scheduler is the students'; as `Pipeline.family`.
+    """
+    scheduler = pipeline.index.get("scheduler")
+    if not isinstance(scheduler, list) or scheduler[-1:] != [STUDENTS]:
+        return
+    start = f", or model.generator_path={pipeline}" if pipeline.family.twin else ""
+    raise ValueError(
+        f"{pipeline} is a merged student (its scheduler is a {STUDENTS}) and cannot be a teacher: "
+        "give the model that it was trained on, and to go on from the student model.few_step=RUN "
+        f"for stage 2, run.resume=true in its run for more of stage 1{start}"
+    )
 
 
 def _check_class(pipeline: Pipeline, part: str, family: Family) -> None:
@@ -180,6 +202,19 @@ def _missing_files(pipeline: Pipeline, family: Family, parts: list[str]) -> list
     if family.chat_template and not missing and not _has_chat_template(pipeline, _words(family)):
         missing.append(f"{_words(family)}/chat_template.jinja")
     return missing
+
+
+def _left_over(pipeline: Pipeline, parts: list[str], missing: list[str]) -> str:
+    """A clause where shards are missing beside a single file: its save left an older index."""
+    for part in parts:
+        both = is_network(part) and not is_encoder(part) and pipeline.both_kinds(part)
+        if both and any(name.startswith(f"{part}/") for name in missing):
+            single = f"{stem(part)}.safetensors"
+            return (
+                f" (an index names them, and then diffusers does not read {part}/{single}: if "
+                "that is the newer, remove the index)"
+            )
+    return ""
 
 
 def _words(family: Family) -> str:
