@@ -21,7 +21,8 @@ class Loss(tiltflow.Callbacks):
     """Prints one of the metrics, and what was saved."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        print(f"step {step}: matching loss {values['generator/matching']:.3f}")
+        if "generator/matching" in values:  # not where the generator had no update since
+            print(f"step {step}: matching loss {values['generator/matching']:.3f}")
 
     def checkpoint(self, step: int, path: Path) -> None:
         print(f"saved {path.name}")

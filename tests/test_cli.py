@@ -220,7 +220,8 @@ BAD = {
     "compare ./nowhere.json": "nowhere.json",
     "reward-server clipscroe": "clipscore",
     "reward-server shapes --host 0.0.0.0": "TILTFLOW_REWARD_TOKEN",
-    "report ./nowhere": "no run directory",
+    "train demo_tilt --steps 2": "train.steps=100",
+    "report ./nowhere": "no run directory: there is nothing there",
     "export ./nowhere --out x": "no run directory",
     "recipes demo_tlit": "demo_tilt",
 }

@@ -280,6 +280,9 @@ def test_bad_recipe_files(tmp_path: Path, text: str, words: str) -> None:
 def test_recipes_are_found_or_the_nearest_is_named(recipes: Path, tmp_path: Path) -> None:
     assert list_recipes() == ["demo_cold_start", "demo_tilt"]
     assert refusal("demo_tlit") == "unknown recipe 'demo_tlit'; the nearest is demo_tilt"
+    (tmp_path / "config.yaml").touch()
+    named = f"{tmp_path} is a run directory: its recipe is {tmp_path}/config.yaml"
+    assert refusal(str(tmp_path)) == named
     assert refusal("nowhere.yaml") == "there is no recipe file nowhere.yaml"
     path = tmp_path / "mine.yaml"
     path.write_bytes(COLD.encode() + b"# \xff")

@@ -143,6 +143,10 @@ def test_train_tells_its_callbacks_and_opens_the_run(tmp_path: Path) -> None:
     assert run.config.train.steps == 4 and run.export is None and run.evaluation is None
     with pytest.raises(ValueError, match="already holds a run"):
         tiltflow.train(mixture(tmp_path / "run"))
+    (tmp_path / "several" / "tilt").mkdir(parents=True)
+    (tmp_path / "several" / "tilt" / "config.yaml").touch()
+    with pytest.raises(ValueError, match="the runs in it are .*several/tilt$"):
+        tiltflow.Run(tmp_path / "several")
     with pytest.raises(ValueError, match="is no run directory"):
         tiltflow.Run(tmp_path)
 

@@ -357,16 +357,18 @@ def main() -> None:
     except (*EXPECTED, NonFiniteError, TyperException) as error:
         if debug:
             raise
-        terminal(stderr=True).print(f"tiltflow: {_sentence(error)}", highlight=False)
+        terminal(stderr=True).print(f"tiltflow: {_sentence(error, arguments)}", highlight=False)
         status = 2 if isinstance(error, ValueError | OSError | TyperException) else 1
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, arguments: list[str]) -> str:
     """What an error says, on one line."""
     text = str(error)
     if isinstance(error, TyperException):
         text = error.format_message()
+        if text.startswith("No such option") and arguments[0] in ("train", "doctor"):
+            text += " A run's settings are KEY=VALUE: train.steps=100, run.out=DIR."
     elif isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
     return printable(text, 4000)

@@ -155,7 +155,7 @@ class SamplingOptions:
         str | None,
         typer.Option(
             "--generator",
-            help="the distilled pipeline that LoRAs sit on (klein, Z-Image-Turbo)",
+            help="the distilled pipeline that LoRAs sit on (klein, Z-Image-Turbo, Krea 2 Turbo)",
             parser=home_for_tilde,
             metavar="DIR",
         ),

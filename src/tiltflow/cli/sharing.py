@@ -59,7 +59,9 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
     @with_debug
     def push(
         run: Run,
-        repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub")],
+        repository: Annotated[
+            str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub, or NAME for your own")
+        ],
         formats: Formats = None,
         tilt: Tilt = None,
         dtype: Dtype = None,

@@ -112,6 +112,8 @@ def recipe_text(recipe: str) -> str:
     """
     packaged = _recipes()
     path = packaged.get(recipe)
+    if path is None and (Path(home_for_tilde(recipe)) / "config.yaml").is_file():
+        raise ValueError(f"{recipe} is a run directory: its recipe is {recipe}/config.yaml")
     if path is None and not _is_file_name(recipe):
         hint = f"; the nearest is {nearest(recipe, list(packaged))}" if packaged else ""
         raise ValueError(f"unknown recipe {recipe!r}{hint}")

@@ -104,3 +104,18 @@ def _absolute(path: str | None) -> str | None:
 
 def _place(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
+
+
+def check_run(path: Path) -> None:
+    """
+    Raises:
+        ValueError: if `path` is no run directory; runs in it are named.
+    """
+    if (path / "config.yaml").is_file():
+        return
+    if not path.is_dir():
+        why = "it is a file" if path.exists() else "there is nothing there"
+        raise ValueError(f"{path} is no run directory: {why}")
+    inner = sorted(str(each.parent) for each in path.glob("*/config.yaml"))
+    runs = f": the runs in it are {' and '.join(inner)}" if inner else ""
+    raise ValueError(f"{path} is no run directory (it has no config.yaml){runs}")

@@ -20,7 +20,8 @@ class Callbacks:
         """So many images of a system are made, or scored."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """What `metrics.jsonl` gets after iteration `step`: means since the last time, by name."""
+        """What `metrics.jsonl` gets of training after iteration `step`: means since the last time,
+        by name, without what was not updated. Held-out figures are in `Run.metrics`."""
 
     def samples(self, step: int, path: Path) -> None:
         """A picture of samples was written to `path`."""

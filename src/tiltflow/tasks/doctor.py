@@ -66,6 +66,7 @@ def examine(
             f"{counted(cfg.train.batch_size, 'sample')}{groups}{order}"
         )
         if cfg.model.has_files and not {"model", "weights", "adapters"} & set(failed):
+            console.print("[dim]planning its memory, phase by phase …[/]")
             have, planned = memory or device_memory(), Plans(cfg)
             if is_auto(cfg):
                 room = None if have is None else have * GIB

@@ -60,6 +60,7 @@ from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.switch import TILT
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.build import DTYPES
+from tiltflow.setup.run_directory import check_run
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 
 
@@ -72,8 +73,7 @@ def export_run(
         ValueError: if `run` is no run directory, its model has no pipeline, strengths are wanted
             of a run that has no tilt, or LoRAs of one that trained copies.
     """
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} is no run directory (it has no config.yaml)")
+    check_run(run)
     check_export_folder(out)
     cfg = load_config(str(run / "config.yaml"))
     if not cfg.model.has_files:

@@ -21,6 +21,7 @@ from tiltflow.evaluation.statistics import correct
 from tiltflow.evaluation.watch.history import FILE, read_history
 from tiltflow.evaluation.watch_figures import Watched
 from tiltflow.formats.contract import read_contract
+from tiltflow.setup.run_directory import check_run
 from tiltflow.tasks.doctor import versions
 from tiltflow.tasks.evaluate import PROMPTS, kept_prompts
 from tiltflow.tasks.sheets import prompt_files, sheets
@@ -48,8 +49,8 @@ def write_run_report(runs: Sequence[Path], out: Path | None) -> Path:
     found: list[Path] = []
     for run in runs:
         inner = [p for p in (run / "cold_start", run / "tilt") if (p / "config.yaml").is_file()]
-        if not inner and not (run / "config.yaml").is_file():
-            raise ValueError(f"{run} is no run directory (it has no config.yaml)")
+        if not inner:
+            check_run(run)
         found += [run, *inner]
     return _write(found, out or _place(runs))
 

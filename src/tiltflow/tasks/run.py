@@ -11,6 +11,7 @@ from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
 from tiltflow.evaluation.files import read_evaluation
+from tiltflow.setup.run_directory import check_run
 from tiltflow.tasks.sheets import sheets
 
 
@@ -27,8 +28,7 @@ class Run:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        if not (self.path / "config.yaml").is_file():
-            raise ValueError(f"{self.path} is no run directory (it has no config.yaml)")
+        check_run(self.path)
 
     @cached_property
     def config(self) -> RunConfig:

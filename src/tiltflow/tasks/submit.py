@@ -158,5 +158,10 @@ def submit(text: str) -> str:
             for line in told.stderr.splitlines()
             if line.strip()
         ]
+        if any("_establish_config_source" in line for line in lines):
+            raise ValueError(
+                "sbatch is here and knows no cluster (there is no slurm.conf): submit where SLURM "
+                "is, or give --print for the script"
+            )
         raise ValueError(f"SLURM refused the job: {'; '.join(lines) or 'it did not say why'}")
     return told.stdout.strip().partition(";")[0]  # of several clusters, JOB;CLUSTER
