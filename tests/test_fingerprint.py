@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tiltflow.models.pipelines import fingerprint
 from tiltflow.models.pipelines.directory import Pipeline
-from tiltflow.models.pipelines.files import check_pipeline
+from tiltflow.models.pipelines.files import check_pipeline, unread_shards
 from tiltflow.models.pipelines.fingerprint import (
     adapter_fingerprint,
     encoders_fingerprint,
@@ -124,6 +124,8 @@ def test_of_an_old_file_and_new_shards_that_counts_which_the_library_loads(
     before = pipeline_fingerprint(copy)
     name, own = saved_over(copy, part), Pipeline(copy)
     assert own.both_kinds(part)
+    said = [f"{copy}/{part} has model.safetensors and shards"] if "encoder" in part else []
+    assert [line.partition(":")[0] for line in unread_shards(own)] == said
     check_pipeline(copy)
     check_weights(copy)
     loaded = load_part(own, part, torch.float32).state_dict()[name]

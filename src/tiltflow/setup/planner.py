@@ -6,7 +6,7 @@ phase of an iteration runs once, one micro-batch of it, on the meta device, wher
 makes its result in shape only, and `Tally` adds up the storages that are alive at a time.
 
 Not counted: the allocator's fragmentation and the libraries' own memory (`OVERHEAD` stands for
-both), and reward models (`commands.planning` adds them to a plan).
+both), and reward models (`tasks.plans` adds them to a plan).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tiltflow.config.load import load_config
 from tiltflow.core.sentences import counted
+from tiltflow.models.pipelines.files import unread_shards
 from tiltflow.setup.build import device_of
 from tiltflow.setup.checks import Finding, Subject, findings
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
@@ -55,9 +56,14 @@ def examine(
         found = list(findings(subject))
         for finding in found:
             console.print(f"{finding.name}: {_verdict(finding).removeprefix(f'{finding.name}: ')}")
-        if not {"model", "stage 1", "prompts"} & {one.name for one in found if one.error}:
-            for line in start_notices(cfg, subject.prompts.train, subject.pipelines):
-                console.print(f"warning: {line}")
+        wrong = {one.name for one in found if one.error}
+        sound = cfg.model.has_files and not {"model", "weights"} & wrong
+        place = subject.pipelines.here("model") if sound else None
+        lines = [] if place is None else unread_shards(place)
+        if not {"model", "stage 1", "prompts"} & wrong:
+            lines += start_notices(cfg, subject.prompts.train, subject.pipelines)
+        for line in lines:
+            console.print(f"warning: {line}")
         groups = "" if cfg.stage == "cold_start" else f" in groups of {cfg.tilt.group_size}"
         failed = {finding.name: finding for finding in found if finding.failed}
         order = ", in order" if not failed else ""

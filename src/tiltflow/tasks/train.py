@@ -21,6 +21,7 @@ from tiltflow.evaluation.watch.probes import FixedPrompts
 from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.medium import Medium
 from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.files import unread_shards
 from tiltflow.models.roles import Role
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build, attention_for, build_stage, device_of
@@ -114,7 +115,9 @@ def _run(
     few_step = below(cfg, build.stage.roles)
     manifest = manifest_of(cfg, subject.prompts, few_step, subject.pipelines)
     here = manifest["generator_base"] or manifest["base"]
-    for line in start_notices(cfg, subject.prompts.train, subject.pipelines, here):
+    lines = unread_shards(subject.pipelines.model) if cfg.model.has_files else []
+    lines += start_notices(cfg, subject.prompts.train, subject.pipelines, here)
+    for line in lines:
         say(f"warning: {line}")
     _say_other_size(build, say)
     settings = _loop_settings(cfg, build.facts.as_json() | {"manifest": manifest})

@@ -217,6 +217,23 @@ def _left_over(pipeline: Pipeline, parts: list[str], missing: list[str]) -> str:
     return ""
 
 
+def unread_shards(pipeline: Pipeline) -> list[str]:
+    """Lines on text encoders of which shards lie beside a single file, which alone is loaded: a
+    later save in shards leaves the older file (findings/saved_in_shards_over_one_file.sh).
+
+    Raises:
+        ValueError: as `Pipeline.weight_files`.
+    """
+    single = f"{stem('text_encoder')}.safetensors"
+    return [
+        f"{pipeline}/{part} has {single} and shards: transformers loads {single} alone, so if the "
+        "shards are the newer, remove it"
+        for part in pipeline.index
+        if is_encoder(part)
+        if pipeline.both_kinds(part) and pipeline.weight_files(part) == [single]
+    ]
+
+
 def _words(family: Family) -> str:
     """The part that makes tokens of a prompt: the first tokenizer, or a processor's."""
     return "processor" if "processor" in family.required else "tokenizer"
