@@ -214,7 +214,7 @@ def test_other_defaults_of_the_model_are_told(place: Path, tmp_path: Path) -> No
 def test_edited_code_of_ones_own_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    module = f"own_{setting.partition('.')[2]}"
+    module = f"edited_{setting.partition('.')[2]}"
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"{module}.py").write_text("scale = 1\n")
     own = f"{module}:Own"
