@@ -84,6 +84,27 @@ def test_same_seed_same_adapter(pipeline: Path) -> None:
     assert not torch.equal(made[0][name], made[2][name])
 
 
+def test_adapters_start_apart(backbone: Backbone) -> None:
+    """Stage 2's lies on stage 1's of the same seed: of one draw, both would read the same."""
+    first = adapter_roles(copy.deepcopy(backbone), SETTINGS, seed=4)
+    few_step = {k: v.clone() for k, v in first.generator.state().items()}
+    fake = {k: v.clone() for k, v in first.fake_score.state().items()}
+    second = adapter_roles(
+        backbone,
+        SETTINGS,
+        seed=4,
+        few_step=(SETTINGS, few_step),
+        fake_score=fake,
+        fresh_fake_score=True,
+    )
+    roles = (first.generator, first.fake_score, second.generator, second.fake_score)
+    for name in (n for n in few_step if "lora_A" in n):
+        drawn = torch.stack([role.state()[name].flatten() for role in roles])
+        assert (drawn @ drawn.T / drawn.square().sum(1) - torch.eye(4)).abs().max() < 0.5, name
+        assert len({tuple(row.tolist()) for row in drawn}) == 4
+    assert all(torch.equal(w, second.generator.state()[n]) for n, w in second.ema.state().items())
+
+
 @pytest.mark.parametrize(
     "checkpointing", [(), ("generator",), ("fake_score",), ("generator", "fake_score")]
 )

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from tiltflow.core.randomness import Randomness
 from tiltflow.core.sentences import first_sentence
 from tiltflow.models.low_rank import fused
 
@@ -30,6 +31,15 @@ class AdapterSettings:
             target_modules=self.targets,
             init_lora_weights="gaussian",
         )
+
+
+def adapter_seed(seed: int, stage: str, name: str) -> int:
+    """The seed of an adapter's start: a draw for each run seed, stage and adapter (METHOD §8).
+
+    Stage 2's adapter lies on stage 1's. Of one draw, their A's would read the same directions of
+    the input, and the two together would have the rank of one.
+    """
+    return Randomness(seed).generator(f"adapter/{stage}/{name}", 0).initial_seed()
 
 
 def add_adapter(

@@ -10,15 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tiltflow.models.adapters import AdapterSettings, add_adapter, call, frozen_below, load_weights
+from tiltflow.models.adapters import (
+    AdapterSettings,
+    adapter_seed,
+    add_adapter,
+    call,
+    frozen_below,
+    load_weights,
+)
 from tiltflow.models.backbone import Backbone, Conditioning
 from tiltflow.models.graphs import Given, Graphs, Made
-from tiltflow.models.switch import FEW_STEP, AdapterSwitch, stack_tilt
+from tiltflow.models.switch import FEW_STEP, AdapterSwitch, alone, stack_tilt
 
 State = dict[str, Tensor]
 Named = dict[str, dict[str, nn.Parameter]]
@@ -236,22 +244,22 @@ def adapter_roles(
     but the teacher are called with `guidance`, A starts with `init_std`, `graphs` record passes.
     """
     student, teacher = backbone.student_base, backbone.teacher_base
+    own_seed = partial(adapter_seed, seed, "tilt" if few_step else "cold_start")
     frozen = frozen_below(student, FEW_STEP, *few_step) if few_step else None
-    generator = add_adapter(student, "generator", settings, seed, True, init_std)
-    ema = add_adapter(student, "ema", settings, seed, False, init_std)
+    generator = add_adapter(student, "generator", settings, own_seed("generator"), True, init_std)
+    ema = add_adapter(student, "ema", settings, own_seed("ema"), False, init_std)
     start = fit_to_boundaries(fake_score, boundaries) if fake_score is not None else None
     names, first = _fake_names(boundaries), few_step[0] if few_step else settings
     below = _frozen_fakes(teacher, names, first, start) if fresh_fake_score and start else {}
     # Trained on, it has stage 1's shape; fresh, this stage's (an exported LoRA says α = rank).
     shape = first if start and not below else settings
     fakes = {
-        name: add_adapter(teacher, name, shape, seed + k, True, init_std)
-        for k, name in enumerate(names, 1)
+        name: add_adapter(teacher, name, shape, own_seed(name), True, init_std) for name in names
     }
     switches = {id(base): AdapterSwitch(base) for base in (student, teacher)}
     _checkpoint((student, teacher), switches, ("generator", *fakes), checkpointing)
     role = _Maker(backbone, switches, autocast, guidance, graphs).role
-    stack = stack_tilt if few_step else _alone
+    stack = stack_tilt if few_step else alone
 
     def fake_below(name: str) -> Role:
         return role(f"few_step_{name}", teacher, (f"few_step_{name}",), below[name])
@@ -272,11 +280,6 @@ def adapter_roles(
     if start and not below:
         roles.fake_score.load(start)
     return roles
-
-
-def _alone(own: str) -> tuple[str, ...]:
-    """The adapters of a generator of stage 1."""
-    return (own,)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ FEW_STEP, TILT = "few_step", "tilt"
 """The adapters of stage 1 and stage 2, as exports name them."""
 
 
+def alone(own: str) -> tuple[str, ...]:
+    """The adapters of a generator of stage 1."""
+    return (own,)
+
+
 def stack_tilt(own: str = TILT) -> tuple[str, ...]:
     """The adapters of a tilted generator: stage 2's `own` on stage 1's, over one base.
 
