@@ -19,11 +19,14 @@ from tiltflow.data.buckets import Bucket
 from tiltflow.formats.contract import Contract, read_contract
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.scheduler import CPSFlowMatchScheduler
+from tiltflow.setup.model_checks import start_shapes
+from tiltflow.setup.starts import Start, load_start
 from tiltflow.tasks.evaluate import asked
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.systems import Sampler
 
 Tiny = Callable[[str], Path]
+Begin = Callable[[Path], Start]
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -119,6 +122,23 @@ def test_a_lora_in_the_place_of_another_is_refused(made: Student, tmp_path: Path
             request(made, few_step=below, tilt_lora=above).settled  # noqa: B018
     for below, above in ((baked, None), (few_step, tilt), (made.export / "baked_0", tilt)):
         assert request(made, few_step=below, tilt_lora=above).settled.notes == ()
+
+
+@pytest.mark.parametrize("begin", [load_start, start_shapes])
+def test_stage_2_begins_from_no_tilt(made: Student, tmp_path: Path, begin: Begin) -> None:
+    """A tilt alone is a network that nobody trained; a run of stage 2 without its checkpoints would
+    begin without its tilt."""
+    few_step, tilt = made.export / "few_step", made.export / "tilt"
+    baked, whole = begin(made.export / "baked_0.5"), begin(few_step)
+    assert set(baked.few_step) == set(whole.few_step) and whole.fake_score is None
+    assert begin(resaved(tilt, tmp_path / "bare", None)).settings == whole.settings
+    with pytest.raises(ValueError, match="model.few_step=.* holds a tilt: it acts on the few-step"):
+        begin(tilt)
+    shutil.copytree(made.export, tmp_path / "run" / "export")
+    with pytest.raises(ValueError, match="stage 2's tilt beside the few-step adapter: give .*few_"):
+        begin(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export" / "tilt")
+    assert set(begin(tmp_path / "run").few_step) == set(whole.few_step)
 
 
 def resaved(lora: Path, out: Path, contract: Contract | None, more: float = 0.0) -> Path:

@@ -169,3 +169,20 @@ class Backbone(Protocol):
 
     def free_text_encoders(self) -> None:
         """Drops what only `encode` needs."""
+
+
+def check_guidance(backbone: Backbone, guidance: float | None, name: str) -> None:
+    """Passes a teacher that is not led away from its prompts; `guidance` None is the model's own.
+
+    Pipelines count from 0, or take every scale up to 1 for none: 0 is what one who means none
+    writes, and as p = u + g (c - u) it is the velocity of the empty prompt.
+
+    Raises:
+        ValueError: if the scale is below 1 where it takes a second pass; `name` is whose it is.
+    """
+    scale = backbone.guidance if guidance is None else guidance
+    if scale < 1 and backbone.passes(scale) > 1:
+        raise ValueError(
+            f"{name} {scale:g} is below 1, so that the teacher of {backbone.family} would follow "
+            "its prompts less than without guidance, and at 0 not at all: 1 is without guidance"
+        )

@@ -19,9 +19,11 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from tiltflow.models.pipelines.fingerprint import adapter_fingerprint
 from tiltflow.models.pipelines.headers import FLOATS, header
 from tiltflow.models.pipelines.limits import is_number, is_whole, shown
 from tiltflow.models.pipelines.weights import largest
@@ -286,6 +288,12 @@ def _plain(
 def exactly(names: Iterable[str]) -> str:
     """A pattern that these modules match, and no others."""
     return "|".join(re.escape(name) for name in sorted(names))
+
+
+def lora_mark(folder: Path) -> str:
+    """The `adapter_fingerprint` of a LoRA's weights by their names in the transformer."""
+    weights = {k.removeprefix(PREFIX): v for k, v in load_file(lora_file(folder)).items()}
+    return adapter_fingerprint(weights)
 
 
 def lora_file(folder: Path) -> Path:

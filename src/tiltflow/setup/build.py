@@ -162,9 +162,25 @@ def adapter_settings(cfg: RunConfig, backbone: Backbone) -> AdapterSettings:
         raise ValueError(
             f"adapters.targets {targets!r} is no regular expression: {error}"
         ) from error
+    if chosen.targets is not None and not isinstance(targets, str):
+        _check_named(targets, backbone)
     return AdapterSettings(
         chosen.rank, chosen.alpha, targets if isinstance(targets, str) else list(targets)
     )
+
+
+def _check_named(targets: Sequence[str], backbone: Backbone) -> None:
+    """Passes names of modules that are all there: PEFT takes a list of which one is.
+
+    Raises:
+        ValueError: naming the first that no module has.
+    """
+    there = [f".{name}" for name, _ in backbone.student_base.named_modules()]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in there):
+            raise ValueError(
+                f"adapters.targets has {target!r}, but no module of {backbone.family} has that name"
+            )
 
 
 def fake_scores(cfg: RunConfig) -> int | None:

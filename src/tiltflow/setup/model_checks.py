@@ -19,8 +19,8 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.core.sizes import Resolution, both
 from tiltflow.data.embeddings import check_negatives
 from tiltflow.data.prompts import Prompt
+from tiltflow.models.backbone import check_guidance
 from tiltflow.models.family import published
-from tiltflow.models.lora_files import read_adapter
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.directory import Pipeline, Pipelines
 from tiltflow.models.pipelines.headers import header_shapes
@@ -30,7 +30,7 @@ from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.setup.assemble import buckets_of
 from tiltflow.setup.build import DTYPES, build_roles
-from tiltflow.setup.starts import Start, grids_of, starting_point
+from tiltflow.setup.starts import Start, grids_of, lora_start, starting_point
 
 
 def meta_of(
@@ -123,6 +123,7 @@ def check_model(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
     backbone = meta_of(cfg, pipelines)
+    check_guidance(backbone, cfg.model.guidance, "model.guidance")
     for steps in cfg.sampler.grids:
         backbone.few_step_sigmas(steps)
     if cfg.stage == "tilt":
@@ -155,8 +156,7 @@ def start_shapes(run: Path) -> Start:
     """
     name = latest_name(run / "checkpoints")
     if name is None:
-        settings, weights = read_adapter(run)
-        return Start(weights, None, settings)
+        return lora_start(run)
     folder = run / "checkpoints" / name
     try:
         state = parse_json((folder / "state.json").read_text(encoding="utf-8"))

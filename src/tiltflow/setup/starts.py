@@ -10,8 +10,10 @@ from typing import Any
 from tiltflow.config.load import RunConfig
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.sentences import listed
-from tiltflow.models.lora_files import read_adapter
+from tiltflow.formats.contract import read_contract
+from tiltflow.models.lora_files import lora_mark, read_adapter
 from tiltflow.models.roles import AdapterSettings, Roles, State, boundaries_of
+from tiltflow.models.switch import FEW_STEP, TILT
 from tiltflow.training.own_terms import BUILTIN
 
 Grids = tuple[int, ...]
@@ -46,8 +48,7 @@ def load_start(run: Path) -> Start:
         ValueError: if the directory holds neither a complete stage-1 checkpoint nor a LoRA.
     """
     if not (run / "checkpoints").is_dir():
-        settings, weights = read_adapter(run)
-        return Start(weights, None, settings)
+        return lora_start(run)
     checkpoint = load_checkpoint(run)
     if checkpoint.state.get("stage") != "cold_start":
         raise ValueError(f"model.few_step={run} is not a cold_start run")
@@ -58,6 +59,32 @@ def load_start(run: Path) -> Start:
         AdapterSettings(**adapters) if adapters else None,
         grids_of(checkpoint.state),
     )
+
+
+def lora_start(folder: Path) -> Start:
+    """An exported LoRA of stage 1's student: on its own, or that of a run that has no checkpoints.
+
+    Raises:
+        ValueError: if stage 2's adapter lies beside it, or is what the file holds; as
+            `read_adapter`.
+    """
+    if (folder / "export" / TILT).is_dir():
+        raise ValueError(
+            f"model.few_step={folder} has stage 2's tilt beside the few-step adapter: give "
+            f"{folder / 'export' / FEW_STEP} to begin from stage 1's student, without the tilt"
+        )
+    settings, weights = read_adapter(folder)
+    own = folder / "export" / FEW_STEP
+    place = own if own.is_dir() else folder
+    contract = read_contract(place)
+    tilt = contract.hashes.get(TILT) if contract else None
+    if tilt is not None and lora_mark(place) == tilt:
+        raise ValueError(
+            f"model.few_step={folder} holds a tilt: it acts on the few-step adapter that it was "
+            "trained on, and is no student without it. Give that adapter, or "
+            "`tiltflow export --tilt 1`, which has both in one"
+        )
+    return Start(weights, None, settings)
 
 
 def starting_point(cfg: RunConfig) -> Start | None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from tiltflow.core.sentences import either
 from tiltflow.core.sizes import Resolution, plain, said
 from tiltflow.formats.contract import Contract, read_contract
-from tiltflow.models.lora_files import adapter_keys, lora_file
+from tiltflow.models.lora_files import adapter_keys, lora_mark
 from tiltflow.models.pipelines.directory import INDEX, Pipeline, Pipelines
-from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
+from tiltflow.models.pipelines.fingerprint import pipeline_fingerprint
 from tiltflow.models.pipelines.limits import is_number, is_whole
 from tiltflow.models.switch import FEW_STEP, TILT
 from tiltflow.scheduler import CPSFlowMatchScheduler
@@ -213,7 +212,7 @@ def _roles(
     if not contracts and tilt_lora is None:
         return []
     known = {mark: name for each in contracts for name, mark in each.hashes.items() if mark}
-    first = _mark(few_step)
+    first = lora_mark(few_step)
     if known.get(first) == TILT:
         raise ValueError(
             f"--few-step is {few_step}, which holds a tilt: it acts on the few-step adapter that "
@@ -231,7 +230,7 @@ def _roles(
             f"--tilt-lora is {tilt_lora}, which holds the few-step adapter too: give it alone, as "
             "--few-step"
         )
-    second = _mark(tilt_lora)
+    second = lora_mark(tilt_lora)
     no_tilt = above is not None and bool(above.adapters) and TILT not in above.adapters
     if no_tilt or second == first or known.get(second) == FEW_STEP:
         raise ValueError(f"--tilt-lora is {tilt_lora}, which holds a few-step adapter and no tilt")
@@ -243,12 +242,6 @@ def _roles(
     if trained.get(TILT) not in (None, second) and adapter_keys(tilt_lora) is not None:
         notes.append(f"the weights in {tilt_lora} are not those of the tilt in its contract")
     return notes
-
-
-def _mark(folder: Path) -> str:
-    """The fingerprint of a LoRA's weights by their names in the transformer."""
-    weights = {k.removeprefix("transformer."): v for k, v in load_file(lora_file(folder)).items()}
-    return adapter_fingerprint(weights)
 
 
 def files_dtype(pipeline: Pipeline) -> Dtype:

@@ -387,7 +387,7 @@ def _recipe(cfg: RunConfig, step: int) -> dict[str, Any]:
         **({"base in training": "rounded to fp8"} if cfg.model.base_storage else {}),
         "global batch": train.batch_size,
         "learning rates": f"generator {train.generator_lr:g}, fake score {train.fake_score_lr:g}",
-        "teacher guidance": cfg.model.guidance or "the model's own",
+        "teacher guidance": "the model's own" if cfg.model.guidance is None else cfg.model.guidance,
         "EMA": train.ema,
         "seed": cfg.run.seed,
     }

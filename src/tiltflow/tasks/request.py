@@ -26,7 +26,7 @@ from tiltflow.data.embeddings import (
     encode_prompts,
 )
 from tiltflow.data.prompts import Prompt
-from tiltflow.models.backbone import Backbone, Parts
+from tiltflow.models.backbone import Backbone, Parts, check_guidance
 from tiltflow.models.families import load_backbone
 from tiltflow.models.family import has_files
 from tiltflow.models.pipelines.directory import Pipelines
@@ -163,6 +163,7 @@ def _prepare_copies(request: Request) -> tuple[Loaded, Sampler]:
     device = device_of(request.device)
     request.settled  # noqa: B018  # says what is wrong before anything is made
     loaded = load_copies(request.family or request.model, request.checkpoints, device)
+    check_guidance(loaded.backbone, request.guidance, "--guidance")
     check_negatives(request.prompts, loaded.backbone, request.guidance)
     encoded = encode_prompts(loaded.backbone, request.prompts)
     return loaded, _sampler(request, loaded.backbone, encoded)
@@ -200,6 +201,7 @@ def check_request(request: Request) -> None:
     settings = _settings(request) | {"size_name": named}
     shapes = meta_backbone(model, generator_path=generator, **settings)
     check_sizes(request.buckets, shapes)
+    check_guidance(shapes, request.guidance, "--guidance")
     check_negatives(request.prompts, shapes, request.guidance)
     if request.few_step or request.tilt_lora:
         load_students(shapes, request.few_step, request.tilt_lora)
