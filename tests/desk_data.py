@@ -202,15 +202,19 @@ def served(desk: Desk) -> Iterator[Client]:
         thread.join()
 
 
-def make_tilts(folder: Path, count: int = 2) -> list[Path]:
-    """Finished stage-2 runs of the embedded model: random adapters over one few-step adapter."""
-    config = load_config("demo_tilt", ["model.few_step=x", "model.autocast=null"])
-    place = resolve_path(config.model.path)
+def make_tilts(
+    folder: Path, count: int = 2, changes: Sequence[Sequence[str]] | None = None
+) -> list[Path]:
+    """Finished stage-2 runs of the embedded model: random adapters over one few-step adapter. With
+    `changes`, a run of each of these settings."""
+    plain = ["model.few_step=x", "model.autocast=null"]
+    configs = [load_config("demo_tilt", [*plain, *own]) for own in changes or [[]] * count]
+    place = resolve_path(configs[0].model.path)
     backbone = load_backbone(place, device="cpu", parts="image")
     settings = AdapterSettings(2, 4.0, backbone.lora_targets())
     shapes = adapter_roles(backbone, settings, seed=0).generator.state()
     runs = []
-    for i in range(count):
+    for i, config in enumerate(configs):
         run = make_run(folder / f"tilt-{i}")
         (run / "config.yaml").write_text(dump_config(config))
         tensors = {"few_step": random_like(shapes, 0), "ema": random_like(shapes, i + 1)}

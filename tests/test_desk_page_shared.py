@@ -124,6 +124,34 @@ def test_another_browsers_student_is_not_shown_as_this_ones(browser, tmp_path):
         assert page.locator(".plots .readout").count() == 0
 
 
+@pytest.mark.long
+def test_a_dial_of_two_runs_names_the_one_that_trained_on_a_reward(browser, tmp_path):
+    runs = make_tilts(
+        tmp_path,
+        changes=[
+            ["rewards={clipscore: 1.0}", "watch.rewards={shapes: 1.0}"],
+            ["rewards={clipscore_heldout: 1.0}", "watch.rewards={clipscore: 1.0}"],
+        ],
+    )
+    with (
+        served(Desk(runs, tmp_path / "votes.jsonl")) as client,
+        opened(browser, SIZES["desktop"]) as (page, said),
+    ):
+        page.goto(f"{client.address}/?token={TOKEN}#dial")
+        page.get_by_role("checkbox", name="tilt-0").check()
+        page.get_by_role("button", name="Load the student").click()
+        page.get_by_role("slider", name="tilt-0").wait_for()
+        page.get_by_label("Steps").fill("1")
+        page.get_by_role("button", name="Score all strengths").click()
+        page.wait_for_function("() => document.querySelectorAll('.plots figcaption').length === 3")
+        assert sorted(page.locator(".plots figcaption").all_inner_texts()) == [
+            "clipscore (trained: tilt-0)",
+            "clipscore_heldout (trained: tilt-1)",
+            "shapes (held out)",
+        ]
+        assert said == []
+
+
 def test_a_run_that_ended_earlier_is_read_off_where_it_ended(browser, tmp_path):
     make_run(tmp_path / "long", steps=40)
     make_run(tmp_path / "short", steps=20)

@@ -177,7 +177,7 @@ def test_a_dial_is_of_the_runs_family(
     requests: list[Request] = []
     monkeypatch.setattr(dial, "_common_few_step", lambda runs: runs[0] / "export" / "few_step")
     monkeypatch.setattr(dial, "check_request", lambda request: None)
-    monkeypatch.setattr(dial, "_load", lambda cfg, request, tilts: requests.append(request))
+    monkeypatch.setattr(dial, "_load", lambda cfgs, asked, exams: requests.extend(asked))
     dial.load_student([tmp_path], None, "cpu")
     (request,) = requests
     assert request.family == NAME and request.pipelines.model.family.name == "mine"

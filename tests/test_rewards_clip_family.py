@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_rewards import (
     FIGURES,
+    MEAN,
     PROMPTS,
+    STD,
     as_tensor,
     assert_gradient,
     assert_rows_do_not_mix,
@@ -20,9 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from tiltflow.data.prompts import Prompt
 from tiltflow.rewards import checked, load_reward
+from tiltflow.rewards.files import revisions
+from tiltflow.rewards.remote.server import Scorer
 from tiltflow.rewards.weights import read_state_dict, weights_file
+from tiltflow.rewards.zoo.clip_family import Preprocessing
 from tiltflow.rewards.zoo.open_clip import clip_from_open_clip, clip_keys
+from tiltflow.rewards.zoo.preference import HPSv2
+from tiltflow.tasks.evaluate import asked
+from tiltflow.tasks.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +111,68 @@ def test_hpsv2_is_the_cosine_of_the_checkpoint(
     seen, read = (F.normalize(figures[f"{kind}_features"], dim=-1) for kind in ("image", "text"))
     scores = checked(reward, square, PROMPTS, [{}] * 3)
     torch.testing.assert_close(scores, (seen * read).sum(-1), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def hpsv2(state: dict[str, Tensor], clip_path: str, tmp_path: Path) -> HPSv2:
+    torch.save({"state_dict": state}, tmp_path / "HPS.pt")
+    return HPSv2(str(tmp_path), base=clip_path, file="HPS.pt")
+
+
+@pytest.mark.parametrize(
+    ("size", "inner", "before"),
+    [
+        ((96, 168), (9, 16), (3, 0)),  # black above and below: 3 and 4
+        ((168, 96), (16, 9), (0, 3)),
+        ((8, 16), (8, 16), (4, 0)),  # of the model's width already: no resize, black all the same
+        ((32, 11), (16, 6), (0, 5)),  # 5.5 rounds to the even 6
+        ((29, 32), (14, 16), (1, 0)),  # and 14.5 to 14
+        ((6, 900), (1, 16), (7, 0)),  # a line is not lost
+    ],
+)
+def test_hpsv2_sees_a_picture_whole_in_a_black_square(
+    hpsv2: HPSv2, size: tuple[int, int], inner: tuple[int, int], before: tuple[int, int]
+) -> None:
+    images = as_tensor(natural(*size)) * 0.5 + 0.25  # nothing in it is black, nor overshoots far
+    seen = hpsv2.preprocessing.geometry(images)
+    assert seen.shape == (1, 3, 16, 16)
+    rows, columns = (slice(a, a + n) for a, n in zip(before, inner, strict=True))
+    expected = F.interpolate(images, inner, mode="bicubic", antialias=True)
+    assert (seen[..., rows, columns] - expected.clamp(0, 1)).abs().max() < 1e-5
+    around = torch.ones(16, 16, dtype=torch.bool)
+    around[rows, columns] = False
+    assert around.any() and seen[..., around].eq(0).all()
+    black = -torch.tensor(MEAN) / torch.tensor(STD)  # filled before it is normalised
+    normalised = hpsv2.preprocessing(images)[0][:, around]
+    torch.testing.assert_close(normalised, black[:, None].expand_as(normalised))
+
+
+def test_hpsv2_counts_the_ends_of_a_picture(hpsv2: HPSv2) -> None:
+    images = as_tensor(natural(24, 42)).requires_grad_(True)
+    score = checked(hpsv2, images, PROMPTS[:1], [{}])
+    (slope,) = torch.autograd.grad(score.sum(), images)
+    assert slope.abs().sum(1).ne(0).all()  # in every pixel
+    other = images.detach().clone()
+    other[..., :9], other[..., -9:] = 1, 0
+    assert (checked(hpsv2, other, PROMPTS[:1], [{}]) - score).abs() > 1e-3
+    assert_gradient(hpsv2, images.detach(), PROMPTS[:1])
+
+
+def test_hpsv2_of_a_square_is_as_by_the_base(hpsv2: HPSv2, clip_path: str, images: Tensor) -> None:
+    assert torch.equal(
+        hpsv2.preprocessing(images), Preprocessing.from_pretrained(clip_path)(images)
+    )
+
+
+def test_a_reward_that_computes_otherwise_than_it_did_says_so(hpsv2: HPSv2) -> None:
+    """So what was scored before is not gone on with, and servers of both kinds are not mixed."""
+    assert revisions(["clipscore", "hpsv2"]) == {"hpsv2": 2}
+    told = Scorer([hpsv2], "cpu", 1).describe()["rewards"]
+    assert told == {"hpsv2": {"differentiable": False, "revision": 2}}
+    names = {"clipscore": None}
+    plain = Request("packaged:pipeline", [Prompt("a star")], device="cpu", rewards=names)
+    both = asked(replace(plain, rewards=names | {"hpsv2": None}))
+    assert "revisions" not in asked(plain) and both["revisions"] == {"hpsv2": 2}
 
 
 # --- PickScore and the aesthetic predictor -----------------------------------------------------

@@ -1,13 +1,23 @@
-"""Which files on this machine a reward's scores depend on, beside its name and its settings."""
+"""What a reward's scores depend on, beside its name and its settings."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.registry import source
 from tiltflow.rewards.fitted import fitted_folder, is_fitted
 from tiltflow.rewards.remote.address import ELSEWHERE
+
+REVISIONS = {"hpsv2": 2}
+"""Of builtin rewards whose scores once were others: counted up with each such change, so that what
+was scored before is not mixed in. `hpsv2` cut the ends off a picture that is not square."""
+
+
+def revisions(names: Iterable[str]) -> dict[str, int]:
+    """The revisions of those among these rewards that have one."""
+    return {name: REVISIONS[name] for name in names if name in REVISIONS}
 
 
 def files_of(name: str, path: str | None) -> Path | None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tiltflow.config.load import RunConfig, load_config, read_prompts
+from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.limits import LONGEST_SIDE, check_tilt
 from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.core.randomness import Randomness
@@ -26,23 +26,37 @@ from tiltflow.models.pipelines.fingerprint import adapter_fingerprint
 from tiltflow.models.roles import Role
 from tiltflow.models.switch import FEW_STEP, AdapterSwitch
 from tiltflow.rewards.combine import RewardMixture
+from tiltflow.rewards.remote.asking import ranks
 from tiltflow.setup.assemble import build_rewards
+from tiltflow.tasks.dial_runs import Exam, check_alike, plan_exams
+from tiltflow.tasks.report import run_names
 from tiltflow.tasks.request import Request, backbone_of, check_request
 from tiltflow.tasks.systems import Sampler, load_adapter
 
 MOST_STEPS = 64
 MOST_DIALS = 8
-SCORED = 16
-"""Held-out prompts, from the run's fixed noise, that strengths are scored on."""
 KEPT = 32
 """Prompts whose encoding is kept."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A loaded `Exam`: encoded prompts, the seed of their noise, and rewards that some run trained
+    on and others, if there are any."""
+
+    fixed: EncodedPrompts
+    seed: int
+    trained: RewardMixture | None
+    held_out: RewardMixture | None
 
 
 @dataclass
 class Student:
     """A loaded student. `dials` are the names of its tilts' adapters, in the order of the runs.
 
-    Not safe to call from two threads at once.
+    `cfg` and `request` are of the first run, as which the others are sampled; `trained_by` are, by
+    reward, the numbers of the dials whose runs trained on it. Not safe to call from two threads at
+    once.
     """
 
     role: Role
@@ -50,14 +64,18 @@ class Student:
     dials: tuple[str, ...]
     request: Request
     cfg: RunConfig
-    fixed: EncodedPrompts
-    trained: RewardMixture | None
-    held_out: RewardMixture | None
+    scorers: tuple[Scorer, ...]
+    trained_by: Mapping[str, tuple[int, ...]]
     encoded: OrderedDict[str, EncodedPrompts]
 
     @property
     def backbone(self) -> Backbone:
         return self.role.backbone
+
+    @property
+    def fixed(self) -> EncodedPrompts:
+        """The first run's held-out prompts."""
+        return self.scorers[0].fixed
 
     def image(self, strengths: Sequence[float], text: str, seed: int, steps: int) -> Tensor:
         """An image (3, H, W) in [0, 1] of any prompt.
@@ -70,24 +88,27 @@ class Student:
         return self._sample(strengths, self._encode(text), [0], seed, steps)[0]
 
     def scores(self, strengths: Sequence[float], steps: int) -> dict[str, dict[str, Any]]:
-        """Each reward on the fixed prompts and noise, of images in `steps` steps: its mean and 95%
-        interval, and whether it was trained on.
+        """Each reward on held-out prompts and fixed noise, of images in `steps` steps: its mean and
+        95% interval, and whether some run trained on it.
 
         Raises:
             ValueError: as `image`.
         """
-        rows = list(range(len(self.fixed)))
-        images = self._sample(strengths, self.fixed, rows, self.cfg.run.seed, steps)
-        texts = [prompt.text for prompt in self.fixed.prompts]
-        about = [prompt.metadata for prompt in self.fixed.prompts]
-        found: dict[str, dict[str, Any]] = {}
-        for trained, rewards in ((True, self.trained), (False, self.held_out)):
-            scored = {} if rewards is None else rewards.score(images, texts, about)
-            for name, values in scored.items():
-                mean, low, high = mean_ci(values.double().cpu().numpy(), clusters=texts)
-                key = name if trained or name not in found else f"{name} (held out)"
-                found[key] = {"mean": mean, "ci95": [low, high], "trained": trained}
-        return found
+        trained: dict[str, dict[str, Any]] = {}
+        held_out: dict[str, dict[str, Any]] = {}
+        for scorer in self.scorers:
+            rows = list(range(len(scorer.fixed)))
+            images = self._sample(strengths, scorer.fixed, rows, scorer.seed, steps)
+            texts = [prompt.text for prompt in scorer.fixed.prompts]
+            about = [prompt.metadata for prompt in scorer.fixed.prompts]
+            for found, rewards in ((trained, scorer.trained), (held_out, scorer.held_out)):
+                scored = {} if rewards is None else rewards.score(images, texts, about)
+                for name, values in scored.items():
+                    mean, low, high = mean_ci(values.double().cpu().numpy(), clusters=texts)
+                    seen = {"mean": mean, "ci95": [low, high], "trained": found is trained}
+                    found[name] = seen
+        beside = {f"{n} (held out)" if n in trained else n: seen for n, seen in held_out.items()}
+        return trained | beside
 
     @torch.no_grad()
     def _sample(
@@ -125,24 +146,41 @@ def load_student(runs: Sequence[Path], side: int | None, device: str) -> Student
     all it needs in memory. `side` is another size than the run's, in pixels.
 
     Raises:
-        ValueError: if a run has not been exported, they are of different students, or anything does
-            not load.
+        ValueError: if a run has not been exported, they are of different students, are sampled
+            differently or have different rewards of one name, or anything does not load.
     """
     if not 1 <= len(runs) <= MOST_DIALS:
         raise ValueError(f"choose from 1 to {MOST_DIALS} runs")
     if side is not None and not 8 <= side <= LONGEST_SIDE:
         raise ValueError(f"a size goes from 8 to {LONGEST_SIDE} pixels")
-    cfg = load_config(str(runs[0] / "config.yaml"), [])
-    tilts = [run / "export" / "tilt" for run in runs]
+    cfgs = [load_config(str(run / "config.yaml"), []) for run in runs]
     few_step = _common_few_step(runs)
-    for run, tilt in zip(runs, tilts, strict=True):
-        if not tilt.is_dir():
-            raise ValueError(f"{run.name} has no export/tilt yet: a dial is of a finished stage 2")
+    requests = [
+        _request(run, cfg, few_step, side, device) for run, cfg in zip(runs, cfgs, strict=True)
+    ]
+    named = run_names(list(dict.fromkeys(runs)))
+    names = [named[run] for run in runs]
+    if len(runs) > 1:
+        check_alike(names, requests)
+    exams = plan_exams(names, cfgs)
+    check_request(requests[0])
+    return _load(cfgs, requests, exams)
+
+
+def _request(run: Path, cfg: RunConfig, few_step: Path, side: int | None, device: str) -> Request:
+    """How a run's student is sampled, its tilt on `few_step`.
+
+    Raises:
+        ValueError: if it has no tilt, or its model no adapters.
+    """
+    tilt = run / "export" / "tilt"
+    if not tilt.is_dir():
+        raise ValueError(f"{run.name} has no export/tilt yet: a dial is of a finished stage 2")
     request = Request(
         model=cfg.model.path,
         prompts=[],
         few_step=few_step,
-        tilt_lora=tilts[0],
+        tilt_lora=tilt,
         generator_path=cfg.model.generator_path,
         family=cfg.model.family,
         autocast=cfg.model.autocast,
@@ -151,36 +189,57 @@ def load_student(runs: Sequence[Path], side: int | None, device: str) -> Student
     )
     if not request.has_files:
         raise ValueError(f"the {request.model} backbone has no adapters to dial")
-    check_request(request)
-    return _load(cfg, request, tilts)
+    return request
 
 
-def _load(cfg: RunConfig, request: Request, tilts: Sequence[Path]) -> Student:
-    assert request.few_step is not None
-    backbone = backbone_of(request, "all")
-    load_adapter(backbone, FEW_STEP, request.few_step)
-    dials = tuple(f"tilt_{number}" for number in range(len(tilts)))
-    for name, folder in zip(dials, tilts, strict=True):
-        load_adapter(backbone, name, folder)
+def _load(cfgs: Sequence[RunConfig], requests: Sequence[Request], exams: Sequence[Exam]) -> Student:
+    first = requests[0]
+    assert first.few_step is not None
+    backbone = backbone_of(first, "all")
+    load_adapter(backbone, FEW_STEP, first.few_step)
+    dials = tuple(f"tilt_{number}" for number in range(len(requests)))
+    for name, request in zip(dials, requests, strict=True):
+        assert request.tilt_lora is not None
+        load_adapter(backbone, name, request.tilt_lora)
     backbone.thaw()  # type: ignore[attr-defined]
     base = backbone.student_base
     switch = AdapterSwitch(base)
-    mixed, guidance = autocast_dtype(request.autocast, backbone.device), request.settled.guidance
+    mixed, guidance = autocast_dtype(first.autocast, backbone.device), first.settled.guidance
     role = Role(
         "dial", backbone, base, (FEW_STEP, *dials), switch, autocast=mixed, guidance=guidance
     )
-    fixed = read_prompts(cfg).fixed[:SCORED]
+    scorers = tuple(_scorer(exam, backbone) for exam in exams)
     return Student(
         role,
         switch,
         dials,
-        replace(request, prompts=fixed),
-        cfg,
-        encode_prompts(backbone, fixed, batch_size=len(fixed)),
-        build_rewards(cfg.rewards, backbone) if cfg.rewards else None,
-        build_rewards(cfg.watch.rewards, backbone) if cfg.watch.rewards else None,
+        replace(first, prompts=exams[0].prompts),
+        cfgs[0],
+        scorers,
+        _trained_by(cfgs, exams, scorers),
         OrderedDict(),
     )
+
+
+def _scorer(exam: Exam, backbone: Backbone) -> Scorer:
+    return Scorer(
+        encode_prompts(backbone, exam.prompts, batch_size=len(exam.prompts)),
+        exam.seed,
+        build_rewards(exam.trained, backbone) if exam.trained else None,
+        build_rewards(exam.held_out, backbone) if exam.held_out else None,
+    )
+
+
+def _trained_by(
+    cfgs: Sequence[RunConfig], exams: Sequence[Exam], scorers: Sequence[Scorer]
+) -> dict[str, tuple[int, ...]]:
+    """By the rewards' own names, the numbers of the runs that trained on them."""
+    found = {}
+    for exam, scorer in zip(exams, scorers, strict=True):
+        asked = [name for name, of in exam.trained.items() if not ranks(name, of.options)]
+        for name, reward in zip(asked, _names(scorer.trained), strict=True):
+            found[reward] = tuple(i for i, cfg in enumerate(cfgs) if name in cfg.rewards)
+    return found
 
 
 def _common_few_step(runs: Sequence[Path]) -> Path:
@@ -200,16 +259,18 @@ def _common_few_step(runs: Sequence[Path]) -> Path:
 
 
 def facts(student: Student) -> Mapping[str, Any]:
-    """What a page needs to draw the dials."""
+    """What a page needs to draw the dials; under `trained`, by reward, the numbers of those whose
+    runs trained on it."""
     chosen = student.request.settled
+    texts = [prompt.text for scorer in student.scorers for prompt in scorer.fixed.prompts]
     return {
         "steps": chosen.steps,
         "side": int(student.backbone.resolution),  # type: ignore[attr-defined]
-        "prompts": [prompt.text for prompt in student.fixed.prompts],
-        "trained": _names(student.trained),
-        "held_out": _names(student.held_out),
+        "prompts": list(dict.fromkeys(texts)),
+        "trained": student.trained_by,
+        "held_out": [name for scorer in student.scorers for name in _names(scorer.held_out)],
     }
 
 
 def _names(rewards: RewardMixture | None) -> list[str]:
-    return [] if rewards is None else [item.reward.name for item in rewards.rewards]
+    return [] if rewards is None else list(rewards.names)

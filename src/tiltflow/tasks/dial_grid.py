@@ -20,6 +20,7 @@ from torch import Tensor
 from tiltflow.core.disk import parse_json, write_whole, writing
 from tiltflow.core.limits import check_tilt
 from tiltflow.core.settings import misfit
+from tiltflow.rewards.files import revisions
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.dial import Student, load_student
 from tiltflow.tasks.evaluate import asked, digest
@@ -95,6 +96,8 @@ def compute_dial(
     texts = list(prompts or [p.text for p in student.fixed.prompts[:count]])
     scored = student.cfg.model_dump(mode="json", include={"rewards", "watch", "run"})
     what = {**asked(student.request), **scored, "steps": chosen}
+    if revised := revisions([*student.cfg.rewards, *student.cfg.watch.rewards]):
+        what["revisions"] = revised
     if chosen != trained:  # what earlier versions scored at the trained number is not gone on with
         what["scored_steps"] = chosen
     grid = Grid(

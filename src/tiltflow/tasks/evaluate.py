@@ -37,7 +37,7 @@ from tiltflow.evaluation.scores import (
 from tiltflow.models.medium import Medium
 from tiltflow.models.pipelines.fingerprint import family_facts
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
-from tiltflow.rewards.files import files_of
+from tiltflow.rewards.files import files_of, revisions
 from tiltflow.setup.build import device_of
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.progress import Terminal
@@ -321,7 +321,7 @@ def asked(request: Request) -> dict[str, Any]:
     reward server runs is not seen here.
     """
     plain = ("tilt", "teacher_steps", "guidance", "seed", "batch", "autocast", "diversity")
-    chosen = request.settled
+    chosen, revised = request.settled, revisions(request.rewards)
     settled = ("steps", "eta", "dtype", "resolution", "max_sequence_length")
     sizes = [[said(bucket.size), bucket.prompts] for bucket in request.buckets]
     about = [[p.text, p.metadata, *([p.negative] if p.negative else [])] for p in request.prompts]
@@ -342,6 +342,7 @@ def asked(request: Request) -> dict[str, Any]:
         "few_step": place_of(request.few_step),
         "tilt_lora": place_of(request.tilt_lora),
         "rewards": {n: place_of(files_of(n, path)) for n, path in request.rewards.items()},
+        **({"revisions": revised} if revised else {}),
         "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
         "versions": {name: version(name) for name in ("tiltflow", "torch", "diffusers")},
     }

@@ -138,9 +138,11 @@ function plots() {
   const place = easel.plots;
   const names = [...new Set([...curves.values()].flatMap((scores) => Object.keys(scores)))];
   if (!names.length) {
-    return fill(place, h("p", { class: "soft" }, `“Score all strengths” draws the trained and the held-out rewards along ${about.dials[moving]}, on ${about.prompts.length} held-out prompts. Where the trained one still rises and a held-out one falls, the reward is being hacked.`));
+    return fill(place, h("p", { class: "soft" }, `“Score all strengths” draws the trained and the held-out rewards along ${about.dials[moving]}, on held-out prompts. Where the trained one still rises and a held-out one falls, the reward is being hacked.`));
   }
-  fill(place, rewards(curves, strengths[moving], about.strongest));
+  const several = about.dials.length > 1; // of one run it is clear who trained
+  const trainers = Object.entries(several ? about.trained : {}).map(([name, by]) => [name, by.map((i) => about.dials[i])]);
+  fill(place, rewards(curves, strengths[moving], about.strongest, new Map(trainers)));
 }
 
 export const dial = { show };

@@ -24,6 +24,7 @@ from tiltflow.core.background import Background
 from tiltflow.core.paths import nearest
 from tiltflow.core.sentences import printable
 from tiltflow.rewards.base import Reward, RewardFailed, checked
+from tiltflow.rewards.files import revisions
 from tiltflow.rewards.purity import Examined
 from tiltflow.rewards.remote.limits import IMAGE_PIXELS, Limits
 from tiltflow.rewards.remote.wire import TOKEN_VARIABLE, given_token, read_batch
@@ -75,7 +76,10 @@ class Scorer:
 
     def describe(self) -> dict[str, Any]:
         """The answer to /health. Scores come without gradients, whatever the reward could do."""
-        rewards = {name: {"differentiable": False} for name in self.rewards}
+        revised = revisions(self.rewards)
+        rewards: dict[str, dict[str, object]] = {n: {"differentiable": False} for n in self.rewards}
+        for name, revision in revised.items():
+            rewards[name]["revision"] = revision
         return {"rewards": rewards, "made_of": self.made_of}
 
     def check(self, name: str) -> None:

@@ -45,13 +45,15 @@ class Preprocessing:
     """A CLIP image processor's steps in torch, for images (B, 3, H, W) in [0, 1].
 
     `resize` is the length of the shortest edge, a (height, width), or None; `crop` the
-    (height, width) cut from the centre, or None; `mean` and `std` are per channel.
+    (height, width) cut from the centre, or None; `mean` and `std` are per channel. With `whole`
+    nothing is cut off: `resize` is the length of the longest edge, and black fills the square.
     """
 
     resize: int | tuple[int, int] | None
     crop: tuple[int, int] | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    whole: bool = False
 
     @classmethod
     def from_pretrained(cls, path: str) -> Preprocessing:
@@ -78,14 +80,10 @@ class Preprocessing:
         )
 
     def geometry(self, images: Tensor) -> Tensor:
-        """Resized with one antialiased bicubic filter where the size differs, and cropped."""
+        """Resized with one antialiased bicubic filter where the size differs, and cropped; or with
+        black around it, if it is shown whole."""
         height, width = images.shape[-2:]
-        if isinstance(self.resize, int):
-            short, long = min(height, width), max(height, width)
-            longer = int(self.resize * long / short)
-            size = (self.resize, longer) if height <= width else (longer, self.resize)
-        else:
-            size = self.resize or (height, width)
+        size = self._size(height, width)
         if size != (height, width):
             # The filter is separable, and overshoots at edges. PIL holds eight bits after each of
             # its two passes, which clips the overshoot; so must we, in its order: across first,
@@ -95,6 +93,8 @@ class Preprocessing:
             middle = (size[0], width) if down_first else (height, size[1])
             for step in (middle, size):
                 images = F.interpolate(images, step, mode="bicubic", antialias=True).clamp(0, 1)
+        if self.whole:
+            return _squared(images)
         if self.crop is None or self.crop == size:
             return images
         top, left = ((have - want) // 2 for have, want in zip(size, self.crop, strict=True))
@@ -102,11 +102,29 @@ class Preprocessing:
             raise ValueError(f"images of {size} are smaller than the processor's crop {self.crop}")
         return images[..., top : top + self.crop[0], left : left + self.crop[1]]
 
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width that an image of this size is resized to."""
+        if not isinstance(self.resize, int):
+            return self.resize or (height, width)
+        short, long = min(height, width), max(height, width)
+        if self.whole:
+            other = max(1, round(short * (self.resize / long)))
+            return (other, self.resize) if height <= width else (self.resize, other)
+        other = int(self.resize * long / short)
+        return (self.resize, other) if height <= width else (other, self.resize)
+
     def __call__(self, images: Tensor) -> Tensor:
-        """Resized, cropped and normalised images, (B, 3, h, w)."""
+        """Images after `geometry`, normalised, (B, 3, h, w)."""
         images = self.geometry(images)
         mean, std = (_channels(values, images) for values in (self.mean, self.std))
         return (images - mean) / std
+
+
+def _squared(images: Tensor) -> Tensor:
+    """Images in the middle of a black square; of an odd rest the smaller half is before them."""
+    height, width = images.shape[-2:]
+    down, across = (max(height, width) - side for side in (height, width))
+    return F.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
 
 
 def _channels(values: Sequence[float], images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,7 +56,10 @@ class HPSv2(CLIPScore):
 
     `path` is the published checkpoint in open_clip's names, a directory or hub id that holds
     `file`, or a `.safetensors` of the same. `base` is the ViT-H-14 that gives configuration,
-    tokenizer and `preprocessor_config.json`; its weights are not read.
+    tokenizer and, of `preprocessor_config.json`, mean and deviation; its weights are not read.
+
+    An image is seen whole: its longest side becomes the model's size, and black fills the square.
+    That is what `hpsv2/img_score.py` asks open_clip for (hpsv2 1.2.0), not the base's own crop.
 
     Raises:
         ValueError: if any of them cannot be loaded, or they do not fit together.
@@ -76,3 +80,5 @@ class HPSv2(CLIPScore):
             raise ValueError(absent("CLIP", base, error)) from error
         model = clip_from_open_clip(read_state_dict(weights_file(path, file)), config)
         super().__init__(path, device, "hpsv2", processor=base, model=model, at_once=at_once)
+        side = int(config.vision_config.image_size)
+        self.preprocessing = replace(self.preprocessing, resize=side, crop=None, whole=True)
