@@ -19,7 +19,7 @@ from tiltflow.data.buckets import Bucket
 from tiltflow.formats.contract import Contract, read_contract
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.scheduler import CPSFlowMatchScheduler
-from tiltflow.tasks.evaluate import asked
+from tiltflow.tasks.depends import asked
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.systems import Sampler
 

@@ -21,8 +21,8 @@ from tiltflow.core.disk import parse_json, write_whole, writing
 from tiltflow.core.limits import check_tilt
 from tiltflow.core.settings import misfit
 from tiltflow.tasks.callbacks import SILENT, Callbacks
+from tiltflow.tasks.depends import asked, digest
 from tiltflow.tasks.dial import Student, load_student
-from tiltflow.tasks.evaluate import asked, digest
 
 FILE = "dial.json"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

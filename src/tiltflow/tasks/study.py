@@ -27,7 +27,8 @@ from tiltflow.evaluation.chunks import Chunks
 from tiltflow.setup.costing import within
 from tiltflow.setup.manifest import defaults_by_key
 from tiltflow.tasks.callbacks import SILENT, Callbacks
-from tiltflow.tasks.evaluate import asked, evaluate
+from tiltflow.tasks.depends import asked
+from tiltflow.tasks.evaluate import evaluate
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
 from tiltflow.tasks.study_file import Study
