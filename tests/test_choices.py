@@ -21,7 +21,7 @@ from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.model_checks import start_shapes
 from tiltflow.setup.starts import Start, load_start
-from tiltflow.tasks.evaluate import asked
+from tiltflow.tasks.depends import asked
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.systems import Sampler
 

@@ -22,7 +22,8 @@ from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.tasks.choices import settle
-from tiltflow.tasks.evaluate import asked, prepare
+from tiltflow.tasks.depends import asked
+from tiltflow.tasks.evaluate import prepare
 from tiltflow.tasks.export import export_checkpoint
 
 Tiny = Callable[[str], Path]

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from desk_data import TOKEN, make_tilts, served
 
+from tiltflow.config.load import load_config
 from tiltflow.desk.app import Desk
 from tiltflow.tasks import dial_grid
 from tiltflow.tasks.dial import Student, load_student
@@ -79,6 +81,58 @@ def test_the_scores_are_of_the_pictures_steps(run: Path, tmp_path: Path) -> None
     trained = student.request.settled.steps  # whose scores were right, and so their digest stays
     kept = compute(run, tmp_path / "trained", **asked)
     assert kept.digest == dial_grid.digest({**plain, "steps": trained})
+
+
+def test_a_dials_rewards_are_known_by_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = Path("taste_of_no_dial.py")
+    given = ["model.few_step=x", "watch.rewards={'taste_of_no_dial:red': 1.0}"]
+    cfg, seen = load_config("demo_tilt", given), []
+    for text in ("red = 1", "red = 9", "red = 1"):
+        code.write_text(text)
+        seen.append(dial_grid._content(cfg))
+    assert list(seen[0]) == ["watch"] and seen[0] == seen[2] != seen[1]
+    assert dial_grid._content(load_config("demo_tilt", given[:1])) == {}  # of the package's own
+
+
+def scored_by_ones_own(run: Path, place: Path) -> tuple[Path, Path]:
+    """A copy of the run that was trained on a reward of one's own, and the reward's module."""
+    run, code = Path(shutil.copytree(run, place / "own")), place / "taste_of_a_dial.py"
+    shutil.rmtree(run / "dial", ignore_errors=True)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["rewards"] = {"taste_of_a_dial:red": 1.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    code.write_text(
+        "def red(images, prompts, metadata):\n    return 1 * images[:, 0].mean((1, 2))\n"
+    )
+    return run, code
+
+
+@pytest.mark.long
+def test_a_chart_is_not_gone_on_with_by_another_reward(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where its module has the length that it had."""
+    monkeypatch.chdir(tmp_path)
+    run, code = scored_by_ones_own(run, tmp_path)
+    out, asked = tmp_path / "dial", {"prompts": TEXTS[:1], "seeds": [0], "strengths": [0.0, 1.0]}
+    grid = compute(run, out, **asked)
+    (out / "scores-00001.json").unlink()
+    assert compute(run, out, **asked) == grid
+    (out / "scores-00001.json").unlink()
+    code.write_text(code.read_text().replace("1 *", "9 *"))
+    with pytest.raises(ValueError, match="versions, or of other rewards: choose another --out"):
+        compute(run, out, **asked)
+    # a dial of an earlier version, whose digest was of settings alone
+    student = load_student([run], None, "cpu")
+    cfg = student.cfg.model_dump(mode="json", include={"rewards", "watch", "run"})
+    plain = {**dial_grid.asked(student.request), **cfg, "steps": grid.steps}
+    earlier = grid.model_copy(update={"digest": dial_grid.digest(plain)})
+    (out / FILE).write_text(earlier.model_dump_json())
+    compute(run, out, **asked)
+    assert read_grid(out) == earlier and (out / "scores-00001.json").is_file()
 
 
 def test_nothing_is_made_twice_or_mixed(run: Path, folder: Path) -> None:

@@ -19,10 +19,11 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.chunks import Chunks
 from tiltflow.evaluation.diversity import features_of, last_clip
 from tiltflow.models.medium import IMAGES, POINTS
+from tiltflow.models.pipelines.fingerprint import files_fingerprint
 from tiltflow.rewards import FunctionReward
 from tiltflow.tasks import evaluate as evaluating
-from tiltflow.tasks.compare import comparisons, other_features
-from tiltflow.tasks.evaluate import asked
+from tiltflow.tasks.compare import comparisons, other_features, same_features
+from tiltflow.tasks.depends import asked
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.study import RESULT, Cell, cells_of
 from tiltflow.tasks.study_file import load_study
@@ -52,14 +53,19 @@ def test_the_features_are_the_last_clips() -> None:
 def test_it_is_said_whose_features_and_weights_they_are(tmp_path: Path) -> None:
     """By the name that was asked for, and by weights that are the same wherever they lie."""
     found = []
-    for folder, size in (("one", 3), ("two", 3), ("three", 4)):
+    for folder, data in (("one", b"000"), ("two", b"000"), ("three", b"0000"), ("four", b"111")):
         weights = tmp_path / folder / "w.safetensors"
         weights.parent.mkdir()
-        weights.write_bytes(b"0" * size)
+        weights.write_bytes(data)
         asked_for = request({"mine:Clip": str(weights.parent), "mean": None})
         found.append(evaluating._diversity_in(IMAGES, [clip("c"), MEAN], asked_for))
-    assert found[0] == {"reward": "mine:Clip", "weights": [["w.safetensors", 3]]}
-    assert json.loads(json.dumps(found[0])) == found[1] == found[0] != found[2]
+    content = {"mine:Clip": files_fingerprint(tmp_path / "one")}
+    known = {"reward": "mine:Clip", "weights": [["w.safetensors", 3]]}
+    assert found[0] == known | {"content": content}
+    assert json.loads(json.dumps(found[0])) == found[1] == found[0]
+    # the last has a file of the first's name and size, and an earlier version went by these alone
+    same = [same_features(found[0], other) for other in (*found, known)]
+    assert same == [True, True, False, False, True]
     assert evaluating._diversity_in(POINTS, [MEAN], request({})) == {"medium": "points"}
 
 

@@ -16,6 +16,8 @@ from tiltflow.data.preferences import Preference, agreement, load_preferences
 from tiltflow.rewards.base import checked, load_reward
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.rewards.sizes import reward_memory
+from tiltflow.rewards.zoo.clip_family import CLIPScore
+from tiltflow.rewards.zoo.votes import CLIP_WHOLE, whole_identity
 from tiltflow.tasks import fit_reward as task
 from tiltflow.tasks.fit_reward import Choices, fit, regression
 
@@ -73,6 +75,12 @@ def test_a_taste_is_recovered_and_the_folder_is_a_reward(fitted):
     check_reward_imports([name])
     check_prompts_fit([name], [])
     assert reward_memory({name: RewardConfig(weight=1.0)})[name] > 0
+
+
+def test_a_fit_knows_the_whole_of_its_clip(fitted):
+    place, about = fitted
+    kept = json.loads((place / "taste" / "reward.json").read_text())
+    assert kept[CLIP_WHOLE] == about[CLIP_WHOLE] == whole_identity(CLIPScore("packaged:clip"))
 
 
 def test_the_reward_is_differentiable_and_a_function_of_its_image_alone(fitted):

@@ -24,7 +24,7 @@ from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.fingerprint import family_facts
 from tiltflow.setup.build import encode_sets, encoder_key
 from tiltflow.tasks import dial
-from tiltflow.tasks.evaluate import asked
+from tiltflow.tasks.depends import asked
 from tiltflow.tasks.request import Request, _encoded
 
 NAME = "own_encoding:FAMILY"

@@ -67,11 +67,18 @@ class _Asked(_Part):
     steps: int | None = None
     teacher_steps: int | None = None
     tilt: float | None = None
+    seed: int | None = None
+
+
+class _Content(_Part):
+    prompts: str | None = None
+    rewards: dict[str, str] = {}
 
 
 class _Evaluation(_Part):
     prompts: int
     asked: _Asked | None = None
+    content: _Content | None = None
     adapters: dict[str, str] = {}
     weights: str | None = None
     diversity_in: dict[str, Any] | None = None

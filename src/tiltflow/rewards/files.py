@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.registry import source
-from tiltflow.rewards.fitted import fitted_folder, is_fitted
+from tiltflow.rewards.fitted import fitted_clip, fitted_folder, is_fitted
 from tiltflow.rewards.remote.address import ELSEWHERE
 
 REVISIONS = {"hpsv2": 2}
@@ -29,3 +29,14 @@ def files_of(name: str, path: str | None) -> Path | None:
     if is_fitted(name):
         return fitted_folder(name)
     return None if name.startswith(ELSEWHERE) else source(name)
+
+
+def files_beside(name: str, path: str | None) -> dict[str, Path]:
+    """What it depends on beside `files_of`, by "NAME WHAT": the CLIP under a fitted one, and the
+    module of one's own code whose weights are at `path`. Nothing that is not on this machine."""
+    found: dict[str, Path | None] = {}
+    if path is None and is_fitted(name):
+        found[f"{name} clip"] = fitted_clip(fitted_folder(name))
+    if path is not None and not name.startswith(ELSEWHERE):
+        found[f"{name} code"] = source(name)
+    return {key: place for key, place in found.items() if place is not None and place.exists()}

@@ -66,6 +66,14 @@ def check_prompts_fit(rewards: Iterable[str], prompts: Sequence[PromptLike]) -> 
             raise ValueError(f"reward {name!r} cannot score {first}{_others(bad)}")
 
 
+def may_read_metadata(name: str) -> bool:
+    """Whether a reward's scores may depend on the metadata of a prompt beside its text: of those
+    that are known to read the text alone, or what agrees with it (`shapes`), they do not."""
+    if name in BUILTIN:
+        return name in OF_METADATA
+    return not (name.startswith(JUDGE) or is_fitted(name))
+
+
 def _problem(reads: Reads, prompt: PromptLike) -> ValueError | None:
     try:
         reads(prompt.text, prompt.metadata)
@@ -132,3 +140,5 @@ READS: dict[str, Reads] = {
     "shapes_soft": _shapes,
 }
 """How the builtin rewards that need more of a prompt than a text read it."""
+OF_METADATA = ("geneval", "geneval2")
+"""The builtin rewards that score by what is not in the text."""

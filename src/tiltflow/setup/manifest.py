@@ -26,7 +26,7 @@ from tiltflow.models.pipelines.fingerprint import (
     pipeline_fingerprint,
 )
 from tiltflow.models.roles import State
-from tiltflow.rewards.files import files_of
+from tiltflow.rewards.files import files_beside, files_of
 from tiltflow.setup.run_directory import with_absolute_paths
 from tiltflow.training.changes import by_key
 
@@ -42,18 +42,17 @@ def manifest_of(
     model, other = cfg.model, "tilt" if cfg.stage == "cold_start" else "cold_start"
     return {
         "seed": cfg.run.seed,
-        **_of_model(model, pipelines or model.pipelines),
+        **model_fingerprints(model, pipelines or model.pipelines),
         "few_step": adapter_fingerprint(few_step) if few_step else None,
         "prompts": prompts_fingerprint(sets.train),
         "eval_prompts": prompts_fingerprint(sets.fixed),
-        "rewards": rewards_fingerprints({n: of.path for n, of in cfg.rewards.items()})
-        | _of_options(cfg.rewards),
+        "rewards": configured_fingerprints(cfg.rewards),
         "code": code_fingerprints(cfg),
         "config": with_absolute_paths(cfg).model_dump(mode="json", exclude={other}),
     }
 
 
-def _of_model(model: ModelConfig, pipelines: Pipelines) -> dict[str, Any]:
+def model_fingerprints(model: ModelConfig, pipelines: Pipelines) -> dict[str, Any]:
     """The family's name, which weights its pipelines hold, and what `tiltflow.json` says."""
     if not model.has_files:
         name = model.path
@@ -78,10 +77,18 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def rewards_fingerprints(rewards: Mapping[str, str | None]) -> dict[str, str]:
-    """What the files hold that each reward of a name and path depends on, where there are any."""
+    """What the files hold that each reward of a name and path depends on, where there are any: of
+    `files_of` by its name, and of `files_beside` by "NAME WHAT"."""
     places = {name: files_of(name, path) for name, path in rewards.items()}
     here = {name: place for name, place in places.items() if place is not None and place.exists()}
+    for name, path in rewards.items():
+        here |= files_beside(name, path)
     return {name: files_fingerprint(place) for name, place in here.items()}
+
+
+def configured_fingerprints(rewards: Mapping[str, RewardConfig]) -> dict[str, str]:
+    """`rewards_fingerprints` of a config's rewards, and what their options name."""
+    return rewards_fingerprints({n: of.path for n, of in rewards.items()}) | _of_options(rewards)
 
 
 def _of_options(rewards: Mapping[str, RewardConfig]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from tiltflow.evaluation.files import (
 from tiltflow.evaluation.measuring import DIVERSITY
 from tiltflow.evaluation.scores import compare
 from tiltflow.rewards.fitted import is_fitted
+from tiltflow.rewards.fitting import may_read_metadata
 from tiltflow.tasks.tables import show, show_comparisons, show_sizes
 
 Columns = dict[str, NDArray[np.float64]]
@@ -54,8 +55,9 @@ def run_compare(
         show_sizes(summary, console)
     else:
         show_comparisons(rows, console)
-    if sentence := left_out(evaluations):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    for sentence in (left_out(evaluations), other_noise(evaluations)):
+        if sentence is not None:
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if not rows:
         console.print("there is nothing to compare: the systems have equal scores, or are one")
     elif len(rows) > 1:
@@ -90,7 +92,8 @@ def comparisons(
 
     Raises:
         ValueError: if there are more than two, a system is in neither, the prompts or the sizes of
-            two evaluations differ, one has not `size`, or an evaluation has no scores by prompt.
+            two evaluations differ, a reward of both is not one and the same, one has not `size`,
+            or an evaluation has no scores by prompt.
     """
     if not 1 <= len(evaluations) <= 2:
         raise ValueError(f"compare takes one or two evaluations, not {len(evaluations)}")
@@ -126,7 +129,7 @@ def _compared(
 
 
 def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]) -> None:
-    """That a reward that is in both evaluations is one and the same.
+    """That a reward that is in both evaluations is one and the same, and was asked the same.
 
     Raises:
         ValueError: naming the first that is not.
@@ -136,14 +139,25 @@ def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]
             f"{paths[0]} and {paths[1]} have the reward {name!r} with other "
             f"{'code' if ':' in name else 'weights'}, so its scores cannot be compared"
         )
+    for name in asked_otherwise(*summaries):
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} have other metadata of their prompts, which the reward "
+            f"{name!r} may read, so its scores cannot be compared"
+        )
 
 
 def other_rewards(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The rewards that are in both of two evaluations and had other weights or code in the second,
-    as far as they say: files of other names or sizes, or another hub id."""
+    as far as they say: files that hold something else, or another hub id. Of an evaluation of an
+    earlier version files of other names or sizes are others."""
     first, second = _rewards(one), _rewards(other)
+    contents = [_content(summary, "rewards") for summary in (one, other)]
     found = []
     for name in (name for name in first if name in second):
+        changed = _changed(name, *contents)
+        if changed is not None:
+            found += [name] if changed else []
+            continue
         both = [lasting(table[name]) for table in (first, second)]
         own = ":" in name or is_fitted(name)
         if own and None in both:
@@ -153,16 +167,69 @@ def other_rewards(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     return found
 
 
+def _changed(name: str, one: object, other: object) -> bool | None:
+    """Whether what a reward's files hold is another in the second of two records, by its name and
+    by those "NAME WHAT" beside it; None where one of them does not know its files."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return None
+    if not (name in one and name in other):
+        return None
+    of = (key for key in one if key in other and (key == name or key.startswith(f"{name} ")))
+    return any(one[key] != other[key] for key in of)
+
+
+def asked_otherwise(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The rewards of both of two evaluations whose scores may be of other metadata of the prompts:
+    all that may read it, where the evaluations say that it is another. What earlier versions say is
+    of the negative prompts, too."""
+    said = [_content(summary, "prompts") for summary in (one, other)]
+    if None in said:
+        said = [(summary.get("asked") or {}).get("prompts") for summary in (one, other)]
+    if None in said or said[0] == said[1]:
+        return []
+    second = _rewards(other)
+    return [name for name in _rewards(one) if name in second and may_read_metadata(name)]
+
+
+def _content(summary: Mapping[str, Any], what: str) -> Any:
+    """What an evaluation says that files held; None of one of an earlier version."""
+    return (summary.get("content") or {}).get(what)
+
+
 def other_features(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two evaluations say that their diversities are of different features. One that does
     not say (an earlier version's) may be of the same."""
     both = [summary.get("diversity_in") for summary in (one, other)]
-    return None not in both and both[0] != both[1]
+    return not (both[0] is None or both[1] is None) and not same_features(both[0], both[1])
+
+
+def same_features(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two of `diversity_in` are one: by what the reward's files held, where both know it,
+    else by the files' names and sizes."""
+    name = one.get("reward")
+    changed = _changed(str(name), one.get("content"), other.get("content"))
+    if changed is not None and name == other.get("reward"):
+        return not changed
+    first, second = ({k: v for k, v in of.items() if k != "content"} for of in (one, other))
+    return first == second
 
 
 def other_columns(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The columns of scores that both evaluations may have and that are not to be compared."""
-    return other_rewards(one, other) + ([DIVERSITY] if other_features(one, other) else [])
+    rewards = dict.fromkeys([*other_rewards(one, other), *asked_otherwise(one, other)])
+    return [*rewards, *([DIVERSITY] if other_features(one, other) else [])]
+
+
+def other_noise(evaluations: Sequence[Path]) -> str | None:
+    """The sentence that says that two evaluations started from different noise."""
+    asked = [read_evaluation(path).get("asked") or {} for path in evaluations]
+    seeds = [of.get("seed") for of in asked]
+    if len(seeds) != 2 or None in seeds or seeds[0] == seeds[1]:
+        return None
+    return (
+        f"the images were made from different noise (seeds {seeds[0]} and {seeds[1]}): the scores "
+        "are paired by prompt alone"
+    )
 
 
 def left_out(evaluations: Sequence[Path]) -> str | None:

@@ -17,13 +17,15 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from tiltflow.config.load import RunConfig
 from tiltflow.core.disk import parse_json, write_whole, writing
 from tiltflow.core.limits import check_tilt
 from tiltflow.core.settings import misfit
 from tiltflow.rewards.files import revisions
+from tiltflow.setup.manifest import configured_fingerprints
 from tiltflow.tasks.callbacks import SILENT, Callbacks
+from tiltflow.tasks.depends import asked, digest
 from tiltflow.tasks.dial import Student, load_student
-from tiltflow.tasks.evaluate import asked, digest
 
 FILE = "dial.json"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -87,7 +89,7 @@ def compute_dial(
 
     Raises:
         ValueError: as `load_student`; if a number is out of range, or `out` holds a dial that is of
-            another run, of other settings or of other versions.
+            another run, of other settings, versions or rewards, by what their files hold.
     """
     _check(seeds, strengths, prompts)
     student = load_student([run], side, device)
@@ -100,9 +102,10 @@ def compute_dial(
         what["revisions"] = revised
     if chosen != trained:  # what earlier versions scored at the trained number is not gone on with
         what["scored_steps"] = chosen
+    content = _content(student.cfg)
     grid = Grid(
         tilt=run.absolute().name,
-        digest=digest(what),
+        digest=digest({**what, "content": content} if content else what),
         steps=chosen,
         side=int(student.backbone.resolution),  # type: ignore[attr-defined]
         strengths=list(strengths),
@@ -112,7 +115,7 @@ def compute_dial(
     places = grid.places()
     if len(places) > MOST_PICTURES:
         raise ValueError(f"a dial has {MOST_PICTURES:,} pictures at most, not {len(places):,}")
-    _begin(out, grid)
+    _begin(out, grid, grid.model_copy(update={"digest": digest(what)}))
     _pictures(student, grid, out, callbacks)
     _scores(student, grid, out, callbacks)
     return grid
@@ -131,13 +134,21 @@ def _check(seeds: Sequence[int], strengths: Sequence[float], prompts: Sequence[s
         raise ValueError("a dial needs a prompt")
 
 
-def _begin(out: Path, grid: Grid) -> None:
-    """Writes down what the folder will hold, or makes sure that it holds this."""
+def _content(cfg: RunConfig) -> dict[str, dict[str, str]]:
+    """What the files of the rewards that strengths are scored by hold, where they have any."""
+    tables = {"rewards": cfg.rewards, "watch": cfg.watch.rewards}
+    found = {name: configured_fingerprints(table) for name, table in tables.items()}
+    return {name: digests for name, digests in found.items() if digests}
+
+
+def _begin(out: Path, grid: Grid, earlier: Grid) -> None:
+    """Writes down what the folder will hold, or makes sure that it holds this; or what a version
+    wrote for it that did not look into the files of rewards, `earlier`."""
     if (out / FILE).is_file():
-        if read_grid(out) != grid:
+        if read_grid(out) not in (grid, earlier):
             raise ValueError(
-                f"{out} holds a dial of another run, settings or versions: choose another --out, "
-                "or delete it"
+                f"{out} holds a dial of another run, settings or versions, or of other rewards: "
+                "choose another --out, or delete it"
             )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,8 @@ from rich.console import Console
 
 from tiltflow.core.disk import write_whole, writing
 from tiltflow.core.distributed import ALONE, Ranks, ranks_of_job
-from tiltflow.core.paths import resolve_path
 from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.core.sentences import counted
-from tiltflow.core.sizes import said
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.chunks import Chunks, Take, lasting, make_anew, place_of
 from tiltflow.evaluation.diversity import features_of, last_clip
@@ -35,11 +31,12 @@ from tiltflow.evaluation.scores import (
     evaluate_systems,
 )
 from tiltflow.models.medium import Medium
-from tiltflow.models.pipelines.fingerprint import family_facts
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
-from tiltflow.rewards.files import files_of, revisions
+from tiltflow.rewards.files import files_of
 from tiltflow.setup.build import device_of
+from tiltflow.setup.manifest import rewards_fingerprints
 from tiltflow.tasks.callbacks import SILENT, Callbacks
+from tiltflow.tasks.depends import asked, content_of, digest
 from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.request import Request, prepare, say_settled, say_unused
 from tiltflow.tasks.sized import at_sizes
@@ -249,6 +246,7 @@ def evaluated(
     """
     check_target(path)
     what, folder = asked(request), path.with_suffix(".images")
+    content = content_of(request)  # before anything loads: it may be edited while this runs
     with ranks_of_job(device_of(request.device)) as ranks:
         callbacks = callbacks if ranks.main else SILENT
         say_settled(request, callbacks)
@@ -261,7 +259,7 @@ def evaluated(
         made = path.with_suffix(".parts") / f"images-{digest(what)}"
         kept = None if keep_images else KEPT_IMAGES
         result = evaluate(request, callbacks, ranks, chunks.take, made, kept=kept)
-        result.summary["asked"] = what
+        result.summary.update(asked=what, content=content)
         if request.settled.adapters:
             result.summary["adapters"] = dict(request.settled.adapters)
         if request.settled.weights:
@@ -274,12 +272,6 @@ def evaluated(
         ranks.total([0.0])  # what rank 0 has written makes the chunks superfluous
         chunks.clear()
     return result
-
-
-def digest(what: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits for what was asked."""
-    text = json.dumps(what, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def check_target(path: Path) -> None:
@@ -312,40 +304,6 @@ def _is_evaluation(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and "systems" in found
-
-
-def asked(request: Request) -> dict[str, Any]:
-    """What the figures of a request depend on, as JSON; weights by the files that hold them.
-
-    Of rewards and families of one's own the module's file counts, and not what it imports; what a
-    reward server runs is not seen here.
-    """
-    plain = ("tilt", "teacher_steps", "guidance", "seed", "batch", "autocast", "diversity")
-    chosen, revised = request.settled, revisions(request.rewards)
-    settled = ("steps", "eta", "dtype", "resolution", "max_sequence_length")
-    sizes = [[said(bucket.size), bucket.prompts] for bucket in request.buckets]
-    about = [[p.text, p.metadata, *([p.negative] if p.negative else [])] for p in request.prompts]
-    prompts = json.dumps(about, default=str)
-    family = family_facts(request.pipelines.model) if request.has_files else {}
-    return {
-        **{name: getattr(request, name) for name in plain},
-        **{name: getattr(chosen, name) for name in settled},
-        **({"sizes": sizes} if sizes else {}),
-        **({"levels": dict(chosen.levels)} if chosen.levels else {}),
-        # Which CLIP is the last is known once the rewards are loaded; their order decides it.
-        **({"rewards_in_order": list(request.rewards)} if request.diversity else {}),
-        "student_guidance": chosen.guidance,
-        "device": device_of(request.device).type,
-        "model": place_of(resolve_path(request.model)),
-        **({"family": family} if family else {}),  # the builtin one is the model's own
-        "generator": place_of(request.generator_path and resolve_path(request.generator_path)),
-        "few_step": place_of(request.few_step),
-        "tilt_lora": place_of(request.tilt_lora),
-        "rewards": {n: place_of(files_of(n, path)) for n, path in request.rewards.items()},
-        **({"revisions": revised} if revised else {}),
-        "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
-        "versions": {name: version(name) for name in ("tiltflow", "torch", "diffusers")},
-    }
 
 
 def save_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
@@ -385,7 +343,12 @@ def _diversity_in(medium: Medium, rewards: Sequence[Reward], request: Request) -
     if medium.features is not None or clip is None:
         return {"medium": medium.name}
     name, path = list(request.rewards.items())[clip]
-    return {"reward": name, "weights": lasting(place_of(files_of(name, path)))}
+    content = rewards_fingerprints({name: path})
+    return {
+        "reward": name,
+        "weights": lasting(place_of(files_of(name, path))),
+        **({"content": content} if content else {}),
+    }
 
 
 def save(evaluation: Evaluation, prompts: Sequence[Prompt], path: Path) -> None:

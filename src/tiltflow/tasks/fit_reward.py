@@ -28,7 +28,14 @@ from tiltflow.data.preferences import Preference, agreement, load_preferences
 from tiltflow.evaluation.statistics import proportion_ci
 from tiltflow.rewards.fitted import FITTED
 from tiltflow.rewards.zoo.clip_family import CLIPScore
-from tiltflow.rewards.zoo.votes import HEAD, facts_text, features, identity
+from tiltflow.rewards.zoo.votes import (
+    CLIP_WHOLE,
+    HEAD,
+    facts_text,
+    features,
+    identity,
+    whole_identity,
+)
 from tiltflow.setup.build import device_of
 
 Array = NDArray[np.float64]
@@ -228,7 +235,8 @@ def _facts(found: Fit, choices: Choices, clip: str, model: CLIPScore) -> dict[st
         "clip": clip
         if clip.startswith("packaged:") or not local.exists()
         else str(local.resolve()),
-        "clip_digest": identity(model),
+        "clip_digest": identity(model),  # for earlier versions, which look at no other
+        CLIP_WHOLE: whole_identity(model),
         "choices": len(choices.chosen),
         "decided": found.decided,
         "prompts": len(np.unique(choices.groups)),

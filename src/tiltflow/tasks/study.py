@@ -27,9 +27,11 @@ from tiltflow.evaluation.chunks import Chunks
 from tiltflow.setup.costing import within
 from tiltflow.setup.manifest import defaults_by_key
 from tiltflow.tasks.callbacks import SILENT, Callbacks
-from tiltflow.tasks.evaluate import asked, evaluate
+from tiltflow.tasks.depends import asked
+from tiltflow.tasks.evaluate import evaluate
 from tiltflow.tasks.request import Request
 from tiltflow.tasks.run import Run
+from tiltflow.tasks.study_content import trained_content
 from tiltflow.tasks.study_file import Study
 from tiltflow.tasks.train import train_run
 from tiltflow.training.changes import by_key, filled
@@ -38,9 +40,10 @@ RESULT = "result.json"
 ASKED = "asked.json"
 """What a cell's run is trained with, in its folder from before the first iteration on: a run whose
 result is not written yet says so by it alone."""
-CONTENT = "scored.content."
-"""Begins the keys of what files hold. Earlier versions kept none, and other machines may not have
-the files of a reward: where one side has no such key, nothing is known against the other."""
+CONTENT = ("scored.content.", "content.")
+"""Begin the keys of what files hold that is scored by and trained from. Earlier versions kept none,
+and other machines may not have the files: where one side has no such key, nothing is known against
+the other."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,9 @@ class Cell:
         found = parse_yaml(dump_config(plain), "settings")
         scored["content"] = self.study.content
         found |= {"budget": self.budget, "scored": scored}
+        start = None if self.start else self.config.model.few_step
+        if content := trained_content(self.config, None if start is None else Path(start)):
+            found["content"] = content
         return by_key(found if self.start is None else {**found, "start": self.start.asked})
 
     @property

@@ -22,7 +22,7 @@ from tiltflow.evaluation.seeds import caveat, compared, named, over_seeds
 from tiltflow.evaluation.statistics import NO_DIFFERENCE, mean_ci
 from tiltflow.evaluation.statistics import verdict as verdict_over_prompts
 from tiltflow.setup.costing import Cost
-from tiltflow.tasks.compare import not_in_one
+from tiltflow.tasks.compare import not_in_one, same_features
 from tiltflow.tasks.doctor import versions
 from tiltflow.tasks.study import Cell, cells_of
 from tiltflow.tasks.study_file import Study
@@ -69,7 +69,7 @@ def _features_apart(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str |
     said: list[Mapping[str, Any]] = []
     for result in (found for results in systems.values() for found in results):
         of = result.get("diversity_in")  # earlier versions did not say
-        if of is not None and of not in said:
+        if of is not None and not any(same_features(of, one) for one in said):
             said.append(of)
     return not_in_one(said) if len(said) > 1 else None
 

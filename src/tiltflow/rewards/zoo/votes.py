@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.core.disk import parse_json
+from tiltflow.models.pipelines.fingerprint import adapter_fingerprint
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.fitted import FITTED
 from tiltflow.rewards.weights import read_state_dict
@@ -25,6 +27,8 @@ from tiltflow.rewards.zoo.clip_family import CLIPScore
 
 FORMAT = "tiltflow-fitted-reward-1"
 HEAD = "head.safetensors"
+CLIP_WHOLE = "clip_whole_digest"
+"""The key of `whole_identity` in a fit's facts."""
 
 
 def features(clip: CLIPScore, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -35,11 +39,22 @@ def features(clip: CLIPScore, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def identity(clip: CLIPScore) -> str:
-    """A digest by which a CLIP is known again: that of its two projections."""
+    """The digest by which earlier versions knew a CLIP again: that of its two projections."""
     digest = hashlib.sha256()
     for layer in (clip.model.visual_projection, clip.model.text_projection):
         digest.update(layer.weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def whole_identity(clip: CLIPScore) -> str:
+    """A digest of all that a CLIP's features depend on: every weight as it was loaded (so not in
+    which files it lay), what is done to images, and the tokenizer's words."""
+    facts = {
+        "weights": adapter_fingerprint(clip.model.state_dict()),
+        "images": asdict(clip.preprocessing),
+        "words": sorted(clip.tokenizer.get_vocab().items()),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class FittedReward:
@@ -60,7 +75,9 @@ class FittedReward:
         about = read_facts(Path(path))
         self.clip = CLIPScore(about["clip"], device, self.name)
         self.at_once = self.clip.at_once
-        if identity(self.clip) != about["clip_digest"]:
+        # a fit of an earlier version says what the projections are, and no more
+        known = whole_identity if CLIP_WHOLE in about else identity
+        if known(self.clip) != about.get(CLIP_WHOLE, about["clip_digest"]):
             raise ValueError(
                 f"reward {self.name!r} was fitted on another CLIP than {about['clip']}"
             )
@@ -96,6 +113,7 @@ def read_facts(folder: Path) -> Mapping[str, Any]:
         not isinstance(about, dict)
         or about.get("format") != FORMAT
         or not all(isinstance(about.get(key), str) for key in texts)
+        or not isinstance(about.get(CLIP_WHOLE, ""), str)
     ):
         raise ValueError(f"{file} does not describe a fitted reward ({FORMAT})")
     return about
