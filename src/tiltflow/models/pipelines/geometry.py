@@ -92,7 +92,7 @@ def shift_of(config: Mapping[str, Any], tokens: int, where: str) -> float:
         ValueError: if its configuration lacks an end of the line.
     """
     keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    ends = [config.get(key) for key in keys]  # DPM-Solver has none
+    ends: list[Any] = [config.get(key) for key in keys]  # DPM-Solver has none
     if None in ends:
         raise ValueError(
             f"the scheduler in {where} has use_dynamic_shifting=true, but {keys[ends.index(None)]} "
