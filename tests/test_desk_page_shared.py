@@ -124,7 +124,6 @@ def test_another_browsers_student_is_not_shown_as_this_ones(browser, tmp_path):
         assert page.locator(".plots .readout").count() == 0
 
 
-@pytest.mark.long
 def test_a_dial_of_two_runs_names_the_one_that_trained_on_a_reward(browser, tmp_path):
     runs = make_tilts(
         tmp_path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,5 +81,6 @@ class HPSv2(CLIPScore):
             raise ValueError(absent("CLIP", base, error)) from error
         model = clip_from_open_clip(read_state_dict(weights_file(path, file)), config)
         super().__init__(path, device, "hpsv2", processor=base, model=model, at_once=at_once)
-        side = int(config.vision_config.image_size)
+        vision: Any = config.vision_config
+        side = int(vision.image_size)
         self.preprocessing = replace(self.preprocessing, resize=side, crop=None, whole=True)
