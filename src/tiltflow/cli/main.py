@@ -34,6 +34,7 @@ from tiltflow.cli.study import study
 from tiltflow.cli.submit import submit
 from tiltflow.cli.terminal import terminal, write_any_text
 from tiltflow.core.errors import NonFiniteError, PeerLost
+from tiltflow.core.importing import large_imports
 from tiltflow.core.limits import MOST_SAMPLES
 from tiltflow.core.sentences import counted, printable
 
@@ -79,8 +80,9 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one stage: RECIPE with KEY=VALUE settings."""
-    from tiltflow.tasks import interface
-    from tiltflow.tasks.progress import Terminal
+    with large_imports():
+        from tiltflow.tasks import interface
+        from tiltflow.tasks.progress import Terminal
 
     with Terminal(console, "dim") as callbacks:
         run = interface.train(interface.load_recipe(recipe, *(overrides or [])), callbacks)
@@ -107,7 +109,8 @@ def demo(
 
         run_loop(out, console)
         return
-    from tiltflow.tasks.demo import run_demo
+    with large_imports():
+        from tiltflow.tasks.demo import run_demo
 
     run_demo(out, fast, fresh, console)
 
@@ -123,8 +126,9 @@ def sample(
     out: Annotated[Path, option("--out", "folder of the images")],
 ) -> None:
     """Images of a model with its LoRAs; without LoRAs, of the teacher."""
-    from tiltflow.tasks import interface
-    from tiltflow.tasks.progress import Terminal
+    with large_imports():
+        from tiltflow.tasks import interface
+        from tiltflow.tasks.progress import Terminal
 
     prompts = options.chosen_prompts()
     if prompts is None:
@@ -166,9 +170,10 @@ def evaluate(
 
     Killed, it goes on where it was when the same is asked again.
     """
-    from tiltflow.tasks import interface
-    from tiltflow.tasks.progress import Terminal
-    from tiltflow.tasks.tables import show, show_categories, show_sizes
+    with large_imports():
+        from tiltflow.tasks import interface
+        from tiltflow.tasks.progress import Terminal
+        from tiltflow.tasks.tables import show, show_categories, show_sizes
 
     with Terminal(console) as callbacks:
         result = interface.evaluate(
@@ -257,8 +262,9 @@ def reward_server(
     ] = 64,
 ) -> None:
     """Serve rewards to runs elsewhere, which name them remote:http://HOST:PORT/NAME."""
-    from tiltflow.rewards.remote.limits import Limits
-    from tiltflow.tasks.reward_server import serve
+    with large_imports():
+        from tiltflow.rewards.remote.limits import Limits
+        from tiltflow.tasks.reward_server import serve
 
     limits = Limits(
         header_timeout, body_timeout, connections, per_address, body * 2**20, image * 2**20,
@@ -291,8 +297,9 @@ def encode(
     overrides: Overrides = None,
 ) -> None:
     """Encode a recipe's prompts into the embedding cache, where training finds them."""
-    from tiltflow.config.load import load_config
-    from tiltflow.tasks.encode import encode_recipe
+    with large_imports():
+        from tiltflow.config.load import load_config
+        from tiltflow.tasks.encode import encode_recipe
 
     encode_recipe(load_config(recipe, overrides or []), console)
 
@@ -322,7 +329,8 @@ def doctor(
     ] = None,
 ) -> None:
     """Versions and device; with RECIPE, whether it is in order and what memory it will take."""
-    from tiltflow.tasks.doctor import examine
+    with large_imports():
+        from tiltflow.tasks.doctor import examine
 
     examine(recipe, overrides or [], console, memory)
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from tiltflow.cli.options import option, place, with_debug
+from tiltflow.core.importing import large_imports
 
 if TYPE_CHECKING:
     from tiltflow.formats.wanted import Wanted
@@ -89,8 +90,9 @@ def register_sharing(app: typer.Typer, console: Console) -> None:
 
 
 def _export(run: Path, out: Path, asked: Wanted, console: Console) -> None:
-    from tiltflow.tasks import interface
-    from tiltflow.tasks.progress import Terminal
+    with large_imports():
+        from tiltflow.tasks import interface
+        from tiltflow.tasks.progress import Terminal
 
     with Terminal(console) as callbacks:
         paths = interface.export(

@@ -9,6 +9,7 @@ import typer
 
 from tiltflow.cli.options import option, place, with_debug
 from tiltflow.cli.terminal import terminal
+from tiltflow.core.importing import large_imports
 
 
 @with_debug
@@ -28,10 +29,11 @@ def study(
 
     Each finished cell is kept: asked again, the study goes on where it was.
     """
-    from tiltflow.tasks.progress import Terminal
-    from tiltflow.tasks.study import cells_of, make_cells
-    from tiltflow.tasks.study_file import load_study
-    from tiltflow.tasks.study_table import show_study, summarise, write_study
+    with large_imports():
+        from tiltflow.tasks.progress import Terminal
+        from tiltflow.tasks.study import cells_of, make_cells
+        from tiltflow.tasks.study_file import load_study
+        from tiltflow.tasks.study_table import show_study, summarise, write_study
 
     console, chosen = terminal(), load_study(file)
     out = out or Path("runs") / file.stem

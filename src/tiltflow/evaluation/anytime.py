@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.special import betaln
 
 Array = NDArray[np.float64]
 
@@ -33,7 +32,7 @@ def log_evidence(wins: ArrayLike, losses: ArrayLike, rate: float) -> Array:
     """
     won, lost = np.asarray(wins, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     a, b = PRIOR_VOTES * rate, PRIOR_VOTES * (1 - rate)
-    mixture: Array = betaln(a + won, b + lost) - betaln(a, b)
+    mixture: Array = scipy.special.betaln(a + won, b + lost) - scipy.special.betaln(a, b)
     return mixture - won * math.log(rate) - lost * math.log1p(-rate)
 
 
@@ -57,6 +56,6 @@ def win_rate_interval(wins: float, losses: float, level: float = 0.95) -> tuple[
     def beyond(rate: float) -> float:
         return float(log_evidence(wins, losses, rate)) - limit
 
-    low = 0.0 if beyond(tiny) <= 0 else brentq(beyond, tiny, middle)
-    high = 1.0 if beyond(1 - tiny) <= 0 else brentq(beyond, middle, 1 - tiny)
+    low = 0.0 if beyond(tiny) <= 0 else scipy.optimize.brentq(beyond, tiny, middle)
+    high = 1.0 if beyond(1 - tiny) <= 0 else scipy.optimize.brentq(beyond, middle, 1 - tiny)
     return low, high

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # its parts are imported when they are first used, and statistics cost a second
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 Clusters = Sequence[Hashable] | None
@@ -57,7 +57,7 @@ def mean_ci(
         raise ValueError(f"the level of an interval must lie in (0, 1), got {level}")
     mean = float(values.mean())
     error, freedom = standard_error(values, clusters)
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
+    half = float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * error
     return mean, mean - half, mean + half
 
 
@@ -82,7 +82,7 @@ def paired_comparison(a: ArrayLike, b: ArrayLike, clusters: Clusters = None) -> 
         shifted = abs(differences.mean()) > remains
         p_value, test = (2.0**-freedom, "sign") if shifted else (1.0, test)
     else:
-        p_value = float(2 * stats.t.sf(abs(differences.mean()) / error, freedom))
+        p_value = float(2 * scipy.stats.t.sf(abs(differences.mean()) / error, freedom))
     mean, low, high = mean_ci(differences, clusters=clusters)
     wins = float(((differences > 0) + 0.5 * (differences == 0)).mean())
     return Comparison(mean, (low, high), p_value, n, wins, test)
@@ -102,10 +102,10 @@ def proportion_ci(
     """
     values = _vector(hits)
     share, effective = float(values.mean()), float(len(values))
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = float(scipy.stats.norm.ppf((1 + level) / 2))
     if _codes(clusters, len(values)) is not None:
         error, freedom = standard_error(values, clusters)
-        ratio = z / float(stats.t.ppf((1 + level) / 2, freedom))
+        ratio = z / float(scipy.stats.t.ppf((1 + level) / 2, freedom))
         spread = error > rounding(values)
         alike = share * (1 - share) / error**2 if spread else freedom + 1
         effective = min(effective, alike * ratio**2)
@@ -153,7 +153,7 @@ def bootstrap_ci(
     values = _vector(differences)
     codes = _codes(clusters, len(values))
     each = np.arange(len(values)) if codes is None else codes
-    found = stats.bootstrap(
+    found = scipy.stats.bootstrap(
         (np.bincount(each, values), np.bincount(each)),
         _mean_of_sums,
         n_resamples=resamples,

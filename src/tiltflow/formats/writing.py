@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
@@ -29,6 +28,9 @@ from tiltflow.models.pipelines.words import processors_of
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.models.switch import FEW_STEP, TILT
 from tiltflow.scheduler import CPSFlowMatchScheduler
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 ORIGINS = ("_name_or_path", "name_or_path")
 """Where a part's settings say what directory it was read from."""

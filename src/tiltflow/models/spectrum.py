@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import fft
 from torch import Tensor
 
 FLOOR = 1e-6
@@ -36,5 +36,5 @@ def high_frequency_energy(images: Tensor, cutoff: float) -> Tensor:
 
 def _energy(image: NDArray[np.float64], above: NDArray[np.bool_]) -> float:
     """The energy of one image (3, H, W) in the coefficients where `above` (H, W) holds."""
-    coefficients = fft.dctn(image, axes=(1, 2), norm="ortho")
+    coefficients = scipy.fft.dctn(image, axes=(1, 2), norm="ortho")
     return float((coefficients[:, above] ** 2).sum() / image.size)

@@ -16,7 +16,6 @@ from tiltflow.data.embeddings import BATCH
 from tiltflow.models.adapters import AdapterSettings
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.meta import text_encoders
-from tiltflow.rewards.sizes import reward_memory
 from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
 from tiltflow.setup.model_checks import largest, meta_of
 from tiltflow.setup.planner import Job, Plan, Planner, TiltJob
@@ -123,6 +122,9 @@ def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
     Raises:
         ValueError: as `reward_memory`.
     """
+    # with every kind of reward model, which a run without a plan need not wait for
+    from tiltflow.rewards.sizes import reward_memory
+
     held, unknown = {}, []
     for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
         for name, size in reward_memory(table).items():

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from tiltflow.evaluation.statistics import Clusters, cluster_means, rounding, standard_error
 from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement, first_with
@@ -69,7 +69,7 @@ def above_zero(values: Array, alpha: float, clusters: Clusters = None) -> bool:
     error, freedom = standard_error(values, clusters)
     if error <= rounding(values):
         return 2.0 ** -(freedom + 1) <= alpha
-    return float(stats.t.sf(mean / error, freedom)) < alpha
+    return float(scipy.stats.t.sf(mean / error, freedom)) < alpha
 
 
 def _held_out(
@@ -125,16 +125,17 @@ def _disagreement(
     trained = None if rise is None else cluster_means(rise, now.clusters(rise))
     if trained is None or len(trained) < FEWEST or np.ptp(trained) == 0:
         return None
-    if not stats.wilcoxon(trained, alternative="greater").pvalue < alpha:
+    if not scipy.stats.wilcoxon(trained, alternative="greater").pvalue < alpha:
         return None
-    limit = math.atanh(threshold) + stats.norm.ppf(alpha) * math.sqrt(1.06 / (len(trained) - 3))
+    spread = math.sqrt(1.06 / (len(trained) - 3))
+    limit = math.atanh(threshold) + scipy.stats.norm.ppf(alpha) * spread
     found = {}
     for name in (n for n in now.values if n.startswith("held_out/") and n in start.values):
         change = now.values[name] - start.values[name]
         seen = cluster_means(change, now.clusters(change))
         if np.mean(change != 0) < 0.5 or np.ptp(seen) == 0:
             continue  # a count or a yes and no, which has few changes: its ranks are mostly ties
-        found[name.partition("/")[2]] = float(stats.spearmanr(trained, seen).statistic)
+        found[name.partition("/")[2]] = float(scipy.stats.spearmanr(trained, seen).statistic)
     if not found or any(r >= math.tanh(limit) for r in found.values()):
         return None
     each = ", ".join(f"{r:.2f} with {name}" for name, r in found.items())

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import scipy
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from tiltflow.flow import broadcast, interpolate, raw_levels, shift_sigma
@@ -168,7 +168,7 @@ def fit_tilt(x: Tensor, mixture: GaussianMixture, direction: Tensor) -> tuple[fl
         return float((torch.xlogy(masses, masses) - masses * log_weights).sum())
 
     edge = 50 / spread
-    fit = minimize_scalar(
+    fit = scipy.optimize.minimize_scalar(
         divergence, bounds=(-edge, edge), method="bounded", options={"xatol": 1e-7}
     )
     # A KL of 0 comes out as -1e-17 after rounding.

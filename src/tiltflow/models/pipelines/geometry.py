@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from tiltflow.core.sentences import counted
@@ -98,6 +97,9 @@ def shift_of(config: Mapping[str, Any], tokens: int, where: str) -> float:
             f"the scheduler in {where} has use_dynamic_shifting=true, but {keys[ends.index(None)]} "
             "is null in its scheduler_config.json"
         )
+    # a whole pipeline with its text encoders, which runs of other families need not wait for
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
     return float(calculate_shift(tokens, *ends))
 
 
