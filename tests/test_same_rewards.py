@@ -70,6 +70,24 @@ def test_weights_of_one_name_and_size_are_told_apart(two: list[Path]) -> None:
         told(two, "b,a", None)
 
 
+def test_a_builtin_reward_that_scores_otherwise_now_is_told_apart(two: list[Path]) -> None:
+    """On pictures that are not square: squares score as they did."""
+    for now, sizes, refused in (
+        ({"resolution": 64}, [], False),
+        ({"resolution": [64, 96]}, [], True),
+        ({"resolution": None}, [["64", None], ["64x96", None]], True),
+        ({"resolution": 64, "revisions": {"clipscore": 2}}, [], False),
+        ({"resolution": [64, 96], "revisions": {"clipscore": 2}}, [], False),
+    ):
+        second = weights("w", b"0123")
+        new = asked(second) | now | {"sizes": sizes, "revisions": {"clipscore": 2}}
+        old = {key: value for key, value in new.items() if key != "revisions"} | now
+        says(two[0], second, asked=old)
+        says(two[1], second, asked=new)
+        found = other_columns(*(json.loads(path.read_text()) for path in two))
+        assert found == (["clipscore"] if refused else []), (now, sizes)
+
+
 @pytest.mark.parametrize("path", [None, "w"])
 def test_code_of_one_size_is_told_apart(two: list[Path], path: str | None) -> None:
     """Also that of a class whose weights lie at a path."""

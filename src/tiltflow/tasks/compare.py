@@ -155,8 +155,10 @@ def other_rewards(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     found = []
     for name in (name for name in first if name in second):
         changed = _changed(name, *contents)
+        if _revised(name, one, other) or changed:
+            found.append(name)
+            continue
         if changed is not None:
-            found += [name] if changed else []
             continue
         both = [lasting(table[name]) for table in (first, second)]
         own = ":" in name or is_fitted(name)
@@ -165,6 +167,16 @@ def other_rewards(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
         if both[0] != both[1]:
             found.append(name)
     return found
+
+
+def _revised(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a builtin reward scored otherwise then than now (`REVISIONS`): on pictures that are
+    not square, which is what the revisions so far were about."""
+    asked = [summary.get("asked") or {} for summary in (one, other)]
+    of = [(each.get("revisions") or {}).get(name, 1) for each in asked]
+    sizes = [asked[0].get("resolution"), *(size for size, _ in asked[0].get("sizes") or ())]
+    oblong = any(isinstance(size, list | tuple) or "x" in str(size) for size in sizes)
+    return of[0] != of[1] and oblong
 
 
 def _changed(name: str, one: object, other: object) -> bool | None:
