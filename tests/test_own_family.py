@@ -126,7 +126,7 @@ def test_it_trains_samples_and_exports(aura: Path, tmp_path: Path) -> None:
                 f"run.out={tmp_path / 'run'}", f"data.prompts={tmp_path / 'prompts.txt'}",
                 "train.steps=2", "train.batch_size=2", "train.micro_batch_size=2",
                 "cold_start.generator_every=1", "adapters.rank=2", "log.samples_every=0",
-                "watch.rewards={}", "train.generator_lr=0.1",
+                "watch.rewards={}", "train.generator_lr=0.1", "adapters.targets=null",
             ],
         ),
         Console(quiet=True),

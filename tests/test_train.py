@@ -122,12 +122,14 @@ def test_resumed_equals_uninterrupted(
 def test_micro_batches_equal_one_batch(
     stage: str, pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
 ) -> None:
-    """To summation order: the relative difference of the weights after the run is tiny."""
+    """To summation order: the relative difference of the weights after the run is tiny. Of single
+    weights it is larger where Adam divides a gradient near 0 by its own size."""
     more = further(stage, cold)
     whole = weights(run(stage, pipeline, prompts, tmp_path / "a", *more))
     half = weights(run(stage, pipeline, prompts, tmp_path / "b", "train.micro_batch_size=2", *more))
     for name in (n for n in whole if n.startswith(("generator/", "fake_score/"))):
-        torch.testing.assert_close(half[name], whole[name], rtol=2e-3, atol=2e-5)
+        torch.testing.assert_close(half[name], whole[name], rtol=2e-3, atol=1e-4)
+        assert (half[name] - whole[name]).norm() <= 1e-3 * whole[name].norm(), name
 
 
 def test_training_changes_what_it_should(

@@ -78,9 +78,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    from tiltflow.core.importing import large_imports
-
-    with large_imports():
+    with import_module(f"{__name__}.core.importing").large_imports():
         found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = found
     return found

@@ -179,7 +179,8 @@ def _check_named(targets: Sequence[str], backbone: Backbone) -> None:
     for target in targets:
         if not any(name.endswith(f".{target}") for name in there):
             raise ValueError(
-                f"adapters.targets has {target!r}, but no module of {backbone.family} has that name"
+                f"adapters.targets has {target!r}, but no module of {backbone.family} has that "
+                "name (null takes the family's own)"
             )
 
 
