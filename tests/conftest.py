@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
-    """The test files import every library: a million objects that stay. What the garbage collector
-    need not look through again and again is a tenth of the tests' time."""
+    """The test files import every library: a million objects that stay. The garbage collector, which
+    took 15 of test_train's 168 CPU seconds, need not look through them again and again."""
     gc.disable()
     try:
         return (yield)
