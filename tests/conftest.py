@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
-    """The test files import every library: a million objects that stay. The garbage collector, which
-    took 15 of test_train's 168 CPU seconds, need not look through them again and again."""
+    """The test files import every library: a million objects that stay. The garbage collector took
+    15 of test_train's 168 CPU seconds, and need not look through them again and again."""
     gc.disable()
     try:
         return (yield)
