@@ -28,6 +28,7 @@ from tiltflow.models.pipelines.headers import FLOATS, header
 from tiltflow.models.pipelines.limits import is_number, is_whole, shown
 from tiltflow.models.pipelines.weights import largest
 from tiltflow.models.roles import AdapterSettings
+from tiltflow.models.switch import FEW_STEP
 
 PREFIX = "transformer."
 ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.", "lora_te")
@@ -117,8 +118,7 @@ def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, Tensor]]:
         ValueError: if the folder holds no single LoRA of a transformer, one that does not say its
             α, or one with something in its metadata that cannot be honoured.
     """
-    inner = folder / "export" / "few_step"
-    file = lora_file(inner if inner.is_dir() else folder)
+    file = lora_file(student_folder(folder))
     check_lora_file(file)
     with safe_open(file, framework="pt") as opened:
         raw = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
@@ -288,6 +288,12 @@ def _plain(
 def exactly(names: Iterable[str]) -> str:
     """A pattern that these modules match, and no others."""
     return "|".join(re.escape(name) for name in sorted(names))
+
+
+def student_folder(folder: Path) -> Path:
+    """Where stage 1's LoRA lies: in a run directory the exported one, else the folder itself."""
+    exported = folder / "export" / FEW_STEP
+    return exported if exported.is_dir() else folder
 
 
 def lora_mark(folder: Path) -> str:

@@ -16,6 +16,7 @@ from tiltflow.core.sentences import listed
 from tiltflow.core.sizes import Resolution, plain, said
 from tiltflow.data.prompts import Prompt
 from tiltflow.formats.contract import Contract, read_contract
+from tiltflow.models.lora_files import student_folder
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.setup.assemble import buckets_of
 from tiltflow.setup.model_checks import can_look, meta_of
@@ -73,8 +74,7 @@ def made_by(few_step: Path) -> Made:
     folder = few_step / "checkpoints"
     name = latest_name(folder)
     if name is None:
-        inner = few_step / "export" / "few_step"
-        contract = read_contract(inner if inner.is_dir() else few_step)
+        contract = read_contract(student_folder(few_step))
         return Made() if contract is None else _of_contract(contract)
     state = parse_json((folder / name / "state.json").read_text(encoding="utf-8"))
     return _of_state(state if isinstance(state, dict) else {})

@@ -11,7 +11,7 @@ from tiltflow.config.load import RunConfig
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.sentences import listed
 from tiltflow.formats.contract import read_contract
-from tiltflow.models.lora_files import lora_mark, read_adapter
+from tiltflow.models.lora_files import lora_mark, read_adapter, student_folder
 from tiltflow.models.roles import AdapterSettings, Roles, State, boundaries_of
 from tiltflow.models.switch import FEW_STEP, TILT
 from tiltflow.training.own_terms import BUILTIN
@@ -74,8 +74,7 @@ def lora_start(folder: Path) -> Start:
             f"{folder / 'export' / FEW_STEP} to begin from stage 1's student, without the tilt"
         )
     settings, weights = read_adapter(folder)
-    own = folder / "export" / FEW_STEP
-    place = own if own.is_dir() else folder
+    place = student_folder(folder)
     contract = read_contract(place)
     tilt = contract.hashes.get(TILT) if contract else None
     if tilt is not None and lora_mark(place) == tilt:

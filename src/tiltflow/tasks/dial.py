@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tiltflow.config.load import RunConfig, load_config
@@ -21,8 +20,7 @@ from tiltflow.data.embeddings import EncodedPrompts, encode_prompts
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.statistics import mean_ci
 from tiltflow.models.backbone import Backbone
-from tiltflow.models.lora_files import lora_file
-from tiltflow.models.pipelines.fingerprint import adapter_fingerprint
+from tiltflow.models.lora_files import lora_mark
 from tiltflow.models.roles import Role
 from tiltflow.models.switch import FEW_STEP, AdapterSwitch
 from tiltflow.rewards.combine import RewardMixture
@@ -252,7 +250,7 @@ def _common_few_step(runs: Sequence[Path]) -> Path:
     for run, folder in zip(runs, folders, strict=True):
         if not folder.is_dir():
             raise ValueError(f"{run.name} has no export yet: a dial is of a finished stage 2")
-    digests = {adapter_fingerprint(load_file(lora_file(folder))) for folder in folders}
+    digests = {lora_mark(folder) for folder in folders}
     if len(digests) > 1:
         raise ValueError("these runs stand on different few-step adapters: dial them one by one")
     return folders[0]
