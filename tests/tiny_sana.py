@@ -15,11 +15,19 @@ from diffusers import (
 )
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+from tiltflow.models.families.sana import INSTRUCTION
+
 
 def gemma(width: int, layers: int) -> tuple[Gemma2Model, GemmaTokenizer]:
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
-    pieces = [*special, *string.ascii_letters, *string.digits, *".,:;'-()>\n"]
-    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    letters = [*string.ascii_letters, *string.digits, *".,:;'-()>\n"]
+    # The instruction's words are pieces: letter by letter it is 1,057 tokens before each prompt.
+    words = "\n".join(INSTRUCTION.default).replace(" ", " ▁").split(" ")
+    merges = [(w[:i], w[i]) for w in words for i in range(1, len(w))]
+    joined = [first + second for first, second in merges]
+    pieces = list(dict.fromkeys([*special, *letters, *joined]))
+    merges = list(dict.fromkeys(merges))
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
     config = Gemma2Config(
         vocab_size=len(pieces),
         hidden_size=width,

@@ -59,20 +59,22 @@ class EncodedPrompts:
             return value if key.endswith(ON_HOST) else to_device(value, device)
 
         def stacked(places: Sequence[Place | None]) -> dict[str, Tensor]:
-            return {
-                key: placed(
-                    key,
-                    torch.stack(
-                        [
-                            first.negative[key][0]
-                            if p is None
-                            else self.tables[p[0]].positive[key][p[1]]
-                            for p in places
-                        ]
-                    ),
+            # A batch has a prompt many times: each is looked up once.
+            at = {place: row for row, place in enumerate(dict.fromkeys(places))}
+            rows = torch.tensor([at[place] for place in places])
+
+            def batch(key: str) -> Tensor:
+                each = torch.stack(
+                    [
+                        first.negative[key][0]
+                        if p is None
+                        else self.tables[p[0]].positive[key][p[1]]
+                        for p in at
+                    ]
                 )
-                for key in first.positive
-            }
+                return each if len(at) == len(places) else each[rows]
+
+            return {key: placed(key, batch(key)) for key in first.positive}
 
         positive = stacked([self.places[i] for i in indices])
         if self.negatives:

@@ -7,7 +7,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,15 @@ class Prompt:
     negative: str | None = None
 
 
+@cache
+def _captions(held_out: bool, n: int) -> tuple[shapes.Caption, ...]:
+    """Kept for the next run of a process. (The prompts are not: a reward may write in what it is
+    given of them.)"""
+    return tuple(shapes.balanced(held_out, n))
+
+
 def _shapes(held_out: bool, n: int) -> list[Prompt]:
-    return [Prompt(c.text, c.metadata()) for c in shapes.balanced(held_out, n)]
+    return [Prompt(c.text, c.metadata()) for c in _captions(held_out, n)]
 
 
 # The train split has far more captions of two coloured objects than of anything else: the six

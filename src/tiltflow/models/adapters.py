@@ -24,12 +24,13 @@ class AdapterSettings:
     alpha: float
     targets: str | list[str]
 
-    def config(self) -> LoraConfig:
+    def config(self, drawn: bool = True) -> LoraConfig:
+        """PEFT's; `drawn` False leaves the weights as they come, where they have shapes only."""
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # scaling takes any number
             target_modules=self.targets,
-            init_lora_weights="gaussian",
+            init_lora_weights="gaussian" if drawn else False,
         )
 
 
@@ -60,12 +61,13 @@ def add_adapter(
         ValueError: if the network has no such modules.
     """
     before = {n for n, p in network.named_parameters() if p.requires_grad}
+    drawn = not next(network.parameters()).is_meta
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT warns of several adapters on one model, which is the point here
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
         try:
-            call(network, "add_adapter", fused(settings.config()), adapter_name=name)
+            call(network, "add_adapter", fused(settings.config(drawn)), adapter_name=name)
         except ValueError as error:
             raise ValueError(f"adapters.targets: {first_sentence(error)}") from error
     mine = {}
