@@ -37,6 +37,22 @@ def test_every_familys_blocks_have_features_of_the_image(family: str, tiny_pipel
     assert x.grad is not None and bool(x.grad[0].any()) and not bool(x.grad[1].any())
 
 
+@pytest.mark.parametrize("family", FEW)
+def test_a_samples_features_do_not_know_its_neighbours(family: str, tiny_pipeline: Tiny) -> None:
+    """Beside a longer prompt, which some families fill the others' places up to."""
+    case = CASES[family]
+    backbone = load_backbone(
+        tiny_pipeline(case.names[0]), family=family, device="cpu", resolution=64,
+        max_sequence_length=max(case.tokens, 96),
+    )  # fmt: skip
+    cond = backbone.encode(["cat", "a red cat and two dogs on a hill by the sea, and a house"])
+    x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    features, levels = Features(Role("fake_score", backbone, backbone.teacher_base)), x.new_ones(2)
+    beside, alone = features(x, levels / 2, cond), features(x[:1], levels[:1] / 2, cond[:1])
+    head = Head(beside.shape[-1], Randomness(0))
+    torch.testing.assert_close(head(beside)[:1], head(alone), rtol=1e-4, atol=1e-5)
+
+
 def test_guidance_apart_is_another_gradient_and_goes_on_where_it_stopped(
     tiny_pipeline: Tiny, tmp_path: Path
 ) -> None:

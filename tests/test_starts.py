@@ -93,6 +93,23 @@ def test_a_stage_one_that_has_not_ended_is_said(tmp_path: Path) -> None:
     assert lines(of_sd3m("tilt", f"model.few_step={tmp_path / 'gone'}", "run.resume=true")) == []
 
 
+def test_phases_that_no_iteration_reaches_are_said() -> None:
+    """Four boundaries, of which 200 iterations in phases of 100 train the first two."""
+    phased = ("cold_start.boundary_order=phased", "cold_start.reuse=1", "cold_start.phase=100")
+    found = lines(of_sd3m("cold_start", *phased, "train.steps=200"))
+    assert len(found) == 1 and "train.steps 200 ends in phase 2 of 4" in found[0]
+    assert "phase 3 of 4" in lines(of_sd3m("cold_start", *phased, "train.steps=300"))[0]
+    assert lines(of_sd3m("cold_start", *phased, "train.steps=301")) == []
+    assert lines(of_sd3m("cold_start", "cold_start.phase=100", "train.steps=200")) == []
+
+
+def test_a_weight_that_ones_own_objective_does_not_read_is_said() -> None:
+    own = ("train.boundary_power=1", "cold_start.objective=own:Difference")
+    assert "train.boundary_power 1 weighs AC-DMD's" in lines(of_sd3m("cold_start", *own))[0]
+    assert lines(of_sd3m("cold_start", own[1])) == []
+    assert lines(of_sd3m("cold_start", own[0], "cold_start.objective=decoupled")) == []
+
+
 @pytest.mark.parametrize(
     ("first", "then", "said"),
     [

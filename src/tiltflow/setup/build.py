@@ -31,7 +31,7 @@ from tiltflow.models.pipelines.products import take_onednn
 from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles, copy_roles
 from tiltflow.setup.assemble import buckets_of, make_stages
 from tiltflow.setup.facts import Facts
-from tiltflow.setup.starts import Start, check_grids, starting_point
+from tiltflow.setup.starts import Start, check_grids, continues, starting_point
 from tiltflow.training.cold_start import ColdStart
 from tiltflow.training.loop import Stage
 from tiltflow.training.tilt import Tilt
@@ -320,6 +320,7 @@ def build_stage(
         student_guidance=cfg.model.student_guidance,
         rewards_at_once=stage.rewards.at_once if isinstance(stage, Tilt) else None,
         sizes=tuple(b.size for b in sorted(sizes, key=lambda b: -b.weight)) or None,
+        fake_score_continued=continues(cfg, start),
     )
     return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts, running)
 

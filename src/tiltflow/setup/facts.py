@@ -24,11 +24,14 @@ class Facts:
     sizes: tuple[Resolution, ...] | None
     """Those of `data.buckets`, the most frequent first; None without, and checkpoints then do not
     have it."""
+    fake_score_continued: bool | None = None
+    """Whether stage 2 trains stage 1's adapter of the fake score, of stage 1's rank and α; None in
+    stage 1 and of copies, whose checkpoints do not have it."""
 
     def as_json(self) -> dict[str, object]:
         """The facts as a checkpoint's state has them."""
         values = asdict(self)
-        for name in ("rewards_at_once", "sizes"):
+        for name in ("rewards_at_once", "sizes", "fake_score_continued"):
             if values[name] is None:
                 del values[name]
         return values

@@ -1,9 +1,10 @@
-"""What of stage 1 is worth a line before stage 2 trains on it: that it has not ended, another base,
-other sampling. None of it is an error: all of these are also done on purpose."""
+"""What is worth a line before a run trains. Of stage 1: boundaries that no iteration reaches, a
+setting that its objective does not read. Of what stage 2 starts from: that it has not ended,
+another base, other sampling. None of it is an error: all of these are also done on purpose."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.setup.assemble import buckets_of
 from tiltflow.setup.model_checks import can_look, meta_of
 from tiltflow.setup.starts import grids_of
+from tiltflow.training.objective import BUILTIN
 
 STEPS, ETA, GUIDANCE = "sampler.steps", "sampler.eta", "model.student_guidance"
 SIZES, LENGTH = "model.resolution", "model.max_sequence_length"
@@ -43,7 +45,8 @@ class Made:
 def start_notices(
     cfg: RunConfig, prompts: Sequence[Prompt], pipelines: Pipelines, base: str | None = None
 ) -> list[str]:
-    """Lines on what stage 2 starts from; none in stage 1, or where a run goes on from its own copy.
+    """Lines on stage 1's settings, or on what stage 2 starts from; none of the latter where a run
+    goes on from its own copy.
 
     `prompts` are those that are trained on, which may name sizes; with `base`, the fingerprint of
     the student's base here, another one is said.
@@ -52,6 +55,8 @@ def start_notices(
         ValueError: as `made_by`.
     """
     few_step = cfg.model.few_step
+    if cfg.stage == "cold_start":
+        return list(_of_stage_1(cfg))
     if few_step is None or not Path(resolve_path(few_step)).is_dir():
         return []
     made, place, lines = made_by(Path(resolve_path(few_step))), f"model.few_step {few_step}", []
@@ -63,6 +68,21 @@ def start_notices(
             f"those here have {base[:12]}"
         )
     return lines + _other_sampling(place, made.sampling, sampling_of(cfg, prompts), cfg, pipelines)
+
+
+def _of_stage_1(cfg: RunConfig) -> Iterator[str]:
+    steps, settings, last = cfg.train.steps, cfg.cold_start, cfg.sampler.most
+    reached = min(1 + (steps - 1) // settings.phase, last)
+    if settings.boundary_order == "phased" and reached < last:
+        yield (
+            f"train.steps {steps:,} ends in phase {reached} of {last} (cold_start.phase "
+            f"{settings.phase:,}): no later boundary is trained, so neither is the image"
+        )
+    if cfg.train.boundary_power and settings.objective not in BUILTIN:
+        yield (
+            f"train.boundary_power {cfg.train.boundary_power:g} weighs AC-DMD's gradient, and not "
+            f"that of {settings.objective}, which weighs itself"
+        )
 
 
 def made_by(few_step: Path) -> Made:

@@ -86,12 +86,20 @@ def lora_start(folder: Path) -> Start:
     return Start(weights, None, settings)
 
 
+def continues(cfg: RunConfig, start: Start | None) -> bool | None:
+    """Whether the run trains the adapter that stage 1's fake score had; None where there is no
+    question: in stage 1, and of copies."""
+    if start is None or cfg.adapters.kind != "lora":
+        return None
+    return start.fake_score is not None and cfg.tilt.fake_score_start == "continued"
+
+
 def starting_point(cfg: RunConfig) -> Start | None:
     """What stage 2 stands on: stage 1's result, or where that is gone and the run is resumed, the
-    frozen adapters of the run's own checkpoint.
+    adapters of the run's own checkpoint that were stage 1's.
 
     Raises:
-        ValueError: if neither is there.
+        ValueError: if neither is there, or the checkpoint does not tell enough of them.
     """
     if cfg.model.few_step is None:
         return None
@@ -102,12 +110,16 @@ def starting_point(cfg: RunConfig) -> Start | None:
     tensors, adapters = checkpoint.tensors, checkpoint.state.get("few_step_adapters")
     if "few_step" not in tensors or not adapters:
         raise ValueError(f"model.few_step {run} is gone, and the run to resume has no copy of it")
-    return Start(
-        tensors["few_step"],
-        tensors.get("few_step_fake_score"),
-        AdapterSettings(**adapters),
-        grids_of(checkpoint.state),
-    )
+    fake, known = tensors.get("few_step_fake_score"), checkpoint.state.get("fake_score_continued")
+    if fake is None and cfg.tilt.fake_score_start == "continued":
+        if known is None and adapters != checkpoint.state.get("adapters"):
+            raise ValueError(
+                f"model.few_step {run} is gone, and the run to resume was made by a version that "
+                "does not say whether its fake score has stage 1's adapters.rank and adapters.alpha"
+            )
+        fake = tensors["fake_score"] if known else None
+    settings = AdapterSettings(**adapters)
+    return Start(tensors["few_step"], fake, settings, grids_of(checkpoint.state))
 
 
 def check_grids(cfg: RunConfig, start: Start | None) -> None:

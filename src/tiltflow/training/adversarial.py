@@ -51,7 +51,8 @@ class Features:
     """What the middle block of a velocity network gives, (b, ..., c), on its way to the velocity.
 
     The middle of the longest list of blocks, of two the larger; of a block that gives several
-    streams, the last, the image's.
+    streams, the last, the image's. Where one stream is filled up to the batch's longest prompt, the
+    image's places of it: a sample's features are its own.
 
     Raises:
         ValueError: if the network has no list of blocks.
@@ -63,6 +64,7 @@ class Features:
             raise ValueError("term 'gan': the fake score's network has no list of blocks")
         blocks = max(lists, key=lambda each: (len(each), sum(p.numel() for p in each.parameters())))
         self.role, self.block = role, blocks[(len(blocks) - 1) // 2]
+        self.places = getattr(role.backbone, "image_places", None)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         found: list[Tensor] = []
@@ -76,7 +78,7 @@ class Features:
                 self.role(x, sigma, cond)
         finally:
             handle.remove()
-        return found[0]
+        return found[0] if self.places is None else self.places(found[0])
 
 
 class Adversary(Term):

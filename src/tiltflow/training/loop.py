@@ -332,6 +332,24 @@ def _foreign(checkpoint: Checkpoint, reason: str) -> ValueError:
     return ValueError(f"checkpoint {step_name(checkpoint.step)} is not of this run: {reason}")
 
 
+def _check_fake_score(roles: Roles, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
+    """That the fake score lies on what it was trained on, and its adapter has the strength."""
+    key, state = "few_step_fake_score", checkpoint.state
+    here, there = key in roles.frozen, key in checkpoint.tensors
+    if here != there:
+        word = {True: "a fresh adapter on stage 1's", False: "one adapter"}
+        raise ValueError(
+            f"its fake score is {word[there]}, but here it is {word[here]} (tilt.fake_score_start)"
+        )
+    own, first = facts.get("adapters"), facts.get("few_step_adapters")
+    name = "fake_score_continued"
+    if own != first and state.get(name, facts.get(name)) != facts.get(name):
+        raise ValueError(
+            "its fake score has the rank and α of another stage than here (tilt.fake_score_start, "
+            "or a fake score in model.few_step that was there or was not)"
+        )
+
+
 def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips: Skips) -> int:
     """Puts a checkpoint's state back; returns its step.
 
@@ -343,6 +361,7 @@ def restore(stage: Stage, checkpoint: Checkpoint, settings: LoopSettings, skips:
             here, there = settings.facts.get(key), checkpoint.state.get(key)
             if json.dumps(here) != json.dumps(there):
                 raise ValueError(f"its {key} is {there}, but here it is {here}")
+        _check_fake_score(stage.roles, checkpoint, settings.facts)
         stage.roles.load(checkpoint.tensors)
         own = stage.roles.state()
         for name, updater in stage.updaters.items():

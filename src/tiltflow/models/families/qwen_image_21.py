@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -182,6 +183,11 @@ class QwenImage21Backbone(QwenVaeBackbone):
             validity_of(mask, height * width),
         )
         return v.float().transpose(1, 2).unflatten(2, (height, width))
+
+    def image_places(self, places: Tensor) -> Tensor:
+        """A block's places (B, N, C) that are the image's: the prompt's own, filled up to the
+        batch's longest, stand before them."""
+        return places[:, -math.prod(self.geometry.latent) :]
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, mask, _ = self.pipe.encode_prompt(prompts, device=self.device)

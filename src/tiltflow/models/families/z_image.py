@@ -135,6 +135,11 @@ class ZImageBackbone(PipelineBackbone):
         )[0]
         return -torch.stack([v.float() for v in velocities]).squeeze(2)
 
+    def image_places(self, places: Tensor) -> Tensor:
+        """A block's places (B, N, C) that are the image's: the prompt's own follow them, and then
+        filling up to the batch's longest."""
+        return places[:, : self.geometry.tokens]
+
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """`prompts` are overwritten, which is the pipeline's doing."""
         found, _ = self.pipe.encode_prompt(
