@@ -58,7 +58,7 @@ def trained(cold: Path):
     return build
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stage_one_reaches_the_teachers_distribution(cold: Path) -> None:
     build = trained(cold)
     found, floor = distance(draw(build.stage.roles.ema, SAMPLES), build.backbone)
@@ -66,7 +66,7 @@ def test_stage_one_reaches_the_teachers_distribution(cold: Path) -> None:
     assert build.backbone.mixture.share_within(draw(build.stage.roles.ema)) > 0.85
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stage_two_follows_the_exact_tilted_family(cold: Path, tmp_path: Path) -> None:
     """β > .3 at KL ≤ .01, and still so after three times the rollouts.
 
