@@ -28,6 +28,7 @@ from tiltflow.models.pipelines.files import check_directory
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
+from tiltflow.setup.held_out import check_held_out
 from tiltflow.setup.model_checks import (
     check_adapters,
     check_guided_from,
@@ -136,6 +137,7 @@ CHECKS: tuple[Check, ...] = (
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("rewards", lambda on: _check_reward_imports(on.cfg)),
+    Check("held-out rewards", lambda on: check_held_out(on.cfg), needs=("rewards",)),
     Check("prompts", lambda on: on.prompts),
     Check(
         "sizes",
