@@ -49,7 +49,15 @@ def same_scores(name: str, of: RewardConfig, other_name: str, other: RewardConfi
     if _kind(name, of) != _kind(other_name, other):
         return False
     first, second = _decides(name, of), _decides(other_name, other)
-    return first == second or _contents(first) == _contents(second)
+    return first == second or _at_their_places(first) == _at_their_places(second)
+
+
+def deciding_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a reward that decide its scores, with what the files hold that they name."""
+    if name.startswith(REMOTE):  # they are of the client, the name says which reward it is
+        return {}
+    beside = (*AWAY, "cache") if name.startswith(JUDGE) else NOT_OF_THE_SCORE
+    return {key: _content(value) for key, value in options.items() if key not in beside}
 
 
 def _kind(name: str, of: RewardConfig) -> object:
@@ -68,11 +76,11 @@ def _kind(name: str, of: RewardConfig) -> object:
 def _decides(name: str, of: RewardConfig) -> dict[str, Any]:
     """What a reward's score depends on beside its kind: options with their defaults, and files."""
     path = of.path
-    if name.startswith(REMOTE):  # its options are of the client, the name says which it is
+    if name.startswith(REMOTE):
         return {}
     if name.startswith(JUDGE):
         settings = asdict(judge_settings(name, of.options, path))
-        return {k: v for k, v in settings.items() if k not in (*AWAY, "cache")} | {"path": path}
+        return deciding_options(name, settings) | {"path": path}
     if name in CLIPS:
         return {"path": path or CLIPS[name]}
     if is_fitted(name):
@@ -84,8 +92,8 @@ def _decides(name: str, of: RewardConfig) -> dict[str, Any]:
     else:
         target = None if name in BUILTIN else target_of(name)
         found = _defaults(target) if isinstance(target, type) else {}
-    found |= of.options | ({} if path is None else {"path": path})
-    return {key: value for key, value in found.items() if key not in NOT_OF_THE_SCORE}
+    place = {"path": path or found.get("path")}
+    return deciding_options(name, found | of.options) | place
 
 
 def _defaults(made: type) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def _defaults(made: type) -> dict[str, Any]:
     return {k: p.default for k, p in takes.items() if p.default is not inspect.Parameter.empty}
 
 
-def _contents(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _at_their_places(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The same with what files and folders of weights hold, in the place of where they are."""
     return {key: _content(value) for key, value in facts.items()}
 
