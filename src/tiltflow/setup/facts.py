@@ -24,6 +24,9 @@ class Facts:
     sizes: tuple[Resolution, ...] | None
     """Those of `data.buckets`, the most frequent first; None without, and checkpoints then do not
     have it."""
+    prompts_spread: bool = False
+    """Whether samples and the watch take prompts from all over the file (`watch_prompts.spreads`);
+    the checkpoints of other runs do not have it."""
 
     def as_json(self) -> dict[str, object]:
         """The facts as a checkpoint's state has them."""
@@ -31,4 +34,6 @@ class Facts:
         for name in ("rewards_at_once", "sizes"):
             if values[name] is None:
                 del values[name]
+        if not self.prompts_spread:
+            del values["prompts_spread"]
         return values
