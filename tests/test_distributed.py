@@ -187,7 +187,7 @@ def test_a_pipelines_ranks_and_sharded_base_equal_one(
         "log.samples_every=3",
         "log.samples=3",
         "model.gradient_checkpointing=true",
-        "watch.rewards={'test_train:redness': 1.0}",
+        "watch.rewards={'test_train:bright': 1.0}",
         "watch.every=3",
         "watch.prompts=8",
     ]
@@ -211,7 +211,7 @@ def test_a_pipelines_ranks_and_sharded_base_equal_one(
             assert gap(other, one) < 1e-5, (other.name, gap(other, one))
             rows = [read_metrics(r / "metrics.jsonl")[-1] for r in (other, one)]
             assert rows[0] == pytest.approx(rows[1], rel=1e-3, abs=1e-5)
-            assert "held_out/test_train:redness" in rows[0]
+            assert "held_out/test_train:bright" in rows[0]
             assert (other / "samples" / "step-000003.png").is_file()
         cold = one
 

@@ -119,6 +119,29 @@ def test_a_resumed_watch_judges_as_an_uninterrupted_one(cold: Path, tmp_path: Pa
     assert [m.step for m in history] == [20, 25] and history[0].clean
 
 
+@pytest.mark.long
+def test_a_watch_resumed_with_other_levels_begins_a_new_reference(
+    cold: Path, tmp_path: Path
+) -> None:
+    """A generator that stays as it is has other drift at other levels, and raises no alarm."""
+    still = ("train.generator_lr=1e-12", "watch.rules.drift=1.05", "train.schedule=constant")
+    points(cold, tmp_path / "run", *still, "train.steps=10")
+    with (tmp_path / "log.txt").open("w") as file:
+        told = Console(record=True, width=500, file=file)
+        run = points(
+            cold, tmp_path / "run", *still, "run.resume=true", "watch.levels=[0.02]", console=told
+        )
+    assert "watch: drift: measured otherwise than before" in told.export_text()
+    history = read_history(run / "watch.jsonl")
+    assert [bool("teacher/drift" in m.values) for m in history] == [True, False, False, True, False]
+    assert abs(history[3].mean("drift") - history[0].mean("drift")) > 0.1
+    assert alarms(run) == {}
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [(r["step"], r["watch/anew"]) for r in rows if "watch/anew" in r] == [
+        (15, "watch/drift")
+    ]
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A tiny pipeline, prompts, and a LoRA folder of its stage 1."""

@@ -129,7 +129,8 @@ def test_few_prompts_are_said_where_no_alarm_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watching, "build_rewards", lambda *given: None)
-    monkeypatch.setattr(watching, "_features", lambda *given: 1)
+    monkeypatch.setattr(watching, "_features", lambda *given: (1, None))
+    monkeypatch.setattr(watching, "series_digests", lambda *given: {})
     monkeypatch.setattr(watching, "Tilt", SimpleNamespace)
     stage = SimpleNamespace(
         rewards=SimpleNamespace(advantage_weights={"judge": 1.0}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,19 @@ from tiltflow.core.disk import parse_json, write_whole
 Total = Callable[[Sequence[float]], Sequence[float]]
 """Adds up numbers over the ranks."""
 Values = Mapping[str, Tensor | float]
+ANEW = "watch/anew"
+"""The text of a log that names the metrics, with commas between, which from its step on are
+measured otherwise than before, so that the two cannot be held against each other."""
 
 _HEAD = b'{"step": '
 """How every line begins."""
+
+
+def set_apart(curves: MutableMapping[str, Any], row: Mapping[str, Any]) -> None:
+    """Where a row of the log says `ANEW`, puts what was read before under names that say so."""
+    for name in str(row.get(ANEW, "")).split(", "):
+        if name in curves:
+            curves[f"{name} before step {row['step']}"] = curves.pop(name)
 
 
 class Accumulator:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tiltflow.config.recipe_source import read_recipe
 from tiltflow.core.disk import parse_json
+from tiltflow.core.metrics import ANEW, set_apart
 from tiltflow.core.run_lock import held_by_another
 from tiltflow.evaluation.watch.history import FILE as WATCH
 from tiltflow.tasks.evaluate import kept_prompts
@@ -96,8 +97,11 @@ class Log:
         if row is None:
             return
         self.step = max(self.step, row["step"])
+        set_apart(self.curves, row)
         for name, value in row.items():
             if isinstance(value, str):
+                if name == ANEW:
+                    value = f"from here on measured otherwise: {value}"
                 self.notes = [*self.notes, (row["step"], name, value)][-NOTES:]
             elif name != "step":
                 self.curves.setdefault(name, Curve()).add(row["step"], float(value))

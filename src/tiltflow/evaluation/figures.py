@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltflow.core.metrics import set_apart
+
 SMOOTHED_FROM = 40  # points; shorter curves are drawn as they are
 MOST_POINTS = 600  # a curve; longer ones are averaged down, or the page grows with the run
 SPIKE = 3.0  # a frame is cut where its outermost 4% of points would more than triple its height
@@ -63,7 +65,8 @@ def decimals(intervals: Sequence[Sequence[float]]) -> int:
 
 
 def metric_series(rows: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[np.float64]]:
-    """(n, 2) steps and values of every numeric metric, rewards first, then losses.
+    """(n, 2) steps and values of every numeric metric, rewards first, then losses. What the log
+    says is measured otherwise from a step on is two.
 
     Raises:
         ValueError: if a row has no numeric `step`.
@@ -73,6 +76,7 @@ def metric_series(rows: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[np.flo
         step = row.get("step")
         if not _numeric(step):
             raise ValueError("a row of the metrics has no step")
+        set_apart(series, row)
         for name, value in row.items():
             if name != "step" and _numeric(value):
                 series.setdefault(name, []).append((float(step), float(value)))  # type: ignore[arg-type]

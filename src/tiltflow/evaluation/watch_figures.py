@@ -11,7 +11,7 @@ import numpy as np
 
 from tiltflow.evaluation.charts import Chart, Series, chart
 from tiltflow.evaluation.statistics import mean_ci
-from tiltflow.evaluation.watch.history import LOGARITHMS, TEACHER, Array, Measurement
+from tiltflow.evaluation.watch.history import LOGARITHMS, TEACHER, Array, Measurement, stretches
 
 Interval = tuple[float, float, float]
 
@@ -59,8 +59,12 @@ def watch_charts(runs: Mapping[str, Watched]) -> list[Chart]:
         ("drift", "Teacher's velocity gap against its own samples'"),
         ("high_frequency", "High-frequency energy against the teacher's"),
     ):
-        found = [(run, _ratios(watched.looks, name)) for run, watched in runs.items()]
-        lines = [_series(run, intervals) for run, intervals in found if intervals]
+        lines = [
+            _series(run + word, intervals)
+            for run, watched in runs.items()
+            for word, looks in _parts(watched.looks, name)
+            if (intervals := _ratios(looks, name))
+        ]
         if lines:
             rules = [w.rules.get(name) for w in runs.values()]
             same = rules[0] if all(r == rules[0] for r in rules) else None
@@ -70,33 +74,38 @@ def watch_charts(runs: Mapping[str, Watched]) -> list[Chart]:
 
 
 def _rewards(looks: Sequence[Measurement]) -> list[Series]:
-    """Each reward's change since the first look, in that look's standard deviations."""
+    """Each reward's change since the first look at it, in that look's standard deviations."""
     names = dict.fromkeys(n for look in looks for n in look.values)
     lines = []
     for group, dashed in (("trained", False), ("held_out", True)):
         for name in (n for n in names if n.startswith(f"{group}/")):
-            seen = [look for look in looks if name in look.values]
-            start = seen[0].values[name]
-            spread = float(start.std()) or 1.0
-            intervals = {
-                look.step: _scaled(_change(look, look.values[name] - start), 1 / spread)
-                for look in seen
-            }
-            words = f"{name.partition('/')[2]} ({group.replace('_', '-')})"
-            lines.append(_series(words, intervals, dashed))
+            for word, seen in _parts(looks, name):
+                start = seen[0].values[name]
+                spread = float(start.std()) or 1.0
+                intervals = {
+                    look.step: _scaled(_change(look, look.values[name] - start), 1 / spread)
+                    for look in seen
+                }
+                words = f"{name.partition('/')[2]} ({group.replace('_', '-')}){word}"
+                lines.append(_series(words, intervals, dashed))
     return lines
 
 
+def _parts(looks: Sequence[Measurement], name: str) -> list[tuple[str, list[Measurement]]]:
+    """The looks at a series, apart where it was measured otherwise: a word for the later ones'
+    names, and those of one measure."""
+    groups = stretches(looks, name)
+    return [(f", anew from step {g[0].step}" * (i > 0), g) for i, g in enumerate(groups)]
+
+
 def _ratios(looks: Sequence[Measurement], name: str) -> dict[int, Interval]:
-    """By step, the ratio to the first mean, or (`LOGARITHMS`) to the teacher's geometric mean."""
-    seen = [look for look in looks if name in look.values]
-    if not seen:
-        return {}
-    start = seen[0].values.get(TEACHER + name if name in LOGARITHMS else name)
+    """By step, the ratio to the first mean, or (`LOGARITHMS`) to the teacher's geometric mean, of
+    looks that all have the series by one measure."""
+    start = looks[0].values.get(TEACHER + name if name in LOGARITHMS else name)
     if start is None or len(start) < 2:  # one sample, of a run that asked for no more: no interval
         return {}
     found: dict[int, Interval] = {}
-    for look in seen:
+    for look in looks:
         gap = _change(look, look.values[name][: len(start)] - start)
         if name in LOGARITHMS:
             found[look.step] = (math.exp(gap[0]), math.exp(gap[1]), math.exp(gap[2]))
@@ -138,7 +147,8 @@ def _limits(name: str, threshold: float, runs: Mapping[str, Watched]) -> list[tu
     `threshold` beyond, so it is drawn for one run only."""
     if name not in LOGARITHMS:
         return [(threshold, f"limit {threshold:g}")]
-    starts = [next(iter(_ratios(w.looks, name).values()), None) for w in runs.values()]
+    parts = [looks for w in runs.values() for _, looks in _parts(w.looks, name)]
+    starts = [next(iter(_ratios(looks, name).values()), None) for looks in parts]
     if len(starts) != 1 or starts[0] is None:
         return []
     low, high = min(1.0, starts[0][0]) / threshold, max(1.0, starts[0][0]) * threshold

@@ -17,6 +17,7 @@ from tiltflow.core.paths import nearest
 from tiltflow.core.registry import failure, find, made
 from tiltflow.models.medium import Fault, Medium, article, load_medium
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
+from tiltflow.rewards.files import CLIP_WEIGHTS
 from tiltflow.rewards.fitted import is_fitted, load_fitted
 from tiltflow.rewards.remote.address import ELSEWHERE
 
@@ -267,8 +268,7 @@ def _clipscore(
     from tiltflow.rewards.zoo.clip_family import CLIPScore
 
     _only(name, options, ("at_once",))
-    default = "packaged:clip_heldout" if name == "clipscore_heldout" else "packaged:clip"
-    return CLIPScore(path or default, device=device, name=name, **options)
+    return CLIPScore(path or CLIP_WEIGHTS[name], device=device, name=name, **options)
 
 
 PUBLISHED = {
@@ -284,12 +284,16 @@ PUBLISHED = {
 """Rewards with published weights: module of `rewards.zoo`, and class. Imported when asked for."""
 
 
+def published_reward(name: str) -> Any:
+    """The class of one of `PUBLISHED`."""
+    module, _, kind = PUBLISHED[name].partition(":")
+    return getattr(importlib.import_module(f"tiltflow.rewards.zoo.{module}"), kind)
+
+
 def _published(
     name: str, path: str | None, device: str | torch.device, options: Mapping[str, Any]
 ) -> Reward:
-    module, _, kind = PUBLISHED[name].partition(":")
-    published = getattr(importlib.import_module(f"tiltflow.rewards.zoo.{module}"), kind)
-    takes = inspect.signature(published).parameters
+    takes = inspect.signature(published := published_reward(name)).parameters
     _only(name, options, [key for key in takes if key not in ("path", "device")])
     if "path" not in takes:
         _no_path(name, path)

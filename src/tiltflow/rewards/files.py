@@ -15,6 +15,11 @@ REVISIONS = {"hpsv2": 2}
 was scored before is not mixed in. `hpsv2` cut the ends off a picture that is not square."""
 
 
+CLIP_WEIGHTS = {"clipscore": "packaged:clip", "clipscore_heldout": "packaged:clip_heldout"}
+"""The builtin rewards that are any CLIP's cosine, and whose weights each takes where none are
+given."""
+
+
 def revisions(names: Iterable[str]) -> dict[str, int]:
     """The revisions of those among these rewards that have one."""
     return {name: REVISIONS[name] for name in names if name in REVISIONS}

@@ -17,6 +17,7 @@ from torch import nn
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.sentences import first_sentence
 from tiltflow.rewards.base import BUILTIN
+from tiltflow.rewards.files import CLIP_WEIGHTS
 from tiltflow.rewards.fitted import fitted_folder, is_fitted
 from tiltflow.rewards.remote.address import ELSEWHERE, JUDGE
 from tiltflow.rewards.weights import DTYPES, scoring_mlp
@@ -177,8 +178,7 @@ def _parts(name: str, reward: RewardLike) -> list[tuple[str, str]]:
         return [detector, (clip, "CLIPModel")]
     place = {
         "aesthetic": clip,
-        "clipscore": reward.path or "packaged:clip",
-        "clipscore_heldout": reward.path or "packaged:clip_heldout",
+        **{clip: reward.path or weights for clip, weights in CLIP_WEIGHTS.items()},
         "hpsv2": str(reward.options.get("base", VIT_H_14)),
         "pickscore": reward.path or PICKSCORE,
     }[name]

@@ -32,6 +32,8 @@ from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles, copy_ro
 from tiltflow.setup.assemble import buckets_of, make_stages
 from tiltflow.setup.facts import Facts
 from tiltflow.setup.starts import Start, check_grids, continues, starting_point
+from tiltflow.setup.starts import Start, check_grids, starting_point
+from tiltflow.setup.watch_prompts import looked_at, spreads
 from tiltflow.training.cold_start import ColdStart
 from tiltflow.training.loop import Stage
 from tiltflow.training.tilt import Tilt
@@ -299,7 +301,7 @@ def build_stage(
         cfg.log.samples if cfg.log.samples_every else 0,
         cfg.watch.prompts if cfg.watch.rewards else 0,
     )
-    chosen = [sets.train, sets.fixed[:count]] if count else [sets.train]
+    chosen = [sets.train, looked_at(cfg, sets)[:count]] if count else [sets.train]
     with ranks.main_first():  # the others find the prompts in the cache
         encoded, *fixed = encode_sets(cfg, chosen, progress, pipelines)
     progress(f"loading {cfg.model.path}")
@@ -321,6 +323,7 @@ def build_stage(
         rewards_at_once=stage.rewards.at_once if isinstance(stage, Tilt) else None,
         sizes=tuple(b.size for b in sorted(sizes, key=lambda b: -b.weight)) or None,
         fake_score_continued=continues(cfg, start),
+        prompts_spread=spreads(cfg),
     )
     return Build(stage, backbone, encoded, fixed[0] if fixed else None, facts, running)
 

@@ -21,6 +21,7 @@ from tiltflow.config.load import (
 )
 from tiltflow.core.metrics import check_sinks
 from tiltflow.core.paths import check_folder, embedding_cache
+from tiltflow.data.prompts import Prompt
 from tiltflow.formats.folder import check_export_folder
 from tiltflow.formats.writing import check_exportable
 from tiltflow.models.pipelines.directory import Pipelines
@@ -28,13 +29,14 @@ from tiltflow.models.pipelines.files import check_directory
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
+from tiltflow.setup.held_out import check_held_out
 from tiltflow.setup.model_checks import (
     check_adapters,
     check_guided_from,
     check_model,
     check_sizes,
 )
-from tiltflow.setup.watch_prompts import too_few_texts
+from tiltflow.setup.watch_prompts import looked_at, too_few_texts
 from tiltflow.training.objective import check_objective
 from tiltflow.training.own_terms import check_terms
 
@@ -53,6 +55,11 @@ class Subject:
             ValueError: as `read_prompts`.
         """
         return read_prompts(self.cfg)
+
+    @property
+    def looked_at(self) -> list[Prompt]:
+        """The held-out prompts, of which samples and the watch take the first."""
+        return looked_at(self.cfg, self.prompts)
 
     @cached_property
     def pipelines(self) -> Pipelines:
@@ -100,14 +107,14 @@ def _check_reward_imports(cfg: RunConfig) -> None:
 def _check_prompts_fit(on: Subject) -> None:
     """That every reward can read the prompts that it will score."""
     check_prompts_fit(on.cfg.rewards, on.prompts.train)
-    check_prompts_fit(on.cfg.watch.rewards, on.prompts.fixed[: on.cfg.watch.prompts])
+    check_prompts_fit(on.cfg.watch.rewards, on.looked_at[: on.cfg.watch.prompts])
 
 
 def _check_watch(on: Subject) -> None:
     """That a watch which may end the run can raise an alarm; any other says what it lacks later
     (`tasks/watching.py`)."""
     if on.cfg.watch.stop:
-        few = too_few_texts(on.cfg.watch, [prompt.text for prompt in on.prompts.fixed])
+        few = too_few_texts(on.cfg.watch, [prompt.text for prompt in on.looked_at])
         if few is not None:
             raise ValueError(f"watch.stop is true, and {few}")
 
@@ -136,6 +143,7 @@ CHECKS: tuple[Check, ...] = (
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),
     Check("rewards", lambda on: _check_reward_imports(on.cfg)),
+    Check("held-out rewards", lambda on: check_held_out(on.cfg), needs=("rewards",)),
     Check("prompts", lambda on: on.prompts),
     Check(
         "sizes",

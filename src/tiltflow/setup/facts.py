@@ -27,6 +27,9 @@ class Facts:
     fake_score_continued: bool | None = None
     """Whether stage 2 trains stage 1's adapter of the fake score, of stage 1's rank and α; None in
     stage 1 and of copies, whose checkpoints do not have it."""
+    prompts_spread: bool = False
+    """Whether samples and the watch take prompts from all over the file (`watch_prompts.spreads`);
+    the checkpoints of other runs do not have it."""
 
     def as_json(self) -> dict[str, object]:
         """The facts as a checkpoint's state has them."""
@@ -34,4 +37,6 @@ class Facts:
         for name in ("rewards_at_once", "sizes", "fake_score_continued"):
             if values[name] is None:
                 del values[name]
+        if not self.prompts_spread:
+            del values["prompts_spread"]
         return values

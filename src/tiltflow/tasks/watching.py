@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tiltflow.config.load import RunConfig
+from tiltflow.config.load import RewardConfig, RunConfig
 from tiltflow.core.distributed import Ranks
-from tiltflow.evaluation.diversity import features_of
-from tiltflow.evaluation.watch.history import FILE, History
+from tiltflow.core.metrics import ANEW
+from tiltflow.evaluation.diversity import features_of, last_clip
+from tiltflow.evaluation.watch.history import FILE, History, anew
 from tiltflow.evaluation.watch.probes import FixedPrompts, Probes, ProbeSettings
 from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.medium import Features
@@ -17,6 +19,7 @@ from tiltflow.rewards.combine import RewardMixture
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build
+from tiltflow.setup.watch_facts import reward_facts, series_digests
 from tiltflow.setup.watch_prompts import too_few_texts
 from tiltflow.tasks.callbacks import Callbacks
 from tiltflow.training.loop import Watched
@@ -40,7 +43,7 @@ def build_watch(
     assert isinstance(stage, Tilt)
     backbone = build.backbone
     held_out = build_rewards(chosen.rewards, backbone)
-    features = _features(cfg, build, held_out, stage.rewards)
+    features, clip = _features(cfg, build, held_out, stage.rewards)
     if features is None:
         say("watch: no reward is a CLIP and watch.clip is unset: diversity not measured")
     few = too_few_texts(chosen, [prompt.text for prompt in fixed.encoded.prompts])
@@ -64,27 +67,41 @@ def build_watch(
         features,
         settings,
     )
-    return Watch(
-        probes.measure,
-        chosen.rules,
-        stage.rewards.advantage_weights,
-        # as in the log, a run that died before its first save starts over
-        History(out / FILE, start if start else -1, write=ranks.main),
-    )
+    # as in the log, a run that died before its first save starts over
+    history = History(out / FILE, start if start else -1, write=ranks.main)
+    digests = series_digests(cfg, backbone, fixed, settings, clip)
+    changed = anew(history.rows, digests)
+    if changed:
+        say(
+            f"watch: {', '.join(changed)}: measured otherwise than before (other settings, prompts "
+            "or weights), so the next look is their new reference"
+        )
+    weights = stage.rewards.advantage_weights
+    return Watch(probes.measure, chosen.rules, weights, history, digests)
 
 
 def _features(
     cfg: RunConfig, build: Build, held_out: RewardMixture, trained: RewardMixture
-) -> Features | None:
-    """What diversity is measured in: the medium's own features, or a CLIP's; None without one.
+) -> tuple[Features | None, dict[str, Any] | None]:
+    """What diversity is measured in: the medium's own features, or a CLIP's and what that is; None
+    without one.
 
     The CLIP is that of `watch.clip`, else of the last CLIP among the held-out rewards, else of
     the last among the trained ones.
     """
     medium = build.backbone.medium
     if cfg.watch.clip is not None and medium.features is None:
-        return CLIPScore(cfg.watch.clip, device=build.backbone.device).image_features
-    return features_of(medium, (item.reward for item in (*trained.rewards, *held_out.rewards)))
+        clip = RewardConfig(weight=0, path=cfg.watch.clip)
+        features = CLIPScore(cfg.watch.clip, device=build.backbone.device).image_features
+        return features, reward_facts("clipscore", clip)
+    rewards = [item.reward for item in (*trained.rewards, *held_out.rewards)]
+    last = last_clip(rewards)
+    if medium.features is not None or last is None:
+        return medium.features, None
+    table = cfg.rewards if last < len(trained.rewards) else cfg.watch.rewards
+    name = rewards[last].name
+    facts = reward_facts(name, table[name]) if name in table else {"name": name}
+    return features_of(medium, rewards), facts
 
 
 def held_out(
@@ -104,4 +121,6 @@ def look(watch: Watch, done: int, callbacks: Callbacks) -> Watched:
     seen = watch(done)
     for text in seen.alarms.values():
         callbacks.alarm(done, text)
-    return Watched(watch.metrics(seen), seen.alarms)
+    begins = ", ".join(watch.logged_as(name) for name in watch.renewed)
+    notes = {ANEW: begins} if begins else {}
+    return Watched(watch.metrics(seen), seen.alarms, notes)

@@ -39,10 +39,12 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Watched:
-    """What a watch saw: figures for the log, and its alarms as sentences by rule."""
+    """What a watch saw: figures for the log, its alarms as sentences by rule, and what else the log
+    is told before the figures."""
 
     metrics: Mapping[str, float]
     alarms: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ def look(log: MetricsLog | NoLog, hooks: Hooks, done: int, ranks: Ranks) -> bool
     Every rank looks at the same samples; the one verdict keeps them in step.
     """
     watched = hooks.watch(done)
+    if watched.notes:
+        log.say(done, watched.notes)
     log.write(done, watched.metrics)
     if watched.alarms:
         log.say(done, {f"alarm/{rule}": text for rule, text in watched.alarms.items()})

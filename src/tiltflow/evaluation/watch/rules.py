@@ -15,7 +15,7 @@ import numpy as np
 import scipy
 
 from tiltflow.evaluation.statistics import Clusters, cluster_means, rounding, standard_error
-from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement, first_with
+from tiltflow.evaluation.watch.history import TEACHER, Array, Measurement, alike, stretches
 from tiltflow.evaluation.watch.settings import WatchRules
 
 RISING = 0.05
@@ -46,8 +46,10 @@ def judge(
         ("high_frequency", rules.high_frequency),
         ("drift", rules.drift),
     ):
-        start = first_with(history, name)
-        if threshold is None or name not in now.values or start is None or start is now:
+        if threshold is None or name not in now.values:
+            continue
+        start = alike(history, name)[0]
+        if start is now:
             continue
         if name == "diversity":
             found = _diversity(now, start, threshold, rules.alpha)
@@ -85,16 +87,16 @@ def _held_out(
     risen meanwhile. Where something else is trained on, whose rise nothing shows (a ranker's), the
     fall stands alone.
     """
-    earlier = [m for m in history[:-1] if name in m.values]
+    *earlier, now = alike(history, name)
     if not earlier:
         return None
-    now, start = history[-1], earlier[0]
+    start = earlier[0]
     best = max(earlier, key=lambda m: m.mean(name))
     gain = best.values[name] - start.values[name]
     fall = best.values[name] - now.values[name]
     if not above_zero(fall - share * gain, alpha / len(earlier), now.clusters(fall)):
         return None
-    risen = [n for n, weight in weights.items() if _risen(now, best, f"trained/{n}", weight)]
+    risen = [n for n, weight in weights.items() if _risen(history, best, f"trained/{n}", weight)]
     unseen = [n for n in weights if f"trained/{n}" not in now.values]
     if weights and not risen and not unseen:
         return None
@@ -120,7 +122,7 @@ def _disagreement(
     z with the variance of Fieller, Hartley and Pearson (1957). Ranks, because early in a run most
     samples hardly change and a few change much. Samples of one prompt are one, by their mean.
     """
-    now, start = history[-1], history[0]
+    now, start = history[-1], _common_start(history)
     rise = _weighted_change(now, start, weights)
     trained = None if rise is None else cluster_means(rise, now.clusters(rise))
     if trained is None or len(trained) < FEWEST or np.ptp(trained) == 0:
@@ -145,6 +147,18 @@ def _disagreement(
     )
 
 
+def _common_start(history: Sequence[Measurement]) -> Measurement:
+    """The first measurement, or, where rewards have been measured otherwise since, the first of
+    which the last one's changes are all of one measure."""
+    found = list(history)
+    for name in history[-1].values:
+        groups = stretches(history, name) if name.startswith(("trained/", "held_out/")) else []
+        if len(groups) > 1:
+            steps = {m.step for m in groups[-1]}
+            found = [m for m in found if m.step in steps]
+    return found[0]
+
+
 def _weighted_change(
     now: Measurement, start: Measurement, weights: Mapping[str, float]
 ) -> Array | None:
@@ -161,8 +175,9 @@ def _weighted_change(
     return total if total is not None and bool(total.any()) else None
 
 
-def _risen(now: Measurement, then: Measurement, name: str, weight: float) -> bool:
-    if name not in now.values or name not in then.values:
+def _risen(history: Sequence[Measurement], then: Measurement, name: str, weight: float) -> bool:
+    now = history[-1]
+    if name not in now.values or then.step not in {m.step for m in alike(history, name)}:
         return False
     rise = math.copysign(1.0, weight) * (now.values[name] - then.values[name])
     return above_zero(rise, RISING, now.clusters(rise))
