@@ -18,6 +18,7 @@ from tiltflow.core.registry import failure, find, made
 from tiltflow.models.medium import Fault, Medium, article, load_medium
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
 from tiltflow.rewards.fitted import is_fitted, load_fitted
+from tiltflow.rewards.packaged import default_clip
 from tiltflow.rewards.remote.address import ELSEWHERE
 
 ENTRY_POINTS = "tiltflow.rewards"
@@ -267,8 +268,7 @@ def _clipscore(
     from tiltflow.rewards.zoo.clip_family import CLIPScore
 
     _only(name, options, ("at_once",))
-    default = "packaged:clip_heldout" if name == "clipscore_heldout" else "packaged:clip"
-    return CLIPScore(path or default, device=device, name=name, **options)
+    return CLIPScore(path or default_clip(name), device=device, name=name, **options)
 
 
 PUBLISHED = {

@@ -36,7 +36,8 @@ def files_beside(name: str, path: str | None) -> dict[str, Path]:
     module of one's own code whose weights are at `path`. Nothing that is not on this machine."""
     found: dict[str, Path | None] = {}
     if path is None and is_fitted(name):
-        found[f"{name} clip"] = fitted_clip(fitted_folder(name))
+        clip = fitted_clip(fitted_folder(name))
+        found[f"{name} clip"] = None if clip is None else Path(resolve_path(clip))
     if path is not None and not name.startswith(ELSEWHERE):
         found[f"{name} code"] = source(name)
     return {key: place for key, place in found.items() if place is not None and place.exists()}

@@ -4,10 +4,12 @@ packages they need, and the prompts they are to score."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from tiltflow.rewards.base import BUILTIN, ELSEWHERE, Metadata, target_of
-from tiltflow.rewards.fitted import is_fitted
+from tiltflow.rewards.fitted import fitted_clip, fitted_folder, is_fitted
+from tiltflow.rewards.packaged import check_words, default_clip
 from tiltflow.rewards.remote.address import JUDGE
 from tiltflow.rewards.remote.asking import require_guide
 
@@ -46,9 +48,12 @@ def check_reward_imports(names: Iterable[str], with_path: Collection[str] = ()) 
             target_of(name)
 
 
-def check_prompts_fit(rewards: Iterable[str], prompts: Sequence[PromptLike]) -> None:
-    """Passes prompts that all of these rewards can score. Every prompt is read by every reward that
-    needs more of it than a text.
+def check_prompts_fit(
+    rewards: Iterable[str] | Mapping[str, str | None], prompts: Sequence[PromptLike]
+) -> None:
+    """Passes prompts that all of these rewards can score: names, or names with the path of their
+    weights. Every prompt is read by every reward that needs more of it than a text, or that a
+    packaged CLIP reads.
 
     A function or class of one's own says what it needs by an attribute `reads`, a function
     `(text, metadata)` that raises a ValueError. What a reward server needs is not known here.
@@ -56,8 +61,9 @@ def check_prompts_fit(rewards: Iterable[str], prompts: Sequence[PromptLike]) -> 
     Raises:
         ValueError: naming the first prompt by number and text, and the next by their numbers.
     """
-    for name in rewards:
-        reads = _reads(name)
+    paths = rewards if isinstance(rewards, Mapping) else dict.fromkeys(rewards)
+    for name, path in paths.items():
+        reads = _reads(name, path)
         if reads is None:
             continue
         bad = [number for number, prompt in enumerate(prompts, 1) if _problem(reads, prompt)]
@@ -90,14 +96,23 @@ def _others(bad: Sequence[int]) -> str:
     return f" (nor {len(bad) - 1} other{'s' if len(bad) > 2 else ''}: {shown}{more})"
 
 
-def _reads(name: str) -> Reads | None:
+def _reads(name: str, path: str | None) -> Reads | None:
     """How a reward reads a prompt; None where any text will do, or nobody here knows."""
+    if is_fitted(name):
+        path = fitted_clip(fitted_folder(name))
+        return None if path is None else partial(_clip, path)
+    if name in CLIPS:
+        return partial(_clip, path or default_clip(name))
     if name in BUILTIN:
         return READS.get(name)
-    if name.startswith(ELSEWHERE) or is_fitted(name):
+    if name.startswith(ELSEWHERE):
         return None
     reads: Reads | None = getattr(target_of(name), "reads", None)
     return reads
+
+
+def _clip(clip: str, text: str, metadata: Metadata) -> object:
+    return check_words(text, clip)
 
 
 def _ocr(text: str, metadata: Metadata) -> object:
@@ -140,5 +155,7 @@ READS: dict[str, Reads] = {
     "shapes_soft": _shapes,
 }
 """How the builtin rewards that need more of a prompt than a text read it."""
+CLIPS = ("clipscore", "clipscore_heldout")
+"""The builtin rewards that any CLIP at their path computes."""
 OF_METADATA = ("geneval", "geneval2")
 """The builtin rewards that score by what is not in the text."""

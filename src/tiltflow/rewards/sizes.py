@@ -18,9 +18,9 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.core.sentences import first_sentence
 from tiltflow.rewards.base import BUILTIN
 from tiltflow.rewards.fitted import fitted_folder, is_fitted
+from tiltflow.rewards.packaged import VIT_L_14, default_clip
 from tiltflow.rewards.remote.address import ELSEWHERE, JUDGE
 from tiltflow.rewards.weights import DTYPES, scoring_mlp
-from tiltflow.rewards.zoo.aesthetic import VIT_L_14
 from tiltflow.rewards.zoo.geneval import MASK2FORMER
 from tiltflow.rewards.zoo.geneval2 import QWEN3_VL
 from tiltflow.rewards.zoo.hpsv3 import QWEN2_VL, reward_head
@@ -177,8 +177,8 @@ def _parts(name: str, reward: RewardLike) -> list[tuple[str, str]]:
         return [detector, (clip, "CLIPModel")]
     place = {
         "aesthetic": clip,
-        "clipscore": reward.path or "packaged:clip",
-        "clipscore_heldout": reward.path or "packaged:clip_heldout",
+        "clipscore": reward.path or default_clip(name),
+        "clipscore_heldout": reward.path or default_clip(name),
         "hpsv2": str(reward.options.get("base", VIT_H_14)),
         "pickscore": reward.path or PICKSCORE,
     }[name]

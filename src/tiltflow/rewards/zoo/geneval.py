@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.packaged import VIT_L_14
 from tiltflow.rewards.weights import frozen, load_pretrained
 from tiltflow.rewards.zoo.clip_family import CLIPScore, image_processor
 from tiltflow.rewards.zoo.geneval_rules import (
@@ -28,7 +29,6 @@ from tiltflow.rewards.zoo.geneval_rules import (
 )
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
-VIT_L_14 = "openai/clip-vit-large-patch14"
 GREY = 0x99 / 255  # evaluate_images.py paints what is not the object in #999
 COLOUR_PROMPTS = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")
 
