@@ -103,6 +103,8 @@ def _reads(name: str, path: str | None) -> Reads | None:
         return None if path is None else partial(_clip, path)
     if name in CLIPS:
         return partial(_clip, path or default_clip(name))
+    if name == "geneval" and path is None:  # which classes another detector knows, it says later
+        return _geneval_of_coco
     if name in BUILTIN:
         return READS.get(name)
     if name.startswith(ELSEWHERE):
@@ -125,6 +127,12 @@ def _geneval(text: str, metadata: Metadata) -> object:
     from tiltflow.rewards.zoo.geneval_rules import scene_of
 
     return scene_of(metadata, text)
+
+
+def _geneval_of_coco(text: str, metadata: Metadata) -> object:
+    from tiltflow.rewards.zoo.geneval_rules import CLASSES, check_classes, scene_of
+
+    return check_classes(scene_of(metadata, text), CLASSES, text)
 
 
 def _geneval2(text: str, metadata: Metadata) -> object:

@@ -23,6 +23,7 @@ from tiltflow.rewards.zoo.geneval_rules import (
     Colours,
     Detection,
     Scene,
+    check_classes,
     grade,
     judge,
     scene_of,
@@ -181,7 +182,7 @@ class GenEval:
         """What `by` says of each image's detections."""
         scenes = [scene_of(about, text) for about, text in zip(metadata, prompts, strict=True)]
         for scene, text in zip(scenes, prompts, strict=True):
-            self._check(scene, text)
+            check_classes(scene, self.detector.labels, text)
         pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         arrays = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         verdicts = []
@@ -189,8 +190,3 @@ class GenEval:
             (found,) = self.detector(array[None], scene.threshold)
             verdicts.append(by(scene, found, partial(self.colours, image)))
         return verdicts
-
-    def _check(self, scene: Scene, prompt: str) -> None:
-        for clause in (*scene.include, *scene.exclude):
-            if clause.label not in self.detector.labels:
-                raise ValueError(f"{prompt!r}: the detector knows no {clause.label!r}")
