@@ -10,6 +10,7 @@ from typing import Protocol
 from tiltflow.rewards.base import BUILTIN, ELSEWHERE, Metadata, target_of
 from tiltflow.rewards.fitted import fitted_clip, fitted_folder, is_fitted
 from tiltflow.rewards.packaged import check_words, default_clip
+from tiltflow.rewards.packages import require_packages
 from tiltflow.rewards.remote.address import JUDGE
 from tiltflow.rewards.remote.asking import require_guide
 
@@ -38,11 +39,8 @@ def check_reward_imports(names: Iterable[str], with_path: Collection[str] = ()) 
         ValueError: naming the first reward of which there is none, or that cannot be imported.
     """
     for name in names:
-        if name == "ocr":
-            from tiltflow.rewards.zoo.ocr import require_packages
-
-            require_packages()
-        elif name.startswith(JUDGE) and name in with_path:
+        require_packages(name)
+        if name.startswith(JUDGE) and name in with_path:
             require_guide(name)
         elif name not in BUILTIN and not name.startswith(ELSEWHERE) and not is_fitted(name):
             target_of(name)

@@ -214,6 +214,10 @@ class CLIPScore:
             self._cache.popitem(last=False)
         return torch.stack([found[p] for p in prompts])
 
+    def cleaned(self, prompt: str) -> str:
+        """The prompt as it is handed to the tokenizer."""
+        return prompt
+
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         # Each alone, and padded to the context: which others are missing is a matter of history,
@@ -222,7 +226,7 @@ class CLIPScore:
         for prompt in prompts:
             check_words(prompt, self.words)
             tokens = self.tokenizer(
-                [prompt],
+                [self.cleaned(prompt)],
                 padding="max_length",
                 max_length=self.context,
                 truncation=True,

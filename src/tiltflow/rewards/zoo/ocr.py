@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,23 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.packages import require_packages
 
 CLOSED_BY = {'"': '"', "“": "”", "„": "“”", "«": "»"}
 """The opening quotation marks, each with those that close it. Single ones are apostrophes too
 often."""
-PACKAGES = ("rapidocr", "onnxruntime")
-
-
-def require_packages() -> None:
-    """Raises ValueError if a package that the text is read with is not installed."""
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(
-                "reward 'ocr': it needs rapidocr and onnxruntime: pip install 'tiltflow[ocr]'"
-            ) from error
-
 
 _MARKS = re.compile('"+|[“”„«»]')  # doubled straight marks, as in CSV files, are one
 
@@ -52,7 +39,7 @@ class OCR:
     at_once = None  # read one by one
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        require_packages()
+        require_packages("ocr")
         from rapidocr import RapidOCR
 
         settings = {
