@@ -10,10 +10,11 @@ from tiltflow.core.registry import source
 from tiltflow.rewards.fitted import fitted_clip, fitted_folder, is_fitted
 from tiltflow.rewards.remote.address import ELSEWHERE
 
-REVISIONS = {"hpsv2": 3}
+REVISIONS = {"hpsv2": 3, "ocr": 2}
 """Of builtin rewards whose scores once were others: counted up with each such change, so that what
 was scored before is not mixed in. `hpsv2` cut the ends off a picture that is not square (1), and
-read typographic quotes, HTML entities and ligatures otherwise than its authors do (2)."""
+read typographic quotes, HTML entities and ligatures otherwise than its authors do (2). `ocr` took
+a letter and its accent for two where the prompt has them as two characters (1)."""
 
 
 def revisions(names: Iterable[str]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ class OCR:
 
     Spaces and case do not count. This is Flow-GRPO's `ocr.py` (yifan123/flow_grpo), with the
     PyPI package `rapidocr` in place of PaddleOCR. A prompt with several quotations asks for all
-    of them, in order; the published score looks at the first. Not differentiable; runs on the CPU.
+    of them, in order; the published score looks at the first. How Unicode spells a letter does not
+    count either, which it does there. Not differentiable; runs on the CPU.
 
     Raises:
         ValueError: if `rapidocr` is not installed, or a prompt quotes no text.
@@ -125,7 +127,9 @@ def text_score(read: str, target: str) -> float:
 
 
 def _normalised(text: str) -> str:
-    return "".join(text.split()).casefold()
+    """Without spaces and case, and with one spelling of a letter, composed or not, wide or not."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def edit_distance(a: str, b: str) -> int:
