@@ -292,6 +292,10 @@ def test_suites_bind_formats_to_rewards() -> None:
     assert names <= PUBLISHED | {"shapes", "clipscore_heldout"}
     with pytest.raises(ValueError, match="did you mean 'geneval"):
         suite_of("genevall")
+    general = Prompt("a portrait of an astronaut riding a horse on Mars")
+    for name in ("drawbench", "pickapic"):  # not the demo's toy, which knows none of these words
+        assert suite_of(name).rewards["clipscore"] == "openai/clip-vit-large-patch14"
+        suite_of(name).check([general])
 
 
 def test_a_suite_names_the_prompt_that_it_cannot_score() -> None:

@@ -42,7 +42,8 @@ def votes(folder: Path, noise: float, seed: int = 0) -> Path:
         darker = "a" if lights[0] < lights[1] else "b"
         choice = darker if rng.random() >= noise else rng.choice(["a", "b", "tie"])
         names = {"image_a": f"{i}a.png", "image_b": f"{i}b.png"}
-        rows.append({"prompt": f"a square {i % 50}", **names, "choice": str(choice)})
+        prompt = f"a square {chr(97 + i % 25)} {'xy'[i % 50 // 25]}"
+        rows.append({"prompt": prompt, **names, "choice": str(choice)})
     file = folder / "preferences.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -86,7 +87,7 @@ def test_a_fit_knows_the_whole_of_its_clip(fitted):
 def test_the_reward_is_differentiable_and_a_function_of_its_image_alone(fitted):
     reward = load_reward(str(fitted[0] / "taste"))
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
-    prompts = ["one", "two", "three"]
+    prompts = ["red", "two", "three"]
     images.requires_grad_()
     scores = checked(reward, images, prompts, [{}] * 3)
     (slope,) = torch.autograd.grad(scores.sum(), images)
@@ -106,6 +107,13 @@ def test_the_scale_is_that_of_the_voted_images(fitted):
     scores = checked(reward, seen, [p.prompt for p in preferences for _ in "ab"], [{}] * len(seen))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-3)
     assert float(scores.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_choices_on_prompts_that_the_packaged_clip_cannot_read_are_refused(tmp_path):
+    file = votes(tmp_path, 0.1)
+    file.write_text(file.read_text().replace("a square", "a portrait", 1))
+    with pytest.raises(ValueError, match="packaged:clip cannot read 'a portrait"):
+        task.fit_reward([file], tmp_path / "taste", "packaged:clip", "cpu")
 
 
 def test_choices_by_lot_are_refused(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from tiltflow import rewards
-from tiltflow.data.prompts import Prompt
+from tiltflow.config.load import load_config
+from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.rewards import FunctionReward, checked, load_reward
 from tiltflow.rewards.base import RewardFailed
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
+from tiltflow.rewards.packaged import VIT_L_14
 from tiltflow.rewards.weights import load_exactly, load_pretrained
 from tiltflow.rewards.zoo.ocr import quoted_text
+from tiltflow.setup.checks import CHECKS, Subject
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS, NOTHING = ["a cat", "a dog", "a bird"], [{}, {}, {}]
@@ -229,9 +234,9 @@ def test_inches_alone_quote_nothing() -> None:
 
 def test_every_prompt_is_read_by_every_reward() -> None:
     good = Prompt('a "big" sign')
-    check_prompts_fit(["clipscore", "aesthetic", "ocr", "remote:http://x/ocr"], [good] * 3)
+    check_prompts_fit(["pickscore", "aesthetic", "ocr", "remote:http://x/ocr"], [good] * 3)
     with pytest.raises(ValueError) as caught:
-        check_prompts_fit(["clipscore", "ocr"], [good, Prompt("a dog"), good, Prompt("a cat")])
+        check_prompts_fit(["pickscore", "ocr"], [good, Prompt("a dog"), good, Prompt("a cat")])
     assert str(caught.value) == (
         "reward 'ocr' cannot score prompt 2: the prompt 'a dog' has no \"quoted text\" to look for "
         "(nor 1 other: 4)"
@@ -251,6 +256,40 @@ def test_every_prompt_is_read_by_every_reward() -> None:
     check_prompts_fit(["geneval2"], [Prompt("a dog", {"vqa_list": [["Is it?", "Yes"]]})])
     with pytest.raises(ValueError, match=r"'hpsv3' cannot score prompt 1: .*<\|Reward\|>"):
         check_prompts_fit(["hpsv3"], [Prompt("a <|Reward|>")])
+
+
+def test_a_packaged_clip_takes_only_what_it_can_read(tmp_path: Path) -> None:
+    for name in ("clipscore", "clipscore_heldout"):
+        for split in ("shapes-train", "shapes-heldout"):
+            check_prompts_fit([name], load_prompts(split))
+        for text, why in (
+            ("a portrait of an elephant", "'portrait' is none of them"),
+            (" ".join(["red"] * 11), "it has 11"),
+        ):
+            with pytest.raises(ValueError, match=f"'{name}' cannot score prompt 2.*{why}; give"):
+                check_prompts_fit([name], [Prompt("a Red circle"), Prompt(text)])
+            with pytest.raises(ValueError, match=why):
+                check_prompts_fit({name: "packaged:clip"}, [Prompt(text)])
+            check_prompts_fit({name: VIT_L_14}, [Prompt(text)])
+            with pytest.raises(ValueError, match=why):
+                checked(load_reward(name), torch.rand(1, 3, 8, 8), [text], [{}])
+    fitted = {"format": "tiltflow-fitted-reward-1", "clip": "packaged:clip", "clip_digest": ""}
+    (tmp_path / "reward.json").write_text(json.dumps(fitted))
+    with pytest.raises(ValueError, match="packaged:clip cannot read 'a dog'"):
+        check_prompts_fit([str(tmp_path)], [Prompt("a dog")])
+
+
+def test_training_does_not_begin_with_prompts_that_the_packaged_clip_cannot_read(
+    here: Path,
+) -> None:
+    (here / "p.txt").write_text("a portrait of an elephant\n")
+    changes = ["data.prompts=p.txt", "watch.rewards={}"]
+    for path, refused in ((None, True), (VIT_L_14, False)):
+        clip = f"{{clipscore: {{weight: 1.0, path: {path}}}}}" if path else "{clipscore: 1.0}"
+        on = Subject(load_config("demo_tilt", [*changes, f"rewards={clip}"]))
+        (check,) = [check for check in CHECKS if check.name == "prompts and rewards"]
+        with pytest.raises(ValueError, match="cannot read") if refused else nullcontext():
+            check.run(on)
 
 
 def test_ones_own_reward_may_say_what_it_needs(here: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from tiltflow.data.prompts import Prompt
 from tiltflow.rewards import checked, load_reward
 from tiltflow.rewards.files import revisions
+from tiltflow.rewards.fitting import check_reward_imports
 from tiltflow.rewards.remote.server import Scorer
 from tiltflow.rewards.weights import read_state_dict, weights_file
 from tiltflow.rewards.zoo.clip_family import Preprocessing
@@ -164,15 +166,43 @@ def test_hpsv2_of_a_square_is_as_by_the_base(hpsv2: HPSv2, clip_path: str, image
     )
 
 
+# Before its tokenizer reads a text, open_clip's mends it (ftfy), unescapes it twice and strips it.
+MENDED = {
+    "the fox’s den": "the fox's den",
+    "a sign that says “OPEN”": 'a sign that says "OPEN"',
+    "salt &amp;amp; pepper": "salt & pepper",
+    "ﬁne art": "fine art",
+    "Ｈｅｌｌｏ": "Hello",
+    "schÃ¶n": "schön",
+    "&nbsp;a star\n": "a star",
+}
+
+
+@pytest.mark.parametrize("prompt", MENDED)
+def test_hpsv2_reads_a_prompt_as_its_authors_do(hpsv2: HPSv2, prompt: str) -> None:
+    assert hpsv2.cleaned(prompt) == MENDED[prompt]
+    given, plain = hpsv2.text_features([prompt, MENDED[prompt]])
+    assert torch.equal(given, plain)
+    other = super(HPSv2, hpsv2).cleaned(prompt)
+    assert other == prompt  # the other CLIPs' texts are left as they are
+
+
+def test_hpsv2_asks_for_its_package_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    for ask in (lambda: check_reward_imports(["hpsv2"]), lambda: load_reward("hpsv2")):
+        with pytest.raises(ValueError, match=r"'hpsv2': it needs ftfy: .*tiltflow\[hpsv2\]"):
+            ask()
+
+
 def test_a_reward_that_computes_otherwise_than_it_did_says_so(hpsv2: HPSv2) -> None:
     """So what was scored before is not gone on with, and servers of both kinds are not mixed."""
-    assert revisions(["clipscore", "hpsv2"]) == {"hpsv2": 2}
+    assert revisions(["clipscore", "hpsv2"]) == {"hpsv2": 3}
     told = Scorer([hpsv2], "cpu", 1).describe()["rewards"]
-    assert told == {"hpsv2": {"differentiable": False, "revision": 2}}
+    assert told == {"hpsv2": {"differentiable": False, "revision": 3}}
     names = {"clipscore": None}
     plain = Request("packaged:pipeline", [Prompt("a star")], device="cpu", rewards=names)
     both = asked(replace(plain, rewards=names | {"hpsv2": None}))
-    assert "revisions" not in asked(plain) and both["revisions"] == {"hpsv2": 2}
+    assert "revisions" not in asked(plain) and both["revisions"] == {"hpsv2": 3}
 
 
 # --- PickScore and the aesthetic predictor -----------------------------------------------------

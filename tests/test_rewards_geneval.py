@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from transformers import (
     SwinConfig,
 )
 
+from tiltflow.data.prompts import Prompt
 from tiltflow.rewards import checked, load_reward
+from tiltflow.rewards.fitting import check_prompts_fit
 from tiltflow.rewards.zoo.geneval import ColourClassifier, Detector, GenEval
 from tiltflow.rewards.zoo.geneval_rules import (
+    CLASSES,
     COLOURS,
     Detection,
     judge,
@@ -268,6 +273,37 @@ def test_geneval_runs_from_pixels_to_verdicts(detector_path: str, clip_path: str
         checked(reward, images[:1], ["p"], [{}])
     with pytest.raises(ValueError, match="'p': the detector knows no 'unicorn'"):
         checked(reward, images[:1], ["p"], [{"include": [need("unicorn")]}])
+
+
+def test_the_published_detector_knows_every_class_of_geneval(
+    detector_path: str, tmp_path: Path
+) -> None:
+    """huggingface/label-files' coco-detection-mmdet-id2label.json, by which transformers'
+    conversion of Mask2Former names 80 classes, has six names that COCO and GenEval do not."""
+    other = {
+        "motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "tv": "tvmonitor",
+        "potted plant": "pottedplant", "dining table": "diningtable",
+        "computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard",
+    }  # fmt: skip
+    assert len(CLASSES) == 80 and other.keys() < CLASSES
+    shutil.copytree(detector_path, tmp_path / "detector")
+    file = tmp_path / "detector" / "config.json"
+    facts = json.loads(file.read_text())
+    for first in range(0, len(other), 3):
+        three = list(other)[first : first + 3]
+        facts["id2label"] = {str(i): other[name] for i, name in enumerate(three)}
+        facts["label2id"] = {other[name]: i for i, name in enumerate(three)}
+        file.write_text(json.dumps(facts))
+        assert Detector(str(file.parent), "cpu").labels == three
+
+
+def test_a_class_that_the_published_detector_does_not_know_is_refused_before_training() -> None:
+    for label in CLASSES:
+        check_prompts_fit(["geneval"], [Prompt("p", {"include": [need(label)]})])
+    scene = {"include": [need("sofa")]}
+    with pytest.raises(ValueError, match="'geneval' cannot score prompt 1: 'p': .* no 'sofa'"):
+        check_prompts_fit(["geneval"], [Prompt("p", scene)])
+    check_prompts_fit({"geneval": "another/detector"}, [Prompt("p", scene)])
 
 
 def test_a_missing_detector_is_told(tmp_path: Path) -> None:

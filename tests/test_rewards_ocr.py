@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -26,6 +27,15 @@ def test_text_score() -> None:
     assert text_score("helo", "hello") == pytest.approx(0.8)
     assert text_score("", "hello") == 0
     assert text_score("completely other, and long", "hello") == 0
+
+
+@pytest.mark.parametrize("shown", ["CAFÉ", "MÜNCHEN", "SEÑOR", "ﬁne", "Ｏｐｅｎ", "ﾃﾞ"])
+def test_how_unicode_spells_a_letter_does_not_count(shown: str) -> None:
+    """macOS writes é as two characters; a reader may give either."""
+    spelled = [unicodedata.normalize(form, shown) for form in ("NFC", "NFD", "NFKC", "NFKD")]
+    for asked in spelled:
+        assert [text_score(read, asked) for read in spelled] == [1, 1, 1, 1]
+    assert text_score("cafe", "café") == 0.75
 
 
 @pytest.mark.parametrize(

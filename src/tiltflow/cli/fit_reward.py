@@ -9,6 +9,7 @@ import typer
 
 from tiltflow.cli.options import Device, option, place, with_debug
 from tiltflow.cli.terminal import terminal
+from tiltflow.rewards.packaged import CLIP, VIT_L_14
 
 
 @with_debug
@@ -23,8 +24,11 @@ def fit_reward(
     ],
     out: Annotated[Path, option("--out", "folder of the reward, which is then its name")],
     clip: Annotated[
-        str, typer.Option("--clip", help="CLIP whose features it is linear in")
-    ] = "packaged:clip",
+        str,
+        typer.Option(
+            "--clip", help=f"CLIP whose features it is linear in; of general prompts {VIT_L_14}"
+        ),
+    ] = CLIP,
     device: Device = "auto",
 ) -> None:
     """Fit a reward to choices between images: rewards={DIR: 1} then trains on it.

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tiltflow.core.paths import nearest
 from tiltflow.evaluation.scores import PromptLike
 from tiltflow.rewards.fitting import check_prompts_fit
+from tiltflow.rewards.packaged import VIT_L_14
 
-PREFERENCE = ("clipscore", "pickscore", "hpsv2", "aesthetic", "image_reward")
+PREFERENCE = {
+    "clipscore": VIT_L_14,
+    **dict.fromkeys(("pickscore", "hpsv2", "aesthetic", "image_reward")),
+}
 """What general prompts are scored by: agreement with the text, and models of human preference."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """`prompts` is a packaged set, or None where the user brings the file; `rewards` are names.
+    """`prompts` is a packaged set, or None where the user brings the file; `rewards` are names,
+    each with the path of its weights, or None for its own.
 
     `needs` are keys that the metadata of every prompt must have.
     """
 
     prompts: str | None
-    rewards: tuple[str, ...]
+    rewards: Mapping[str, str | None]
     needs: tuple[str, ...] = ()
 
     def check(self, prompts: Sequence[PromptLike]) -> None:
@@ -43,11 +48,11 @@ class Suite:
 SUITES = {
     "drawbench": Suite(None, PREFERENCE),
     "pickapic": Suite(None, PREFERENCE),
-    "hpsv3": Suite(None, ("hpsv3",)),
-    "geneval": Suite(None, ("geneval",), needs=("tag", "include")),
-    "geneval2": Suite(None, ("geneval2",), needs=("vqa_list",)),
-    "ocr": Suite(None, ("ocr",)),
-    "shapes": Suite("shapes-heldout", ("shapes", "clipscore", "clipscore_heldout")),
+    "hpsv3": Suite(None, {"hpsv3": None}),
+    "geneval": Suite(None, {"geneval": None}, needs=("tag", "include")),
+    "geneval2": Suite(None, {"geneval2": None}, needs=("vqa_list",)),
+    "ocr": Suite(None, {"ocr": None}),
+    "shapes": Suite("shapes-heldout", dict.fromkeys(("shapes", "clipscore", "clipscore_heldout"))),
 }
 
 

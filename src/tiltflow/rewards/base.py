@@ -17,8 +17,8 @@ from tiltflow.core.paths import nearest
 from tiltflow.core.registry import failure, find, made
 from tiltflow.models.medium import Fault, Medium, article, load_medium
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
-from tiltflow.rewards.files import CLIP_WEIGHTS
 from tiltflow.rewards.fitted import is_fitted, load_fitted
+from tiltflow.rewards.packaged import CLIP_WEIGHTS
 from tiltflow.rewards.remote.address import ELSEWHERE
 
 ENTRY_POINTS = "tiltflow.rewards"

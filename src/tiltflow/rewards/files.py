@@ -10,14 +10,11 @@ from tiltflow.core.registry import source
 from tiltflow.rewards.fitted import fitted_clip, fitted_folder, is_fitted
 from tiltflow.rewards.remote.address import ELSEWHERE
 
-REVISIONS = {"hpsv2": 2}
+REVISIONS = {"hpsv2": 3, "ocr": 2}
 """Of builtin rewards whose scores once were others: counted up with each such change, so that what
-was scored before is not mixed in. `hpsv2` cut the ends off a picture that is not square."""
-
-
-CLIP_WEIGHTS = {"clipscore": "packaged:clip", "clipscore_heldout": "packaged:clip_heldout"}
-"""The builtin rewards that are any CLIP's cosine, and whose weights each takes where none are
-given."""
+was scored before is not mixed in. `hpsv2` cut the ends off a picture that is not square (1), and
+read typographic quotes, HTML entities and ligatures otherwise than its authors do (2). `ocr` took
+a letter and its accent for two where the prompt has them as two characters (1)."""
 
 
 def revisions(names: Iterable[str]) -> dict[str, int]:
@@ -41,7 +38,8 @@ def files_beside(name: str, path: str | None) -> dict[str, Path]:
     module of one's own code whose weights are at `path`. Nothing that is not on this machine."""
     found: dict[str, Path | None] = {}
     if path is None and is_fitted(name):
-        found[f"{name} clip"] = fitted_clip(fitted_folder(name))
+        clip = fitted_clip(fitted_folder(name))
+        found[f"{name} clip"] = None if clip is None else Path(resolve_path(clip))
     if path is not None and not name.startswith(ELSEWHERE):
         found[f"{name} code"] = source(name)
     return {key: place for key, place in found.items() if place is not None and place.exists()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tiltflow.core.disk import parse_json
-from tiltflow.core.paths import home_for_tilde, resolve_path
+from tiltflow.core.paths import home_for_tilde
 
 if TYPE_CHECKING:
     from tiltflow.rewards.zoo.votes import FittedReward
@@ -28,15 +28,15 @@ def is_fitted(name: str) -> bool:
     return (fitted_folder(name) / FITTED).is_file()
 
 
-def fitted_clip(folder: Path) -> Path | None:
-    """Where the CLIP lies that such a folder names; None where it does not say, which is an error
-    only when it is loaded."""
+def fitted_clip(folder: Path) -> str | None:
+    """The CLIP that such a folder names; None where it does not say, which is an error only when
+    it is loaded."""
     try:
         about = parse_json((folder / FITTED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     clip = about.get("clip") if isinstance(about, dict) else None
-    return Path(resolve_path(clip)) if isinstance(clip, str) else None
+    return clip if isinstance(clip, str) else None
 
 
 def load_fitted(

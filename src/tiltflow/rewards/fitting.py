@@ -4,10 +4,13 @@ packages they need, and the prompts they are to score."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from tiltflow.rewards.base import BUILTIN, ELSEWHERE, Metadata, target_of
-from tiltflow.rewards.fitted import is_fitted
+from tiltflow.rewards.fitted import fitted_clip, fitted_folder, is_fitted
+from tiltflow.rewards.packaged import CLIP_WEIGHTS, check_words
+from tiltflow.rewards.packages import require_packages
 from tiltflow.rewards.remote.address import JUDGE
 from tiltflow.rewards.remote.asking import require_guide
 
@@ -36,19 +39,19 @@ def check_reward_imports(names: Iterable[str], with_path: Collection[str] = ()) 
         ValueError: naming the first reward of which there is none, or that cannot be imported.
     """
     for name in names:
-        if name == "ocr":
-            from tiltflow.rewards.zoo.ocr import require_packages
-
-            require_packages()
-        elif name.startswith(JUDGE) and name in with_path:
+        require_packages(name)
+        if name.startswith(JUDGE) and name in with_path:
             require_guide(name)
         elif name not in BUILTIN and not name.startswith(ELSEWHERE) and not is_fitted(name):
             target_of(name)
 
 
-def check_prompts_fit(rewards: Iterable[str], prompts: Sequence[PromptLike]) -> None:
-    """Passes prompts that all of these rewards can score. Every prompt is read by every reward that
-    needs more of it than a text.
+def check_prompts_fit(
+    rewards: Iterable[str] | Mapping[str, str | None], prompts: Sequence[PromptLike]
+) -> None:
+    """Passes prompts that all of these rewards can score: names, or names with the path of their
+    weights. Every prompt is read by every reward that needs more of it than a text, or that a
+    packaged CLIP reads.
 
     A function or class of one's own says what it needs by an attribute `reads`, a function
     `(text, metadata)` that raises a ValueError. What a reward server needs is not known here.
@@ -56,8 +59,9 @@ def check_prompts_fit(rewards: Iterable[str], prompts: Sequence[PromptLike]) -> 
     Raises:
         ValueError: naming the first prompt by number and text, and the next by their numbers.
     """
-    for name in rewards:
-        reads = _reads(name)
+    paths = rewards if isinstance(rewards, Mapping) else dict.fromkeys(rewards)
+    for name, path in paths.items():
+        reads = _reads(name, path)
         if reads is None:
             continue
         bad = [number for number, prompt in enumerate(prompts, 1) if _problem(reads, prompt)]
@@ -90,14 +94,25 @@ def _others(bad: Sequence[int]) -> str:
     return f" (nor {len(bad) - 1} other{'s' if len(bad) > 2 else ''}: {shown}{more})"
 
 
-def _reads(name: str) -> Reads | None:
+def _reads(name: str, path: str | None) -> Reads | None:
     """How a reward reads a prompt; None where any text will do, or nobody here knows."""
+    if is_fitted(name):
+        path = fitted_clip(fitted_folder(name))
+        return None if path is None else partial(_clip, path)
+    if name in CLIP_WEIGHTS:
+        return partial(_clip, path or CLIP_WEIGHTS[name])
+    if name == "geneval" and path is None:  # which classes another detector knows, it says later
+        return _geneval_of_coco
     if name in BUILTIN:
         return READS.get(name)
-    if name.startswith(ELSEWHERE) or is_fitted(name):
+    if name.startswith(ELSEWHERE):
         return None
     reads: Reads | None = getattr(target_of(name), "reads", None)
     return reads
+
+
+def _clip(clip: str, text: str, metadata: Metadata) -> None:
+    check_words(text, clip)
 
 
 def _ocr(text: str, metadata: Metadata) -> object:
@@ -110,6 +125,12 @@ def _geneval(text: str, metadata: Metadata) -> object:
     from tiltflow.rewards.zoo.geneval_rules import scene_of
 
     return scene_of(metadata, text)
+
+
+def _geneval_of_coco(text: str, metadata: Metadata) -> None:
+    from tiltflow.rewards.zoo.geneval_rules import CLASSES, check_classes, scene_of
+
+    check_classes(scene_of(metadata, text), CLASSES, text)
 
 
 def _geneval2(text: str, metadata: Metadata) -> object:

@@ -32,7 +32,6 @@ from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles, copy_ro
 from tiltflow.setup.assemble import buckets_of, make_stages
 from tiltflow.setup.facts import Facts
 from tiltflow.setup.starts import Start, check_grids, continues, starting_point
-from tiltflow.setup.starts import Start, check_grids, starting_point
 from tiltflow.setup.watch_prompts import looked_at, spreads
 from tiltflow.training.cold_start import ColdStart
 from tiltflow.training.loop import Stage

@@ -106,8 +106,9 @@ def _check_reward_imports(cfg: RunConfig) -> None:
 
 def _check_prompts_fit(on: Subject) -> None:
     """That every reward can read the prompts that it will score."""
-    check_prompts_fit(on.cfg.rewards, on.prompts.train)
-    check_prompts_fit(on.cfg.watch.rewards, on.looked_at[: on.cfg.watch.prompts])
+    fixed = on.looked_at[: on.cfg.watch.prompts]
+    for rewards, prompts in ((on.cfg.rewards, on.prompts.train), (on.cfg.watch.rewards, fixed)):
+        check_prompts_fit({name: of.path for name, of in rewards.items()}, prompts)
 
 
 def _check_watch(on: Subject) -> None:

@@ -13,8 +13,8 @@ from tiltflow.config.schema import RewardConfig
 from tiltflow.core.paths import resolve_path
 from tiltflow.models.pipelines.fingerprint import files_fingerprint
 from tiltflow.rewards.base import BUILTIN, PUBLISHED, published_reward, target_of
-from tiltflow.rewards.files import CLIP_WEIGHTS
 from tiltflow.rewards.fitted import fitted_folder, is_fitted
+from tiltflow.rewards.packaged import CLIP_WEIGHTS
 from tiltflow.rewards.remote.address import JUDGE, REMOTE
 from tiltflow.rewards.remote.asking import AWAY, judge_settings
 from tiltflow.rewards.zoo.preference import PICKSCORE

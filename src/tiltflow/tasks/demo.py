@@ -60,7 +60,7 @@ def run_demo(out: Path, fast: bool, fresh: bool, console: Console) -> None:
         prompts=load_prompts(str(suite.prompts))[: FAST_PROMPTS if fast else PROMPTS],
         few_step=out / "tilt" / "export" / "few_step",
         tilt_lora=out / "tilt" / "export" / "tilt",
-        rewards=dict.fromkeys(suite.rewards),
+        rewards=suite.rewards,
         diversity=True,
         autocast="auto",  # as in training
         batch=128,

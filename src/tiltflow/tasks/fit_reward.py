@@ -27,6 +27,7 @@ from tiltflow.core.sentences import counted
 from tiltflow.data.preferences import Preference, agreement, load_preferences
 from tiltflow.evaluation.statistics import proportion_ci
 from tiltflow.rewards.fitted import FITTED
+from tiltflow.rewards.packaged import check_words
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.rewards.zoo.votes import (
     CLIP_WHOLE,
@@ -91,6 +92,8 @@ def fit_reward(
     check_out(out)
     preferences = [one for file in files for one in load_preferences(file)]
     check_choices(preferences)
+    for one in preferences:
+        check_words(one.prompt, clip)
     model = CLIPScore(clip, device_of(device))
     choices = measure(preferences, model, say)
     found = fit(choices)

@@ -210,7 +210,7 @@ def evaluate(
     """
     chosen = suite_of(suite) if suite is not None else None
     named = rewards if isinstance(rewards, Mapping) else dict.fromkeys(rewards)
-    named = named or dict.fromkeys(chosen.rewards if chosen else ())
+    named = named or (chosen.rewards if chosen else {})
     if not named:
         raise ValueError("give at least one --reward NAME, or a --suite")
     if prompts is None and chosen is not None:

@@ -29,6 +29,7 @@ from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.statistics import mean_ci, paired_comparison
 from tiltflow.evaluation.watch.history import FILE, read_history
 from tiltflow.models.roles import Role
+from tiltflow.rewards.packaged import CLIP, CLIP_HELDOUT
 from tiltflow.rewards.worlds.shapes_checker import caption_from_text, read_scene, score
 from tiltflow.rewards.worlds.shapes_taste import liking, votes
 from tiltflow.tasks.demo import MODEL, train_stage
@@ -45,7 +46,7 @@ NOISE = 0.15
 VOTES = "preferences.jsonl"
 SHOWN = 12
 """Pairs in the picture."""
-CLIPS = {"taste": "packaged:clip", "taste_heldout": "packaged:clip_heldout"}
+CLIPS = {"taste": CLIP, "taste_heldout": CLIP_HELDOUT}
 """The fitted rewards: one is trained on; the other, on other features, is only watched."""
 
 

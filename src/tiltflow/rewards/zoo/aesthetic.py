@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.packaged import VIT_L_14
 from tiltflow.rewards.weights import (
     frozen,
     load_exactly,
@@ -19,7 +20,6 @@ from tiltflow.rewards.zoo.clip_family import CLIPScore
 
 PREDICTOR = "trl-lib/ddpo-aesthetic-predictor"
 PREDICTOR_FILE = "aesthetic-model.pth"  # sac+logos+ava1-l14-linearMSE.pth under another name
-VIT_L_14 = "openai/clip-vit-large-patch14"
 
 
 class Aesthetic:

@@ -16,6 +16,7 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.models.pipelines.products import take_onednn
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
+from tiltflow.rewards.packaged import check_words
 from tiltflow.rewards.weights import load_pretrained
 
 BICUBIC = 3  # PIL's number for it, as processor configurations hold it
@@ -138,7 +139,8 @@ class CLIPScore:
     `path` is a directory, a hub id or `packaged:NAME` that holds a `CLIPModel`, its tokenizer and
     its `preprocessor_config.json`; the last two come from `processor` where that is given, and
     the first from `model`. Prompts longer than the text tower's context (77 tokens for the
-    published models) are cut there, as is the convention. Exactly `at_once` images are in the model
+    published models) are cut there, as is the convention; a packaged toy refuses those, and words
+    that it does not know (`rewards/packaged.py`). Exactly `at_once` images are in the model
     at a time, and one text (`batches.py` says why).
 
     Raises:
@@ -159,7 +161,8 @@ class CLIPScore:
         at_once: int = 1,
     ) -> None:
         self.name = name
-        words = resolve_path(processor or path)
+        self.words = processor or path
+        words = resolve_path(self.words)
         loaded: Any = model
         try:
             if loaded is None:
@@ -177,7 +180,7 @@ class CLIPScore:
         # Without vocabulary files the tokenizer loads all the same, with two tokens.
         if not 2 < len(self.tokenizer) <= text.vocab_size:
             raise ValueError(
-                f"reward {name!r}: the tokenizer at {processor or path!r} has "
+                f"reward {name!r}: the tokenizer at {self.words!r} has "
                 f"{len(self.tokenizer)} tokens, "
                 f"its model {text.vocab_size}"
             )
@@ -211,14 +214,19 @@ class CLIPScore:
             self._cache.popitem(last=False)
         return torch.stack([found[p] for p in prompts])
 
+    def cleaned(self, prompt: str) -> str:
+        """The prompt as it is handed to the tokenizer."""
+        return prompt
+
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         # Each alone, and padded to the context: which others are missing is a matter of history,
         # and a prompt's bits must not be.
         found = []
         for prompt in prompts:
+            check_words(prompt, self.words)
             tokens = self.tokenizer(
-                [prompt],
+                [self.cleaned(prompt)],
                 padding="max_length",
                 max_length=self.context,
                 truncation=True,

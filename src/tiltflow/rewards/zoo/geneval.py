@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.packaged import VIT_L_14
 from tiltflow.rewards.weights import frozen, load_pretrained
 from tiltflow.rewards.zoo.clip_family import CLIPScore, image_processor
 from tiltflow.rewards.zoo.geneval_rules import (
@@ -22,13 +23,13 @@ from tiltflow.rewards.zoo.geneval_rules import (
     Colours,
     Detection,
     Scene,
+    check_classes,
     grade,
     judge,
     scene_of,
 )
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
-VIT_L_14 = "openai/clip-vit-large-patch14"
 GREY = 0x99 / 255  # evaluate_images.py paints what is not the object in #999
 COLOUR_PROMPTS = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")
 
@@ -181,7 +182,7 @@ class GenEval:
         """What `by` says of each image's detections."""
         scenes = [scene_of(about, text) for about, text in zip(metadata, prompts, strict=True)]
         for scene, text in zip(scenes, prompts, strict=True):
-            self._check(scene, text)
+            check_classes(scene, self.detector.labels, text)
         pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
         arrays = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         verdicts = []
@@ -189,8 +190,3 @@ class GenEval:
             (found,) = self.detector(array[None], scene.threshold)
             verdicts.append(by(scene, found, partial(self.colours, image)))
         return verdicts
-
-    def _check(self, scene: Scene, prompt: str) -> None:
-        for clause in (*scene.include, *scene.exclude):
-            if clause.label not in self.detector.labels:
-                raise ValueError(f"{prompt!r}: the detector knows no {clause.label!r}")

@@ -6,9 +6,11 @@ The rules and their numbers are those of `evaluation/evaluate_images.py` in djgh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tiltflow.core.paths import nearest
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9  # prompts that ask for a number are judged by sure detections only
@@ -20,11 +22,32 @@ COLOURS = (
 POSITIONS = ("left of", "right of", "above", "below")
 KEYS = {"class", "count", "color", "position"}
 
-# COCO's 80 things under GenEval's names (`object_names.txt`), where the two differ.
+CLASSES = frozenset(
+    """person/bicycle/car/motorcycle/airplane/bus/train/truck/boat/traffic light/fire hydrant/
+    stop sign/parking meter/bench/bird/cat/dog/horse/sheep/cow/elephant/bear/zebra/giraffe/backpack/
+    umbrella/handbag/tie/suitcase/frisbee/skis/snowboard/sports ball/kite/baseball bat/
+    baseball glove/skateboard/surfboard/tennis racket/bottle/wine glass/cup/fork/knife/spoon/bowl/
+    banana/apple/sandwich/orange/broccoli/carrot/hot dog/pizza/donut/cake/chair/couch/potted plant/
+    bed/dining table/toilet/tv/laptop/computer mouse/tv remote/computer keyboard/cell phone/
+    microwave/oven/toaster/sink/refrigerator/book/clock/vase/scissors/teddy bear/hair drier/
+    toothbrush""".replace("\n    ", "").split("/")
+)
+"""COCO's 80 things under GenEval's names (`object_names.txt`)."""
+
+# What detectors call those that GenEval calls otherwise: COCO's own names, and those of the label
+# file that transformers' Mask2Former and RT-DETR were converted with (after mmdet and YOLO).
 GENEVAL_NAMES = {
     "mouse": "computer mouse",
     "remote": "tv remote",
     "keyboard": "computer keyboard",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+    "tv monitor": "tv",
+    "hair dryer": "hair drier",
 }
 
 
@@ -108,6 +131,18 @@ def _clause(raw: object, prompt: str) -> Clause:
     if relation not in POSITIONS or type(target) is not int or target < 0:
         raise wrong
     return Clause(label, count, colour, (relation, target))
+
+
+def check_classes(scene: Scene, known: Collection[str], prompt: str) -> None:
+    """Passes a scene of the classes that a detector knows.
+
+    Raises:
+        ValueError: naming the prompt, and the first class that it does not.
+    """
+    for clause in (*scene.include, *scene.exclude):
+        if clause.label not in known:
+            hint = nearest(clause.label, sorted(known))
+            raise ValueError(f"{prompt!r}: the detector knows no {clause.label!r}{hint}")
 
 
 def kept(detections: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:

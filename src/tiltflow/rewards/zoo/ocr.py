@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,23 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.packages import require_packages
 
 CLOSED_BY = {'"': '"', "“": "”", "„": "“”", "«": "»"}
 """The opening quotation marks, each with those that close it. Single ones are apostrophes too
 often."""
-PACKAGES = ("rapidocr", "onnxruntime")
-
-
-def require_packages() -> None:
-    """Raises ValueError if a package that the text is read with is not installed."""
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(
-                "reward 'ocr': it needs rapidocr and onnxruntime: pip install 'tiltflow[ocr]'"
-            ) from error
-
 
 _MARKS = re.compile('"+|[“”„«»]')  # doubled straight marks, as in CSV files, are one
 
@@ -40,7 +28,8 @@ class OCR:
 
     Spaces and case do not count. This is Flow-GRPO's `ocr.py` (yifan123/flow_grpo), with the
     PyPI package `rapidocr` in place of PaddleOCR. A prompt with several quotations asks for all
-    of them, in order; the published score looks at the first. Not differentiable; runs on the CPU.
+    of them, in order; the published score looks at the first. How Unicode spells a letter does not
+    count either, which it does there. Not differentiable; runs on the CPU.
 
     Raises:
         ValueError: if `rapidocr` is not installed, or a prompt quotes no text.
@@ -52,7 +41,7 @@ class OCR:
     at_once = None  # read one by one
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        require_packages()
+        require_packages("ocr")
         from rapidocr import RapidOCR
 
         settings = {
@@ -138,7 +127,9 @@ def text_score(read: str, target: str) -> float:
 
 
 def _normalised(text: str) -> str:
-    return "".join(text.split()).casefold()
+    """Without spaces and case, and with one spelling of a letter, composed or not, wide or not."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(unicodedata.normalize("NFKC", folded).split())
 
 
 def edit_distance(a: str, b: str) -> int:

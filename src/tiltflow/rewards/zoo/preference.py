@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import CLIPConfig
 
 from tiltflow.core.paths import resolve_path
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.packages import require_packages
 from tiltflow.rewards.weights import absent, read_state_dict, weights_file
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.rewards.zoo.open_clip import clip_from_open_clip
@@ -61,9 +63,11 @@ class HPSv2(CLIPScore):
 
     An image is seen whole: its longest side becomes the model's size, and black fills the square.
     That is what `hpsv2/img_score.py` asks open_clip for (hpsv2 1.2.0), not the base's own crop.
+    Prompts are mended as its tokenizer does, which the base's own does not.
 
     Raises:
-        ValueError: if any of them cannot be loaded, or they do not fit together.
+        ValueError: if any of them cannot be loaded, or they do not fit together, or `ftfy` is not
+            installed.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class HPSv2(CLIPScore):
         file: str = HPSV2_FILE,
         at_once: int = 1,
     ) -> None:
+        require_packages("hpsv2")
         try:
             config = CLIPConfig.from_pretrained(resolve_path(base))
         except OSError as error:
@@ -84,3 +89,10 @@ class HPSv2(CLIPScore):
         vision: Any = config.vision_config
         side = int(vision.image_size)
         self.preprocessing = replace(self.preprocessing, resize=side, crop=None, whole=True)
+
+    def cleaned(self, prompt: str) -> str:
+        """Typographic quotes, ligatures, full-width letters and broken encodings by ftfy, then HTML
+        entities that were escaped up to twice: what the authors' tokenizer does before it reads."""
+        from ftfy import fix_text
+
+        return html.unescape(html.unescape(fix_text(prompt))).strip()
