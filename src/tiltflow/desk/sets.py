@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tiltflow.desk.sources import Place
 from tiltflow.evaluation.files import StoredScores, read_evaluation, read_scores, scores_path
-from tiltflow.evaluation.statistics import correct, mean_ci, paired_comparison, verdict
+from tiltflow.evaluation.statistics import correct, paired_comparison, score_ci, verdict
 from tiltflow.tasks.compare import noise_of, own_columns, own_name
 
 PAGE = 12
@@ -245,7 +245,7 @@ def _figures(
     measured = np.isfinite(values)
     if measured.sum() > 1:
         texts = [prompts[row] for row in rows[measured]]
-        mean, low, high = mean_ci(values[measured], clusters=texts)
+        mean, low, high = score_ci(values[measured], clusters=texts)
         found["mean"] = {"value": mean, "ci95": [low, high], "n": len(texts)}
     both = measured & np.isfinite(base)
     if column.name != choice.baseline and both.sum() > 1:

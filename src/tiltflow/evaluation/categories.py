@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltflow.evaluation.statistics import mean_ci
+from tiltflow.evaluation.statistics import score_ci
 
 Scores = Mapping[str, Mapping[str, NDArray[np.float64]]]
 
@@ -64,5 +64,5 @@ def figures_of(values: NDArray[np.float64], texts: Sequence[str]) -> dict[str, A
     """The mean of scores of these prompts and its 95% interval, None of one."""
     if len(values) < 2:
         return {"mean": float(values.mean()), "ci95": None}
-    mean, low, high = mean_ci(values, clusters=texts)
+    mean, low, high = score_ci(values, clusters=texts)
     return {"mean": mean, "ci95": [low, high]}
