@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from tiltflow.core.distributed import Ranks
+from tiltflow.data.prompts import Prompt
+from tiltflow.evaluation.chunks import Chunks
+from tiltflow.evaluation.scores import Diversity, System, evaluate_systems
+from tiltflow.rewards import FunctionReward
 from tiltflow.tasks.depends import asked
 from tiltflow.tasks.interface import request_of
+
+
+class OneOfFour(Ranks):
+    """Rank 3 of 4 by itself, as though the others' rows were its own. These have to be as many as
+    theirs, or the ranks' sums would not fit together."""
+
+    def gather(self, part: Tensor, n: int) -> Tensor:
+        each = -(-len(PROMPTS) // self.size)
+        assert (len(part), n) == (each, each * self.size)
+        return torch.cat([part] * self.size)
+
+
+PROMPTS = [Prompt(f"prompt {i}") for i in range(9)]
+
+
+def test_two_batches_of_a_rank_that_begin_with_the_same_row_are_two(tmp_path: Path) -> None:
+    """Of 9 prompts rank 3 has the last one three times: batches (8, 8) and (8,)."""
+
+    def grey(rows: Sequence[int]) -> Tensor:
+        return torch.stack([torch.full((3, 4, 4), row / 10) for row in rows])
+
+    system = System("one", 4, grey, lambda rows, draw: grey(rows))
+    mean = FunctionReward(lambda images, prompts, metadata: images.mean((1, 2, 3)), "mean")
+    features = Diversity(lambda images: torch.ones(len(images), 2) / 2**0.5, prompts=9, images=2)
+    kept = Chunks(tmp_path, {})
+    for _ in range(2):  # made, and taken again
+        found = evaluate_systems(
+            [system], PROMPTS, [mean], 2, take=kept.take, ranks=OneOfFour(3, 4), diversity=features
+        )
+        assert found.scores["one"]["mean"].tolist() == pytest.approx([0.8] * 9)
+        assert len(found.scores["one"]["diversity"]) == 9
+    assert len(kept) == 2 * (1 + features.images)
 
 
 @pytest.mark.parametrize(
