@@ -14,11 +14,12 @@ Scores = Mapping[str, Mapping[str, NDArray[np.float64]]]
 
 
 def category_of(metadata: Mapping[str, object]) -> str | None:
-    """The category of a prompt: a general `category`, GenEval's (and the shapes world's) `tag`, or
-    GenEval2's number of atoms; None where there is none of them."""
+    """The category of a prompt, a text or a whole number: a general `category`, GenEval's (and the
+    shapes world's) `tag`, or GenEval2's number of atoms; None where there is none of them."""
     for key in ("category", "tag"):
-        if isinstance(metadata.get(key), str):
-            return str(metadata[key])
+        value = metadata.get(key)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return str(value)
     atoms = metadata.get("atom_count")
     return f"{atoms} atoms" if isinstance(atoms, int) else None
 
