@@ -137,6 +137,8 @@ def test_diversity_vendi_and_distance_stand_beside_the_scores() -> None:
 def test_categories_by_hand() -> None:
     assert category_of({"tag": "colors", "category": "x"}) == "x"  # of a column that is named
     assert category_of({"category": "x"}) == "x"
+    assert category_of({"category": 1}) == "1" and category_of({"tag": 0}) == "0"
+    assert category_of({"category": True}) is category_of({"category": 1.5}) is None
     assert category_of({"atom_count": 3}) == "3 atoms"
     assert category_of({"prompt": "a"}) is None
     metadata = [{"tag": "one"}, {"tag": "two"}, {"tag": "one"}, {"tag": "one"}]

@@ -27,6 +27,7 @@ from students import (
 from torch import nn
 
 from tiltflow.core.checkpoint import Checkpoint
+from tiltflow.core.sizes import said as said_size
 from tiltflow.data.prompts import Prompt
 from tiltflow.formats.contract import read_contract
 from tiltflow.formats.wanted import Wanted
@@ -253,6 +254,34 @@ def test_the_card_has_no_figures_of_an_earlier_student(tiny_pipeline: Tiny, tmp_
     assert said.lines[0].startswith("evaluation.json is of other weights than this checkpoint's")
     evaluation["adapters"] = {"few_step": adapters["few_step"]}  # stage 1's alone: it is the same
     assert "Not evaluated" not in card(Checkpoint(6, later, state)) and len(said.lines) == 1
+
+
+def test_the_card_says_where_its_figures_are_not_of_what_was_trained_for(
+    tiny_pipeline: Tiny, tmp_path: Path
+) -> None:
+    made = student(tiny_pipeline, "sd3m", tmp_path)
+    score = {"nfe": 4, "scores": {"clipscore": {"mean": 0.3, "ci95": [0.2, 0.4]}}}
+
+    def said(**asked: Any) -> str:
+        evaluation = {"prompts": 9, "systems": {"rtdmd": score}, "asked": asked}
+        out = tmp_path / "out"
+        export_checkpoint(made.config, made.checkpoint, out, None, evaluation)
+        return (out / "README.md").read_text().partition("## Scores")[2].partition("| system")[0]
+
+    settled = request(made).settled
+    names = ("steps", "eta", "resolution", "max_sequence_length")
+    trained = {name: getattr(settled, name) for name in names}
+    trained["student_guidance"] = settled.guidance
+    as_trained = "Means over 9 prompts, with 95% intervals."
+    assert said(**trained).strip() == said().strip() == as_trained
+    other = {"steps": 7, "eta": 0.0, "student_guidance": 3.5, "max_sequence_length": 9}
+    text = said(**trained | other | {"resolution": [64, 48]})
+    for what in ("7 steps", "η = 0", "guidance 3.5", "64x48 pixels", "9 text tokens"):
+        assert f"The students were sampled with {what}, but this one was trained for" in text
+    assert text.count("The students were sampled") == 5 and f"trained for {settled.eta:g}." in text
+    size = said_size(settled.resolution)
+    text = said(**trained | {"sizes": [[size, None], ["64x48", None]]})
+    assert f"sampled with 64x48 pixels, but this one was trained for {size}." in text
 
 
 class Notices(Callbacks):

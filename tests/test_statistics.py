@@ -87,25 +87,6 @@ def test_images_of_one_prompt_are_no_independent_draws_of_prompts() -> None:
         mean_ci(values[:10], clusters=["a", "b"])
 
 
-def test_a_share_is_wilsons_where_no_prompt_repeats_and_covers_where_they_do() -> None:
-    wilson = stats.binomtest(37, 50).proportion_ci(0.95, method="wilson")
-    hits = [1.0] * 37 + [0.0] * 13
-    for clusters in (None, list(range(50)), ["one"] * 50):
-        found = proportion_ci(hits, clusters=clusters)
-        assert found == pytest.approx((0.74, wilson.low, wilson.high))
-    # ten votes on each of five pairs, all decided alike: five, not fifty
-    share, low, high = proportion_ci([1.0] * 50, clusters=[i // 10 for i in range(50)])
-    assert share == 1 and low < 0.5 and high == 1
-    rng, groups, covered = np.random.default_rng(8), [i // 4 for i in range(120)], [0, 0]
-    for _ in range(600):
-        rates = np.repeat(rng.beta(0.8, 0.4, 30), 4)  # 2/3 on average, prompts far apart
-        hits = (rng.random(120) < rates).astype(float)
-        for known, clusters in enumerate((None, groups)):
-            _, low, high = proportion_ci(hits, clusters=clusters)
-            covered[known] += low <= 2 / 3 <= high
-    assert covered[0] / 600 < 0.88 and 0.93 <= covered[1] / 600 <= 0.99
-
-
 def test_the_cluster_robust_error_by_hand() -> None:
     """(1, 3), (2,), (6,): the mean 3, the sums of deviations −2, −1, 3, of three prompts."""
     mean, low, high = mean_ci([1.0, 3.0, 2.0, 6.0], clusters=["a", "a", "b", "c"])

@@ -159,7 +159,7 @@ def test_a_killed_writer_loses_at_most_its_last_vote(tmp_path):
         done = len(read_votes(path))
 
 
-@pytest.mark.parametrize("cut", [1, 40])
+@pytest.mark.parametrize("cut", [2, 40])
 def test_a_torn_line_is_left_out_and_then_cut_off(tmp_path, cut):
     path = tmp_path / "votes.jsonl"
     for name in "ab":
@@ -168,6 +168,18 @@ def test_a_torn_line_is_left_out_and_then_cut_off(tmp_path, cut):
     assert [vote["prompt"][0] for vote in read_votes(path)] == ["a"]
     append_vote(path, ROW | {"prompt": "c"})
     assert [vote["prompt"][0] for vote in read_votes(path)] == ["a", "c"]
+
+
+def test_a_last_line_without_its_newline_is_a_vote(tmp_path):
+    """As editors and scripts leave a file: the vote counts, and stays when another is added."""
+    path = tmp_path / "votes.jsonl"
+    path.write_text("\n".join(json.dumps(ROW | {"prompt": name}) for name in "abc"))
+    assert [vote["prompt"] for vote in read_votes(path)] == ["a", "b", "c"]
+    append_vote(path, ROW | {"prompt": "d"})
+    assert [vote["prompt"] for vote in read_votes(path)] == ["a", "b", "c", "d"]
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps({"prompt": "a"}))
+    with pytest.raises(ValueError, match="line 2 is no vote"):
+        read_votes(path)
 
 
 def wilson(wins: float, losses: float) -> float:

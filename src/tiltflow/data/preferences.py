@@ -66,8 +66,9 @@ def _read(source: Path | bytes, digest: str | None) -> Tensor:
 def append_vote(path: Path, row: Mapping[str, Any]) -> None:
     """One more line in a file of votes; it is on the disk when this returns.
 
-    Several processes may append at once. What a killed one left of a line is cut off first. A vote
-    that did not reach the disk is taken back: given again, it counts once.
+    Several processes may append at once. What a killed one left of a line is cut off first; a whole
+    line that lacks its newline, as editors leave it, gets one. A vote that did
+    not reach the disk is taken back: given again, it counts once.
 
     Raises:
         OSError: if it cannot be written.
@@ -79,7 +80,11 @@ def append_vote(path: Path, row: Mapping[str, Any]) -> None:
         size = file.seek(0, os.SEEK_END)
         whole = _whole(file, size)
         if whole < size:
-            file.truncate(whole)
+            file.seek(whole)
+            if _object(file.read(size - whole)) is None:
+                file.truncate(whole)
+            else:
+                line, whole = b"\n" + line, size
         try:
             rest = line
             while rest:
@@ -107,23 +112,32 @@ def _whole(file: Any, size: int) -> int:
 
 def read_votes(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of votes; a torn last one is left out, and where there is no file, none.
+    A last line that is whole and lacks its newline is one like the others.
 
     Raises:
         ValueError: if another line is no vote.
     """
     if not path.is_file():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")
+    *lines, last = path.read_bytes().split(b"\n")
+    if _object(last) is not None:
+        lines.append(last)
     return [_vote(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None of anything else, such as a part of one."""
+    try:
+        found = parse_json(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _vote(path: Path, number: int, line: bytes) -> dict[str, Any]:
     texts = ("prompt", "image_a", "image_b", "choice")
-    try:
-        row = parse_json(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in texts):
+    row = _object(line)
+    if row is None or not all(isinstance(row.get(key), str) for key in texts):
         raise ValueError(f"{path}, line {number} is no vote (prompt, image_a, image_b, choice)")
     if row["choice"] not in CHOICES:
         raise ValueError(f"{path}, line {number}: choice is a, b or tie, not {row['choice']!r}")

@@ -16,14 +16,11 @@ from numpy.typing import NDArray
 
 from tiltflow.desk.sources import Place
 from tiltflow.evaluation.files import StoredScores, read_evaluation, read_scores, scores_path
-from tiltflow.evaluation.statistics import correct, mean_ci, paired_comparison, verdict
-from tiltflow.tasks.compare import other_columns
+from tiltflow.evaluation.statistics import correct, paired_comparison, score_ci, verdict
+from tiltflow.tasks.compare import noise_of, own_columns, own_name
 
 PAGE = 12
 """Prompts of a page of the table."""
-NOISE = ("prompts", "seed", "resolution", "max_sequence_length")
-"""What two evaluations have in common where their images come from the same noise."""
-
 
 Scores = Mapping[str, NDArray[np.float64]]
 """By reward, a value a prompt."""
@@ -106,12 +103,9 @@ def group(evaluations: Mapping[str, Place], problems: list[str] | None = None) -
             if problems is not None and not isinstance(error, FileNotFoundError):
                 problems.append(f"{place.name}: {error}")
             continue
-        asked = summary.get("asked")
         for size in _sizes(summary):
-            same: Any = place.id
-            if isinstance(asked, dict):
-                several = {"sizes": asked["sizes"]} if "sizes" in asked else {}
-                same = {key: asked.get(key) for key in NOISE} | several
+            noise = noise_of(summary)
+            same: Any = place.id if noise is None else noise
             text = json.dumps(same if size is None else [same, size], sort_keys=True)
             key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
             found.setdefault(key, []).append(place)
@@ -156,9 +150,9 @@ def _named(
     place: Place, found: StoredScores, summaries: Mapping[Place, Mapping[str, Any]]
 ) -> dict[str, Scores]:
     """The scores of a place, by system and by reward under the name that it has in the set."""
-    own = {r for other in summaries.values() for r in other_columns(summaries[place], other)}
+    own = own_columns(summaries[place], summaries.values())
     return {
-        system: {f"{r}, {place.name}" if r in own else r: values for r, values in table.items()}
+        system: {own_name(r, place.name) if r in own else r: v for r, v in table.items()}
         for system, table in found.scores.items()
     }
 
@@ -251,7 +245,7 @@ def _figures(
     measured = np.isfinite(values)
     if measured.sum() > 1:
         texts = [prompts[row] for row in rows[measured]]
-        mean, low, high = mean_ci(values[measured], clusters=texts)
+        mean, low, high = score_ci(values[measured], clusters=texts)
         found["mean"] = {"value": mean, "ci95": [low, high], "n": len(texts)}
     both = measured & np.isfinite(base)
     if column.name != choice.baseline and both.sum() > 1:

@@ -16,6 +16,7 @@ from tiltflow.evaluation.statistics import (
     holm,
     mean_ci,
     paired_comparison,
+    score_ci,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "pairwise_distance",
     "read_evaluation",
     "read_scores",
+    "score_ci",
     "vendi_score",
     "write_evaluation",
     "write_report",

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltflow.evaluation.statistics import mean_ci
+from tiltflow.evaluation.statistics import score_ci
 
 Scores = Mapping[str, Mapping[str, NDArray[np.float64]]]
 
 
 def category_of(metadata: Mapping[str, object]) -> str | None:
-    """The category of a prompt: a general `category`, GenEval's (and the shapes world's) `tag`, or
-    GenEval2's number of atoms; None where there is none of them."""
+    """The category of a prompt, a text or a whole number: a general `category`, GenEval's (and the
+    shapes world's) `tag`, or GenEval2's number of atoms; None where there is none of them."""
     for key in ("category", "tag"):
-        if isinstance(metadata.get(key), str):
-            return str(metadata[key])
+        value = metadata.get(key)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return str(value)
     atoms = metadata.get("atom_count")
     return f"{atoms} atoms" if isinstance(atoms, int) else None
 
@@ -64,5 +65,5 @@ def figures_of(values: NDArray[np.float64], texts: Sequence[str]) -> dict[str, A
     """The mean of scores of these prompts and its 95% interval, None of one."""
     if len(values) < 2:
         return {"mean": float(values.mean()), "ci95": None}
-    mean, low, high = mean_ci(values, clusters=texts)
+    mean, low, high = score_ci(values, clusters=texts)
     return {"mean": mean, "ci95": [low, high]}

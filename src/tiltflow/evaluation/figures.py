@@ -48,6 +48,16 @@ def number(value: float, digits: int | None = None) -> str:
     return text.replace("-", "−")
 
 
+def around(mean: float, interval: Sequence[float], digits: int, sign: str = "±") -> str:
+    """What stands behind a mean: "±" and half its interval, or, where the interval is not centred
+    on the mean to a tenth of that half (a share near 0 or 1), the interval's ends in brackets."""
+    low, high = interval
+    half = (high - low) / 2
+    if abs(low + high - 2 * mean) <= 0.2 * half:
+        return sign + f"{half:.{digits}f}"
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def elided(text: str, most: int) -> str:
     """A text of at most so many letters: what is left out of its middle is a mark. Names of runs
     differ at their ends as a rule."""

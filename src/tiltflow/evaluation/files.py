@@ -68,6 +68,11 @@ class _Asked(_Part):
     teacher_steps: int | None = None
     tilt: float | None = None
     seed: int | None = None
+    eta: float | None = None
+    student_guidance: float | None = None
+    resolution: int | tuple[int, int] | None = None
+    sizes: list[tuple[str, Any]] = []
+    max_sequence_length: int | None = None
 
 
 class _Content(_Part):

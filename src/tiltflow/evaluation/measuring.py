@@ -158,9 +158,9 @@ class Job:
 
     def _at(self, system: System, size: AtSize, report: Callable[[int], None]) -> Measured:
         parts, groups = [], self._groups(system, size)
-        for rows in self._batches(self._mine(size.rows)):
+        for number, rows in enumerate(self._batches(self._mine(size.rows))):
             make = partial(self._scored, system, size, rows)
-            parts.append(self.take(f"{size.place(system.name)}/{rows[0]:06d}", make))
+            parts.append(self.take(f"{size.place(system.name)}/batch-{number:06d}", make))
             report(len(rows))
 
         def whole(key: str) -> Tensor:
@@ -180,6 +180,8 @@ class Job:
         )
 
     def _batches(self, indices: Sequence[int]) -> list[list[int]]:
+        """Indices in batches, which are known by their numbers: where a rank repeats the last row,
+        two begin with the same one."""
         starts = range(0, len(indices), self.batch)
         return [list(indices[start : start + self.batch]) for start in starts]
 
@@ -212,9 +214,9 @@ class Job:
         draws = []
         for draw in range(self.diversity.images):
             parts = []
-            for rows in self._batches(self._mine(groups)):
+            for number, rows in enumerate(self._batches(self._mine(groups))):
                 make = partial(self._redrawn, system, self.diversity, rows, draw)
-                key = f"{size.place(system.name)}/draw{draw}-{rows[0]:06d}"
+                key = f"{size.place(system.name)}/draw{draw}-batch-{number:06d}"
                 parts.append(self.take(key, make)["features"])
                 report(len(rows))
             draws.append(torch.cat(parts))

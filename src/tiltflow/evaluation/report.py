@@ -87,7 +87,10 @@ def write_report(
     """Write `report.html` into a directory (or to a path that ends in .html); gives its path.
 
     Args:
-        evaluation: the content of `evaluation.json`; without systems, that part is left out.
+        evaluation: the content of `evaluation.json`; without systems, that part is left out. Of
+            several, `one_noise` is whether their images come from the same noise, `notes` are
+            sentences on what is not to be compared, and a column that is one run's own is called
+            "REWARD, RUN".
         curves: by stage, the rows of its `metrics.jsonl`.
         grids: by system, images (H, W, 3) uint8 of `prompts`, in order and from the same noise.
         prompts: one caption a row of the grid; rows beyond the shortest system are left out.
@@ -108,7 +111,6 @@ def write_report(
         title=title,
         notice=notice,
         **_results(evaluation),
-        measures=MEASURES,
         stages={stage: drawn_curves(stage, rows) for stage, rows in curves.items()},
         together=[c for g in together for c in side_by_side({s: curves[s] for s in g})],
         watch=watch or {},
@@ -128,17 +130,23 @@ def write_report(
 
 
 def beside(systems: Mapping[str, Any]) -> list[str]:
-    """Those of `BESIDE` that some system of an evaluation has."""
-    return [name for name in BESIDE if any(name in system for system in systems.values())]
+    """Those of `BESIDE` that some system of an evaluation has, runs' own among them."""
+    names = dict.fromkeys(name for system in systems.values() for name in system)
+    return [name for of in BESIDE for name in names if name.partition(", ")[0] == of]
 
 
 def _results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """What the page says of an evaluation."""
     systems, comparisons = evaluation.get("systems", {}), evaluation.get("comparisons", [])
+    rewards = list(dict.fromkeys(r for s in systems.values() for r in s["scores"]))
+    columns = {r: MEASURES.get(r.partition(", ")[0]) for r in [*rewards, *beside(systems)]}
     return {
         "evaluation": evaluation,
         "systems": systems,
-        "rewards": list(dict.fromkeys(r for s in systems.values() for r in s["scores"])),
+        "one_noise": evaluation.get("one_noise", True),
+        "notes": evaluation.get("notes", []),
+        "rewards": rewards,
+        "measures": {column: what for column, what in columns.items() if what is not None},
         "beside": beside(systems),
         "explained": _explained(evaluation),
         "categories": _categories(evaluation),

@@ -29,7 +29,7 @@ from tiltflow.evaluation.measuring import (
     by_prompt,
     spread,
 )
-from tiltflow.evaluation.statistics import bootstrap_ci, correct, mean_ci, paired_comparison
+from tiltflow.evaluation.statistics import bootstrap_ci, correct, paired_comparison, score_ci
 from tiltflow.models.medium import Medium
 from tiltflow.rewards.base import Reward, check_medium, medium_of
 
@@ -257,5 +257,5 @@ def texts_of(texts: Sequence[str], n: int) -> Sequence[str]:
 
 
 def _interval(values: NDArray[np.float64], texts: Sequence[str]) -> dict[str, Any]:
-    mean, low, high = mean_ci(values, clusters=texts_of(texts, len(values)))
+    mean, low, high = score_ci(values, clusters=texts_of(texts, len(values)))
     return {"mean": mean, "ci95": [low, high]}

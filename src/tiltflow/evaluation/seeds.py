@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltflow.evaluation.statistics import Clusters, correct, mean_ci, paired_comparison
+from tiltflow.evaluation.statistics import (
+    Clusters,
+    all_hits,
+    correct,
+    mean_ci,
+    paired_comparison,
+    proportion_ci,
+)
 
 Array = NDArray[np.float64]
 Scores = Mapping[int, Array]
@@ -22,10 +29,16 @@ Scores = Mapping[int, Array]
 
 def over_seeds(scores: Scores, clusters: Clusters = None) -> dict[str, Any]:
     """`mean`, its 95% interval over prompts (`ci95`) and over seeds (`seeds_ci95`, None of a single
-    seed), and each seed's mean (`by_seed`). `clusters`: the prompts, where some repeat."""
+    seed), and each seed's mean (`by_seed`). `clusters`: the prompts, where some repeat. Of scores
+    that are all 0 or 1 the interval over prompts is that of a share, of which a prompt has one hit
+    a seed."""
     table = _table(scores, list(scores))
     each = table.mean(1)
-    mean, low, high = mean_ci(table.mean(0), clusters=clusters)
+    if all_hits(table):
+        of = np.arange(table.shape[1]).tolist() if clusters is None else list(clusters)
+        mean, low, high = proportion_ci(table.ravel(), clusters=of * len(table))
+    else:
+        mean, low, high = mean_ci(table.mean(0), clusters=clusters)
     return {
         "mean": mean,
         "ci95": [low, high],

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiltflow.core.sentences import either
-from tiltflow.core.sizes import both, said
+from tiltflow.core.sentences import either, listed
+from tiltflow.core.sizes import both, plain, said
 from tiltflow.formats.contract import Contract
 from tiltflow.formats.usage import Usage
 from tiltflow.models.family import Family
@@ -71,7 +71,7 @@ def model_card(card: Card) -> str:
         *([_usage(card)] if card.folders or card.merged else []),
         *card.others,
         _recipe(contract.recipe),
-        _scores(card.evaluation),
+        _scores(card.evaluation, contract),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -151,7 +151,7 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     return "\n".join(["## Recipe", "", "| setting | value |", "|---|---|", *rows])
 
 
-def _scores(evaluation: Mapping[str, Any] | None) -> str:
+def _scores(evaluation: Mapping[str, Any] | None, contract: Contract) -> str:
     if evaluation is None:
         return (
             "## Scores\n\nNot evaluated: the run directory has no evaluation.json of this student."
@@ -167,7 +167,37 @@ def _scores(evaluation: Mapping[str, Any] | None) -> str:
     strength = (evaluation.get("asked") or {}).get("tilt")
     if strength not in (None, 1) and "rtdmd" in systems:
         first += f" `rtdmd` has the tilt at {strength:g}."
-    return "\n".join(["## Scores", "", first, "", *head, *rows])
+    sentences = [first, *_otherwise(evaluation.get("asked") or {}, contract)]
+    return "\n".join(["## Scores", "", " ".join(sentences), "", *head, *rows])
+
+
+def _otherwise(asked: Mapping[str, Any], contract: Contract) -> list[str]:
+    """A sentence for each setting that the students of an evaluation were sampled with and were not
+    trained for, as far as it says."""
+    sizes = [name for name, _ in asked.get("sizes") or ()]
+    size = asked.get("resolution")
+    if not sizes and size is not None:
+        sizes = [said(plain(*size) if isinstance(size, list | tuple) else size)]
+    trained_sizes = [said(each) for each in contract.trained_sizes]
+    odd = [name for name in sizes if name not in trained_sizes]
+    length = asked.get("max_sequence_length")
+    of: list[tuple[str, Any, Sequence[Any]]] = [
+        ("{} steps", asked.get("steps"), contract.trained_steps),
+        ("η = {}", _short(asked.get("eta")), [_short(contract.eta)]),
+        ("guidance {}", _short(asked.get("student_guidance")), [_short(contract.guidance)]),
+        ("{} pixels", listed(odd) if odd else None, trained_sizes),
+        ("{} text tokens", length, [contract.max_sequence_length]),
+    ]
+    return [
+        f"The students were sampled with {what.format(found)}, but this one was trained for "
+        f"{either(trained)}."
+        for what, found, trained in of
+        if found is not None and found not in trained
+    ]
+
+
+def _short(number: float | None) -> str | None:
+    return None if number is None else f"{number:g}"
 
 
 def _cell(score: Mapping[str, Any] | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from tiltflow.rewards.fitting import may_read_metadata
 from tiltflow.tasks.tables import show, show_comparisons, show_sizes
 
 Columns = dict[str, NDArray[np.float64]]
+
+NOISE = ("prompts", "seed", "resolution", "max_sequence_length")
+"""What two evaluations have in common where their images come from the same noise."""
 
 
 def run_compare(
@@ -230,6 +233,25 @@ def other_columns(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     """The columns of scores that both evaluations may have and that are not to be compared."""
     rewards = dict.fromkeys([*other_rewards(one, other), *asked_otherwise(one, other)])
     return [*rewards, *([DIVERSITY] if other_features(one, other) else [])]
+
+
+def own_columns(one: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The columns of one evaluation that are not compared with those of the others' same name."""
+    return {column for other in others for column in other_columns(one, other)}
+
+
+def own_name(column: str, evaluation: str) -> str:
+    """What a column is called that is an evaluation's own, beside others of the same name."""
+    return f"{column}, {evaluation}"
+
+
+def noise_of(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an evaluation says that its noise depends on; None of one that does not say."""
+    asked = summary.get("asked")
+    if not isinstance(asked, dict):
+        return None
+    several = {"sizes": asked["sizes"]} if "sizes" in asked else {}
+    return {key: asked.get(key) for key in NOISE} | several
 
 
 def other_noise(evaluations: Sequence[Path]) -> str | None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.sizes import said
 from tiltflow.evaluation.chunks import place_of
-from tiltflow.models.pipelines.fingerprint import family_facts
+from tiltflow.models.pipelines.fingerprint import LIBRARIES, family_facts
 from tiltflow.rewards.files import files_beside, files_of, revisions
+from tiltflow.rewards.zoo.ocr import PACKAGES
 from tiltflow.setup.build import device_of
 from tiltflow.setup.manifest import prompts_fingerprint, rewards_fingerprints
 from tiltflow.tasks.request import Request
@@ -54,8 +56,18 @@ def asked(request: Request) -> dict[str, Any]:
         **({"beside": {n: place_of(place) for n, place in beside.items()}} if beside else {}),
         **({"revisions": revised} if revised else {}),
         "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
-        "versions": {name: version(name) for name in ("tiltflow", "torch", "diffusers")},
+        "versions": _versions(request.rewards),
     }
+
+
+def _versions(rewards: Iterable[str]) -> dict[str, str]:
+    """The versions of the packages that make images and read prompts, and of those that score for
+    one of these rewards. One that is missing is named when it is needed."""
+    found = {}
+    for name in ("tiltflow", *LIBRARIES, *(PACKAGES if "ocr" in rewards else ())):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def content_of(request: Request) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.core.randomness import Randomness
 from tiltflow.data.embeddings import EncodedPrompts, encode_prompts
 from tiltflow.data.prompts import Prompt
-from tiltflow.evaluation.statistics import mean_ci
+from tiltflow.evaluation.statistics import score_ci
 from tiltflow.models.backbone import Backbone
 from tiltflow.models.lora_files import lora_mark
 from tiltflow.models.roles import Role
@@ -102,7 +102,7 @@ class Student:
             for found, rewards in ((trained, scorer.trained), (held_out, scorer.held_out)):
                 scored = {} if rewards is None else rewards.score(images, texts, about)
                 for name, values in scored.items():
-                    mean, low, high = mean_ci(values.double().cpu().numpy(), clusters=texts)
+                    mean, low, high = score_ci(values.double().cpu().numpy(), clusters=texts)
                     seen = {"mean": mean, "ci95": [low, high], "trained": found is trained}
                     found[name] = seen
         beside = {f"{n} (held out)" if n in trained else n: seen for n, seen in held_out.items()}

@@ -22,6 +22,7 @@ from tiltflow.evaluation.watch.history import FILE, read_history
 from tiltflow.evaluation.watch_figures import Watched
 from tiltflow.formats.contract import read_contract
 from tiltflow.setup.run_directory import check_run
+from tiltflow.tasks.beside import notes_of, one_noise, stored_prompts, told_apart
 from tiltflow.tasks.doctor import versions
 from tiltflow.tasks.evaluate import PROMPTS, kept_prompts
 from tiltflow.tasks.sheets import prompt_files, sheets
@@ -183,8 +184,9 @@ def _evaluations(
     """The folders' evaluations as one, with the kept images by system and their prompts.
 
     Of several, a system is called by its folder, too, unless it has the same scores in every
-    folder (the teacher, as a rule). Images are shown of those folders whose prompts are the
-    first's, and categories and sizes where all have the same ones.
+    folder (the teacher, as a rule). So is a column whose scores are not to be compared
+    (`told_apart`). Images are shown of those folders whose prompts are the first's, and categories
+    and sizes where all have the same ones.
     """
     merged: dict[str, Any] = {"prompts": 0, "systems": {}, "comparisons": []} | {
         kind: {} for kind in GROUPS
@@ -192,7 +194,9 @@ def _evaluations(
     grids: dict[str, list[np.ndarray]] = {}
     prompts: list[str] = []
     names = run_names(folders)
-    tables = {folder: read_evaluation(folder) for folder in folders}
+    read = {folder: read_evaluation(folder) for folder in folders}
+    texts_of = {folder: stored_prompts(folder) for folder in folders}
+    tables = told_apart(read, texts_of, names)
     groups = {kind: _groups(kind, tables) for kind in GROUPS}
     for folder, found in tables.items():
         called = {}
@@ -219,6 +223,8 @@ def _evaluations(
     else:
         merged["asked"] = tables[folders[0]].get("asked")
     merged["prompts"] = " and ".join(dict.fromkeys(str(t["prompts"]) for t in tables.values()))
+    merged["one_noise"] = one_noise(read, texts_of)
+    merged["notes"] = notes_of(read, texts_of)
     return merged, grids, prompts
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from tiltflow.config.load import dump_config
 from tiltflow.core.disk import write_whole
 from tiltflow.core.metrics import read_metrics
+from tiltflow.evaluation.figures import around
 from tiltflow.evaluation.measuring import DIVERSITY
 from tiltflow.evaluation.report import write_report
 from tiltflow.evaluation.scores import texts_of
@@ -186,9 +187,9 @@ SEEDS = (
     "need not be the difference of their means."
 )
 NOTE = (
-    f"Means ± half the 95% interval over prompts / over seeds. {SEEDS} p is over prompts, "
-    "corrected (Holm) for all comparisons here. An evaluation is one sample through a network, "
-    "forward or backward."
+    f"Means ± half the 95% interval (or its ends) over prompts / over seeds. {SEEDS} p is "
+    "over prompts, corrected (Holm) for all comparisons here. An evaluation is one sample through "
+    "a network, forward or backward."
 )
 
 
@@ -284,7 +285,8 @@ def _range(counts: Sequence[int]) -> str:
 def _cell(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "–"
-    return f"{score['mean']:.3f} ± {_half(score['ci95'])} / {_half(score['seeds_ci95'])}"
+    over_prompts = around(score["mean"], score["ci95"], 3, sign="± ")
+    return f"{score['mean']:.3f} {over_prompts} / {_half(score['seeds_ci95'])}"
 
 
 def _half(interval: Sequence[float] | None) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from tiltflow.evaluation.figures import around
 from tiltflow.evaluation.report import beside
 from tiltflow.evaluation.statistics import NO_DIFFERENCE, verdict
 
@@ -15,7 +17,7 @@ from tiltflow.evaluation.statistics import NO_DIFFERENCE, verdict
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """The table of an evaluation, a column a system, and its comparisons, in the terminal."""
     systems = summary["systems"]
-    table = Table(title=f"{summary['prompts']} prompts, mean ± half the 95% interval")
+    table = Table(title=f"{summary['prompts']} prompts, mean ± half the 95% interval, or its ends")
     table.add_column("", no_wrap=True)
     for name in systems:
         table.add_column(name, justify="right", overflow="fold")
@@ -90,6 +92,5 @@ def _cell(score: Mapping[str, Any] | float | None) -> str:
         return "–"
     if isinstance(score, float):
         return f"{score:.4f}"
-    low, high = score["ci95"]
-    half = f"{(high - low) / 2:.3f}".removeprefix("0")  # four systems fit into 80 columns
-    return f"{score['mean']:.3f} ±{half}"
+    said = around(score["mean"], score["ci95"], 3)
+    return f"{score['mean']:.3f} " + re.sub(r"(?<!\d)0\.", ".", said)  # four fit into 80 columns

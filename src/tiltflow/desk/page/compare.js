@@ -103,7 +103,10 @@ function figures(column, widest) {
   if (!column.mean) return h("div", { class: "figures" }, "not measured here");
   const [low, high] = column.mean.ci95;
   const some = column.mean.n < look.count ? `, of ${column.mean.n} prompts` : "";
-  const mean = h("span", {}, `${number(column.mean.value)} ± ${number((high - low) / 2, 2)}${some}`);
+  const half = (high - low) / 2;
+  const centred = Math.abs(low + high - 2 * column.mean.value) <= 0.2 * half;  // no share near 0 or 1
+  const around = centred ? `± ${number(half, 2)}` : `[${number(low)}, ${number(high)}]`;
+  const mean = h("span", {}, `${number(column.mean.value)} ${around}${some}`);
   if (!column.difference) {
     return h("div", { class: "figures" }, mean, h("span", {}, column.name === look.baseline ? "baseline" : "not compared"));
   }

@@ -1,0 +1,96 @@
+"""What a killed evaluation may go on with: chunks of the same question, and each batch its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiltflow.core.distributed import Ranks
+from tiltflow.data.prompts import Prompt
+from tiltflow.evaluation.chunks import Chunks
+from tiltflow.evaluation.scores import Diversity, System, evaluate_systems
+from tiltflow.rewards import FunctionReward
+from tiltflow.tasks.depends import asked
+from tiltflow.tasks.interface import request_of
+
+
+class OneOfFour(Ranks):
+    """Rank 3 of 4 by itself, as though the others' rows were its own. These have to be as many as
+    theirs, or the ranks' sums would not fit together."""
+
+    def gather(self, part: Tensor, n: int) -> Tensor:
+        each = -(-len(PROMPTS) // self.size)
+        assert (len(part), n) == (each, each * self.size)
+        return torch.cat([part] * self.size)
+
+
+PROMPTS = [Prompt(f"prompt {i}") for i in range(9)]
+
+
+def test_two_batches_of_a_rank_that_begin_with_the_same_row_are_two(tmp_path: Path) -> None:
+    """Of 9 prompts rank 3 has the last one three times: batches (8, 8) and (8,)."""
+
+    def grey(rows: Sequence[int]) -> Tensor:
+        return torch.stack([torch.full((3, 4, 4), row / 10) for row in rows])
+
+    system = System("one", 4, grey, lambda rows, draw: grey(rows))
+    mean = FunctionReward(lambda images, prompts, metadata: images.mean((1, 2, 3)), "mean")
+    features = Diversity(lambda images: torch.ones(len(images), 2) / 2**0.5, prompts=9, images=2)
+    kept = Chunks(tmp_path, {})
+    for _ in range(2):  # made, and taken again
+        found = evaluate_systems(
+            [system], PROMPTS, [mean], 2, take=kept.take, ranks=OneOfFour(3, 4), diversity=features
+        )
+        assert found.scores["one"]["mean"].tolist() == pytest.approx([0.8] * 9)
+        assert len(found.scores["one"]["diversity"]) == 9
+    assert len(kept) == 2 * (1 + features.images)
+
+
+@pytest.mark.parametrize(
+    ("upgraded", "rewards", "counts"),
+    [
+        ("diffusers", "clipscore", True),
+        ("transformers", "clipscore", True),
+        ("tokenizers", "clipscore", True),
+        ("rapidocr", "clipscore", False),
+        ("rapidocr", "ocr", True),
+        ("onnxruntime", "ocr", True),
+    ],
+)
+def test_an_upgrade_of_a_package_is_another_question(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, upgraded: str, rewards: str, counts: bool
+) -> None:
+    (tmp_path / "p.txt").write_text('a sign "GO"\na sign "NO"\n')
+    request = request_of("packaged:pipeline", str(tmp_path / "p.txt"), {}, rewards={rewards: None})
+
+    def of(name: str, number: str) -> str:
+        if name in ("rapidocr", "onnxruntime", upgraded):
+            return number if name == upgraded else "1.0"
+        return version(name)
+
+    found = []
+    for number in ("1.0", "99.0"):
+        monkeypatch.setattr("tiltflow.tasks.depends.version", lambda name, n=number: of(name, n))
+        found.append(asked(request))
+    assert (found[0] != found[1]) == counts
+
+
+def test_a_missing_package_is_named_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def none_of_ocr(name: str) -> str:
+        if name in ("rapidocr", "onnxruntime"):
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("tiltflow.tasks.depends.version", none_of_ocr)
+    (tmp_path / "p.txt").write_text('a sign "GO"\n')
+    request = request_of("packaged:pipeline", str(tmp_path / "p.txt"), {}, rewards={"ocr": None})
+    assert set(asked(request)["versions"]) == {
+        "tiltflow", "torch", "diffusers", "transformers", "tokenizers",
+    }  # fmt: skip
