@@ -111,8 +111,8 @@ def _reads(name: str, path: str | None) -> Reads | None:
     return reads
 
 
-def _clip(clip: str, text: str, metadata: Metadata) -> object:
-    return check_words(text, clip)
+def _clip(clip: str, text: str, metadata: Metadata) -> None:
+    check_words(text, clip)
 
 
 def _ocr(text: str, metadata: Metadata) -> object:
@@ -127,10 +127,10 @@ def _geneval(text: str, metadata: Metadata) -> object:
     return scene_of(metadata, text)
 
 
-def _geneval_of_coco(text: str, metadata: Metadata) -> object:
+def _geneval_of_coco(text: str, metadata: Metadata) -> None:
     from tiltflow.rewards.zoo.geneval_rules import CLASSES, check_classes, scene_of
 
-    return check_classes(scene_of(metadata, text), CLASSES, text)
+    check_classes(scene_of(metadata, text), CLASSES, text)
 
 
 def _geneval2(text: str, metadata: Metadata) -> object:
