@@ -42,15 +42,19 @@ def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 class Served:
     """A server of the reward `mean` that can be put out, and counts what it has scored."""
 
-    def __init__(self, delay: float = 0.0, plus: float = 0.0, made_of: str = "1.0") -> None:
+    def __init__(
+        self, delay: float = 0.0, plus: float = 0.0, made_of: str = "1.0", contents: str = "c0"
+    ) -> None:
         self.port, self.delay, self.plus, self.scored = free_port(), delay, plus, 0
-        said = {"rewards": {"mean": {"differentiable": False}}, "made_of": {"torch": made_of}}
-        self.health = says(http(json.dumps(said).encode()))
+        self.made_of, self.contents = made_of, contents
         self._open = ExitStack()
         self.put_up()
 
     def put_up(self) -> None:
-        self._open.enter_context(server(self.score, self.port, self.health))
+        about = {"mean": {"differentiable": False, "contents": self.contents}}
+        said = {"rewards": about, "made_of": {"torch": self.made_of}}
+        health = says(http(json.dumps(said).encode()))
+        self._open.enter_context(server(self.score, self.port, health))
 
     def put_out(self) -> None:
         self._open.close()
@@ -63,7 +67,8 @@ class Served:
             return
         self.scored += len(images)
         scores = (images.mean((1, 2, 3)) + self.plus).tolist()
-        connection.sendall(http(json.dumps({"scores": scores}).encode()))
+        said = {"scores": scores, "contents": self.contents}
+        connection.sendall(http(json.dumps(said).encode()))
 
     @property
     def place(self) -> str:
@@ -158,6 +163,30 @@ def test_one_that_comes_back_as_another_stays_out(serve, caplog: pytest.LogCaptu
     assert "must be alike to the last bit" in caplog.text
     # the first image alone, and that no more often than it was tried
     assert 0 < b.scored - before <= caplog.text.count("still left out")
+
+
+def test_servers_with_other_contents_are_refused_though_they_score_alike(serve) -> None:
+    with pytest.raises(ValueError, match=r'has contents "c\d", and .* must be alike'):
+        pool([serve(), serve(contents="c1")])
+
+
+def test_one_that_was_replaced_between_two_calls_is_left_out(
+    serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was never seen to be away, and scores the first image as before."""
+    a, b = serve(0.01), serve(0.01)
+    reward = pool([a, b])
+    whole = score(reward)
+    b.put_out()
+    b.contents = "c1"
+    b.put_up()
+    assert torch.equal(score(reward), whole)
+    assert f"{b.place}/mean is left out: was started again with other code" in caplog.text
+    a.put_out()
+    a.contents = "c1"
+    a.put_up()
+    with pytest.raises(ValueError, match="no server is left .*started again with other code"):
+        score(reward)
 
 
 def test_when_none_is_left_the_rules_of_one_server_end_the_run(serve) -> None:

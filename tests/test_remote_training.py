@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_servers import http, server
+from reward_servers import http, says, server
 from rich.console import Console
 
 from tiltflow.config.load import load_config
@@ -28,6 +28,9 @@ STEPS = 3
 QUIET = Console(quiet=True)
 
 
+HEALTH_OF_ONE = b'{"rewards": {"mean": {"differentiable": false, "contents": "c0"}}}'
+
+
 class Mortal:
     """A server of the reward `mean` that dies after `lives` requests, until it is raised."""
 
@@ -38,12 +41,13 @@ class Mortal:
         self.raise_up()
 
     def raise_up(self) -> None:
-        self._open.enter_context(server(self._score, self.port))
+        self._open.enter_context(server(self._score, self.port, says(http(HEALTH_OF_ONE))))
 
     def _score(self, connection: socket.socket, body: bytes) -> None:
         self.asked += 1
         images, _, _ = wire.decode_batch(body)
-        connection.sendall(http(json.dumps({"scores": images.mean((1, 2, 3)).tolist()}).encode()))
+        said = {"scores": images.mean((1, 2, 3)).tolist(), "contents": "c0"}
+        connection.sendall(http(json.dumps(said).encode()))
         if self.asked == self.lives:
             threading.Thread(target=self._die).start()
 
@@ -92,6 +96,8 @@ def test_a_server_that_dies_costs_a_run_nothing(
     whole = train("tilt", "whole")
     alive.close()
     assert alive.asked == STEPS
+    kept = load_checkpoint(whole).state["manifest"]["rewards"]
+    assert kept == {"mean server": "c0"}  # so a resume says if it is another
 
     dying = Mortal(port, lives=2)
 

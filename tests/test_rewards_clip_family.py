@@ -198,7 +198,7 @@ def test_a_reward_that_computes_otherwise_than_it_did_says_so(hpsv2: HPSv2) -> N
     """So what was scored before is not gone on with, and servers of both kinds are not mixed."""
     assert revisions(["clipscore", "hpsv2"]) == {"hpsv2": 3}
     told = Scorer([hpsv2], "cpu", 1).describe()["rewards"]
-    assert told == {"hpsv2": {"differentiable": False, "revision": 3}}
+    assert told["hpsv2"].items() >= {"differentiable": False, "revision": 3}.items()
     names = {"clipscore": None}
     plain = Request("packaged:pipeline", [Prompt("a star")], device="cpu", rewards=names)
     both = asked(replace(plain, rewards=names | {"hpsv2": None}))

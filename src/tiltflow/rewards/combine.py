@@ -65,6 +65,14 @@ class RewardMixture:
         return {item.reward.name: at_once_of(item.reward) for item in self.rewards}
 
     @property
+    def contents(self) -> dict[str, str]:
+        """What the servers of rewards elsewhere say that these are made of, by "NAME server"."""
+        found = {
+            item.reward.name: getattr(item.reward, "contents", None) for item in self.elsewhere
+        }
+        return {f"{name} server": of for name, of in found.items() if isinstance(of, str)}
+
+    @property
     def backpropagated(self) -> tuple[Weighted, ...]:
         """The rewards that `differentiable_total` sums."""
         return tuple(r for r in self.rewards if r.backprop and r.reward.differentiable)

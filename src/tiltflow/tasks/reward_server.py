@@ -10,6 +10,7 @@ from rich.console import Console
 from tiltflow.core.interruption import interruptible
 from tiltflow.rewards.remote.limits import Limits
 from tiltflow.setup.build import device_of
+from tiltflow.setup.manifest import rewards_fingerprints
 from tiltflow.tasks.evaluate import load_rewards
 
 
@@ -39,7 +40,8 @@ def serve(
         ) from error
     token = token_for(host)
     sockets = bound(host, port)
-    scorer = Scorer(load_rewards(rewards, device), device_of(device), batch, limits)
+    files = {name: rewards_fingerprints({name: path}) for name, path in rewards.items()}
+    scorer = Scorer(load_rewards(rewards, device), device_of(device), batch, limits, files)
     server = make_server(make_app(scorer, token, limits), limits)
     place = f"[{host}]" if ":" in host else host
     for name in rewards:

@@ -38,6 +38,7 @@ from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.sheets import drop_sheets, save_sheet
 from tiltflow.tasks.watching import build_watch, held_out, look
 from tiltflow.training.loop import Hooks, LoopSettings, Watched, train
+from tiltflow.training.tilt import Tilt
 
 COLUMNS = 8
 """Samples side by side in a run's pictures."""
@@ -114,6 +115,8 @@ def _run(
     )
     few_step = below(cfg, build.stage.roles)
     manifest = manifest_of(cfg, subject.prompts, few_step, subject.pipelines)
+    if isinstance(build.stage, Tilt):
+        manifest["rewards"] |= build.stage.rewards.contents
     here = manifest["generator_base"] or manifest["base"]
     lines = unread_shards(subject.pipelines.model) if cfg.model.has_files else []
     lines += start_notices(cfg, subject.prompts.train, subject.pipelines, here)

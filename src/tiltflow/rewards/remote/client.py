@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import Any
@@ -178,8 +178,8 @@ class RemoteReward:
 
     Raises:
         ValueError: if the address is none, no server answers there within `timeout` seconds, or
-            it has no reward of that name; each call, if the server answers wrongly, refuses, or
-            stays away for longer than `patience`.
+            it has no reward of that name; each call, if the server answers wrongly, refuses, stays
+            away for longer than `patience`, or is one with other contents than at the start.
         Stopped: by a call, if the run is asked to stop while it waits for the server.
     """
 
@@ -208,15 +208,15 @@ class RemoteReward:
         return torch.cat(scores).to(images.device)
 
     def _find(self) -> None:
-        """Checks that the server is there and has this reward."""
+        """Checks that the server is there and has this reward, and what it is made of."""
         ask = functools.partial(self._client.exchange, "GET", "health", None, self._known)
-        self._client.insist(ask, self.settings.timeout)
+        self.contents = contents_of(self.name, self._client.insist(ask, self.settings.timeout))
 
     def _known(self, body: bytes) -> dict[str, Any]:
         return read_health(body, self.name)
 
     def _score(self, body: bytes, count: int) -> Tensor:
-        read = functools.partial(decode_scores, count=count)
+        read = functools.partial(decode_scores, count=count, contents=self.contents)
         path = quote(self.name, safe="")
         ask = functools.partial(self._client.exchange, "POST", path, body, read)
         scores: Tensor = self._client.insist(ask, self.settings.patience)
@@ -241,6 +241,18 @@ def read_health(body: bytes, name: str) -> dict[str, Any]:
         raise ValueError(f"has no reward {name!r}{hint}")
     facts = [part for part in (rewards[name], found.get("made_of")) if isinstance(part, dict)]
     return {key: value for part in facts for key, value in part.items()}
+
+
+def contents_of(name: str, said: Mapping[str, Any]) -> object:
+    """The contents of the reward `name` that a server names, which it then repeats with every
+    answer; None, and a line in the log, of one that does not: a server of an earlier version."""
+    if said.get("contents") is None:
+        log.warning(
+            "reward %r: its server does not say what the reward is made of (an earlier version?), "
+            "so it would not be noticed if other code or weights went on in its place",
+            name,
+        )
+    return said.get("contents")
 
 
 def requests(

@@ -29,8 +29,8 @@ from tiltflow.core.sentences import printable
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.remote import client
 from tiltflow.rewards.remote.address import REMOTE, TOKEN_VARIABLE, Settings, pool_addresses
-from tiltflow.rewards.remote.client import Away, Client, Fault, read_health, requests
-from tiltflow.rewards.remote.wire import decode_scores, given_token
+from tiltflow.rewards.remote.client import Away, Client, Fault, contents_of, read_health, requests
+from tiltflow.rewards.remote.wire import OtherReward, decode_scores, given_token
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +163,8 @@ class PooledReward:
             self._find()
         except ValueError as error:
             raise ValueError(f"reward {self.name!r}: {error}") from error
+        assert self._known is not None
+        self.contents: object = contents_of(self.name, self._known[1])
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -213,11 +215,17 @@ class PooledReward:
             if time.monotonic() >= member.next_try:
                 member.start(None, functools.partial(self._ask_what, member.server))
         elif work is not None and (request := work.next()) is not None:
-            ask = functools.partial(self._ask, member.server, request.body, request.count)
+            about = request.body, request.count, self.contents
+            ask = functools.partial(self._ask, member.server, *about)
             member.start(request, ask)
 
-    def _ask(self, server: Client, body: bytes, count: int) -> Tensor:
-        read = functools.partial(decode_scores, count=count)
+    def _ask(self, server: Client, body: bytes, count: int, contents: object) -> Tensor:
+        def read(answer: bytes) -> Tensor:
+            try:
+                return decode_scores(answer, count, contents)
+            except OtherReward as error:  # the others go on without it
+                raise Fault(str(error)) from error
+
         scores: Tensor = server.exchange("POST", quote(self.name, safe=""), body, read)
         return scores
 
@@ -226,7 +234,7 @@ class PooledReward:
         read = functools.partial(read_health, name=self.name)
         said: dict[str, Any] = server.exchange("GET", "health", None, read)
         first = self._first_image
-        return said, None if first is None else self._ask(server, first, 1)
+        return said, None if first is None else self._ask(server, first, 1, said.get("contents"))
 
     def _settle(self, member: _Member) -> None:
         """What a server's answer, or its failure, comes to."""

@@ -6,13 +6,22 @@ Plain ASGI: two paths need no framework, and what is read, when, and by whom is 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import json
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -51,7 +60,8 @@ class Refusal(Exception):
 class Scorer:
     """Rewards by name, one request at a time: they share a device, and models are not all safe
     to call from two threads. `batch` images go through a reward at once, fewer where they have
-    more pixels than one image may have."""
+    more pixels than one image may have. `files` are the digests, by reward, of what each is made
+    of; they and the versions of packages are its contents, which every answer names."""
 
     def __init__(
         self,
@@ -59,6 +69,7 @@ class Scorer:
         device: str | torch.device,
         batch: int,
         limits: Limits | None = None,
+        files: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.rewards = {reward.name: reward for reward in rewards}
         if not rewards or len(self.rewards) < len(rewards):
@@ -71,16 +82,24 @@ class Scorer:
         self.device, self.batch = device, batch
         self.limits = limits or Limits()
         self.made_of = made_of(torch.device(device))
+        self.facts = {name: self._facts(name, (files or {}).get(name, {})) for name in self.rewards}
         self._one_at_a_time = threading.Lock()
         self._examined = Examined()
 
     def describe(self) -> dict[str, Any]:
         """The answer to /health. Scores come without gradients, whatever the reward could do."""
-        revised = revisions(self.rewards)
-        rewards: dict[str, dict[str, object]] = {n: {"differentiable": False} for n in self.rewards}
-        for name, revision in revised.items():
-            rewards[name]["revision"] = revision
-        return {"rewards": rewards, "made_of": self.made_of}
+        return {"rewards": self.facts, "made_of": self.made_of}
+
+    def _facts(self, name: str, files: Mapping[str, str]) -> dict[str, object]:
+        """What /health says of a reward. The device is no part of its contents: it changes the last
+        bits alone."""
+        facts: dict[str, object] = {"files": dict(files)} if files else {}
+        if name in (revised := revisions([name])):
+            facts["revision"] = revised[name]
+        packages = {key: value for key, value in self.made_of.items() if key != "device"}
+        content = json.dumps([name, facts, packages], sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return {"differentiable": False, **facts, "contents": digest}
 
     def check(self, name: str) -> None:
         """Passes the name of a reward.
@@ -122,7 +141,7 @@ class Scorer:
         except Exception as error:  # whatever a reward does, the server serves on and says so
             log.exception("reward %r failed", name)
             raise Refusal(500, f"reward {name!r} raised {type(error).__name__}: {error}") from error
-        return {"scores": torch.cat(parts).tolist()}
+        return {"scores": torch.cat(parts).tolist(), "contents": self.facts[name]["contents"]}
 
 
 def made_of(device: torch.device) -> dict[str, str]:

@@ -1,8 +1,10 @@
 """What a reward server and its client say to each other: JSON with PNG images, never pickle.
 
-    GET  /health  ->  {"rewards": {NAME: {"differentiable": false}}, "made_of": {PACKAGE: VERSION}}
+    GET  /health  ->  {"rewards": {NAME: {"differentiable": false, "contents": DIGEST}},
+                       "made_of": {PACKAGE: VERSION}}
     POST /NAME    {"images": [PNG in base64, …], "prompts": […], "metadata": […]}
-                  ->  {"scores": […]}   or, not in 200,   {"error": "one sentence"}
+                  ->  {"scores": […], "contents": DIGEST}
+                  or, not in 200,   {"error": "one sentence"}
 
 A message holds pictures and text only: no path, no address and no code can be asked for.
 """
@@ -231,11 +233,16 @@ def parse(body: bytes) -> Any:
     return from_json(body)
 
 
-def decode_scores(body: bytes, count: int) -> Tensor:
-    """The `count` scores of an answer, (count,) fp32.
+class OtherReward(ValueError):
+    """An answer of a reward with other contents than that which was asked for."""
+
+
+def decode_scores(body: bytes, count: int, contents: object = None) -> Tensor:
+    """The `count` scores of an answer, (count,) fp32, of the reward with these `contents`.
 
     Raises:
         ValueError: if the answer is not JSON, or does not hold that many finite numbers.
+            OtherReward, which is one, if it is of other contents.
     """
     try:
         answer = parse(body)
@@ -252,6 +259,11 @@ def decode_scores(body: bytes, count: int) -> Tensor:
             raise ValueError(f"answered with {said} for a score (image {number})")
         if not -LARGEST_SCORE <= score <= LARGEST_SCORE:  # a NaN is neither
             raise ValueError(f"answered with a score that is not finite (image {number})")
+    if answer.get("contents") != contents:
+        raise OtherReward(
+            "was started again with other code, weights or packages, so its scores are no longer "
+            "those of the start: start it as it was, or begin a run anew"
+        )
     return torch.tensor(scores, dtype=torch.float32)
 
 
