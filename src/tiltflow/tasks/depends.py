@@ -16,7 +16,7 @@ from tiltflow.core.sizes import said
 from tiltflow.evaluation.chunks import place_of
 from tiltflow.models.pipelines.fingerprint import LIBRARIES, family_facts
 from tiltflow.rewards.files import files_beside, files_of, revisions
-from tiltflow.rewards.zoo.ocr import PACKAGES
+from tiltflow.rewards.packages import NEEDS
 from tiltflow.setup.build import device_of
 from tiltflow.setup.manifest import prompts_fingerprint, rewards_fingerprints
 from tiltflow.tasks.request import Request
@@ -64,7 +64,8 @@ def _versions(rewards: Iterable[str]) -> dict[str, str]:
     """The versions of the packages that make images and read prompts, and of those that score for
     one of these rewards. One that is missing is named when it is needed."""
     found = {}
-    for name in ("tiltflow", *LIBRARIES, *(PACKAGES if "ocr" in rewards else ())):
+    of_rewards = [package for reward in rewards for package in NEEDS.get(reward, ())]
+    for name in ("tiltflow", *LIBRARIES, *of_rewards):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
