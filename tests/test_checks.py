@@ -125,6 +125,7 @@ def test_stage_2_is_planned_before_stage_1_is_there(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (here / "prompts.txt").write_text("a sign\n")
     settings = [
         "sd35m_tilt",
         f"model.path={tiny_pipeline('sd35m')}",

@@ -111,7 +111,7 @@ def test_the_scale_is_that_of_the_voted_images(fitted):
 
 def test_choices_on_prompts_that_the_packaged_clip_cannot_read_are_refused(tmp_path):
     file = votes(tmp_path, 0.1)
-    file.write_text(file.read_text().replace("a square", "a portrait", 1))
+    file.write_text(file.read_text().replace("a square", "a portrait of a lady", 1))
     with pytest.raises(ValueError, match="packaged:clip cannot read 'a portrait"):
         task.fit_reward([file], tmp_path / "taste", "packaged:clip", "cpu")
 
