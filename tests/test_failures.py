@@ -138,7 +138,7 @@ class Stage:
 
     def __init__(self, fail: tuple[int, ...] = ()) -> None:
         self.roles, self.updaters, self.fail, self.ran = self, {}, fail, []
-        self.guard = Guard()
+        self.guard, self.frozen = Guard(), {}
 
     def iteration(self, step: int) -> dict[str, torch.Tensor]:
         self.ran.append(step)

@@ -19,7 +19,9 @@ from tiny_pipelines import build
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import latest_step, load_checkpoint
 from tiltflow.core.metrics import read_metrics
+from tiltflow.data.prompts import Prompt
 from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.setup.watch_prompts import spread_out
 from tiltflow.tasks.train import run_training
 from tiltflow.training.optim import NonFiniteError
 
@@ -316,7 +318,7 @@ def test_a_sheet_of_samples_that_are_not_finite_names_step_and_prompt(
 
     sample_few_step = probes.sample_few_step
     monkeypatch.setattr(probes, "sample_few_step", broken)
-    second = prompts.read_text().splitlines()[1]
+    second = spread_out([Prompt(text) for text in prompts.read_text().splitlines()])[1].text
     said = f"step 3: the image that ema made of {second!r} is not finite"
     with pytest.raises(NonFiniteError, match=said):
         run("cold_start", pipeline, prompts, tmp_path / "run")

@@ -160,7 +160,7 @@ class Job:
         parts, groups = [], self._groups(system, size)
         for number, rows in enumerate(self._batches(self._mine(size.rows))):
             make = partial(self._scored, system, size, rows)
-            parts.append(self.take(f"{size.place(system.name)}/batch-{number:06d}", make))
+            parts.append(self.take(f"{size.place(system.name)}/{_chunk(number, rows)}", make))
             report(len(rows))
 
         def whole(key: str) -> Tensor:
@@ -180,8 +180,7 @@ class Job:
         )
 
     def _batches(self, indices: Sequence[int]) -> list[list[int]]:
-        """Indices in batches, which are known by their numbers: where a rank repeats the last row,
-        two begin with the same one."""
+        """Indices in batches."""
         starts = range(0, len(indices), self.batch)
         return [list(indices[start : start + self.batch]) for start in starts]
 
@@ -216,7 +215,7 @@ class Job:
             parts = []
             for number, rows in enumerate(self._batches(self._mine(groups))):
                 make = partial(self._redrawn, system, self.diversity, rows, draw)
-                key = f"{size.place(system.name)}/draw{draw}-batch-{number:06d}"
+                key = f"{size.place(system.name)}/draw{draw}-{_chunk(number, rows)}"
                 parts.append(self.take(key, make)["features"])
                 report(len(rows))
             draws.append(torch.cat(parts))
@@ -247,6 +246,12 @@ class Job:
             what = fault.what if fault.finite else f"{self.medium.one} that is not finite"
             raise ValueError(f"system {name!r} gave {article(what)} {what}")
         return self.medium.rounded(samples)
+
+
+def _chunk(number: int, rows: Sequence[int]) -> str:
+    """A batch's name among a system's. Its first row alone is that of two batches where a rank
+    repeats the last row; its number alone is that of two where each size has prompts of its own."""
+    return f"batch-{number:06d}-from-{rows[0]:06d}"
 
 
 def _double(values: Tensor) -> Array:
