@@ -67,8 +67,8 @@ def append_vote(path: Path, row: Mapping[str, Any]) -> None:
     """One more line in a file of votes; it is on the disk when this returns.
 
     Several processes may append at once. What a killed one left of a line is cut off first; a whole
-    line that lacks its newline, as editors leave it, gets one. A vote that did
-    not reach the disk is taken back: given again, it counts once.
+    line that lacks its newline, as editors leave it, gets one. A vote that did not reach the disk
+    is taken back: given again, it counts once.
 
     Raises:
         OSError: if it cannot be written.

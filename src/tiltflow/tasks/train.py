@@ -113,10 +113,7 @@ def _run(
     build = build_stage(
         planned, say, sets=subject.prompts, pipelines=subject.pipelines, ranks=ranks
     )
-    few_step = below(cfg, build.stage.roles)
-    manifest = manifest_of(cfg, subject.prompts, few_step, subject.pipelines)
-    if isinstance(build.stage, Tilt):
-        manifest["rewards"] |= build.stage.rewards.contents
+    manifest = _manifest(subject, build)
     here = manifest["generator_base"] or manifest["base"]
     lines = unread_shards(subject.pipelines.model) if cfg.model.has_files else []
     lines += start_notices(cfg, subject.prompts.train, subject.pipelines, here)
@@ -157,6 +154,15 @@ def _run(
         kept, place = load_checkpoint(out), out / "export"
         export_checkpoint(cfg, kept, place, pipelines=subject.pipelines, callbacks=callbacks)
     return out
+
+
+def _manifest(subject: Subject, build: Build) -> dict[str, Any]:
+    """What the run depends on, with what reward servers say that their rewards are made of."""
+    few_step = below(subject.cfg, build.stage.roles)
+    found = manifest_of(subject.cfg, subject.prompts, few_step, subject.pipelines)
+    if isinstance(build.stage, Tilt):
+        found["rewards"] |= build.stage.rewards.contents
+    return found
 
 
 def _loop_settings(cfg: RunConfig, facts: Mapping[str, Any]) -> LoopSettings:
