@@ -219,7 +219,8 @@ def _load_full(transformer: nn.Module, weights: Mapping[str, Tensor], model: str
 
 
 def load_lora(pipe: Any, folder: Path, name: str) -> None:
-    """A LoRA folder through the pipeline's own loader, as the adapter `name`.
+    """A LoRA folder through the pipeline's own loader, as the adapter `name`; the transformer is
+    in eval mode afterwards.
 
     Raises:
         ValueError: if the folder holds no single LoRA file, one of another model or with weights
@@ -233,6 +234,8 @@ def load_lora(pipe: Any, folder: Path, name: str) -> None:
             pipe.load_lora_weights(
                 str(folder), weight_name=file.name, use_safetensors=True, adapter_name=name
             )
+            # The file's header may name a dropout, and new layers are in training mode.
+            pipe.transformer.eval()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a file can make of diffusers and peft

@@ -204,7 +204,7 @@ def check_request(request: Request) -> None:
     check_guidance(shapes, request.guidance, "--guidance")
     check_negatives(request.prompts, shapes, request.guidance)
     if request.few_step or request.tilt_lora:
-        load_students(shapes, request.few_step, request.tilt_lora)
+        load_students(shapes, request.few_step, request.tilt_lora, request.tilt)
 
 
 def _settings(request: Request) -> dict[str, Any]:
