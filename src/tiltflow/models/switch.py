@@ -70,14 +70,14 @@ class AdapterSwitch:
         Raises:
             ValueError: if it is a DoRA, whose magnitudes act in full at every strength, 0 too.
         """
-        tuned = [m for m in self.layers if isinstance(m, LoraLayer) and name in m.scaling]
-        if strength != 1 and any(name in layer.lora_variant for layer in tuned):
-            raise ValueError(
-                f"the LoRA for {name} is of another kind (DoRA), of which a strength turns only a "
-                f"part: it goes at 1, not at {strength:g}"
-            )
-        for layer in tuned:
-            layer.set_scale(name, strength)
+        for layer in self.layers:
+            if isinstance(layer, LoraLayer) and name in layer.scaling:
+                if strength != 1 and layer.use_dora.get(name):
+                    raise ValueError(
+                        f"the LoRA for {name} is a DoRA, of which a strength turns only a part: it "
+                        f"goes at 1, not at {strength:g}"
+                    )
+                layer.set_scale(name, strength)
         active, self.active = self.active or (), None
         self._states.clear()
         self.copies.clear()
