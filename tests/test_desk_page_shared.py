@@ -100,7 +100,9 @@ def test_no_vote_is_given_on_images_that_are_not_there_yet(browser, desk):
         wait_for_pair(page)
         page.unroute("**/api/pair/*/left")
         page.keyboard.press("1")
-        page.wait_for_function("() => document.querySelector('.result').innerText.includes('of 1')")
+        page.wait_for_function(
+            "() => document.querySelector('.result').innerText.includes('1 vote.')"
+        )
 
 
 def test_another_browsers_student_is_not_shown_as_this_ones(browser, tmp_path):

@@ -76,6 +76,12 @@ class Set:
         names = ", ".join(place.name for place in self.places)
         return names if self.size is None else f"{names}: {self.size}"
 
+    @property
+    def changed(self) -> str:
+        """What is another text when one of the evaluations was written anew. (A text: a page's
+        numbers do not hold nanoseconds.)"""
+        return " ".join(_written(scores_path(place.path)) for place in self.places)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -268,6 +274,13 @@ def _values(column: Column, reward: str, n: int) -> NDArray[np.float64]:
 def _at(column: Column, reward: str, row: int) -> float | None:
     values = column.scores.get(reward)
     return None if values is None or not math.isfinite(values[row]) else float(values[row])
+
+
+def _written(file: Path) -> str:
+    try:
+        return f"{file.stat().st_mtime_ns:x}"
+    except OSError:  # removed since the desk looked
+        return ""
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -17,9 +17,11 @@ export function rewards(curves, at, strongest, trainers = new Map()) {
   }));
 }
 
+let chosen = ""; // the id in the list, which is drawn anew when there are more
+
 // The bar that chooses a computed dial and opens it in the panel's desk.
 export function computed(panel, dials) {
-  let chosen = dials[0].id;
+  if (!dials.some((each) => each.id === chosen)) chosen = dials[0].id;
   const open = async () => {
     const id = chosen;
     try {
