@@ -267,6 +267,8 @@ def test_a_dial_computed_beforehand_turns_the_same_way(browser, tmp_path):
                 page.wait_for_function("() => document.querySelector('.made')?.naturalWidth === 64")
                 assert page.locator(".dial output").inner_text() == "1.00"
                 assert page.locator(".made").get_attribute("src").endswith("/0/0/1")
+                texts = page.locator(".plots .readout").all_inner_texts()
+                assert re.match(r"strength 1\s", texts[0])  # where the dial is, not at its end
                 page.get_by_role("slider", name=run.name).focus()
                 page.keyboard.press("End")
                 assert page.locator(".dial output").inner_text() == "1.50"

@@ -150,6 +150,8 @@ def test_a_dial_of_two_runs_names_the_one_that_trained_on_a_reward(browser, tmp_
             "clipscore_heldout (trained: tilt-1)",
             "shapes (held out)",
         ]
+        texts = page.locator(".plots .readout").all_inner_texts()
+        assert all("strength of tilt-1 " in text for text in texts)
         assert said == []
 
 

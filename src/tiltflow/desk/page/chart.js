@@ -102,7 +102,9 @@ function framed(figure, svg, cursor, shown, options, { x0, x1, sx }) {
   const [caption, plot, read] = figure.children;
   const reading = figure.drawn?.reading(); // the x that was read off before
   const places = [...new Set(shown.flatMap((each) => each.points.map((p) => p[0])))].sort((a, b) => a - b);
-  let at = places.length - 1;
+  const nearest = (x) => places.reduce((best, p, i) => (Math.abs(p - x) < Math.abs(places[best] - x) ? i : best), 0);
+  const home = options.at === undefined ? places.length - 1 : nearest(options.at); // what nobody's pointer asks for
+  let at = home;
   const show = (index) => {
     at = Math.max(0, Math.min(places.length - 1, index));
     const x = places[at];
@@ -118,11 +120,11 @@ function framed(figure, svg, cursor, shown, options, { x0, x1, sx }) {
   };
   const to = (x) => {
     cursor.setAttribute("visibility", "visible");
-    show(places.reduce((best, p, i) => (Math.abs(p - x) < Math.abs(places[best] - x) ? i : best), 0));
+    show(nearest(x));
   };
   const rest = () => {
     cursor.setAttribute("visibility", "hidden");
-    show(places.length - 1);
+    show(home);
   };
   const point = (event) => {
     const box = svg.getBoundingClientRect();

@@ -148,7 +148,8 @@ function plots() {
   }
   const several = about.dials.length > 1; // of one run it is clear who trained
   const trainers = Object.entries(several ? about.trained : {}).map(([name, by]) => [name, by.map((i) => about.dials[i])]);
-  fill(place, rewards(curves, strengths[moving], about.strongest, new Map(trainers)));
+  const along = several ? `strength of ${about.dials[moving]}` : "strength";
+  fill(place, rewards(curves, strengths[moving], about.strongest, new Map(trainers), along));
 }
 
 export const dial = { show, live: true };
