@@ -203,6 +203,18 @@ def test_votes_stay_when_another_evaluation_gives_their_system_another_name(tmp_
         assert client.json("/api/pair", match | {"a": "rtdmd, moved"})["tally"] == before
 
 
+def test_the_page_hears_of_images_that_come_after_their_figures(tmp_path):
+    """`evaluate` puts them in place last: whoever looked in between has to look again."""
+    file = tmp_path / "run" / "evaluation.json"
+    make_evaluation(file, SCORES, PROMPTS)
+    desk, images = Desk([file], tmp_path / "votes.jsonl"), file.with_suffix(".images")
+    images.rename(tmp_path / "made")
+    between = desk.overview()["sets"]
+    assert desk.overview()["sets"] == between
+    (tmp_path / "made").rename(images)
+    assert desk.overview()["sets"] != between
+
+
 def test_a_vote_that_did_not_reach_the_disk_counts_once_when_given_again(tmp_path, monkeypatch):
     path, row = tmp_path / "votes.jsonl", {"prompt": "a", "image_a": "x", "image_b": "y"}
     append_vote(path, row | {"choice": "a"})

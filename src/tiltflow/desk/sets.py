@@ -78,9 +78,12 @@ class Set:
 
     @property
     def changed(self) -> str:
-        """What is another text when one of the evaluations was written anew. (A text: a page's
-        numbers do not hold nanoseconds.)"""
-        return " ".join(_written(scores_path(place.path)) for place in self.places)
+        """What is another text when one of the evaluations was written anew. Its images take
+        their place last, a moment after its two files. (A text: a page's numbers do not hold
+        nanoseconds.)"""
+        paths = [place.path for place in self.places]
+        files = [f for p in paths for f in (p, scores_path(p), p.with_suffix(".images"))]
+        return " ".join(map(_written, files))
 
 
 @dataclass(frozen=True)
