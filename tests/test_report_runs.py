@@ -185,6 +185,14 @@ def test_what_is_called_a_last_value_is_one() -> None:
     assert "running medians" in made.note
 
 
+def test_no_two_lines_look_alike() -> None:
+    """Six colours, and a stroke of its own for a seventh line of the first."""
+    series = [Series(str(k), np.arange(3.0), np.ones(3) * k, dashed=k % 2 > 0) for k in range(18)]
+    svg = chart("t", "a", series).svg
+    lines = re.findall(r'<g class="series">\s*<path d="[^"]*" style="([^"]*)"', svg)
+    assert len(lines) == 18 and len(set(lines)) == 18
+
+
 def test_a_long_run_beside_another_takes_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 lines are thinned before they are smoothed."""
     seen: list[int] = []

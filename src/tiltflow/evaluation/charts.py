@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Stroke = str | tuple[int, tuple[float, ...]]
 WIDTH, HEIGHT = 330, 220
 LEGEND, ROW, FOOT = 18, 36, 52
 """Heights of a line of a legend, of a system in a forest and of what is below them, in units of the
@@ -40,7 +41,13 @@ SVG's view box."""
 LONGEST_NAME, LONGEST_LABEL = 32, 16
 """Letters of a name in a legend and of a line beside a forest."""
 SERIES = ("#1f5fa8", "#b25a00", "#1b7a4b", "#8b3a8f", "#6b5b1e", "#0f7c86")
-"""Colours of lines; a seventh line has the first's."""
+"""Colours of lines; a seventh line has the first's, and the next of the strokes."""
+STROKES: tuple[tuple[Stroke, Stroke], ...] = (
+    ("solid", (0, (5, 3))),
+    ((0, (1.2, 1.6)), (0, (5, 2, 1, 2))),
+    ((0, (9, 2)), (0, (9, 2, 1, 2))),
+)
+"""How lines are drawn, plain and dashed, each time that colours come again."""
 MEDIAN = "ends at"
 """What is said of a line's end that is no line of the log."""
 SMOOTHED = f"Lines of {SMOOTHED_FROM} points or more are running medians over a twentieth of them."
@@ -133,7 +140,7 @@ def chart(
                 around = np.clip(np.append(s.low, s.high[::-1]), low, high)
                 outline = np.append(s.steps, s.steps[::-1]), around
                 axes.fill(*outline, color=colour, alpha=0.15, linewidth=0, gid="band")
-            dashes = (0, (5, 3)) if s.dashed else "solid"
+            dashes = STROKES[k // len(SERIES) % len(STROKES)][s.dashed]
             lines += _line(axes, s.steps, s.values, colour, linestyle=dashes)
         names = [
             f"{elided(s.name, LONGEST_NAME)}, {s.ends} {number(float(s.values[-1]))}" for s in shown
