@@ -182,6 +182,26 @@ def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("strengths", [(0.7,), (0.0, 1.0)])
+def test_the_card_says_how_strong_the_merged_tilt_is(
+    tiny_pipeline: Tiny, tmp_path: Path, strengths: tuple[float, ...]
+) -> None:
+    """And says nothing of LoRA folders that are not there. The figures are of strength 1."""
+    score = {"nfe": 4, "scores": {"clipscore": {"mean": 0.3, "ci95": [0.2, 0.4]}}}
+    evaluation = {"prompts": 9, "systems": {"rtdmd": score}, "asked": {"tilt": 1.0}}
+    options = {"formats": ("merged",), "strengths": strengths, "evaluation": evaluation}
+    made = student(tiny_pipeline, "sd3m", tmp_path, **options)
+    text = (made.export / "README.md").read_text()
+    if len(strengths) == 1:
+        assert "the merged pipeline `merged/` (tilt 0.7)" in text
+        assert "transformer in fp32, with the tilt at 0.7, in the layout" in text
+    else:
+        assert "pipelines `merged_0/` (tilt 0) and `merged_1/` (tilt 1)" in text
+        assert "with the tilt at 0 and 1, in the layout" in text
+    assert "`rtdmd` has the tilt at 1." in text
+    assert "LoRA folder" not in text
+
+
 def test_bad_exports(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run directory"):
         export_run(tmp_path, tmp_path / "out")

@@ -158,6 +158,13 @@ def read_contract(folder: Path) -> Contract | None:
     return None if text is None else parse_contract(text.encode(), str(file))
 
 
+def merged_tilts(folders: Sequence[Path]) -> dict[str, float | None]:
+    """Those folders of an export that are merged pipelines, by name, each with the strength of the
+    tilt that is merged into it; None of a student that has none apart."""
+    merged = [folder for folder in folders if (folder / "model_index.json").is_file()]
+    return {folder.name: made.tilt for folder in merged if (made := read_contract(folder))}
+
+
 def parse_contract(text: bytes, place: str) -> Contract:
     """A contract out of its JSON, found at `place`.
 

@@ -22,6 +22,7 @@ from tiltflow.formats.contract import (
     Contract,
     base_facts,
     licence_file,
+    merged_tilts,
     plain_rewards,
     versions,
 )
@@ -118,12 +119,11 @@ def export_checkpoint(
             paths += _write_merged(wanted, loras, checkpoint, contract, source, part)
         _write(part, contract)
         folders = [one.name for one in loras if "diffusers" in wanted.formats]
-        usage = Usage(contract, call_of(contract, source.family), _absent(source))
         card = Card(
-            usage=usage,
+            usage=(usage := Usage(contract, call_of(contract, source.family), _absent(source))),
             caution=source.family.caution,
             folders=folders,
-            merged=[path.name for path in paths if (path / "model_index.json").is_file()],
+            merged=merged_tilts(paths),
             evaluation=_figures(evaluation, contract, callbacks),
             others=guides(wanted, [one.name for one in loras], usage),
         )
