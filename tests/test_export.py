@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from students import (
     MERGED,
     MODELS,
@@ -153,6 +154,27 @@ def test_full_fine_tuning_exports_merged(tiny_pipeline: Tiny, tmp_path: Path) ->
     state = loaded.backbone.student_base.state_dict()
     assert all(torch.equal(state[k], v) for k, v in weights.items())
     assert "lora" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.long
+def test_a_merged_autoencoder_is_kept_as_it_was_trained_with(
+    tiny_pipeline: Tiny, tmp_path: Path
+) -> None:
+    """A recipe may have it in fp32 beside a base in bf16: its weights are then the model's own."""
+    made = student(tiny_pipeline, "sd3m", tmp_path)
+    own = load_file(made.model / "vae" / "diffusion_pytorch_model.safetensors")
+    for vae, kind in (("fp32", torch.float32), (None, torch.bfloat16)):
+        model = made.config.model.model_copy(update={"dtype": "bf16", "vae_dtype": vae})
+        config, out = made.config.model_copy(update={"model": model}), tmp_path / str(vae)
+        export_checkpoint(config, made.checkpoint, out, Wanted(("merged",)))
+        kept = load_file(out / "merged" / "vae" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(kept[name], value.to(kind)) for name, value in own.items())
+        transformer = load_file(
+            out / "merged" / "transformer" / "diffusion_pytorch_model.safetensors"
+        )
+        assert {value.dtype for value in transformer.values()} == {torch.bfloat16}
+        contract = read_contract(out / "merged")
+        assert contract is not None and (contract.dtype, contract.vae_dtype) == ("bf16", vae)
 
 
 def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
