@@ -92,6 +92,7 @@ def test_what_8_bits_take(tiny_pipeline: Tiny) -> None:
     [
         ("adapters.kind=copies", "for the frozen base of LoRAs"),
         ("run.sharding=fsdp2", "cannot be sharded"),
+        ("model.compile=true", "model.compile true exclude each other"),
         ("model.gradient_checkpointing=false", "saves no memory unless"),
         ("model.base_storage=int4", "'fp8'"),
     ],
