@@ -94,6 +94,11 @@ def _check_graphs(config: RunConfig) -> None:
         raise ValueError(f"{key} is for pipelines of family {', '.join(graph_families())}")
     if model.compile:
         raise ValueError(f"{key} and model.compile true exclude each other: set one of them")
+    if model.base_storage is not None:
+        raise ValueError(
+            f"{key} and model.base_storage {model.base_storage} exclude each other: a cast matrix "
+            "does not stay where a graph reads it"
+        )
     if config.adapters.kind != "lora" or config.run.sharding != "replicated":
         raise ValueError(f"{key} needs adapters.kind lora and run.sharding replicated")
 
