@@ -36,6 +36,7 @@ from tiltflow.formats.writing import save_adapter
 from tiltflow.models.families import load_backbone
 from tiltflow.models.roles import AdapterSettings, adapter_roles, copy_roles
 from tiltflow.tasks.callbacks import Callbacks
+from tiltflow.tasks.depends import asked
 from tiltflow.tasks.evaluate import prepare
 from tiltflow.tasks.export import export_checkpoint, export_run
 from tiltflow.tasks.request import Request, check_request
@@ -175,6 +176,23 @@ def test_a_merged_autoencoder_is_kept_as_it_was_trained_with(
         assert {value.dtype for value in transformer.values()} == {torch.bfloat16}
         contract = read_contract(out / "merged")
         assert contract is not None and (contract.dtype, contract.vae_dtype) == ("bf16", vae)
+
+
+@pytest.mark.long
+def test_a_student_is_decoded_as_in_training(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    """By the contract, unless a precision is asked for, which is that of all parts."""
+    made, out = student(tiny_pipeline, "sd3m", tmp_path), tmp_path / "mixed"
+    model = made.config.model.model_copy(update={"dtype": "bf16", "vae_dtype": "fp32"})
+    config = made.config.model_copy(update={"model": model})
+    export_checkpoint(config, made.checkpoint, out)
+    for dtype, vae in ((None, torch.float32), ("bf16", torch.bfloat16)):
+        given = request(
+            made, few_step=out / "few_step", tilt_lora=out / "tilt", dtype=dtype, cache="off"
+        )
+        backbone: Any = prepare(given)[0].backbone
+        assert {value.dtype for value in backbone.vae.parameters()} == {vae}
+        assert backbone.transformer.pos_embed.proj.weight.dtype == torch.bfloat16
+        assert asked(given).get("vae_dtype") == (None if dtype else "fp32")
 
 
 def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
