@@ -165,13 +165,14 @@ def save_merged(
     model: Pipeline,
     student: LoraWeights | FullWeights,
     scheduler: CPSFlowMatchScheduler,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     out: Path,
 ) -> None:
     """The pipeline in `model` with the student's weights in its own, and the few-step scheduler.
 
     `student` are LoRA folders by name with their strengths, or a whole transformer's weights.
-    Sums are rounded to `dtype`, so bf16 is that much less exact than the adapters by themselves.
+    `dtypes` are those of parts by name, `default` of all others. Sums are rounded to them, so bf16
+    is that much less exact than the adapters by themselves.
 
     Raises:
         ValueError: if the weights are not this transformer's.
@@ -179,7 +180,7 @@ def save_merged(
     words = processors_of(model, silent=False)
     given = {**model.absent, **words}
     pipe: Any = pipeline.from_pretrained(
-        str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **given
+        str(model), dtype=dict(dtypes), use_safetensors=True, local_files_only=True, **given
     )
     pipe.register_to_config(**{part: tuple(model.index[part]) for part in words})
     if isinstance(student, LoraWeights):

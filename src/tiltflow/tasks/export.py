@@ -238,16 +238,15 @@ def _write_merged(
     names of its family are known."""
     strengths = wanted.strengths or (1.0,)
     tilted = any(one.name == TILT for one in loras)
-    scheduler = _scheduler(source, contract)
-    family, paths = source.family.name, []
+    family, paths, scheduler = source.family.name, [], _scheduler(source, contract)
     for strength in strengths:
         end = f"_{strength:g}" if len(strengths) > 1 else ""
         folder, file = part / f"merged{end}", part / "original" / f"transformer{end}.safetensors"
         own = contract.model_copy(update={"tilt": strength if tilted else None})
-        dtype = DTYPES[contract.dtype]
+        dtypes = {part: DTYPES[kind] for part, kind in contract.kept_in.items()}
         with TemporaryDirectory() as place:
             student = _student(loras, checkpoint, strength, source, Path(place))
-            save_merged(source.pipeline, source.base, student, scheduler, dtype, folder)
+            save_merged(source.pipeline, source.base, student, scheduler, dtypes, folder)
         _write(folder, own)
         paths.append(folder)
         if has_layout(family):
@@ -335,6 +334,7 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
         sized_sigmas={said(size): levels for size, levels in sized.items() if levels != sigmas},
         max_sequence_length=backbone.sequence,
         dtype=cfg.model.dtype,
+        vae_dtype=cfg.model.vae_dtype,
         adapters={
             name: AdapterFacts(
                 rank=settings.rank,

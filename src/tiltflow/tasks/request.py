@@ -212,6 +212,7 @@ def _settings(request: Request) -> dict[str, Any]:
     chosen = request.settled
     return {
         "dtype": DTYPES[chosen.dtype],
+        "vae_dtype": DTYPES[chosen.vae_dtype] if chosen.vae_dtype else None,
         "resolution": chosen.resolution,
         "max_sequence_length": chosen.max_sequence_length,
     }
