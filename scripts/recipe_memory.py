@@ -37,6 +37,7 @@ MODELS = {
     "qwen_image": "Qwen-Image",
     "qwen_image_21": "Qwen-Image-2.1",
     "krea2": "Krea 2",
+    "wan21_1b": "Wan 2.1 1.3B",
 }
 STAGES = {"cold_start": "1", "tilt": "2"}
 MEASURED = {"sd35m_cold_start": "13.3 samples/s on an H200, random weights"}

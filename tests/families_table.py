@@ -127,6 +127,15 @@ CASES = {
         blocks="28 + 0",
         adapter=(28 * 5, 28 * 32 * (3 * (6144 + 6144) + 2 * (6144 + 1536))),
     ),
+    "wan": Case(
+        names=("wan", "wan_wide"),
+        plain={"guidance_scale": 1.0, "num_frames": 1},
+        guided=({"guidance_scale": 4.0, "num_frames": 1}, 4.0),
+        batched=False,
+        recipe="wan21_1b",
+        blocks="30 + 0",
+        adapter=(30 * 8, 30 * 8 * 32 * (1536 + 1536)),
+    ),
 }
 
 ALSO_ELSEWHERE = ("sd3", "flux", "flux2")

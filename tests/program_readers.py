@@ -27,7 +27,7 @@ from tiltflow.formats.contract import read_contract
 
 NAMES = (
     "sd3m", "sd35m", "sd35l", "flux1_dev", "schnell", "flux2_klein_4b", "z_image", "chroma", "sana",
-    "qwen_image", "qwen_image_21", "krea2", "flux2_dev",
+    "qwen_image", "qwen_image_21", "krea2", "flux2_dev", "wan21_1b",
 )  # fmt: skip
 STRENGTHS = (0.0, 0.5, 1.0)
 TRANSFORMERS = {
@@ -44,6 +44,7 @@ TRANSFORMERS = {
     ],
     "qwen_image_21": converters.convert_qwen_image21_transformer_checkpoint_to_diffusers,
     "krea2": converters.convert_krea2_transformer_checkpoint_to_diffusers,
+    "wan": converters.convert_wan_transformer_to_diffusers,
 }
 FIXED_WIDTH = ("flux", "chroma")
 """Families whose converter has the published model's width as a constant."""

@@ -38,6 +38,7 @@ MODELS = {
     "qwen_image_21": ("qwen_image_21", None),
     "krea2": ("krea2", "krea2_turbo"),
     "flux2_dev": ("flux2_dev", None),
+    "wan21_1b": ("wan", None),
     "other_sizes": ("other_sd3_patch_4", None),
 }
 """A recipe's model (or one that has none), its tiny pipeline and its generator's."""
@@ -60,13 +61,14 @@ class Student:
 
 def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -> Student:
     """A stage-2 student with random adapters, exported to `out`/export: `options` are of `Wanted`,
-    `evaluation`, and `settings`, those of stage 1's and stage 2's adapter."""
+    `evaluation`, `settings`, those of stage 1's and stage 2's adapter, `tokens` and `size`."""
     base, generator = MODELS[name]
+    tokens, size = options.pop("tokens", TOKENS), options.pop("size", RESOLUTION)
     folders = [shutil.copytree(tiny(n), out / n) for n in (base, generator) if n is not None]
     for folder in folders:
-        (folder / "tiltflow.json").write_text(json.dumps({"max_sequence_length": TOKENS}))
+        (folder / "tiltflow.json").write_text(json.dumps({"max_sequence_length": tokens}))
     model, second = folders[0], folders[1] if generator else None
-    loading: dict[str, Any] = {"generator_path": second, "resolution": RESOLUTION}
+    loading: dict[str, Any] = {"generator_path": second, "resolution": size}
     backbone = load_backbone(model, device="cpu", **loading)
     alike = AdapterSettings(2, 4.0, backbone.lora_targets())
     below, above = options.pop("settings", (alike, alike))
@@ -84,8 +86,8 @@ def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -
             f"model.path={model}",
             f"model.generator_path={second or 'null'}",
             f"model.family={backbone.family}",
-            f"model.resolution={RESOLUTION}",
-            f"model.max_sequence_length={TOKENS}",
+            f"model.resolution={list(size) if isinstance(size, tuple) else size}",
+            f"model.max_sequence_length={tokens}",
             "model.dtype=fp32",
             f"data.prompts={out / 'prompts.txt'}",
         ],
@@ -93,6 +95,13 @@ def student(tiny: Callable[[str], Path], name: str, out: Path, **options: Any) -
     evaluation = options.pop("evaluation", None)
     export_checkpoint(config, checkpoint, out / "export", Wanted(**options), evaluation)
     return Student(model, second, out / "export", config, checkpoint)
+
+
+def pictures(called: Any) -> Tensor:
+    """(B, C, H, W) of what a pipeline's call with `output_type="pt"` gives: of videos the first
+    frames."""
+    made: Tensor = called.frames[:, 0] if "frames" in called else called.images
+    return made
 
 
 def random_like(shapes: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -62,13 +62,14 @@ def test_wrong_directories(sd3: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline .family sd3., not .* flux2"):
         check_pipeline(sd3, "flux2")
     with pytest.raises(
-        ValueError, match="'sdxl' is none of sd3, .*, qwen_image, qwen_image_21, krea2, mixture"
+        ValueError,
+        match="'sdxl' is none of sd3, .*, qwen_image, qwen_image_21, krea2, wan, mixture",
     ):
         check_pipeline(sd3, "sdxl")
-    edit(sd3 / "model_index.json", _class_name="WanPipeline")
+    edit(sd3 / "model_index.json", _class_name="HunyuanVideoPipeline")
     with pytest.raises(
         ValueError,
-        match="holds a WanPipeline, which is none of .*, Krea2Pipeline; a family can be",
+        match="holds a HunyuanVideoPipeline, which is none of .*, WanPipeline; a family can be",
     ):
         check_pipeline(sd3)
     (sd3 / "model_index.json").write_text("{")

@@ -152,7 +152,8 @@ def test_configs_are_frozen(recipes: Path) -> None:
         (
             "model.family=foo",
             "model.family is 'foo', but it should be 'sd3', 'flux', 'flux2', 'flux2_dev', "
-            "'z_image', 'sana', 'chroma', 'qwen_image', 'qwen_image_21', 'krea2' or 'mixture'",
+            "'z_image', 'sana', 'chroma', 'qwen_image', 'qwen_image_21', 'krea2', 'wan' or "
+            "'mixture'",
         ),
         ("rewards.clip=abc", "rewards.clip is 'abc', but it should be a number or a mapping"),
         ("sampler.eta=1.5", "sampler.eta is 1.5, but it should be less than or equal to 1"),

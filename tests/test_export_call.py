@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from families_table import CASES
-from students import MODELS, PROMPTS, request, sampled, student
+from students import MODELS, PROMPTS, pictures, request, sampled, student
 from test_scheduler import loaded_pipeline
 
 from tiltflow.data.prompts import Prompt
@@ -18,7 +18,7 @@ from tiltflow.tasks.export import export_checkpoint
 
 NAMES = (
     "sd35m", "flux1_dev", "flux2_klein_4b", "flux2_dev", "z_image", "chroma", "sana", "qwen_image",
-    "qwen_image_21", "krea2",
+    "qwen_image_21", "krea2", "wan21_1b",
 )  # fmt: skip
 SIZE = (96, 64)
 ALONE = ("qwen_image", "qwen_image_21")
@@ -45,7 +45,8 @@ def test_the_cards_call_makes_the_images_of_sample(
     prompts = PROMPTS[:1] if name in ALONE else PROMPTS
     pipe, asked = loaded_pipeline(made, 0.7), [Prompt(text) for text in prompts]
     noise = pipe.scheduler.seed(11, images=len(prompts))
-    theirs = pipe(prompt=list(prompts), generator=noise, output_type="pt", **call).images[:, :3]
+    given = {**call, "prompt": list(prompts), "generator": noise, "output_type": "pt"}
+    theirs = pictures(pipe(**given))[:, :3]
     ours = sampled(request(made, tilt=0.7, seed=11, resolution=None, prompts=asked))
     assert ours.shape == (len(prompts), 3, *SIZE) and ours.std() > 0.01
     assert (ours - theirs).abs().max() == 0

@@ -82,7 +82,9 @@ def aura(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_is_one_short_file_and_unknown_by_itself(aura: Path) -> None:
     assert len((EXAMPLES / "own_family.py").read_text().splitlines()) <= 150
-    with pytest.raises(ValueError, match="a AuraFlowPipeline, .*Krea2Pipeline; a family can be"):
+    with pytest.raises(
+        ValueError, match="a AuraFlowPipeline, .*Krea2Pipeline, WanPipeline; a family can be"
+    ):
         check_pipeline(aura)
     with pytest.raises(ValueError, match="'own_family' has no 'WRONG'"):
         check_pipeline(aura, "own_family:WRONG")

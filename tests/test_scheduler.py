@@ -14,7 +14,17 @@ from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
 )
-from students import MODELS, PROMPTS, RESOLUTION, TOKENS, Student, request, sampled, student
+from students import (
+    MODELS,
+    PROMPTS,
+    RESOLUTION,
+    TOKENS,
+    Student,
+    pictures,
+    request,
+    sampled,
+    student,
+)
 from torch import Tensor
 
 from tiltflow.core.randomness import Randomness
@@ -139,7 +149,7 @@ def images(pipe: Any, **call: Any) -> Tensor:
     given = {"prompt": PROMPTS} | size | values | call
     # Z-Image's pipeline writes its template into the list that it is given
     given["prompt"] = list(given["prompt"])
-    made: Tensor = pipe(**{name: value for name, value in given.items() if value != OUT}).images
+    made = pictures(pipe(**{name: value for name, value in given.items() if value != OUT}))
     return made[:, :3]  # of Qwen-Image-2.1 without the opacity
 
 
@@ -151,6 +161,7 @@ OFF = {
     "krea2": {"guidance_scale": 0.0},
     "sana": {"use_resolution_binning": False},
     "qwen_image": {"guidance_scale": None},
+    "wan21_1b": {"num_frames": 1},
     "qwen_image_21": {"guidance_scale": OUT, "max_sequence_length": OUT},
 }
 """What a pipeline's call takes for a student's pass beside `images`' own arguments."""

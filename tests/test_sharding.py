@@ -21,7 +21,7 @@ Tiny = Callable[[str], Path]
 @pytest.mark.parametrize(
     "name",
     [
-        *(quick := ["sd35m", "flux_dev", "klein_base", "krea2", "qwen_image_21"]),
+        *(quick := ["sd35m", "flux_dev", "klein_base", "krea2", "wan", "qwen_image_21"]),
         *(
             pytest.param(case.names[0], marks=pytest.mark.long)
             for case in CASES.values()

@@ -179,7 +179,7 @@ def test_sizes_are_written_height_first() -> None:
     [
         ("[64, 60]", "model.resolution is 64x60, which is no multiple of 8"),
         ("[64]", "model.resolution is [64], but it should"),
-        ("[64, 64, 64]", "model.resolution is [64, 64, 64], but it should"),
+        ("[64, 64, 64, 64]", "model.resolution is [64, 64, 64, 64], but it should"),
         ("[64, 8192]", "model.resolution is 8192, but it should be less than or equal to 4096"),
         ("wide", "model.resolution is 'wide', but it should be a valid integer"),
     ],

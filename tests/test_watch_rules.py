@@ -28,7 +28,7 @@ from tiltflow.models.spectrum import high_frequency_energy
 
 N = 96
 WEIGHTS = {"clip": 1.0}
-NAMES = ("held_out/h", "trained/clip", "diversity", "drift", "high_frequency")
+NAMES = ("held_out/h", "trained/clip", "diversity", "drift", "high_frequency", "motion")
 
 
 def series(seed: int = 0, **shifts: float) -> Callable[[int], Measurement]:
@@ -66,7 +66,8 @@ def run(at: Callable[[int], Measurement], looks: int = 10, **rules: float | None
 
 def test_noise_trips_nothing() -> None:
     """500 looks at runs where nothing happens, with every threshold at its most sensitive."""
-    sharp = {"held_out_fall": 0.0, "diversity": 0.999, "drift": 1.001, "high_frequency": 1.001}
+    sharp = {"held_out_fall": 0.0, "diversity": 0.999}
+    sharp |= dict.fromkeys(("drift", "high_frequency", "motion"), 1.001)
     tripped = [run(series(seed), 20, **sharp) for seed in range(25)]
     assert sum(len(found) for found in tripped) <= 6  # about 1 expected, alike within a run
     assert not any(run(series(seed), 20) for seed in range(10))
@@ -80,6 +81,7 @@ def test_noise_trips_nothing() -> None:
         ("drift", {"drift": 0.5}),
         ("high_frequency", {"high_frequency": 0.2}),
         ("high_frequency", {"high_frequency": -0.2}),
+        ("motion", {"motion": -0.4}),
     ],
 )
 def test_each_rule_sees_its_own_change_and_no_other(rule: str, shifts: dict[str, float]) -> None:

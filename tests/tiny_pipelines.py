@@ -294,9 +294,10 @@ def build(name: str, directory: Path, seed: int = 0) -> Path:
     from tiny_qwen import BUILDERS as QWEN
     from tiny_qwen21 import BUILDERS as QWEN21
     from tiny_sana import BUILDERS as SANA
+    from tiny_wan import BUILDERS as WAN
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = {**BUILDERS, **OTHERS, **SANA, **CHROMA, **FLUX2, **QWEN, **QWEN21}[name]
+        found = {**BUILDERS, **OTHERS, **SANA, **CHROMA, **FLUX2, **QWEN, **QWEN21, **WAN}[name]
         found().save_pretrained(directory)
     return directory

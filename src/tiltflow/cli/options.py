@@ -16,7 +16,7 @@ import typer
 
 from tiltflow.core.limits import LARGEST_SEED, LONGEST_SIDE, MOST_SAMPLES, MOST_STEPS, MOST_TOKENS
 from tiltflow.core.paths import home_for_tilde
-from tiltflow.core.sizes import Resolution, both, parse_size
+from tiltflow.core.sizes import Resolution, both, frames_of, parse_size
 from tiltflow.rewards.remote.address import refuse_secrets
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _size(text: str) -> Resolution:
         found = parse_size(text)
     except ValueError as error:
         raise ValueError(f"--size: {error}") from error
-    if max(both(found)) > LONGEST_SIDE:
+    if max(*both(found), frames_of(found)) > LONGEST_SIDE:
         raise ValueError(f"--size is {text}, but a side is at most {LONGEST_SIDE}")
     return found
 

@@ -23,8 +23,8 @@ MEANINGS = {
     "model.generator_path": "FLUX.2-klein's distilled base, from which the generator starts",
     "model.family": "how a pipeline is read, by name; unset: found from its class",
     "model.medium": "what is generated, by name; unset: what the model generates",
-    "model.resolution": "side of square images in pixels, or [height, width]; unset: the model's "
-    "own",
+    "model.resolution": "side of square images in pixels, [height, width], or [frames, height, "
+    "width] of videos; unset: the model's own",
     "model.dtype": "of the frozen base",
     "model.autocast": "mixed precision of the networks; `auto` leaves it out on CPUs without bf16 "
     "instructions",
@@ -124,6 +124,7 @@ MEANINGS = {
     "rewards": "what stage 2 trains on, by name",
     "rewards.NAME.weight": "its weight in the sum",
     "rewards.NAME.path": "its weights; unset: the published ones",
+    "rewards.NAME.frames": "of a video, the frames that a reward of images looks at; unset: 8",
     "rewards.NAME.backprop": "back-propagate it where it is differentiable",
     "rewards.NAME.options": "options of the reward itself",
     "watch.rewards": "held out: logged, never trained on",
@@ -142,6 +143,7 @@ MEANINGS = {
     "watch.rules.agreement": "least rank correlation of trained and held-out changes",
     "watch.rules.diversity": "least share of the diversity at the start",
     "watch.rules.high_frequency": "largest factor of high-frequency energy, up or down",
+    "watch.rules.motion": "largest factor of a video's motion, a mean square, up or down",
     "watch.rules.drift": "largest factor of drift, up or down",
     "run.out": "the run directory",
     "run.seed": "of every random draw",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tiltflow.core.sizes import both, said
+from tiltflow.core.sizes import both, frames_of, said, same_as
 from tiltflow.evaluation.watch.settings import FEWEST_SAMPLES
 from tiltflow.models.family import graph_families, has_files
 from tiltflow.rewards.remote.address import ELSEWHERE
@@ -136,12 +136,20 @@ def _check_buckets(config: RunConfig) -> None:
         raise ValueError(f"data.buckets are sizes of pictures, and the {model.path} makes none")
     if isinstance(buckets, str) or buckets is None:
         return
-    sizes = [both(bucket.size) for bucket in buckets]
+    sizes = [same_as(bucket.size) for bucket in buckets]
     for size in sizes:
-        if any(side % 8 for side in size):
+        if any(side % 8 for side in both(size)):
             raise ValueError(f"data.buckets has {said(size)}, which is no multiple of 8")
         if sizes.count(size) > 1:
             raise ValueError(f"data.buckets has {said(size)} twice: give it a weight instead")
+    own = 1 if model.resolution is None else frames_of(model.resolution)
+    for size in sizes:
+        if (frames_of(size) > 1) != (own > 1):
+            kinds = ("videos", "pictures") if own == 1 else ("pictures", "videos")
+            raise ValueError(
+                f"data.buckets has {said(size)}: {kinds[0]}, where model.resolution is of "
+                f"{kinds[1]}; a run makes one of the two"
+            )
 
 
 def _check_watch(config: RunConfig) -> None:

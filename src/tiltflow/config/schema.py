@@ -20,7 +20,7 @@ from tiltflow.core.settings import (
     Positive,
     Rate,
     Section,
-    Side,
+    Size,
     Steps,
     Text,
     Tokens,
@@ -74,7 +74,7 @@ class ModelConfig(Section):
     `gradient_checkpointing`: of nothing, of all that has a backward pass, of these, or `auto`, as
     much as the device's memory asks for (`commands.planning`).
     `medium`: what is generated, by name or `package.module:name`; unset is the family's own.
-    `resolution`: a square's side in pixels, or [height, width].
+    `resolution`: a square's side in pixels, [height, width], or of a video [frames, height, width].
     `guidance` is the teacher's, `student_guidance` generator's and fake score's; null is the
     model's own (for the student: what its network expects, without classifier-free guidance).
     """
@@ -83,7 +83,7 @@ class ModelConfig(Section):
     generator_path: Place | None = None
     family: FamilyName | None = None
     medium: Text | None = None
-    resolution: Side | tuple[Side, Side] | None = None
+    resolution: Size | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
     autocast: Autocast | None = None
     vae_dtype: Literal["fp32", "bf16"] | None = None
@@ -140,7 +140,7 @@ def as_tuple(value: object) -> object:
 class BucketConfig(Section):
     """A size of pictures, as `model.resolution`, and how often it is drawn beside the others."""
 
-    size: Annotated[Side | tuple[Side, Side], BeforeValidator(as_tuple)]
+    size: Size
     weight: Annotated[float, Field(gt=0, le=FAR)] = 1.0  # sums of them are finite
 
 
@@ -215,10 +215,12 @@ class SamplerConfig(Section):
 
 
 class RewardConfig(Section):
-    """`backprop`: back-propagate it where it is differentiable. `options` go to the reward."""
+    """`backprop`: back-propagate it where it is differentiable. `options` go to the reward.
+    `frames`: how many of a video's a reward of images looks at."""
 
     weight: float
     path: Place | None = None
+    frames: Positive | None = None
     backprop: bool = True
     options: dict[str, Any] = Field(default_factory=dict)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tiltflow.core.limits import (
     FAR,
@@ -38,6 +38,19 @@ Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Level = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _one_to_three(value: object) -> object:
+    """Two or three in a row as a tuple, anything else as it is; what is in it is seen later."""
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) not in (2, 3):
+        raise ValueError("be a side, [height, width] or [frames, height, width]")
+    return tuple(value)
+
+
+Size = Annotated[Side | tuple[Side, Side] | tuple[Side, Side, Side], BeforeValidator(_one_to_three)]
+"""As `core.sizes.Resolution`."""
 
 
 def _place(path: str) -> str:

@@ -59,12 +59,13 @@ def by_column(
 
 
 def _size(column: str, number: int, metadata: Mapping[str, object], where: str) -> Resolution:
-    """A side, [height, width] or "HEIGHTxWIDTH"; a side may be text, as in CSV."""
+    """A side, [height, width], [frames, height, width], or either with x between, as text; a side
+    may be text, as in CSV."""
     match metadata.get(column):
         case int(side) if not isinstance(side, bool):
             return side
-        case [int(height), int(width)] if not {type(height), type(width)} - {int}:
-            return plain(height, width)
+        case [int(), int()] | [int(), int(), int()] as sides if {*map(type, sides)} == {int}:
+            return plain(*sides)
         case str(text) if re.fullmatch(r"[0-9]{1,9}", text.strip()):
             return int(text)
         case str(text):

@@ -30,6 +30,7 @@ _METRICS = {
     "watch/diversity": "diversity (no unit)",
     "watch/drift": "velocity gap (ratio)",
     "watch/high_frequency": "high frequencies (ratio)",
+    "watch/motion": "motion (ratio)",
 }
 
 

@@ -70,7 +70,7 @@ class _Asked(_Part):
     seed: int | None = None
     eta: float | None = None
     student_guidance: float | None = None
-    resolution: int | tuple[int, int] | None = None
+    resolution: int | tuple[int, int] | tuple[int, int, int] | None = None
     sizes: list[tuple[str, Any]] = []
     max_sequence_length: int | None = None
 

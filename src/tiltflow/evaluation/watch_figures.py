@@ -58,6 +58,7 @@ def watch_charts(runs: Mapping[str, Watched]) -> list[Chart]:
         ("diversity", "Diversity against the start"),
         ("drift", "Teacher's velocity gap against its own samples'"),
         ("high_frequency", "High-frequency energy against the teacher's"),
+        ("motion", "Motion between frames against the teacher's"),
     ):
         lines = [
             _series(run + word, intervals)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiltflow.core.sentences import either, listed
-from tiltflow.core.sizes import both, plain, said
+from tiltflow.core.sizes import both, frames_of, plain, said
 from tiltflow.formats.contract import Contract
 from tiltflow.formats.usage import Usage
 from tiltflow.models.family import Family
@@ -51,9 +51,15 @@ def call_of(contract: Contract, family: Family) -> dict[str, Any]:
         "height": height,
         "width": width,
         **length,
+        **({"num_frames": frames_of(contract.resolution)} if family.videos else {}),
         **family.call,
         **(family.guided_call if contract.guidance != 1 else {}),
     }
+
+
+def usage_of(contract: Contract, family: Family, absent: Sequence[str]) -> Usage:
+    """The code of a student's card; `absent` are the parts that its base was saved without."""
+    return Usage(contract, call_of(contract, family), absent, family.result)
 
 
 def model_card(card: Card) -> str:
@@ -109,7 +115,8 @@ def _base(contract: Contract) -> str:
 
 def _front_matter(card: Card) -> str:
     base = card.contract.base
-    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
+    made = "video" if frames_of(card.contract.resolution) > 1 else "image"
+    lines = ["---", "library_name: diffusers", f"pipeline_tag: text-to-{made}"]
     note = "" if base.hub_id else "  # a directory's name: put the base model's hub id here"
     lines.append(f"base_model: {_scalar(base.hub_id or base.name)}{note}")
     if base.licence is not None:

@@ -33,6 +33,7 @@ _LICENCE = re.compile(r"^license(?P<what>_name|_link)?:[ \t]*(?P<value>\S.*?)[ \
 
 
 Side = Annotated[int, Field(ge=1, le=16_384)]
+Size = Side | tuple[Side, Side] | tuple[Side, Side, Side]
 
 
 class _Part(BaseModel):
@@ -72,7 +73,8 @@ class AdapterFacts(_Part):
 class Contract(_Part):
     """`steps` is K, or of a student of several the most of them, and `several` all of these;
     `sigmas` are K's levels σ₀ > … > σ_K = 0; `guidance` is the student's own, 1.0 for one pass
-    without; `resolution` the side of a square in pixels, or height and width, and of a student of
+    without; `resolution` the side of a square in pixels, or height and width, or those
+    behind the frames of a video, and of a student of
     several sizes that of its call by default; `sizes` are then all of them, and `sized_sigmas`,
     by size, the levels at those where they are others; `dtype` is that of the base in training;
     `recipe` the settings worth telling."""
@@ -87,8 +89,8 @@ class Contract(_Part):
     sigmas: tuple[float, ...]
     eta: Annotated[float, Field(ge=0, le=1)]
     guidance: float
-    resolution: Side | tuple[Side, Side]
-    sizes: tuple[Side | tuple[Side, Side], ...] = ()
+    resolution: Size
+    sizes: tuple[Size, ...] = ()
     sized_sigmas: dict[str, tuple[float, ...]] = {}
     max_sequence_length: Annotated[int, Field(ge=0, le=100_000)]
     dtype: Literal["fp32", "bf16"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tiltflow.core.sizes import frames_of
 from tiltflow.formats.contract import BaseModelFacts, Contract
 from tiltflow.models.switch import TILT, stack_tilt
 
@@ -14,11 +15,13 @@ from tiltflow.models.switch import TILT, stack_tilt
 @dataclass(frozen=True)
 class Usage:
     """What the code is made of: `call` are the arguments of the pipeline's call, `absent` the parts
-    that the base was saved without and has to be loaded without."""
+    that the base was saved without and has to be loaded without, `result` what gives the pictures
+    (`Family.result`)."""
 
     contract: Contract
     call: Mapping[str, Any]
     absent: Sequence[str] = ()
+    result: str = "{call}.images"
 
     def of_folders(self, folders: Sequence[str]) -> str:
         """Code that loads LoRA folders through diffusers; those of baked strengths stay aside."""
@@ -60,6 +63,7 @@ class Usage:
 
     def _code(self, imports: Sequence[str], naming: str, loading: Sequence[str]) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.call.items())
+        call = f"pipe(prompt=prompts, generator=noise, {arguments})"
         code = [
             *(["import torch"] if self.contract.dtype == "bf16" else []),
             f"from diffusers import {self.contract.pipeline}",
@@ -69,7 +73,9 @@ class Usage:
             *loading,
             'prompts = ["a red fox in the snow"]',
             "noise = pipe.scheduler.seed(0, images=len(prompts))",
-            f"images = pipe(prompt=prompts, generator=noise, {arguments}).images",
+            f"videos = {call}.frames"
+            if frames_of(self.contract.resolution) > 1
+            else f"images = {self.result.format(call=call)}",
         ]
         return "```python\n" + "\n".join(code) + "\n```"
 

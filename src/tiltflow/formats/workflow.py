@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from tiltflow.core.sizes import both
+from tiltflow.core.sizes import both, frames_of
 from tiltflow.formats.contract import BaseModelFacts, Contract
 
 Link = tuple[str, int]
@@ -43,12 +43,17 @@ class Nodes:
     encoders: tuple[str, Mapping[str, Any]]
     autoencoder: str
     latent: str
+    tokens: int | None = None
+    """How many tokens ComfyUI makes of every prompt, where no node sets their number."""
     t5: bool = False
     """Whether the text encoder pads a prompt as `T5TokenizerOptions` says."""
     embedded_guidance: bool = False
     without_t5: tuple[str, Mapping[str, Any]] | None = None
     """The encoders' loader for a student that was trained without T5, if it can be."""
 
+
+VIDEO_LATENT = "EmptyHunyuanLatentVideo"
+ANIMATED = {"fps": 16.0, "lossless": False, "quality": 90, "method": "default"}
 
 NODES: Mapping[str, Nodes] = {
     "sd3": Nodes(
@@ -121,6 +126,12 @@ NODES: Mapping[str, Nodes] = {
         autoencoder="qwen_image_vae.safetensors",
         latent="EmptySD3LatentImage",
     ),
+    "wan": Nodes(
+        encoders=("CLIPLoader", {"clip_name": "umt5_xxl_fp16.safetensors", "type": "wan"}),
+        autoencoder="wan_2.1_vae.safetensors",
+        latent=VIDEO_LATENT,
+        tokens=512,
+    ),
 }
 """By family. There is none of SANA, which its own nodes do not load, nor of Qwen-Image-2.1."""
 
@@ -146,6 +157,8 @@ TRANSFORMERS: Mapping[str, str] = {
     "Qwen/Qwen-Image": "qwen_image_bf16.safetensors",
     "krea/Krea-2-Raw": "krea2_raw_bf16.safetensors",
     "krea/Krea-2-Turbo": "krea2_turbo_bf16.safetensors",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1_t2v_1.3B_bf16.safetensors",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1_t2v_14B_bf16.safetensors",
 }
 """The published transformers' file names by the pipeline's hub id."""
 
@@ -179,8 +192,13 @@ def no_workflow(contract: Contract) -> str | None:
     """Why a student has no workflow, without a full stop; None where it has one."""
     if not has_workflow(contract.family):
         return NO_WORKFLOW
-    absent = contract.absent or ()
-    if not absent or (absent == T5_ABSENT and NODES[contract.family].without_t5):
+    nodes, absent = NODES[contract.family], contract.absent or ()
+    if nodes.tokens not in (None, contract.max_sequence_length):
+        return (
+            f"There is no workflow for a student that was trained with "
+            f"{contract.max_sequence_length} text tokens, where ComfyUI has {nodes.tokens}"
+        )
+    if not absent or (absent == T5_ABSENT and nodes.without_t5):
         return None
     return f"There is no workflow for a student that was trained without {' and '.join(absent)}"
 
@@ -212,7 +230,9 @@ def workflow(
         guided = make.add("FluxGuidance", conditioning=positive, guidance=contract.guidance)
         positive = (guided, 0)
     height, width = both(contract.resolution)
-    latent: Link = (make.add(nodes.latent, width=width, height=height, batch_size=1), 0)
+    frames = frames_of(contract.resolution)
+    length = {"length": frames} if nodes.latent == VIDEO_LATENT else {}
+    latent: Link = (make.add(nodes.latent, width=width, height=height, batch_size=1, **length), 0)
     for k, (sampler, sigmas) in enumerate(_steps(make, contract)):
         made = make.add(
             "SamplerCustom",
@@ -229,7 +249,10 @@ def workflow(
         latent = (made, 0)
     vae: Link = (make.add("VAELoader", vae_name=nodes.autoencoder), 0)
     image: Link = (make.add("VAEDecode", samples=latent, vae=vae), 0)
-    make.add("SaveImage", images=image, filename_prefix="tiltflow")
+    if frames > 1:
+        make.add("SaveAnimatedWEBP", images=image, filename_prefix="tiltflow", **ANIMATED)
+    else:
+        make.add("SaveImage", images=image, filename_prefix="tiltflow")
     return make.graph
 
 

@@ -26,6 +26,7 @@ BUILTIN: dict[str, tuple[str | None, str]] = {
     "qwen_image": ("QwenImagePipeline", "tiltflow.models.families.qwen_image:FAMILY"),
     "qwen_image_21": ("QwenImage21Pipeline", "tiltflow.models.families.qwen_image_21:FAMILY"),
     "krea2": ("Krea2Pipeline", "tiltflow.models.families.krea2:FAMILY"),
+    "wan": ("WanPipeline", "tiltflow.models.families.wan:FAMILY"),
     "mixture": (None, "tiltflow.models.families:MIXTURE"),
 }
 """By name: the diffusers pipeline (None: the family needs no files), and the record's place."""
@@ -109,6 +110,10 @@ class Family:
     twin_index: Mapping[str, object] = field(default_factory=dict)
     """Of the pipelines' indexes too: what must be shared, and what stands for a key that is not
     there."""
+    text_packages: tuple[str, ...] = ()
+    """Packages beside the usual libraries that its pipeline's prompts go through."""
+    videos: bool = False
+    """Whether it makes videos, of which a picture is one frame."""
     guidance_argument: str = "guidance_scale"
     guidance_offset: float = 0.0
     """How much less the pipeline's argument is than a guidance scale of 1 = one pass."""
@@ -118,6 +123,8 @@ class Family:
     """Further arguments that the pipeline's call needs to give what was trained."""
     guided_call: Mapping[str, object] = field(default_factory=dict)
     """Those that it needs beside a guidance scale of more than one pass."""
+    result: str = "{call}.images"
+    """Python for the pictures of what `{call}` gives."""
     caution: str = ""
     """Sentences for who calls the pipeline: where its images are not those of `tiltflow sample`."""
     student_schedule: Mapping[str, object] = field(default_factory=dict)

@@ -24,6 +24,10 @@ from tiltflow.core.registry import find, made
 from tiltflow.models.spectrum import FLOOR, high_frequency_energy
 
 ENTRY_POINTS = "tiltflow.media"
+FRAMES_PER_SECOND = 16
+"""Of files: Wan's own."""
+SHOWN = 3
+"""Frames of a video in a sheet."""
 RANGE_TOLERANCE = 1e-3  # decoders clamp to [0, 1]; a bf16 round trip may leave it by this much
 
 Features = Callable[[Tensor], Tensor]
@@ -96,6 +100,28 @@ def log_high_frequency(images: Tensor, cutoff: float) -> Tensor:
     return torch.log(high_frequency_energy(images, cutoff) + FLOOR)
 
 
+def frames_high_frequency(videos: Tensor, cutoff: float) -> Tensor:
+    """The logarithm of the mean `high_frequency_energy` of a video's frames, (B,) fp64."""
+    energy = high_frequency_energy(videos.flatten(0, 1), cutoff)
+    return torch.log(energy.unflatten(0, videos.shape[:2]).mean(1) + FLOOR)
+
+
+def log_motion(videos: Tensor, cutoff: float) -> Tensor:
+    """The logarithm of the mean square by which a frame differs from the one before, (B,) fp64."""
+    moved = (videos[:, 1:].double() - videos[:, :-1].double()).square()
+    return torch.log(moved.flatten(1).mean(1) + FLOOR)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """The numbers of `most` of `count` frames (all, if there are fewer), evenly from the first to
+    the last; of one the middle."""
+    if most >= count:
+        return list(range(count))
+    if most == 1:
+        return [(count - 1) // 2]
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
 class ImageMedium:
     """Images (B, 3, H, W) in [0, 1]; PNG files of eight bits."""
 
@@ -137,6 +163,48 @@ class ImageMedium:
         return sheet
 
 
+class VideoMedium:
+    """Videos (B, F, 3, H, W) in [0, 1]; animated PNG files of eight bits, which browsers play and
+    whose first frame is a picture to whatever knows pictures alone."""
+
+    name, one, suffix = "videos", "video", ".png"
+    at_once: int | None = 1
+    features: Features | None = None
+    probes: Mapping[str, Probe] = MappingProxyType(
+        {"high_frequency": frames_high_frequency, "motion": log_motion}
+    )
+
+    def check(self, samples: Tensor) -> Fault | None:
+        fits = samples.ndim == 5 and samples.shape[2] == 3
+        require(fits, samples, "(B, F, 3, H, W) float videos")
+        low, high = ends(samples)
+        beyond = (low < -RANGE_TOLERANCE) | (high > 1 + RANGE_TOLERANCE)
+        return not_finite(self.one, low, high) or fault("video outside [0, 1]", beyond)
+
+    def decode(self, decoded: Tensor) -> Tensor:
+        """From an autoencoder's [−1, 1]."""
+        return IMAGES.decode(decoded)
+
+    def rounded(self, samples: Tensor) -> Tensor:
+        return IMAGES.rounded(samples)
+
+    def encode(self, samples: Tensor) -> NDArray[np.uint8]:
+        """(B, F, H, W, 3)."""
+        return np.stack([IMAGES.encode(video) for video in samples])
+
+    def save(self, encoded: NDArray[np.generic], file: Path) -> None:
+        first, *others = (Image.fromarray(frame) for frame in encoded)
+        first.save(
+            file, save_all=True, append_images=others, duration=1000 / FRAMES_PER_SECOND, loop=0
+        )
+
+    def sheet(self, samples: Tensor, columns: int) -> NDArray[np.uint8]:
+        """Each as its first, middle and last frame, side by side, on white."""
+        at = spread(samples.shape[1], SHOWN)
+        strips = samples[:, at].permute(0, 2, 3, 1, 4).flatten(3)  # (B, 3, H, frames · W)
+        return IMAGES.sheet(strips, columns)
+
+
 class PointMedium:
     """Points (B, D) of any range, as a Gaussian mixture has them; `.npy` files. No picture."""
 
@@ -167,8 +235,8 @@ class PointMedium:
         np.save(file, encoded)  # numbers of a tensor: nothing to pickle
 
 
-IMAGES, POINTS = ImageMedium(), PointMedium()
-BUILTIN: dict[str, Medium] = {medium.name: medium for medium in (IMAGES, POINTS)}
+IMAGES, VIDEOS, POINTS = ImageMedium(), VideoMedium(), PointMedium()
+BUILTIN: dict[str, Medium] = {medium.name: medium for medium in (IMAGES, VIDEOS, POINTS)}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from functools import partial
 from tiltflow.config.load import RewardConfig, RunConfig
 from tiltflow.core.distributed import Ranks
 from tiltflow.core.randomness import Randomness
-from tiltflow.core.sizes import both, plain, said
+from tiltflow.core.sizes import said, same_as
 from tiltflow.core.transfer import to_device
 from tiltflow.data.buckets import Bucket, by_column
 from tiltflow.data.columns import weights_of
@@ -22,6 +22,7 @@ from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.roles import Role, Roles
 from tiltflow.rewards.base import check_medium, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
+from tiltflow.rewards.frames import for_medium
 from tiltflow.rewards.ranking import WeightedRanker
 from tiltflow.rewards.remote.asking import ranks
 from tiltflow.rewards.remote.loading import load_ranker
@@ -103,7 +104,7 @@ def buckets_of(cfg: RunConfig, prompts: Sequence[Prompt]) -> list[Bucket]:
     chosen = cfg.data.buckets
     if isinstance(chosen, str):
         return by_column(chosen, prompts, weights_of(cfg.data.columns.weight, prompts))
-    return [Bucket(plain(*both(bucket.size)), bucket.weight) for bucket in chosen or ()]
+    return [Bucket(same_as(bucket.size), bucket.weight) for bucket in chosen or ()]
 
 
 def _on_grid(parts: Parts, backbone: Backbone, grids: Sequence[int], steps: int) -> Parts:
@@ -142,10 +143,13 @@ def build_rewards(table: dict[str, RewardConfig], backbone: Backbone) -> RewardM
     loaded, rankers, device = [], [], str(backbone.device)
     for name, reward in table.items():
         if ranks(name, reward.options):
+            if reward.frames is not None:
+                raise ValueError(f"reward {name!r} ranks images, so it takes no frames")
             ranker = load_ranker(name, reward.options, reward.path, device)
             rankers.append(WeightedRanker(ranker, reward.weight))
             continue
         made = load_reward(name, path=reward.path, device=device, options=reward.options)
+        made = for_medium(made, backbone.medium, reward.frames)
         check_medium([made], backbone.medium)
         loaded.append(Weighted(made, reward.weight, reward.backprop))
     if rankers and backbone.medium.name != IMAGES.name:

@@ -16,7 +16,7 @@ from tiltflow.config.load import PromptSets, RunConfig
 from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
 from tiltflow.core.paths import resolve_path
-from tiltflow.core.sizes import Resolution, both
+from tiltflow.core.sizes import Resolution, both, frames_of
 from tiltflow.data.embeddings import check_negatives
 from tiltflow.data.prompts import Prompt
 from tiltflow.models.backbone import check_guidance
@@ -98,7 +98,7 @@ def largest(cfg: RunConfig) -> Resolution | None:
     own, buckets = cfg.model.resolution, cfg.data.buckets
     sizes = [own] if own else []
     sizes += [bucket.size for bucket in buckets or () if not isinstance(bucket, str)]
-    return max(sizes, key=lambda size: math.prod(both(size)), default=None)
+    return max(sizes, key=lambda size: frames_of(size) * math.prod(both(size)), default=None)
 
 
 def check_model(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:

@@ -59,6 +59,7 @@ def reward_facts(name: str, of: RewardConfig) -> dict[str, Any]:
         "options": deciding_options(name, of.options),
         "files": configured_fingerprints({name: of}),
         "revision": revisions([name]),
+        **({} if of.frames is None else {"frames": of.frames}),
     }
 
 

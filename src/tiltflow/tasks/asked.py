@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from tiltflow.config.schema import as_tuple
 from tiltflow.core.limits import LARGEST_SEED
-from tiltflow.core.settings import Place, Samples, Section, Side, Steps, Text, Tokens, complaint
-from tiltflow.core.sizes import both, plain
+from tiltflow.core.settings import Place, Samples, Section, Size, Steps, Text, Tokens, complaint
+from tiltflow.core.sizes import same_as
 from tiltflow.data.buckets import MOST_SIZES
 
 
@@ -20,7 +20,6 @@ def _path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-Size = Annotated[Side | tuple[Side, Side], BeforeValidator(as_tuple)]
 Where = Annotated[Place, BeforeValidator(_path)]
 
 
@@ -64,7 +63,7 @@ def asked(how: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(complaint(first, str(first["loc"][0]))) from error
     given = dict(how) | {name: getattr(found, name) for name in known}
     if given.get("resolution") is not None:
-        given["resolution"] = plain(*both(given["resolution"]))
+        given["resolution"] = same_as(given["resolution"])
     if "sizes" in given:
-        given["sizes"] = tuple(plain(*both(size)) for size in given["sizes"])
+        given["sizes"] = tuple(same_as(size) for size in given["sizes"])
     return given

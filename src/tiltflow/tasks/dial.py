@@ -16,6 +16,7 @@ from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.limits import LONGEST_SIDE, check_tilt
 from tiltflow.core.precision import attention_of, autocast_dtype
 from tiltflow.core.randomness import Randomness
+from tiltflow.core.sizes import frames_of, said
 from tiltflow.data.embeddings import EncodedPrompts, encode_prompts
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.statistics import score_ci
@@ -156,6 +157,13 @@ def load_student(runs: Sequence[Path], side: int | None, device: str) -> Student
     requests = [
         _request(run, cfg, few_step, side, device) for run, cfg in zip(runs, cfgs, strict=True)
     ]
+    for run, request in zip(runs, requests, strict=True):
+        size = request.settled.resolution
+        if size is not None and frames_of(size) > 1:
+            raise ValueError(
+                f"{run.name} makes videos ({said(size)}), and a dial is of pictures: compare "
+                "strengths with tiltflow evaluate --tilt"
+            )
     named = run_names(list(dict.fromkeys(runs)))
     names = [named[run] for run in runs]
     if len(runs) > 1:
@@ -263,7 +271,7 @@ def facts(student: Student) -> Mapping[str, Any]:
     texts = [prompt.text for scorer in student.scorers for prompt in scorer.fixed.prompts]
     return {
         "steps": chosen.steps,
-        "side": int(student.backbone.resolution),  # type: ignore[attr-defined]
+        "side": student.backbone.resolution,  # type: ignore[attr-defined]
         "prompts": list(dict.fromkeys(texts)),
         "trained": student.trained_by,
         "held_out": [name for scorer in student.scorers for name in _names(scorer.held_out)],

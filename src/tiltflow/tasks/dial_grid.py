@@ -47,13 +47,13 @@ class Score(_Part):
 class Grid(_Part):
     """What a folder's `dial.json` says: the grid, and a digest of all that its pictures depend on.
 
-    `tilt` is the run's name, `side` the picture's in pixels.
+    `tilt` is the run's name, `side` a square picture's in pixels, or height and width.
     """
 
     tilt: str
     digest: str
     steps: Annotated[int, Field(ge=1)]
-    side: Annotated[int, Field(ge=1)]
+    side: Annotated[int, Field(ge=1)] | tuple[int, int]
     strengths: Annotated[list[float], Field(min_length=1)]
     prompts: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
@@ -107,7 +107,7 @@ def compute_dial(
         tilt=run.absolute().name,
         digest=digest({**what, "content": content} if content else what),
         steps=chosen,
-        side=int(student.backbone.resolution),  # type: ignore[attr-defined]
+        side=student.backbone.resolution,  # type: ignore[attr-defined]
         strengths=list(strengths),
         prompts=texts,
         seeds=list(seeds),

@@ -30,9 +30,10 @@ from tiltflow.evaluation.scores import (
     Evaluation,
     evaluate_systems,
 )
-from tiltflow.models.medium import Medium
+from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
 from tiltflow.rewards.files import files_of
+from tiltflow.rewards.frames import for_medium
 from tiltflow.setup.build import device_of
 from tiltflow.setup.manifest import rewards_fingerprints
 from tiltflow.tasks.callbacks import SILENT, Callbacks
@@ -164,9 +165,12 @@ def _attention(request: Request) -> AbstractContextManager[None]:
     return attention_of(device, mixed) if mixed else nullcontext()
 
 
-def load_rewards(rewards: Mapping[str, str | None], device: str) -> list[Reward]:
+def load_rewards(
+    rewards: Mapping[str, str | None], device: str, medium: Medium = IMAGES
+) -> list[Reward]:
+    """The rewards by name and path of weights, for samples of `medium`."""
     return [
-        load_reward(name, path=path, device=str(device_of(device)))
+        for_medium(load_reward(name, path=path, device=str(device_of(device))), medium)
         for name, path in rewards.items()
     ]
 
@@ -190,8 +194,8 @@ def evaluate(
     chosen = slice(-1 if alone else 0, None)
     sizes = at_sizes(request.buckets, loaded, sampler, chosen, teacher=not alone)
     systems = sizes[0].systems
-    rewards = load_rewards(request.rewards, request.device)
     names, medium = [s.name for s in systems], loaded.backbone.medium
+    rewards = load_rewards(request.rewards, request.device, medium)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
 
     def save_batch(system: str, rows: Sequence[int], encoded: NDArray[np.generic]) -> None:

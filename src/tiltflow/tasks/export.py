@@ -15,7 +15,7 @@ from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
 from tiltflow.core.sentences import counted, either
 from tiltflow.core.sizes import plain, said
 from tiltflow.evaluation.files import is_of, read_evaluation
-from tiltflow.formats.card import Card, call_of, model_card
+from tiltflow.formats.card import Card, model_card, usage_of
 from tiltflow.formats.contract import (
     CONTRACT_FILE,
     AdapterFacts,
@@ -39,7 +39,6 @@ from tiltflow.formats.programs import (
     write_original,
     write_peft,
 )
-from tiltflow.formats.usage import Usage
 from tiltflow.formats.wanted import Wanted
 from tiltflow.formats.workflow import no_workflow, workflow, write_workflow
 from tiltflow.formats.writing import (
@@ -119,8 +118,9 @@ def export_checkpoint(
             paths += _write_merged(wanted, loras, checkpoint, contract, source, part)
         _write(part, contract)
         folders = [one.name for one in loras if "diffusers" in wanted.formats]
+        usage = usage_of(contract, source.family, _absent(source))
         card = Card(
-            usage=(usage := Usage(contract, call_of(contract, source.family), _absent(source))),
+            usage=usage,
             caution=source.family.caution,
             folders=folders,
             merged=merged_tilts(paths),

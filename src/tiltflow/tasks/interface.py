@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.config.schema import Autocast
 from tiltflow.core import registry
-from tiltflow.core.sizes import Resolution, both, plain, said
+from tiltflow.core.sizes import Resolution, said, same_as
 from tiltflow.data.columns import columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.evaluation.scores import Evaluation
@@ -241,7 +241,7 @@ def compare(
         ValueError: if a system is in neither, the prompts or sizes differ, or scores are missing.
     """
     paths = [Path(path) for path in (first, second) if path is not None]
-    chosen = None if size is None else said(plain(*both(size)))
+    chosen = None if size is None else said(same_as(size))
     return comparisons(paths, systems, chosen)
 
 

@@ -16,6 +16,7 @@ from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.medium import Features
 from tiltflow.models.roles import Role
 from tiltflow.rewards.combine import RewardMixture
+from tiltflow.rewards.frames import for_medium
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build
@@ -92,8 +93,8 @@ def _features(
     medium = build.backbone.medium
     if cfg.watch.clip is not None and medium.features is None:
         clip = RewardConfig(weight=0, path=cfg.watch.clip)
-        features = CLIPScore(cfg.watch.clip, device=build.backbone.device).image_features
-        return features, reward_facts("clipscore", clip)
+        seen = for_medium(CLIPScore(cfg.watch.clip, device=build.backbone.device), medium)
+        return seen.image_features, reward_facts("clipscore", clip)  # type: ignore[attr-defined]
     rewards = [item.reward for item in (*trained.rewards, *held_out.rewards)]
     last = last_clip(rewards)
     if medium.features is not None or last is None:

@@ -1,6 +1,6 @@
 // A dial that was computed beforehand: the same slider, over pictures that lie on the disk.
 import { chart } from "./chart.js";
-import { colour, fill, get, h, labelled, say, select } from "./dom.js";
+import { colour, fill, get, h, labelled, pixels, say, select } from "./dom.js";
 
 // Each reward along the strengths, `x` in words: `curves` maps a strength to its rewards' means and
 // intervals, and `trainers`, where several runs are dialled, a reward to the names of those that
@@ -63,7 +63,7 @@ function draw(place, id, about) {
       image.alt = `${about.prompts[at.prompt]}, at ${strength.toFixed(2)}`;
     }
     took.textContent = made.has(key)
-      ? `${about.side} × ${about.side} pixels, ${about.steps} steps, computed beforehand (${about.made.length} of ${about.of} pictures)`
+      ? `${pixels(about.side)} pixels, ${about.steps} steps, computed beforehand (${about.made.length} of ${about.of} pictures)`
       : `this picture is not computed yet (${about.made.length} of ${about.of} are)`;
     if (curves.size) fill(plots, rewards(curves, strength, about.strengths.at(-1)));
     else fill(plots, h("p", { class: "soft" }, "The rewards are not computed yet: they come after the pictures."));

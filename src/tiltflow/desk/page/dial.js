@@ -1,6 +1,6 @@
 // Dial: the strength of each tilt, live on a loaded student, with the rewards drawn below.
 import { computed, rewards } from "./computed.js";
-import { duration, fill, h, labelled, post, say } from "./dom.js";
+import { duration, fill, h, labelled, pixels, post, say } from "./dom.js";
 
 const GRID = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5];
 const picked = new Set();
@@ -114,7 +114,7 @@ async function make() {
       const { image, took } = easel;
       image.src = `/api/dial/picture/${made.picture}`;
       image.alt = `${wanted.prompt}, at ${wanted.strengths.map((x) => x.toFixed(2)).join(", ")}`;
-      took.textContent = `${about.side} × ${about.side} pixels, ${wanted.steps} steps, ${duration(made.seconds)}`;
+      took.textContent = `${pixels(about.side)} pixels, ${wanted.steps} steps, ${duration(made.seconds)}`;
       say("");
     } catch (error) {
       if (wanted.student === about.student) say(error.message);

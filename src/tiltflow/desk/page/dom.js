@@ -75,6 +75,11 @@ export function signed(value) {
   return (value > 0 ? "+" : "") + number(value, 3);
 }
 
+/** A picture's size, height first: of a square one side, or both. */
+export function pixels(side) {
+  return (Array.isArray(side) ? side : [side, side]).join(" × ");
+}
+
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
   if (seconds < 1) return `${(seconds * 1000).toFixed(0)} ms`;

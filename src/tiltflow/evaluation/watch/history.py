@@ -16,7 +16,7 @@ from tiltflow.evaluation.statistics import Clusters
 
 Array = NDArray[np.float64]
 FILE = "watch.jsonl"
-LOGARITHMS = ("high_frequency", "drift")
+LOGARITHMS = ("high_frequency", "motion", "drift")
 """Series of natural logarithms, which the first line also has of the teacher's own samples."""
 TEACHER = "teacher/"
 """The prefix of these."""
@@ -26,11 +26,12 @@ TEACHER = "teacher/"
 class Measurement:
     """What was measured after `step` iterations: values (n,) by name, and the alarms it raised.
 
-    Names: `held_out/REWARD`, `trained/REWARD`, `diversity`, and `drift` and `high_frequency`
-    (`LOGARITHMS`). `alarms` are sentences by rule. `prompts`: the number of each sample's prompt
-    where some are of one, else empty; a series of n values is of the first n samples. `digests`: by
-    series, of all that its values depend on beside the generator (`setup.watch_facts`); the
-    teacher's samples go with the series that they are held against. Earlier versions kept none.
+    Names: `held_out/REWARD`, `trained/REWARD`, `diversity`, and `drift`, `high_frequency` and, of
+    videos, `motion` (`LOGARITHMS`). `alarms` are sentences by rule. `prompts`: the number of each
+    sample's prompt where some are of one, else empty; a series of n values is of the first n
+    samples. `digests`: by series, of all that its values depend on beside the generator
+    (`setup.watch_facts`); the teacher's samples go with the series that they are held against.
+    Earlier versions kept none.
     """
 
     step: int

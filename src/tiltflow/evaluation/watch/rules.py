@@ -44,6 +44,7 @@ def judge(
     for name, threshold in (
         ("diversity", rules.diversity),
         ("high_frequency", rules.high_frequency),
+        ("motion", rules.motion),
         ("drift", rules.drift),
     ):
         if threshold is None or name not in now.values:
@@ -195,6 +196,7 @@ def _diversity(now: Measurement, start: Measurement, share: float, alpha: float)
 
 WORDS = {
     "high_frequency": ("high-frequency energy", "a grid or noise", "blur or flat images"),
+    "motion": ("motion between frames", "flicker", "still pictures"),
     "drift": ("teacher's velocity gap", "images it would not make", "collapsed or flat images"),
 }
 

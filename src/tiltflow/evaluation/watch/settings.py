@@ -19,9 +19,9 @@ class WatchRules(Section):
     `held_out_fall` X: a held-out reward has lost more than the share X of its gain since its
     highest mean, while a trained reward rose (or where none has scores). `agreement` R: the trained
     rewards rose, and on the samples where they did no held-out reward did (rank correlation below
-    R). `diversity` Y: below Y times the reference's. `high_frequency` and `drift`, factors: that
-    much above the higher, or below the lower, of teacher and reference. The reference is the first
-    measurement.
+    R). `diversity` Y: below Y times the reference's. `high_frequency`, `motion` (of videos) and
+    `drift`, factors: that much above the higher, or below the lower, of teacher and reference. The
+    reference is the first measurement.
     """
 
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
@@ -29,4 +29,5 @@ class WatchRules(Section):
     agreement: Annotated[float, Field(gt=-1, lt=1)] | None = 0.4
     diversity: Annotated[float, Field(gt=0, lt=1)] | None = 0.7
     high_frequency: Annotated[float, Field(gt=1)] | None = 2.0
+    motion: Annotated[float, Field(gt=1)] | None = 4.0
     drift: Annotated[float, Field(gt=1)] | None = 1.5

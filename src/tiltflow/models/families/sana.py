@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tiltflow.models.family import REPEAT, Family, Published
-from tiltflow.models.pipelines.backbone import TIMESTEPS, PipelineBackbone
-
-SOLVER = "DPMSolverMultistepScheduler"
+from tiltflow.models.pipelines.backbone import PipelineBackbone
+from tiltflow.models.pipelines.solvers import DPM, check_solver, network_time
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
 """What the pipeline puts before a prompt, but not before the negative one."""
@@ -36,7 +35,7 @@ _1600M = {
         "scaling_factor": 0.41407,
     },
     "scheduler": {
-        "_class_name": SOLVER,
+        "_class_name": DPM,
         "use_flow_sigmas": True,
         "prediction_type": "flow_prediction",
         "flow_shift": 3.0,
@@ -65,7 +64,7 @@ FAMILY = Family(
         "vae": "AutoencoderDC",
         "text_encoder": "Gemma2Model",
     },
-    schedulers=(SOLVER, "FlowMatchEulerDiscreteScheduler"),
+    schedulers=(DPM, "FlowMatchEulerDiscreteScheduler"),
     whole={
         "num_cross_attention_heads": (1, 4_096),
         "cross_attention_head_dim": (1, 65_536),
@@ -110,6 +109,7 @@ class SanaBackbone(PipelineBackbone):
     default_sequence = 300
     packing = 1
     shifted = False
+    hands_levels = False
 
     def _check_parts(self) -> None:
         if self.part_config(self.pipeline, "transformer")["guidance_embeds"]:
@@ -117,13 +117,7 @@ class SanaBackbone(PipelineBackbone):
                 f"the transformer in {self.path} takes a guidance scale as an input "
                 "(guidance_embeds), which a SanaPipeline does not give it"
             )
-        config = self.pipeline.json("scheduler/scheduler_config.json")
-        wanted = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-        if config.get("_class_name") == SOLVER and any(config.get(k) != wanted[k] for k in wanted):
-            raise ValueError(
-                f"the scheduler in {self.path} is no flow's: it needs use_flow_sigmas=true and "
-                "prediction_type=flow_prediction"
-            )
+        check_solver(self.pipeline)
 
     def _factor(self, vae: Mapping[str, Any]) -> int:
         return int(2 ** (len(vae["encoder_block_out_channels"]) - 1))
@@ -142,7 +136,7 @@ class SanaBackbone(PipelineBackbone):
     def _forward(
         self, network: nn.Module, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]
     ) -> Tensor:
-        dtype, time = self.input_dtype(network), (sigma.double() * TIMESTEPS).float()
+        dtype, time = self.input_dtype(network), network_time(sigma)
         v = network(
             x.to(dtype),
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
@@ -190,10 +184,3 @@ class SanaBackbone(PipelineBackbone):
         for stage in self.vae.decoder.up_blocks:
             for part in stage:
                 part.forward = partial(checkpoint, part.forward, use_reentrant=False)
-
-    def teacher_sigmas(self, steps: int) -> Tensor:
-        """The grid of the pipeline's own call with Euler's scheduler. DPM-Solver's steps are not
-        Euler's: in its place are equal raw levels with its shift, as a student's."""
-        if "flow_shift" in self.scheduler.config:
-            return self.few_step_sigmas(steps)
-        return self._schedule(self.scheduler, steps, raw=False)

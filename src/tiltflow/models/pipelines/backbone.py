@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tiltflow.flow import raw_levels
 from tiltflow.models.backbone import Conditioning, Loading
 from tiltflow.models.family import Family
-from tiltflow.models.medium import IMAGES, Medium
+from tiltflow.models.medium import IMAGES, VIDEOS, Medium
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.files import check_directory
-from tiltflow.models.pipelines.geometry import Geometry, geometry_of, grid, odd, shift_of
+from tiltflow.models.pipelines.geometry import Geometry, check_axes, geometry_of, grid, shift_of
 from tiltflow.models.pipelines.guidance import both_passes
 from tiltflow.models.pipelines.loading import load_part, load_pipeline
 from tiltflow.models.pipelines.parts import check_twin, part_config
@@ -63,6 +63,8 @@ class PipelineBackbone(ABC):
     """Whether the prompts come before the empty one in the pipeline's batch for guidance."""
     shifted: ClassVar[bool] = True
     """Whether latents are shifted on their way to the autoencoder, where it says by how much."""
+    hands_levels: ClassVar[bool] = True
+    """Whether the pipeline's call hands levels to its scheduler, and not their number alone."""
     packing: int
     """How many values of one latent channel a token holds side by side as channels."""
     ragged: ClassVar[bool] = False
@@ -89,11 +91,11 @@ class PipelineBackbone(ABC):
             check_directory(generator)
             self._check_teacher()
             check_twin(family, pipeline, generator)
-        self.medium: Medium = IMAGES
         self.device = torch.device(loading.device)
         transformer, vae = self._part_configs(pipe)
         self.geometry = self._geometry(transformer, vae, loading)
         self.resolution = self.geometry.resolution
+        self.medium: Medium = IMAGES if self.geometry.frames == 1 else VIDEOS
         self.latent_shape = self._latent_shape(int(transformer["in_channels"]))
         self.guidance = float(pipeline.side.get("guidance", self.default_guidance))
         self.sequence = self._sequence(loading)
@@ -217,7 +219,9 @@ class PipelineBackbone(ABC):
         return None
 
     def _latent_shape(self, channels: int) -> tuple[int, ...]:
-        return (channels // self.packing, *self.geometry.latent)
+        """Of a picture without frames."""
+        frames = self.geometry.latent_frames
+        return (channels // self.packing, *([frames] if frames > 1 else []), *self.geometry.latent)
 
     def _raw_levels(self, steps: int) -> list[float]:
         """What the pipeline's call hands to its scheduler."""
@@ -333,8 +337,11 @@ class PipelineBackbone(ABC):
         return self._schedule(own, steps, raw=True, student=True)
 
     def teacher_sigmas(self, steps: int) -> Tensor:
-        """The grid of the pipeline's own call with this number of steps."""
-        return self._schedule(self.scheduler, steps, raw=True)
+        """The grid of the pipeline's own call with this number of steps. A solver's steps are not
+        Euler's: in its place are equal raw levels with its shift, as a student's."""
+        if "flow_shift" in self.scheduler.config:
+            return self.few_step_sigmas(steps)
+        return self._schedule(self.scheduler, steps, raw=self.hands_levels)
 
     def _schedule(self, scheduler: Any, steps: int, raw: bool, student: bool = False) -> Tensor:
         own = self._student_mu if student else self._mu
@@ -381,14 +388,10 @@ class PipelineBackbone(ABC):
             )
         if self.shifted and "shift_factor" in vae and vae["shift_factor"] is None:
             raise ValueError(f"the autoencoder in {self.path} has no shift_factor, which it needs")
-        axes, each = transformer.get("axes_dims_rope"), transformer.get("attention_head_dim")
-        if axes is not None and (sum(axes) != each or len(axes) != self.axes or odd(axes)):
-            raise ValueError(
-                f"the transformer in {self.path} has axes_dims_rope={axes}, which are not "
-                f"{self.axes} even numbers that add up to its attention_head_dim={each}"
-            )
+        check_axes(transformer, self.axes, self.path)
         factor = self._factor(vae)
         patch = self._patch(transformer)
         size, most = loading.resolution, self._max_cells(transformer)
         size = self._default_latent(transformer) * factor if size is None else size
-        return geometry_of(size, factor, patch, most, self.path, loading.size_name)
+        step = int(vae["scale_factor_temporal"]) if self.record.videos else None
+        return geometry_of(size, factor, patch, most, self.path, loading.size_name, step)

@@ -10,7 +10,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -58,6 +58,7 @@ def encoder_facts(
         "batch size": batch_size,
         **{name: transformer[name] for name in widths if name in transformer},
         **{f"{name} version": version(name) for name in LIBRARIES},
+        **{f"{name} version": _installed(name) for name in pipeline.family.text_packages},
     }
     for part, entry in sorted(pipeline.index.items()):
         if part == "_class_name":
@@ -67,6 +68,14 @@ def encoder_facts(
             for file in _files(pipeline, part):
                 facts[f"{part}/{file.name}"] = sha256(file)
     return facts | family_facts(pipeline)
+
+
+def _installed(package: str) -> str | None:
+    """A package's version; None where it is not there, which is said when it is needed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def family_facts(pipeline: Pipeline) -> dict[str, str]:

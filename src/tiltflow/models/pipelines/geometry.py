@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from tiltflow.core.sentences import counted
-from tiltflow.core.sizes import Resolution, both, plain, said
+from tiltflow.core.sizes import Resolution, both, frames_of, plain, said
 
 LEVEL_KEYS = (
     "shift", "shift_terminal", "invert_sigmas", "use_dynamic_shifting", "base_shift", "max_shift",
@@ -23,17 +23,25 @@ LEVEL_KEYS = (
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of an image: `height` × `width` pixels, `factor` pixels a latent cell, `patch` cells a
-    token."""
+    token. A video has `frames` of them, `step` to a latent frame after the first; `step` is None
+    where the model makes pictures alone."""
 
     height: int
     width: int
     factor: int
     patch: int
+    frames: int = 1
+    step: int | None = None
 
     @property
     def resolution(self) -> Resolution:
         """As a config has it."""
-        return plain(self.height, self.width)
+        return plain(self.frames, self.height, self.width)
+
+    @property
+    def latent_frames(self) -> int:
+        """Of a video; 1 of an image."""
+        return (self.frames - 1) // (self.step or 1) + 1
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -48,8 +56,8 @@ class Geometry:
 
     @property
     def tokens(self) -> int:
-        """The length of the image's token sequence."""
-        return math.prod(self.grid)
+        """The length of the image's or video's token sequence."""
+        return self.latent_frames * math.prod(self.grid)
 
 
 def geometry_of(
@@ -59,13 +67,26 @@ def geometry_of(
     most: int | None,
     where: str,
     what: str = "model.resolution=",
+    step: int | None = None,
 ) -> Geometry:
     """The geometry of pictures of `resolution`; `most` tokens a side, if there is a bound;
-    `what` is its name in an error.
+    `what` is its name in an error. `step` frames of a video make a latent one after the first;
+    None where the model makes pictures alone.
 
     Raises:
-        ValueError: if a side is no positive multiple of a token's, or too long.
+        ValueError: if a side is no positive multiple of a token's, or too long, or there are
+            frames where there can be none, or not one more than a multiple of `step`.
     """
+    frames = frames_of(resolution)
+    if frames > 1 and step is None:
+        raise ValueError(
+            f"{what}{said(resolution)} is of a video, and the model in {where} makes pictures"
+        )
+    if (frames - 1) % (step or 1):
+        raise ValueError(
+            f"{what}{said(resolution)} has {frames} frames, but they must be one more than a "
+            f"multiple of {step} for the model in {where}"
+        )
     token = factor * patch
     for side in both(resolution):
         if side < 1 or side % token or (most is not None and side > most * token):
@@ -75,12 +96,26 @@ def geometry_of(
                 f"{what}{said(resolution)} must be {each}a positive multiple of "
                 f"{token}{bound} for the model in {where}"
             )
-    return Geometry(*both(resolution), factor, patch)
+    return Geometry(*both(resolution), factor, patch, frames, step)
 
 
 def odd(numbers: Sequence[int]) -> bool:
     """Whether one of them is odd."""
     return any(number % 2 for number in numbers)
+
+
+def check_axes(transformer: Mapping[str, Any], count: int, where: str) -> None:
+    """Whether the parts of a position, where a transformer has them, are `count` and fill a head.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    axes, each = transformer.get("axes_dims_rope"), transformer.get("attention_head_dim")
+    if axes is not None and (sum(axes) != each or len(axes) != count or odd(axes)):
+        raise ValueError(
+            f"the transformer in {where} has axes_dims_rope={axes}, which are not "
+            f"{count} even numbers that add up to its attention_head_dim={each}"
+        )
 
 
 def shift_of(config: Mapping[str, Any], tokens: int, where: str) -> float:

@@ -118,13 +118,15 @@ def _without_values(pipeline: Pipeline, part: str, dtype: torch.dtype) -> nn.Mod
     network = _without_weights(pipeline, part)
     exact = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     for place, module in network.named_modules():
-        kept = torch.float32 if exact & set(place.split(".")) else dtype
+        inside = bool(exact & set(place.split(".")))
         for name, parameter in module.named_parameters(recurse=False):
+            kept = torch.float32 if inside or name in exact else dtype
             made = nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False)
             module.register_parameter(name, made)
         for name, buffer in module.named_buffers(recurse=False):
             # one that no file holds is as its module made it, here as where files are read
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                kept = torch.float32 if inside or name in exact else dtype
                 setattr(module, name, buffer.to(kept))
     return network.eval()
 

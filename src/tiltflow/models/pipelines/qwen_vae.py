@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -107,35 +106,52 @@ class QwenVaeBackbone(PipelineBackbone):
         return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
     def _to_vae(self, latents: Tensor) -> Tensor:
-        """One frame, (B, C, 1, H, W); divided by 1/std, as the pipelines do."""
+        """Frames (B, C, T, H, W), one of a picture's latents (B, C, H, W); divided by 1/std, as the
+        pipelines do."""
+        if latents.ndim == 4:
+            latents = latents.unsqueeze(2)
         mean, std = (
             torch.tensor(self.vae.config[key]).view(1, -1, 1, 1, 1)
             for key in ("latents_mean", "latents_std")
         )
         inverse = to_device(1.0 / std, latents.device)
-        return latents.unsqueeze(2) / inverse + to_device(mean, latents.device)
+        return latents / inverse + to_device(mean, latents.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] from latents, differentiable, fp32."""
+        """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] from latents, differentiable,
+        fp32."""
         z = self._to_vae(latents.float()).to(self.vae.dtype)
-        images: Tensor = self.vae.decode(z, return_dict=False)[0]
-        return self.medium.decode(images[:, :, 0].float())
+        videos: Tensor = self.vae.decode(z, return_dict=False)[0].float()
+        return self.medium.decode(videos[:, :, 0] if latents.ndim == 4 else videos.transpose(1, 2))
 
     def checkpoint_decoder(self) -> None:
-        """By hand, since diffusers has none for this autoencoder. Its blocks hand the last frames
-        on to the next ones, which a second pass would count twice; one frame has no next."""
+        """By hand, since diffusers has none for these autoencoders."""
         decoder = self.vae.decoder
         for block in (decoder.mid_block, *decoder.up_blocks):
             block.forward = _recomputed(block.forward)
 
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def once(x: Tensor, *_: object, **given: object) -> Tensor:
-        kept = {name: value for name, value in given.items() if name == "first_chunk"}
-        plain = partial(forward, **kept)
-        if not torch.is_grad_enabled():
-            return plain(x)
-        found: Tensor = checkpoint(plain, x, use_reentrant=False)
+    """A block's forward that is computed again in the backward pass.
+
+    A block hands its last frames on to its next call in a list that it writes into, with a count of
+    the places used: each pass works on copies of both, because a second one would find what the
+    first had left there.
+    """
+
+    def once(
+        x: Tensor, feat_cache: list[Any] | None = None, feat_idx: list[int] | None = None,
+        **given: Any,
+    ) -> Tensor:  # fmt: skip
+        if not torch.is_grad_enabled() or feat_cache is None or feat_idx is None:
+            return forward(x, feat_cache=feat_cache, feat_idx=feat_idx, **given)
+        before, start = list(feat_cache), feat_idx[0]
+
+        def alone(x: Tensor) -> tuple[Tensor, list[Any], int]:
+            cache, place = list(before), [start]
+            return forward(x, feat_cache=cache, feat_idx=place, **given), cache, place[0]
+
+        found, feat_cache[:], feat_idx[0] = checkpoint(alone, x, use_reentrant=False)
         return found
 
     return once

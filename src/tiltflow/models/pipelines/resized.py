@@ -20,7 +20,8 @@ def resized(
     """
     other, config = copy.copy(backbone), dict(backbone.pipe.transformer.config)
     factor, patch, most = other.geometry.factor, other.geometry.patch, other._max_cells(config)
-    other.geometry = geometry_of(resolution, factor, patch, most, other.path, what)
+    step = other.geometry.step
+    other.geometry = geometry_of(resolution, factor, patch, most, other.path, what, step)
     other.resolution = other.geometry.resolution
     other.latent_shape = other._latent_shape(int(config["in_channels"]))
     return other
