@@ -39,6 +39,9 @@ class Seen(tiltflow.Callbacks):
     def begin(self, name: str, done: int, total: int | None) -> None:
         self.calls.append(("begin", (name, done, total)))
 
+    def step(self, done: int, total: int) -> None:
+        self.calls.append(("step", (done, total)))
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         assert values["fake_score/ambient"] > 0
         self.calls.append(("metrics", step))
@@ -135,8 +138,8 @@ def test_train_tells_its_callbacks_and_opens_the_run(tmp_path: Path) -> None:
     run = tiltflow.train(mixture(tmp_path / "run"), seen)
     assert seen.calls == [
         ("notice", "encoding 1 prompt"), ("notice", "loading mixture"),
-        ("begin", ("cold_start", 0, 4)), ("metrics", 2),
-        ("checkpoint", 3), ("metrics", 4), ("checkpoint", 4),
+        ("begin", ("cold_start", 0, 4)), ("step", (1, 4)), ("step", (2, 4)), ("metrics", 2),
+        ("step", (3, 4)), ("checkpoint", 3), ("step", (4, 4)), ("metrics", 4), ("checkpoint", 4),
     ]  # fmt: skip
     assert isinstance(run, tiltflow.Run) and run.finished and run.step == 4
     assert [row["step"] for row in run.metrics] == [2, 4]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import io
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_cli import COMMANDS, SRC, call
 
+from tiltflow.cli import main as cli
 from tiltflow.config.load import list_recipes, load_config, recipe_text
 from tiltflow.core.sentences import counted
 from tiltflow.tasks.failures import resume_command
@@ -38,6 +42,43 @@ assert not slow & set(sys.modules), slow & set(sys.modules)
 def test_help_waits_for_no_library(line: str) -> None:
     command = [sys.executable, "-c", NOTHING_SLOW, *line.split()]
     subprocess.run(command, check=True, capture_output=True, env={"PYTHONPATH": str(SRC)})
+
+
+def test_the_bar_moves_every_step_and_says_what_is_left() -> None:
+    from tiltflow.tasks.progress import Terminal
+
+    clock = iter(range(0, 10**6, 120))  # two minutes go by wherever somebody looks
+    said = io.StringIO()
+    console = Console(file=said, width=200, get_time=lambda: next(clock))
+    with Terminal(console) as shown:
+        shown.begin("cold_start", 100, 1000)
+        for done in (101, 102, 103):
+            shown.step(done, 1000)
+        assert shown._bar is not None and shown._bar.tasks[0].completed == 103
+        shown.metrics(103, {"generator/matching": 0.5})
+    (line,) = [line for line in said.getvalue().splitlines() if line.startswith("step")]
+    done, left = line.split("  left ")
+    assert done == "step 103/1000  matching 0.5"
+    assert re.fullmatch(r"(\d days?, )?\d+:\d\d:\d\d", left)
+
+
+@pytest.mark.parametrize(
+    ("line", "on"),
+    [
+        ("evaluate --model x", "; the same command goes on from here"),
+        ("train demo_tilt", "; run.resume=auto goes on from the last checkpoint, if there is one"),
+        ("doctor", ""),
+    ],
+)
+def test_after_ctrl_c_a_line_says_what_goes_on(
+    line: str, on: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "large_imports", pressed)
+    assert call(monkeypatch, *line.split()) == 130
+    assert capsys.readouterr().err == f"tiltflow: interrupted{on}\n"
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

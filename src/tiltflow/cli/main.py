@@ -32,7 +32,7 @@ from tiltflow.cli.options import (
 from tiltflow.cli.sharing import register_sharing
 from tiltflow.cli.study import study
 from tiltflow.cli.submit import submit
-from tiltflow.cli.terminal import terminal, write_any_text
+from tiltflow.cli.terminal import INTERRUPTED, interrupted, terminal, write_any_text
 from tiltflow.core.errors import NonFiniteError, PeerLost
 from tiltflow.core.importing import large_imports
 from tiltflow.core.limits import MOST_SAMPLES
@@ -367,6 +367,8 @@ def main() -> None:
             raise
         terminal(stderr=True).print(f"tiltflow: {_sentence(error, arguments)}", highlight=False)
         status = 2 if isinstance(error, ValueError | OSError | TyperException) else 1
+    if status == INTERRUPTED:
+        terminal(stderr=True, quiet=console.quiet).print(interrupted(arguments), highlight=False)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -132,6 +132,7 @@ def _run(
             _write_config(cfg, out)
 
     plain = Hooks(
+        step=lambda done: callbacks.step(done, cfg.train.steps),
         progress=_saying_target(cfg.tilt.reward_target, callbacks),
         notice=say,
         begin=begin,
