@@ -15,6 +15,7 @@ from rich.console import Console
 from test_cli import COMMANDS, SRC, call
 
 from tiltflow.cli import main as cli
+from tiltflow.cli.terminal import SPINS, threads_give_way
 from tiltflow.config.load import list_recipes, load_config, recipe_text
 from tiltflow.core.sentences import counted
 from tiltflow.tasks.failures import resume_command
@@ -79,6 +80,21 @@ def test_after_ctrl_c_a_line_says_what_goes_on(
     monkeypatch.setattr(cli, "large_imports", pressed)
     assert call(monkeypatch, *line.split()) == 130
     assert capsys.readouterr().err == f"tiltflow: interrupted{on}\n"
+
+
+def test_how_threads_wait_is_the_users_where_they_say_it() -> None:
+    for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}):
+        environment = dict(own)
+        threads_give_way(environment)
+        assert environment == own
+
+
+@pytest.mark.long
+def test_threads_give_way_from_the_start() -> None:
+    command = [sys.executable, "-m", "tiltflow", "doctor"]
+    environment = {"PYTHONPATH": str(SRC), "OMP_DISPLAY_ENV": "VERBOSE"}
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert re.search(rf"GOMP_SPINCOUNT = '{SPINS}'", told.stderr)  # as OpenMP itself read it
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
