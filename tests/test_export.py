@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 from students import (
     MERGED,
     MODELS,
@@ -25,6 +26,7 @@ from students import (
     student,
 )
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.core.sizes import said as said_size
@@ -134,7 +136,9 @@ def test_a_merged_pipeline_is_a_system_by_itself(tiny_pipeline: Tiny, tmp_path: 
         prepare(request(made, model=str(made.export / "merged")))
 
 
-def test_full_fine_tuning_exports_merged(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+def test_full_fine_tuning_exports_merged(
+    tiny_pipeline: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     made = student(tiny_pipeline, "sd3m", tmp_path)
     backbone: Any = load_backbone(made.model, device="cpu", resolution=RESOLUTION)
     roles = copy_roles(backbone, seed=0)
@@ -142,7 +146,11 @@ def test_full_fine_tuning_exports_merged(tiny_pipeline: Tiny, tmp_path: Path) ->
     checkpoint = Checkpoint(3, {"ema": weights}, {"stage": "cold_start", "adapters": None})
     with pytest.raises(ValueError, match="full copies .* export it with --merged"):
         export_checkpoint(made.config, checkpoint, tmp_path / "out")
+    diffusers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()
+    capfd.readouterr()
     paths = export_checkpoint(made.config, checkpoint, tmp_path / "out", Wanted(("merged",)))
+    assert capfd.readouterr().err == ""  # the libraries draw no bars
     assert [p.name for p in paths] == [
         "scheduler", "merged", "transformer.safetensors", "workflow.json", "README.md"
     ]  # fmt: skip
@@ -152,7 +160,11 @@ def test_full_fine_tuning_exports_merged(tiny_pipeline: Tiny, tmp_path: Path) ->
     )
     state = loaded.backbone.student_base.state_dict()
     assert all(torch.equal(state[k], v) for k, v in weights.items())
-    assert "lora" not in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "lora" not in card and "LoRA folders" not in card
+    assert (
+        "Here are the merged pipeline `merged/`, its sampler `scheduler/`, files for other" in card
+    )
 
 
 def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:

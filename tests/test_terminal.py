@@ -63,6 +63,23 @@ def test_the_bar_moves_every_step_and_says_what_is_left() -> None:
     assert re.fullmatch(r"(\d days?, )?\d+:\d\d:\d\d", left)
 
 
+def test_a_long_note_cuts_no_time_short() -> None:
+    from tiltflow.tasks.progress import Terminal
+
+    said = io.StringIO()
+    with Terminal(Console(file=said, width=80)) as shown:
+        shown.begin("tilt", 0, 2)
+        shown.step(2, 2)
+        names = (
+            "remote:http://127.0.0.1:8000/my_rewards:redness",
+            "clipscore",
+            "clipscore_heldout",
+        )
+        shown.metrics(2, {f"reward/{name}": 0.6283 for name in names})
+    (bar,) = [line for line in said.getvalue().splitlines() if line.startswith("tilt")]
+    assert re.search(r"━ 2/2 0:00:0\d left 0:00:00 ", bar)
+
+
 @pytest.mark.parametrize(
     ("line", "on"),
     [

@@ -86,7 +86,8 @@ def _holds(card: Card) -> str:
         pipeline = "pipelines" if len(card.merged) > 1 else "pipeline"
         held.append(f"the merged {pipeline} " + " and ".join(f"`{n}/`" for n in card.merged))
     if held:
-        held.append("`scheduler/`, the sampler that they were trained with,")
+        whose = "its" if len(card.folders) + len(card.merged) == 1 else "their"
+        held.append(f"{whose} sampler `scheduler/`")
     if card.others:
         held.append("files for other programs")
     return ", ".join(held)
@@ -132,14 +133,13 @@ def _usage(card: Card) -> str:
         if card.folders:
             blocks.append("The merged pipeline by itself:")
         blocks.append(card.usage.of_merged(card.merged[0]))
-    same = card.contract.dtype
+    if card.folders:
+        bf16 = "The base is in bf16, as in training. " if card.contract.dtype == "bf16" else ""
+        same = "the LoRA folders give what `tiltflow sample --seed 0 --dtype fp32` gives."
+        blocks.append(f"{bf16}In fp32 {same}")
     return "## Use\n\nIn this folder, with tiltflow installed:\n\n" + "\n\n".join(
         [
             *blocks,
-            f"In fp32 the LoRA folders give what `tiltflow sample --seed 0 --dtype {same}` gives."
-            if same == "fp32"
-            else "The base is in bf16, as in training. In fp32 the LoRA folders give what "
-            "`tiltflow sample --seed 0 --dtype fp32` gives.",
             "Without `seed`, the `generator` of the call decides the image by itself.",
             *([card.caution] if card.caution else []),
         ]

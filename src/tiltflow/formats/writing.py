@@ -24,6 +24,7 @@ from tiltflow.formats.contract import CONTRACT_KEY, Contract, falling
 from tiltflow.formats.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
 from tiltflow.models.pipelines.directory import SIDE_FILE, Pipeline
+from tiltflow.models.pipelines.loading import no_bars
 from tiltflow.models.pipelines.words import processors_of
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.models.switch import FEW_STEP, TILT
@@ -176,6 +177,7 @@ def save_merged(
     Raises:
         ValueError: if the weights are not this transformer's.
     """
+    no_bars()
     words = processors_of(model, silent=False)
     given = {**model.absent, **words}
     pipe: Any = pipeline.from_pretrained(

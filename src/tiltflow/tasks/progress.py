@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from tiltflow.tasks.callbacks import Callbacks
 
@@ -107,15 +108,19 @@ def _left(task: Task) -> str:
 
 
 def _bar(console: Console) -> Progress:
-    """Description, bar, count, time so far, time left, and the field `note` of a task."""
+    """Description, bar, count, time so far, time left, and the field `note` of a task.
+
+    Where that is wider than the terminal the note goes on below; counts and times stay whole.
+    """
+    whole = Column(no_wrap=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
         TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        TimeRemainingColumn(table_column=whole),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column()),
         console=console,
         speed_estimate_period=SPEED_OVER,
     )
