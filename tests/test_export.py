@@ -161,7 +161,7 @@ def test_full_fine_tuning_exports_merged(
     state = loaded.backbone.student_base.state_dict()
     assert all(torch.equal(state[k], v) for k, v in weights.items())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "lora" not in card and "LoRA folders" not in card
+    assert "lora" not in card
     assert (
         "Here are the merged pipeline `merged/`, its sampler `scheduler/`, files for other" in card
     )

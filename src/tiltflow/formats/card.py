@@ -133,13 +133,14 @@ def _usage(card: Card) -> str:
         if card.folders:
             blocks.append("The merged pipeline by itself:")
         blocks.append(card.usage.of_merged(card.merged[0]))
-    if card.folders:
-        bf16 = "The base is in bf16, as in training. " if card.contract.dtype == "bf16" else ""
-        same = "the LoRA folders give what `tiltflow sample --seed 0 --dtype fp32` gives."
-        blocks.append(f"{bf16}In fp32 {same}")
+    same = card.contract.dtype
     return "## Use\n\nIn this folder, with tiltflow installed:\n\n" + "\n\n".join(
         [
             *blocks,
+            f"In fp32 the LoRA folders give what `tiltflow sample --seed 0 --dtype {same}` gives."
+            if same == "fp32"
+            else "The base is in bf16, as in training. In fp32 the LoRA folders give what "
+            "`tiltflow sample --seed 0 --dtype fp32` gives.",
             "Without `seed`, the `generator` of the call decides the image by itself.",
             *([card.caution] if card.caution else []),
         ]
