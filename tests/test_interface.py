@@ -248,6 +248,10 @@ def test_the_mixtures_student_is_sampled_and_scored_as_its_run_left_it(tmp_path:
         ),
         (lambda out: tiltflow.evaluate("packaged:pipeline", ["x"]), "at least one --reward"),
         (lambda out: tiltflow.evaluate("packaged:pipeline", suite="shaeps"), "shapes"),
+        (
+            lambda out: tiltflow.sample("packaged:pipeline", ["x"], few_steps="a"),  # type: ignore[call-overload]
+            "no keyword 'few_steps'; did you mean 'few_step'",
+        ),
         (lambda out: tiltflow.compare(out / "a.json"), "a.json"),
         (lambda out: tiltflow.export(out, out / "x"), "no run directory"),
         (lambda out: tiltflow.load_recipe("demo_tlit"), "demo_tilt"),

@@ -245,11 +245,14 @@ def load_lora(pipe: Any, folder: Path, name: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' own lines about a LoRA that does not fit: the error says it once."""
+    """Without the libraries' own lines about a LoRA that does not fit, which the error says once,
+    and about a second adapter beside a first, which is what is meant."""
     before = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            yield
     finally:
         diffusers_logging.set_verbosity(before)
 
