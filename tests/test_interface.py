@@ -175,6 +175,7 @@ def test_what_a_callback_raises_ends_the_run_which_goes_on(tmp_path: Path) -> No
     seen = Seen()
     assert tiltflow.train(again, seen).finished
     assert ("begin", ("cold_start", 3, 4)) in seen.calls
+    assert ("notice", "going on from step 3 of 4") in seen.calls
 
 
 def test_sample_evaluate_compare(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> None:

@@ -124,6 +124,8 @@ def _run(
     callbacks.begin(cfg.stage, start or 0, cfg.train.steps)
 
     def begin() -> None:
+        if start:
+            say(f"going on from step {start} of {cfg.train.steps}")
         if ranks.main:
             if start is not None and latest_step(out) != start:
                 point_latest(out, start)  # a kill before the next save leaves this branch
