@@ -81,6 +81,34 @@ def test_a_long_note_cuts_no_time_short() -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("train mine.yml", "mine.yaml"),
+        ("train mixture_cold_start data.prompts=promts.txt", "prompts.txt"),
+        ("report rnus/tilt", "runs/tilt"),
+        ("report runs/tlit", "runs/tilt"),
+        ("report runs/nothing_like_it", None),
+        ("report rnus/cold", None),
+    ],
+)
+def test_a_misspelt_path_is_answered_with_the_one_that_is_there(
+    line: str,
+    meant: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("mine.yaml", "prompts.txt"):
+        Path(file).touch()
+    Path("runs/tilt").mkdir(parents=True)
+    assert call(monkeypatch, *line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith(f"; did you mean {meant!r}?\n") if meant else "did you mean" not in said
+
+
+@pytest.mark.parametrize(
     ("line", "on"),
     [
         ("evaluate --model x", "; the same command goes on from here"),
