@@ -1,5 +1,7 @@
 """A term of stage 2 of one's own: it holds the generator near stage 1's. Here: python own_term.py
 
+It takes some minutes and says how it went at the end; with train.steps=50 after it, a look.
+
 In a recipe: `tilt.terms={own_term:Stay: {weight: 0.5}}`.
 """
 

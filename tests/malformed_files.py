@@ -175,6 +175,7 @@ PIPELINES = [
 
 LORAS = [
     with_lora("no such folder"),
+    with_lora("a file in a folder's place", text("lora", "")),
     with_lora("an empty folder", lambda: Path("lora").mkdir()),
     with_lora("two files", text("lora/a.safetensors", ""), text("lora/b.safetensors", "")),
     with_lora("a pickle", planted(LORA + ".bin")),

@@ -192,6 +192,7 @@ SETTINGS = [
 
 FILES = [
     Case("no such file", PROMPTS + "none.txt"),
+    Case("one of nearly that name", PROMPTS + "promts.txt", text("prompts.txt", "a cat\n")),
     Case("no such packaged set", PROMPTS + "shapes-trian"),
     Case("a directory", PROMPTS + "."),
     prompts("another format", "p.xlsx", "a,b\n"),

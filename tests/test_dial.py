@@ -109,6 +109,8 @@ def test_runs_without_a_tilt_are_refused(tmp_path, runs):
     (other / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
     with pytest.raises(ValueError, match="has no export yet"):
         load_student([other], None, "cpu")
+    with pytest.raises(ValueError, match="runx is no run directory: there is nothing there"):
+        load_student([tmp_path / "runx"], None, "cpu")
 
 
 @pytest.mark.parametrize("file", ["export/few_step/x", "export/tilt/x", "config.yaml"])

@@ -39,6 +39,9 @@ class Seen(tiltflow.Callbacks):
     def begin(self, name: str, done: int, total: int | None) -> None:
         self.calls.append(("begin", (name, done, total)))
 
+    def step(self, done: int, total: int) -> None:
+        self.calls.append(("step", (done, total)))
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         assert values["fake_score/ambient"] > 0
         self.calls.append(("metrics", step))
@@ -135,8 +138,8 @@ def test_train_tells_its_callbacks_and_opens_the_run(tmp_path: Path) -> None:
     run = tiltflow.train(mixture(tmp_path / "run"), seen)
     assert seen.calls == [
         ("notice", "encoding 1 prompt"), ("notice", "loading mixture"),
-        ("begin", ("cold_start", 0, 4)), ("metrics", 2),
-        ("checkpoint", 3), ("metrics", 4), ("checkpoint", 4),
+        ("begin", ("cold_start", 0, 4)), ("step", (1, 4)), ("step", (2, 4)), ("metrics", 2),
+        ("step", (3, 4)), ("checkpoint", 3), ("step", (4, 4)), ("metrics", 4), ("checkpoint", 4),
     ]  # fmt: skip
     assert isinstance(run, tiltflow.Run) and run.finished and run.step == 4
     assert [row["step"] for row in run.metrics] == [2, 4]
@@ -172,6 +175,7 @@ def test_what_a_callback_raises_ends_the_run_which_goes_on(tmp_path: Path) -> No
     seen = Seen()
     assert tiltflow.train(again, seen).finished
     assert ("begin", ("cold_start", 3, 4)) in seen.calls
+    assert ("notice", "going on from step 3 of 4") in seen.calls
 
 
 def test_sample_evaluate_compare(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
@@ -245,6 +249,10 @@ def test_the_mixtures_student_is_sampled_and_scored_as_its_run_left_it(tmp_path:
         ),
         (lambda out: tiltflow.evaluate("packaged:pipeline", ["x"]), "at least one --reward"),
         (lambda out: tiltflow.evaluate("packaged:pipeline", suite="shaeps"), "shapes"),
+        (
+            lambda out: tiltflow.sample("packaged:pipeline", ["x"], few_steps="a"),  # type: ignore[call-overload]
+            "no keyword 'few_steps'; did you mean 'few_step'",
+        ),
         (lambda out: tiltflow.compare(out / "a.json"), "a.json"),
         (lambda out: tiltflow.export(out, out / "x"), "no run directory"),
         (lambda out: tiltflow.load_recipe("demo_tlit"), "demo_tilt"),

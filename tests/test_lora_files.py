@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from students import request, student
 
 from tiltflow.config.load import load_config
 from tiltflow.models.lora_files import read_adapter
 from tiltflow.models.pipelines.meta import meta_backbone
-from tiltflow.models.roles import adapter_roles
+from tiltflow.models.roles import AdapterSettings, adapter_roles
 from tiltflow.setup.checks import check_run
 from tiltflow.setup.model_checks import start_shapes
+from tiltflow.tasks.request import Request, check_request
 from tiltflow.tasks.systems import load_students
 
 Tiny = Callable[[str], Path]
@@ -275,3 +278,24 @@ def test_a_run_is_looked_at_by_its_headers(
         n: (v.shape, "meta") for n, v in weights.items()
     }
     assert check_run(tilt(tmp_path / "run")).prompts.train
+
+
+@pytest.mark.long
+def test_a_lora_in_another_programs_names_is_whole_or_refused(
+    tiny_pipeline: Tiny, tmp_path: Path
+) -> None:
+    """Of Z-Image's in ComfyUI's names diffusers (0.42.1) reads the feed-forward part alone, and of
+    Qwen-Image's all."""
+    parts = r"layers\.\d+\.(attention\.(to_q|to_k|to_v)|feed_forward\.w1)"
+    settings = AdapterSettings(2, 4.0, parts)
+
+    def asked(name: str, **options: Any) -> Request:
+        made = student(tiny_pipeline, name, tmp_path / name, formats=("comfyui",), **options)
+        alone = tmp_path / name / "alone"
+        alone.mkdir()
+        shutil.copy(made.export / "comfyui" / "few_step.safetensors", alone)
+        return request(made, few_step=alone, tilt_lora=None)
+
+    with pytest.raises(ValueError, match="modules in another program's names, of which diffusers"):
+        check_request(asked("z_image", settings=(settings, settings)))
+    check_request(asked("qwen_image"))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import io
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_cli import COMMANDS, SRC, call
 
+from tiltflow.cli import main as cli
+from tiltflow.cli.terminal import SPINS, threads_give_way
 from tiltflow.config.load import list_recipes, load_config, recipe_text
 from tiltflow.core.sentences import counted
 from tiltflow.tasks.failures import resume_command
@@ -38,6 +43,103 @@ assert not slow & set(sys.modules), slow & set(sys.modules)
 def test_help_waits_for_no_library(line: str) -> None:
     command = [sys.executable, "-c", NOTHING_SLOW, *line.split()]
     subprocess.run(command, check=True, capture_output=True, env={"PYTHONPATH": str(SRC)})
+
+
+def test_the_bar_moves_every_step_and_says_what_is_left() -> None:
+    from tiltflow.tasks.progress import Terminal
+
+    clock = iter(range(0, 10**6, 120))  # two minutes go by wherever somebody looks
+    said = io.StringIO()
+    console = Console(file=said, width=200, get_time=lambda: next(clock))
+    with Terminal(console) as shown:
+        shown.begin("cold_start", 100, 1000)
+        for done in (101, 102, 103):
+            shown.step(done, 1000)
+        assert shown._bar is not None and shown._bar.tasks[0].completed == 103
+        shown.metrics(103, {"generator/matching": 0.5})
+    (line,) = [line for line in said.getvalue().splitlines() if line.startswith("step")]
+    done, left = line.split("  left ")
+    assert done == "step 103/1000  matching 0.5"
+    assert re.fullmatch(r"(\d days?, )?\d+:\d\d:\d\d", left)
+
+
+def test_a_long_note_cuts_no_time_short() -> None:
+    from tiltflow.tasks.progress import Terminal
+
+    said = io.StringIO()
+    with Terminal(Console(file=said, width=80)) as shown:
+        shown.begin("tilt", 0, 2)
+        shown.step(2, 2)
+        names = (
+            "remote:http://127.0.0.1:8000/my_rewards:redness",
+            "clipscore",
+            "clipscore_heldout",
+        )
+        shown.metrics(2, {f"reward/{name}": 0.6283 for name in names})
+    (bar,) = [line for line in said.getvalue().splitlines() if line.startswith("tilt")]
+    assert re.search(r"━ 2/2 0:00:0\d left 0:00:00 ", bar)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("train mine.yml", "mine.yaml"),
+        ("train mixture_cold_start data.prompts=promts.txt", "prompts.txt"),
+        ("report rnus/tilt", "runs/tilt"),
+        ("report runs/tlit", "runs/tilt"),
+        ("report runs/nothing_like_it", None),
+        ("report rnus/cold", None),
+    ],
+)
+def test_a_misspelt_path_is_answered_with_the_one_that_is_there(
+    line: str,
+    meant: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("mine.yaml", "prompts.txt"):
+        Path(file).touch()
+    Path("runs/tilt").mkdir(parents=True)
+    assert call(monkeypatch, *line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith(f"; did you mean {meant!r}?\n") if meant else "did you mean" not in said
+
+
+@pytest.mark.parametrize(
+    ("line", "on"),
+    [
+        ("evaluate --model x", "; the same command goes on from here"),
+        ("train demo_tilt", "; run.resume=auto goes on from the last checkpoint, if there is one"),
+        ("doctor", ""),
+    ],
+)
+def test_after_ctrl_c_a_line_says_what_goes_on(
+    line: str, on: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "large_imports", pressed)
+    assert call(monkeypatch, *line.split()) == 130
+    assert capsys.readouterr().err == f"tiltflow: interrupted{on}\n"
+
+
+def test_how_threads_wait_is_the_users_where_they_say_it() -> None:
+    for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}):
+        environment = dict(own)
+        threads_give_way(environment)
+        assert environment == own
+
+
+@pytest.mark.long
+def test_threads_give_way_from_the_start() -> None:
+    command = [sys.executable, "-m", "tiltflow", "doctor"]
+    environment = {"PYTHONPATH": str(SRC), "OMP_DISPLAY_ENV": "VERBOSE"}
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert re.search(rf"GOMP_SPINCOUNT = '{SPINS}'", told.stderr)  # as OpenMP itself read it
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,13 @@ from tiltflow.cli.options import (
 from tiltflow.cli.sharing import register_sharing
 from tiltflow.cli.study import study
 from tiltflow.cli.submit import submit
-from tiltflow.cli.terminal import terminal, write_any_text
+from tiltflow.cli.terminal import (
+    INTERRUPTED,
+    interrupted,
+    terminal,
+    threads_give_way,
+    write_any_text,
+)
 from tiltflow.core.errors import NonFiniteError, PeerLost
 from tiltflow.core.importing import large_imports
 from tiltflow.core.limits import MOST_SAMPLES
@@ -349,6 +355,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    threads_give_way(os.environ)
     write_any_text()
     if not debug:  # the libraries' notices; their errors arrive as exceptions
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -367,6 +374,8 @@ def main() -> None:
             raise
         terminal(stderr=True).print(f"tiltflow: {_sentence(error, arguments)}", highlight=False)
         status = 2 if isinstance(error, ValueError | OSError | TyperException) else 1
+    if status == INTERRUPTED:
+        terminal(stderr=True, quiet=console.quiet).print(interrupted(arguments), highlight=False)
     sys.exit(status if isinstance(status, int) else 0)
 
 

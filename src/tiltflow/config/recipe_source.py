@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tiltflow.core.paths import home_for_tilde, read_text
+from tiltflow.core.paths import home_for_tilde, misspelt, read_text
 
 RECIPES = Path(str(resources.files("tiltflow"))) / "recipes"
 
@@ -119,7 +119,7 @@ def recipe_text(recipe: str) -> str:
         raise ValueError(f"unknown recipe {recipe!r}{hint}")
     path = path or Path(home_for_tilde(recipe))
     if not path.is_file():
-        raise ValueError(f"there is no recipe file {recipe}")
+        raise ValueError(f"there is no recipe file {recipe}{misspelt(recipe)}")
     return read_text(path, recipe)
 
 

@@ -67,7 +67,9 @@ def interruptible(said: str = "") -> Iterator[threading.Event]:
 def _say(line: str) -> None:
     """Straight to the stream: a buffered write may be under way where the signal came."""
     with suppress(OSError, ValueError):  # closed, or nobody's
-        os.write(sys.stderr.fileno(), f"{line}\n".encode())
+        stream = sys.stderr.fileno()
+        bar = "\r\x1b[K" if os.isatty(stream) else ""  # what is drawn there, and will be again
+        os.write(stream, f"{bar}{line}\n".encode())
 
 
 def pause(seconds: float) -> None:

@@ -96,3 +96,21 @@ def nearest(name: str, known: list[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; there is {', '.join(known)}" if known else "; there is none at all"
+
+
+def misspelt(path: str) -> str:
+    """The end of an error about a path where nothing is: what lies there under a name much alike,
+    or nothing."""
+    place = Path(home_for_tilde(path))
+    for folder in place.parents:  # the first that is there: a folder's name may be the wrong one
+        if folder.is_dir():
+            wrong = place.relative_to(folder).parts[0]
+            try:
+                there = sorted(os.listdir(folder))
+            except OSError:  # nobody may look
+                return ""
+            close = difflib.get_close_matches(wrong, there, n=1)
+            rest = place.relative_to(folder / wrong)
+            meant = [folder / name / rest for name in close if (folder / name / rest).exists()]
+            return f"; did you mean {str(meant[0])!r}?" if meant else ""
+    return ""

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from tiltflow.core.paths import home_for_tilde, read_text
+from tiltflow.core.paths import home_for_tilde, misspelt, read_text
 from tiltflow.core.randomness import Randomness
 from tiltflow.data.columns import Columns
 from tiltflow.data.tables import DATASETS, SEPARATED, Row, read_datasets, read_folder, read_table
@@ -112,7 +112,7 @@ def _no_split(source: str, split: str | None) -> None:
 
 def _missing(source: str, suffix: str) -> str:
     if suffix:
-        return f"prompts: there is no file {source}"
+        return f"prompts: there is no file {source}{misspelt(source)}"
     nearest = difflib.get_close_matches(source, PACKAGED, n=1, cutoff=0.0)[0]
     return f"prompts: there is no file or packaged set {source!r}; the nearest set is {nearest!r}"
 

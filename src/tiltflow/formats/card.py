@@ -96,7 +96,8 @@ def _holds(card: Card) -> str:
             f"the merged {pipeline} " + " and ".join(f"`{n}/`{s}" for n, s in tilts.items())
         )
     if held:
-        held.append("`scheduler/`, the sampler that they were trained with,")
+        whose = "its" if len(card.folders) + len(card.merged) == 1 else "their"
+        held.append(f"{whose} sampler `scheduler/`")
     if card.others:
         held.append("files for other programs")
     return ", ".join(held)

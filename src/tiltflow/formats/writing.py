@@ -24,6 +24,7 @@ from tiltflow.formats.contract import CONTRACT_KEY, Contract, falling
 from tiltflow.formats.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
 from tiltflow.models.pipelines.directory import SIDE_FILE, Pipeline
+from tiltflow.models.pipelines.loading import no_bars
 from tiltflow.models.pipelines.words import processors_of
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.models.switch import FEW_STEP, TILT
@@ -177,6 +178,7 @@ def save_merged(
     Raises:
         ValueError: if the weights are not this transformer's.
     """
+    no_bars()
     words = processors_of(model, silent=False)
     given = {**model.absent, **words}
     pipe: Any = pipeline.from_pretrained(
@@ -247,11 +249,14 @@ def load_lora(pipe: Any, folder: Path, name: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' own lines about a LoRA that does not fit: the error says it once."""
+    """Without the libraries' own lines about a LoRA that does not fit, which the error says once,
+    and about a second adapter beside a first, which is what is meant."""
     before = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            yield
     finally:
         diffusers_logging.set_verbosity(before)
 

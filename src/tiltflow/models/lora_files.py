@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from tiltflow.core.paths import misspelt
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint
 from tiltflow.models.pipelines.headers import FLOATS, header
 from tiltflow.models.pipelines.limits import is_number, is_whole, shown
@@ -308,8 +309,10 @@ def lora_file(folder: Path) -> Path:
     Raises:
         ValueError: if there is none, there are several, or it is torn or no safetensors file.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder of a LoRA that tiltflow exported")
     if not folder.is_dir():
-        raise ValueError(f"there is no LoRA folder {folder}")
+        raise ValueError(f"there is no LoRA folder {folder}{misspelt(str(folder))}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         run = (folder / "config.yaml").is_file()

@@ -9,7 +9,7 @@ from tiltflow.config.load import load_config
 from tiltflow.config.schema import RewardConfig, RunConfig
 from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
-from tiltflow.core.paths import PACKAGED
+from tiltflow.core.paths import PACKAGED, misspelt
 from tiltflow.data.prompts import PACKAGED as PACKAGED_PROMPTS
 
 
@@ -114,7 +114,7 @@ def check_run(path: Path) -> None:
     if (path / "config.yaml").is_file():
         return
     if not path.is_dir():
-        why = "it is a file" if path.exists() else "there is nothing there"
+        why = "it is a file" if path.exists() else f"there is nothing there{misspelt(str(path))}"
         raise ValueError(f"{path} is no run directory: {why}")
     inner = sorted(str(each.parent) for each in path.glob("*/config.yaml"))
     runs = f": the runs in it are {' and '.join(inner)}" if inner else ""

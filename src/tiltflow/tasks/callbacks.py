@@ -19,6 +19,9 @@ class Callbacks:
     def progress(self, name: str, done: int, total: int) -> None:
         """So many images of a system are made, or scored."""
 
+    def step(self, done: int, total: int) -> None:
+        """So many iterations of training are done; on a GPU the last one may still be under way."""
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """What `metrics.jsonl` gets of training after iteration `step`: means since the last time,
         by name, without what was not updated. Held-out figures are in `Run.metrics`."""

@@ -27,6 +27,7 @@ from tiltflow.models.switch import FEW_STEP, AdapterSwitch
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.rewards.remote.asking import ranks
 from tiltflow.setup.assemble import build_rewards
+from tiltflow.setup.run_directory import check_run
 from tiltflow.tasks.dial_runs import Exam, check_alike, plan_exams
 from tiltflow.tasks.report import run_names
 from tiltflow.tasks.request import Request, backbone_of, check_request
@@ -152,6 +153,8 @@ def load_student(runs: Sequence[Path], side: int | None, device: str) -> Student
         raise ValueError(f"choose from 1 to {MOST_DIALS} runs")
     if side is not None and not 8 <= side <= LONGEST_SIDE:
         raise ValueError(f"a size goes from 8 to {LONGEST_SIDE} pixels")
+    for run in runs:
+        check_run(run)
     cfgs = [load_config(str(run / "config.yaml"), []) for run in runs]
     few_step = _common_few_step(runs)
     requests = [

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.config.schema import Autocast
 from tiltflow.core import registry
+from tiltflow.core.paths import nearest
 from tiltflow.core.sizes import Resolution, said, same_as
 from tiltflow.data.columns import columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
@@ -283,8 +284,14 @@ def request_of(
     """The `Request` of these options and the first `count` prompts.
 
     Raises:
-        ValueError: if there is no prompt, or a keyword's value is of a wrong kind or out of range.
+        ValueError: if there is no prompt or no such keyword, or a keyword's value is of a wrong
+            kind or out of range.
     """
+    for name in how:
+        if name not in Sampling.__annotations__:
+            raise ValueError(
+                f"there is no keyword {name!r}{nearest(name, list(Sampling.__annotations__))}"
+            )
     given = asked(how)
     for option, known in (("dtype", tuple(DTYPES)), ("autocast", get_args(Autocast))):
         if given.get(option) not in (None, *known):

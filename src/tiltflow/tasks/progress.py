@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from tiltflow.tasks.callbacks import Callbacks
 
 LINE_EVERY = 10.0
 """Seconds between the lines where there is no terminal."""
+
+SPEED_OVER = 3600.0
+"""Seconds that the time left is reckoned from: an iteration of a large model takes longer than the
+half minute that rich looks back, and would never be given one."""
 
 SHOWN = ("generator/matching", "fake_score/ambient")
 """Metrics beside the bar, of a stage without rewards."""
@@ -54,16 +61,22 @@ class Terminal(Callbacks):
             name, start=started, completed=done, total=total, note=""
         )
 
+    def step(self, done: int, total: int) -> None:
+        for task in self._tasks.values():  # the one stage
+            assert self._bar is not None
+            self._bar.update(task, completed=done)
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         names = [n for n in values if n.startswith("reward/")] or [n for n in SHOWN if n in values]
         note = "  ".join(f"{name.split('/')[-1]} {values[name]:.4g}" for name in names)
-        left = None
-        for task in self._tasks.values():  # the one stage
+        done, left = str(step), ""
+        for task in self._tasks.values():
             assert self._bar is not None
-            self._bar.update(task, completed=step, note=note)
-            left = self._bar.tasks[task].time_remaining
+            self._bar.update(task, note=note)
+            shown = self._bar.tasks[task]
+            done, left = f"{step}/{shown.total:.0f}", _left(shown)
         if not self.console.is_terminal:
-            self.console.print(f"step {step}  {note}" + (f"  left {left:.0f} s" if left else ""))
+            self.console.print(f"step {done}  {note}{left}")
 
     def progress(self, name: str, done: int, total: int) -> None:
         assert self._bar is not None
@@ -74,8 +87,7 @@ class Terminal(Callbacks):
         if self.console.is_terminal or (done < total and now - self._last < LINE_EVERY):
             return
         self._last = now
-        left = self._bar.tasks[task].time_remaining if done < total else None
-        self.console.print(f"{name}  {done}/{total}" + (f"  left {left:.0f} s" if left else ""))
+        self.console.print(f"{name}  {done}/{total}{_left(self._bar.tasks[task])}")
 
     def alarm(self, step: int, text: str) -> None:
         said = f"watch: step {step}: {text}"
@@ -89,15 +101,26 @@ class Terminal(Callbacks):
         self.console.print(text, soft_wrap=True)
 
 
+def _left(task: Task) -> str:
+    """The time left as a line has it, or nothing where it is not known or over."""
+    left = task.time_remaining
+    return f"  left {timedelta(seconds=round(left))}" if left else ""
+
+
 def _bar(console: Console) -> Progress:
-    """Description, bar, count, time so far, time left, and the field `note` of a task."""
+    """Description, bar, count, time so far, time left, and the field `note` of a task.
+
+    Where that is wider than the terminal the note goes on below; counts and times stay whole.
+    """
+    whole = Column(no_wrap=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
         TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        TimeRemainingColumn(table_column=whole),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column()),
         console=console,
+        speed_estimate_period=SPEED_OVER,
     )

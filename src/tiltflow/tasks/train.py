@@ -127,6 +127,8 @@ def _run(
     callbacks.begin(cfg.stage, start or 0, cfg.train.steps)
 
     def begin() -> None:
+        if start:
+            say(f"going on from step {start} of {cfg.train.steps}")
         if ranks.main:
             if start is not None and latest_step(out) != start:
                 point_latest(out, start)  # a kill before the next save leaves this branch
@@ -135,6 +137,7 @@ def _run(
             _write_config(cfg, out)
 
     plain = Hooks(
+        step=lambda done: callbacks.step(done, cfg.train.steps),
         progress=_saying_target(cfg.tilt.reward_target, callbacks),
         notice=say,
         begin=begin,

@@ -49,7 +49,8 @@ class Watched:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens around the iterations. `sample` and `watch` get the number of done steps.
+    """What happens around the iterations. `sample` and `watch` get the number of done steps, and
+    `step` after each one: it waits for no device, which may be a little behind.
 
     `good` is the last step at which the watch saw nothing wrong, None before its first look.
     `notice` gets a sentence for the user. `begin` comes when what there is to go on with has been
@@ -57,6 +58,7 @@ class Hooks:
     `saved` gets the step of a checkpoint and its directory.
     """
 
+    step: Callable[[int], None] = lambda done: None
     progress: Callable[[int, dict[str, float]], None] = lambda done, metrics: None
     sample: Callable[[int], None] = lambda done: None
     watch: Callable[[int], Watched] = lambda done: Watched({})
@@ -129,6 +131,7 @@ def train(
         while done < settings.steps and not stop:
             accumulator.add(skips.iteration(stage, done), stage.guard.refused(done))
             done += 1
+            hooks.step(done)
             stop = ranks.any(stopped.is_set())
             logs = done % settings.log_every == 0 or done == settings.steps
             looked = bool(hooks.watch_every) and done % hooks.watch_every == 0

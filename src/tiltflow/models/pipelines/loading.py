@@ -19,6 +19,12 @@ from tiltflow.models.pipelines.weights import check_values, check_weights
 from tiltflow.models.pipelines.words import processors_of, tokenizer
 
 
+def no_bars() -> None:
+    """Has the libraries draw no bars of their own: what a command says of its work is its own."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
     """The pipeline with its networks, on the CPU.
 
@@ -31,8 +37,7 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
             all of them finite.
     """
     parts, dtype = loading.parts, loading.dtype
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    no_bars()
     family, given = pipeline.family, dict[str, Any](pipeline.absent)
     present = [name for name in family.text_encoders if name not in given]
     words: dict[str, Any] = {}
