@@ -65,9 +65,8 @@ def dial(page: Any) -> None:
     page.wait_for_function("() => document.querySelector('.made')?.naturalWidth > 0", timeout=90e3)
     page.get_by_role("button", name="Score all strengths").click()
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.plots .readout')].some("
-        "r => r.innerText.includes('strength 1.5'))",
-        timeout=600e3,
+        "() => document.querySelectorAll('.plots .card:first-child circle').length === 7",
+        timeout=600e3,  # a dot a strength
     )
 
 
@@ -88,6 +87,7 @@ def vote(page: Any) -> None:
         page.wait_for_function(
             "old => document.querySelector('.sides img')?.src !== old", arg=sources[0]
         )
+    page.locator("summary", has_text="What they say").click()
     page.wait_for_function("() => !document.getElementById('said').innerText")
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from backbone_helpers import PROMPTS, Tiny, load, noise
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
+from safetensors.torch import load_file, save_file
+from test_families_training import recipe
 from torch import nn
 
 from tiltflow.config.load import load_config
-from tiltflow.models.pipelines.storage import FP8
+from tiltflow.models.pipelines.storage import FP8, LOST
 from tiltflow.models.roles import AdapterSettings, Roles, adapter_roles
+from tiltflow.tasks.callbacks import Callbacks
+from tiltflow.tasks.train import train_run
 
 
 def rounded(network: nn.Module) -> None:
@@ -87,11 +93,47 @@ def test_what_8_bits_take(tiny_pipeline: Tiny) -> None:
             assert parameter.dtype == expected, name
 
 
+@pytest.mark.long
+def test_what_is_too_small_for_8_bits_is_said(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    """Scales before a norm of queries and keys say nothing of what a network computes, and with
+    them all of a matrix may lie where 8 bits have a few steps, or none."""
+    model = shutil.copytree(tiny_pipeline("sd35m"), tmp_path / "model")
+    assert load(model, dtype=torch.bfloat16, fp8=True).lost == {}
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    small = {
+        "transformer_blocks.0.attn.to_q.weight": 64,
+        "transformer_blocks.1.attn.to_k.weight": 512,
+    }
+    expected = {}
+    for name, by in small.items():
+        weights[name] = weights[name] / by
+        value = weights[name].bfloat16().double()
+        expected[name] = float((value - value.to(FP8).double()).norm() / value.norm())
+    save_file(weights, file, {"format": "pt"})
+    lost = load(model, dtype=torch.bfloat16, fp8=True).lost
+    assert lost == pytest.approx(expected, rel=1e-3) and min(lost.values()) > LOST
+    assert load(model, dtype=torch.bfloat16).lost == {}
+
+    said: list[str] = []
+    callbacks = Callbacks()
+    callbacks.notice = said.append  # type: ignore[method-assign]
+    more = ["model.base_storage=fp8", "model.gradient_checkpointing=true", f"model.path={model}"]
+    run = recipe("cold_start", "sd3", tiny_pipeline, tmp_path / "run", "train.steps=1", *more)
+    train_run(run, callbacks)
+    (line,) = [line for line in said if "base_storage" in line]
+    assert line.startswith(
+        "warning: model.base_storage=fp8 takes 100% of transformer_blocks.1.attn"
+    )
+    assert "to_k.weight and 1 more" in line
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("adapters.kind=copies", "for the frozen base of LoRAs"),
         ("run.sharding=fsdp2", "cannot be sharded"),
+        ("model.compile=true", "model.compile true exclude each other"),
         ("model.gradient_checkpointing=false", "saves no memory unless"),
         ("model.base_storage=int4", "'fp8'"),
     ],

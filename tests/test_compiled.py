@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from families_table import CASES
 from tiny_pipelines import build
 from torch import nn
 from torch._dynamo.utils import counters
 
 from tiltflow.config.load import load_config
+from tiltflow.core.distributed import Ranks, shard
 from tiltflow.models.backbone import Conditioning
 from tiltflow.models.compiled import VARIANTS, compile_blocks
 from tiltflow.models.families import load_backbone
@@ -101,6 +103,29 @@ def test_roles_with_as_many_adapters_share_a_compilation(tmp_path: Path) -> None
         with torch.no_grad():
             role(x, sigma, cond)
     assert made() == before
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("name", ["sd35m", "flux_dev"])
+def test_blocks_that_ranks_share_are_compiled(name: str, tmp_path: Path) -> None:
+    """`fully_shard` makes each a class of its own name."""
+    given = {"device": "cpu", "resolution": 64, "max_sequence_length": 64}
+    plain = load_backbone(build(name, tmp_path / name), **given)  # type: ignore[arg-type]
+    x, sigma, cond = arguments_of(plain)
+    expected = plain.velocity(plain.student_base, x, sigma, cond)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        shard(plain.student_base, plain.device, Ranks())
+        count = compile_blocks(plain.student_base, BACKEND, plain.record.blocks)
+        assert count == sum(
+            len(m) for m in plain.student_base.children() if type(m) is nn.ModuleList
+        )
+        with torch.no_grad():
+            made = plain.velocity(plain.student_base, x, sigma, cond)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_network_without_repeated_blocks_is_refused() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
 import time
 import tracemalloc
+from pathlib import Path
 
 import desk_data
 import numpy as np
 import pytest
-from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, served
+from desk_data import ODD, TOKEN, add_lines, make_evaluation, make_run, save_image, served
 from PIL import Image
 
 from tiltflow.desk.app import Desk
@@ -158,6 +160,15 @@ def test_a_curve_of_any_length_is_short_and_keeps_the_mean():
     assert np.mean([v for _, v in curve.points]) == pytest.approx(values.mean())
 
 
+def test_a_curve_ends_where_its_log_does():
+    curve = Curve()
+    for step in range(1, 10_001):
+        curve.add(step, float(step))
+    assert curve.each == 32 and curve.points[-1][0] == 9984
+    assert curve.drawn()[-1] == (10_000, np.mean(range(9985, 10_001)))
+    assert curve.drawn()[:-1] == curve.points
+
+
 def test_the_table_agrees_with_the_statistics(desk):
     place = next(iter(desk.sources.evaluations.values()))
     table = load_table(Set((place,)))
@@ -290,3 +301,42 @@ def test_the_pace_is_that_of_the_latest_files(tmp_path, folder):
     os.utime(run / "metrics.jsonl", (1080, 1080))
     desk = Desk([run], tmp_path / "votes.jsonl")
     assert desk.view(desk.overview()["runs"][0]["id"])["seconds_per_step"] == 2
+
+
+def test_a_night_between_two_samples_makes_no_slow_run(tmp_path):
+    """Killed after step 60, gone on with twelve hours later: two seconds a step on both days."""
+    run = make_run(tmp_path / "run", steps=60)
+    for step, at in ((0, 0), (20, 40), (40, 80), (60, 120)):
+        save_image(run / "samples" / f"step-{step:06d}.png", (step, 0, 0))
+        os.utime(run / "samples" / f"step-{step:06d}.png", (1000 + at,) * 2)
+    add_lines(run, [70])
+    os.utime(run / "metrics.jsonl", (1140 + 43200,) * 2)
+    desk = Desk([run], tmp_path / "votes.jsonl")
+    assert desk.view(desk.overview()["runs"][0]["id"])["seconds_per_step"] == 2
+
+
+def test_a_run_that_this_user_may_only_read_or_not_even_that_hides_no_other(tmp_path, monkeypatch):
+    """Tests may run as root, whom no mode stops: so the system's refusals are made."""
+    for name in ("locked", "mine", "secret"):
+        make_run(tmp_path / name)
+    holder = {"host": "other", "pid": 5, "started": "1", "space": "x", "token": "t"}
+    (tmp_path / "locked" / "run.lock").write_text(json.dumps(holder))
+    (tmp_path / "closed").mkdir()
+    touch, stat = Path.touch, os.stat
+
+    def refuse(path: Path, *given: object, **more: object) -> None:
+        if path.parent.name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        touch(path, *given, **more)
+
+    def closed(path: object, *given: object, **more: object) -> os.stat_result:
+        if "/closed/" in str(path) or str(path).endswith("secret/metrics.jsonl"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, *given, **more)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(os, "stat", closed)
+    overview = Desk([tmp_path], tmp_path / "votes.jsonl").overview()
+    assert [run["name"] for run in overview["runs"]] == ["locked", "mine"]
+    assert overview["runs"][0]["running"]  # its lock is a moment old
+    assert overview["problems"] == ["secret: Permission denied"]

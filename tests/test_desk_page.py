@@ -221,12 +221,12 @@ def test_votes_by_keyboard_and_mouse_change_the_tally(page, place):
         page.wait_for_function(
             "old => document.querySelector('.sides img')?.getAttribute('src') !== old", arg=pair
         )
-        assert f"of {number} votes" in page.locator(".result").inner_text()
+        assert f"{number} vote" in page.locator(".result").inner_text()
     votes = read_votes(place / "votes.jsonl")[before:]
     assert [vote["choice"] for vote in votes] == ["a", "b", "tie"]
     page.reload()
     page.wait_for_selector(".result")
-    assert f"of {before + 3} votes" in page.locator(".result").inner_text()
+    assert f"{before + 3} votes" in page.locator(".result").inner_text()
 
 
 def test_the_dial_turns_by_keyboard_and_draws_the_rewards(browser, tmp_path):
@@ -267,6 +267,8 @@ def test_a_dial_computed_beforehand_turns_the_same_way(browser, tmp_path):
                 page.wait_for_function("() => document.querySelector('.made')?.naturalWidth === 64")
                 assert page.locator(".dial output").inner_text() == "1.00"
                 assert page.locator(".made").get_attribute("src").endswith("/0/0/1")
+                texts = page.locator(".plots .readout").all_inner_texts()
+                assert re.match(r"strength 1\s", texts[0])  # where the dial is, not at its end
                 page.get_by_role("slider", name=run.name).focus()
                 page.keyboard.press("End")
                 assert page.locator(".dial output").inner_text() == "1.50"
@@ -337,13 +339,15 @@ def test_a_vote_that_the_desk_does_not_take_is_said_and_can_be_given_again(brows
         assert page.locator(".sides img").first.get_attribute("src") == pair
         page.unroute("**/api/vote")
         page.keyboard.press("1")
-        page.wait_for_function("() => document.querySelector('.result').innerText.includes('of 1')")
+        page.wait_for_function(
+            "() => document.querySelector('.result').innerText.includes('1 vote.')"
+        )
         wait_for_pair(page)
         pair = page.locator(".sides img").first.get_attribute("src").split("/")[3]
         client.json("/api/vote", {"pair": pair, "choice": "left"})  # as in another window
         page.keyboard.press("2")
         page.wait_for_function("() => said.innerText.includes('has been voted on')")
-        assert "of 2 votes" in page.locator(".result").inner_text()
+        assert "2 votes" in page.locator(".result").inner_text()
     assert len(read_votes(votes)) == 2
 
 

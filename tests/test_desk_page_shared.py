@@ -100,7 +100,9 @@ def test_no_vote_is_given_on_images_that_are_not_there_yet(browser, desk):
         wait_for_pair(page)
         page.unroute("**/api/pair/*/left")
         page.keyboard.press("1")
-        page.wait_for_function("() => document.querySelector('.result').innerText.includes('of 1')")
+        page.wait_for_function(
+            "() => document.querySelector('.result').innerText.includes('1 vote.')"
+        )
 
 
 def test_another_browsers_student_is_not_shown_as_this_ones(browser, tmp_path):
@@ -148,6 +150,8 @@ def test_a_dial_of_two_runs_names_the_one_that_trained_on_a_reward(browser, tmp_
             "clipscore_heldout (trained: tilt-1)",
             "shapes (held out)",
         ]
+        texts = page.locator(".plots .readout").all_inner_texts()
+        assert all("strength of tilt-1 " in text for text in texts)
         assert said == []
 
 

@@ -178,6 +178,43 @@ def test_votes_are_of_the_images_that_were_seen(tmp_path):
     assert len(read_votes(tmp_path / "votes.jsonl")) == 3
 
 
+def test_votes_stay_when_another_evaluation_gives_their_system_another_name(tmp_path):
+    """Beside a second "rtdmd" the first one is called by its run, too; and it may move."""
+    first, second = (make_run(tmp_path / name) for name in ("first", "second"))
+    make_evaluation(first / "evaluation.json", SCORES, PROMPTS)
+    desk = Desk([first, second], tmp_path / "votes.jsonl")
+    match = {"set": first_set(desk), "a": "rtdmd", "b": "ac_dmd"}
+    with served(desk) as client:
+        pair = client.json("/api/pair", match)
+        for choice in ("left", "right", "left", "tie"):
+            pair = client.json("/api/vote", {"pair": pair["pair"], "choice": choice})
+        before = pair["tally"]
+        assert before["wins"] + before["losses"] == 3 and before["ties"] == 1
+        better = {**SCORES, "rtdmd": [x + 0.1 for x in SCORES["rtdmd"]]}
+        make_evaluation(second / "evaluation.json", better, PROMPTS)
+        for row in range(len(PROMPTS)):  # another student's
+            save_image(second / "evaluation.images" / "rtdmd" / f"{row:05d}.png", (1, 2, row))
+        client.json("/api/overview")
+        assert client.json("/api/pair", match | {"a": "rtdmd, first"})["tally"] == before
+        assert client.json("/api/pair", match | {"a": "rtdmd, second"})["tally"]["rate"] is None
+        first.rename(tmp_path / "moved")
+        desk.given[0] = tmp_path / "moved"
+        client.json("/api/overview")
+        assert client.json("/api/pair", match | {"a": "rtdmd, moved"})["tally"] == before
+
+
+def test_the_page_hears_of_images_that_come_after_their_figures(tmp_path):
+    """`evaluate` puts them in place last: whoever looked in between has to look again."""
+    file = tmp_path / "run" / "evaluation.json"
+    make_evaluation(file, SCORES, PROMPTS)
+    desk, images = Desk([file], tmp_path / "votes.jsonl"), file.with_suffix(".images")
+    images.rename(tmp_path / "made")
+    between = desk.overview()["sets"]
+    assert desk.overview()["sets"] == between
+    (tmp_path / "made").rename(images)
+    assert desk.overview()["sets"] != between
+
+
 def test_a_vote_that_did_not_reach_the_disk_counts_once_when_given_again(tmp_path, monkeypatch):
     path, row = tmp_path / "votes.jsonl", {"prompt": "a", "image_a": "x", "image_b": "y"}
     append_vote(path, row | {"choice": "a"})

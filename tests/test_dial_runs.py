@@ -84,8 +84,9 @@ def test_other_rewards_of_one_name_are_refused_or_apart() -> None:
 
 
 SETTLED = SimpleNamespace(
-    steps=4, eta=0.9, guidance=1.0, resolution=64, max_sequence_length=8, dtype="fp32", levels={}
-)
+    steps=4, eta=0.9, guidance=1.0, resolution=64, max_sequence_length=8, dtype="fp32",
+    vae_dtype=None, levels={},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,7 @@ SETTLED = SimpleNamespace(
         ({"resolution": (64, 32)}, "size 64 and 64x32"),
         ({"max_sequence_length": 16}, "text tokens 8 and 16"),
         ({"dtype": "bf16"}, "dtype fp32 and bf16"),
+        ({"vae_dtype": "bf16"}, "autoencoder's dtype fp32 and bf16"),
         ({"levels": {"64": (1.0, 0.0)}}, "noise levels"),
         ({"model": "other"}, "model m and other"),
         ({"generator_path": "x"}, "generator None and x"),

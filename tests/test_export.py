@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file
 from students import (
     MERGED,
     MODELS,
@@ -37,6 +38,7 @@ from tiltflow.formats.writing import save_adapter
 from tiltflow.models.families import load_backbone
 from tiltflow.models.roles import AdapterSettings, adapter_roles, copy_roles
 from tiltflow.tasks.callbacks import Callbacks
+from tiltflow.tasks.depends import asked
 from tiltflow.tasks.evaluate import prepare
 from tiltflow.tasks.export import export_checkpoint, export_run
 from tiltflow.tasks.request import Request, check_request
@@ -168,6 +170,44 @@ def test_full_fine_tuning_exports_merged(
     )
 
 
+@pytest.mark.long
+def test_a_merged_autoencoder_is_kept_as_it_was_trained_with(
+    tiny_pipeline: Tiny, tmp_path: Path
+) -> None:
+    """A recipe may have it in fp32 beside a base in bf16: its weights are then the model's own."""
+    made = student(tiny_pipeline, "sd3m", tmp_path)
+    own = load_file(made.model / "vae" / "diffusion_pytorch_model.safetensors")
+    for vae, kind in (("fp32", torch.float32), (None, torch.bfloat16)):
+        model = made.config.model.model_copy(update={"dtype": "bf16", "vae_dtype": vae})
+        config, out = made.config.model_copy(update={"model": model}), tmp_path / str(vae)
+        export_checkpoint(config, made.checkpoint, out, Wanted(("merged",)))
+        kept = load_file(out / "merged" / "vae" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(kept[name], value.to(kind)) for name, value in own.items())
+        transformer = load_file(
+            out / "merged" / "transformer" / "diffusion_pytorch_model.safetensors"
+        )
+        assert {value.dtype for value in transformer.values()} == {torch.bfloat16}
+        contract = read_contract(out / "merged")
+        assert contract is not None and (contract.dtype, contract.vae_dtype) == ("bf16", vae)
+
+
+@pytest.mark.long
+def test_a_student_is_decoded_as_in_training(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    """By the contract, unless a precision is asked for, which is that of all parts."""
+    made, out = student(tiny_pipeline, "sd3m", tmp_path), tmp_path / "mixed"
+    model = made.config.model.model_copy(update={"dtype": "bf16", "vae_dtype": "fp32"})
+    config = made.config.model_copy(update={"model": model})
+    export_checkpoint(config, made.checkpoint, out)
+    for dtype, vae in ((None, torch.float32), ("bf16", torch.bfloat16)):
+        given = request(
+            made, few_step=out / "few_step", tilt_lora=out / "tilt", dtype=dtype, cache="off"
+        )
+        backbone: Any = prepare(given)[0].backbone
+        assert {value.dtype for value in backbone.vae.parameters()} == {vae}
+        assert backbone.transformer.pos_embed.proj.weight.dtype == torch.bfloat16
+        assert asked(given).get("vae_dtype") == (None if dtype else "fp32")
+
+
 def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
     scores = {"mean": 0.3, "ci95": [0.2, 0.4]}
     evaluation = {
@@ -193,6 +233,26 @@ def test_the_card(tiny_pipeline: Tiny, tmp_path: Path) -> None:
     assert {p.name for p in plain.export.iterdir()} == {
         "few_step", "tilt", "scheduler", "README.md", "contract.json"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("strengths", [(0.7,), (0.0, 1.0)])
+def test_the_card_says_how_strong_the_merged_tilt_is(
+    tiny_pipeline: Tiny, tmp_path: Path, strengths: tuple[float, ...]
+) -> None:
+    """And says nothing of LoRA folders that are not there. The figures are of strength 1."""
+    score = {"nfe": 4, "scores": {"clipscore": {"mean": 0.3, "ci95": [0.2, 0.4]}}}
+    evaluation = {"prompts": 9, "systems": {"rtdmd": score}, "asked": {"tilt": 1.0}}
+    options = {"formats": ("merged",), "strengths": strengths, "evaluation": evaluation}
+    made = student(tiny_pipeline, "sd3m", tmp_path, **options)
+    text = (made.export / "README.md").read_text()
+    if len(strengths) == 1:
+        assert "the merged pipeline `merged/` (tilt 0.7)" in text
+        assert "transformer in fp32, with the tilt at 0.7, in the layout" in text
+    else:
+        assert "pipelines `merged_0/` (tilt 0) and `merged_1/` (tilt 1)" in text
+        assert "with the tilt at 0 and 1, in the layout" in text
+    assert "`rtdmd` has the tilt at 1." in text
+    assert "LoRA folder" not in text
 
 
 def test_bad_exports(tmp_path: Path) -> None:

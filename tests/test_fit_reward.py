@@ -56,6 +56,18 @@ def fitted(tmp_path_factory):
     return place, about
 
 
+def test_a_file_that_is_given_twice_makes_no_vote_count_as_two(tmp_path):
+    """30 votes are too few, also by another name of their file."""
+    row = {"prompt": "a", "image_a": "x.png", "image_b": "y.png", "choice": "a"}
+    (tmp_path / "votes.jsonl").write_text((json.dumps(row) + "\n") * 30)
+    (tmp_path / "same.jsonl").symlink_to(tmp_path / "votes.jsonl")
+    files = [tmp_path / "votes.jsonl", tmp_path / "same.jsonl"]
+    with pytest.raises(ValueError, match=r"same\.jsonl is given twice"):
+        task.fit_reward(files, tmp_path / "out", "packaged:clip", "cpu")
+    with pytest.raises(ValueError, match="30 votes prefer one image"):
+        task.fit_reward(files[:1], tmp_path / "out", "packaged:clip", "cpu")
+
+
 def test_a_taste_is_recovered_and_the_folder_is_a_reward(fitted):
     place, about = fitted
     low, high = about["accuracy_ci95"]

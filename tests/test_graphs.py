@@ -144,6 +144,22 @@ def test_a_stage_has_the_same_bits_recorded(
     assert graphs is not None and engine.replays > 2 * len(graphs) > 0
 
 
+EIGHT = ["model.base_storage=fp8", "model.gradient_checkpointing=true"]
+
+
+@pytest.mark.long
+def test_a_base_in_8_bits_is_not_recorded(
+    tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its matrices lie elsewhere after each pass: a graph would read what others have there."""
+    monkeypatch.setattr(
+        building, "graphs_for", lambda device, wanted: Graphs(Recording()) if wanted else None
+    )
+    for more, recorded in (([], True), (EIGHT, False)):
+        build = stage(tiny_pipeline, tmp_path, "cold_start", False, "model.graphs=auto", *more)
+        assert (build.stage.roles.generator.graphs is not None) == recorded
+
+
 def test_passes_outside_of_an_iteration_are_not_recorded(
     tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +186,7 @@ def test_there_are_graphs_on_a_gpu_alone() -> None:
         (["model.compile=true"], "exclude each other"),
         (["adapters.kind=copies"], "needs adapters.kind lora"),
         (["run.sharding=fsdp2"], "run.sharding replicated"),
+        (EIGHT, "model.base_storage fp8 exclude each other"),
         (["model.family=flux"], "pipelines of family sd3"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tiltflow.config.load import load_config
 from tiltflow.models.lora_files import read_adapter
+from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.roles import adapter_roles
 from tiltflow.setup.checks import check_run
 from tiltflow.setup.model_checks import start_shapes
@@ -80,6 +81,7 @@ HONOURED = [
     {"exclude_modules": [QUERY], "alpha_pattern": {r".*1\.attn\.to_k": 1}},
     {"layers_to_transform": [0, 2], "layers_pattern": "transformer_blocks"},
     {"target_modules": r".*attn\.to_(q|v)", "use_rslora": True},
+    pytest.param({"lora_dropout": 0.5}, marks=pytest.mark.long),
 ]
 
 
@@ -103,6 +105,17 @@ def test_stage_two_starts_where_sample_is(
     size = expected.abs().max()
     assert (expected - base).abs().max() > 0.01 * size
     assert (velocity - expected).abs().max() <= 1e-6 * size
+
+
+@pytest.mark.long
+def test_a_dora_has_no_dial(tiny_pipeline: Tiny, plain: Path, tmp_path: Path) -> None:
+    """Its magnitudes would stay at strength 0: it goes as trained, and at no other strength."""
+    model = tiny_pipeline("sd3m")
+    dora = foreign(model, tmp_path, use_dora=True)
+    shapes = meta_backbone(model, resolution=64)
+    assert "rtdmd" in load_students(shapes, plain, dora).students
+    with pytest.raises(ValueError, match=r"LoRA for tilt is .*DoRA.* not at 0\.5"):
+        load_students(meta_backbone(model, resolution=64), plain, dora, 0.5)
 
 
 def test_alpha_tensors(plain: Path, tmp_path: Path) -> None:

@@ -173,7 +173,38 @@ def test_charts_hold_their_points_and_limits() -> None:
         for k, r in ((1, "a"), (2, "b"))
     }
     rows["b"] = [{"step": r["step"], "loss": r["loss"]} for r in rows["b"]]
-    assert [c.title for c in side_by_side(rows)] == ["loss"]
+    (both,) = side_by_side(rows)
+    assert both.title == "loss" and both.note == "" and "b, last 4.00" in both.svg
+
+
+def test_what_is_called_a_last_value_is_one() -> None:
+    """A smoothed line ends elsewhere than its log: the legend says so, and a note why."""
+    rows = [{"step": i, "loss": 1.0} for i in range(100)] + [{"step": 100, "loss": 9.0}]
+    (made,) = side_by_side({"long": rows, "short": rows[-3:]})
+    assert "long, ends at 1.00" in made.svg and "short, last 9.00" in made.svg
+    assert "running medians" in made.note
+
+
+def test_no_two_lines_look_alike() -> None:
+    """Six colours, and a stroke of its own for a seventh line of the first."""
+    series = [Series(str(k), np.arange(3.0), np.ones(3) * k, dashed=k % 2 > 0) for k in range(18)]
+    svg = chart("t", "a", series).svg
+    lines = re.findall(r'<g class="series">\s*<path d="[^"]*" style="([^"]*)"', svg)
+    assert len(lines) == 18 and len(set(lines)) == 18
+
+
+def test_a_long_run_beside_another_takes_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,000 lines are thinned before they are smoothed."""
+    seen: list[int] = []
+
+    def counted(values: np.ndarray) -> np.ndarray:
+        seen.append(len(values))
+        return values
+
+    monkeypatch.setattr("tiltflow.evaluation.charts.running_median", counted)
+    rows = [{"step": i, "loss": i % 7} for i in range(10_000)]
+    (made,) = side_by_side({"a": rows, "b": rows})
+    assert max(seen) <= 600 and made.title == "loss"
 
 
 READER = """<!doctype html><body><iframe id="f" src="{page}" width="{width}" height="800"></iframe>

@@ -80,6 +80,9 @@ def test_doctor_adds_them_to_the_plan(
     ]  # fmt: skip
     assert call(monkeypatch, *line, "rewards={shapes: 1.0}") == 0
     assert "\nfits into 4.0 GiB" in capsys.readouterr().out
+    none = ["0" if word == "4.0" else word for word in line]
+    assert call(monkeypatch, *none, "rewards={shapes: 1.0}") == 0
+    assert "\ndoes not fit into 0.0 GiB" in capsys.readouterr().out
     assert call(monkeypatch, *line, "rewards={pickscore: 1.0}") == 0
     said = capsys.readouterr().out
     assert "reward pickscore" in said and "3.67" in said and "does not fit into 4.0 GiB" in said

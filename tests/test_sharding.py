@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families_table import CASES
 
 from tiltflow.config.load import load_config
 from tiltflow.core.distributed import Ranks
@@ -17,7 +18,17 @@ Tiny = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sd35m", "flux_dev", "klein_base", "krea2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(quick := ["sd35m", "flux_dev", "klein_base", "krea2", "qwen_image_21"]),
+        *(
+            pytest.param(case.names[0], marks=pytest.mark.long)
+            for case in CASES.values()
+            if case.names[0] not in quick
+        ),
+    ],
+)
 def test_a_base_without_values_is_the_same_network(
     name: str, dtype: torch.dtype, tiny_pipeline: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,7 @@ def test_a_start_that_saves_nothing_is_not_followed_by_the_same_for_ever(
         ({"more": ("rm -r",)}, "should be one option"),
         *(
             ({"more": (f"--{text}",)}, "sets this option itself")
-            for text in ("time=3", "sig=USR2@9", "node 3", "no-requeue", "array=1-3", "ntasks=2")
+            for text in ("time=3", "sig=USR2@9", "node 3", "no-requeue", "array=1-3", "arr=1-3")
         ),
     ],
 )
@@ -154,11 +154,19 @@ def test_what_is_refused_before_slurm_is_asked(
         submit("#!/bin/bash\n")
 
 
-def test_the_commands_own_words() -> None:
+def test_the_commands_own_words(tmp_path: Path) -> None:
     env = {**os.environ, "PATH": "/nowhere"}
     refused = command("submit", "mixture_cold_start", env=env)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "there is no sbatch on PATH" in refused.stderr
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "sbatch").write_text("#!/bin/sh\ncat > /dev/null\necho 77\n")
+    (bin / "sbatch").chmod(0o755)
+    there = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}"}
+    for option, file in (((), "slurm-77.out"), (("--sbatch=--output=logs/%j.log",), "logs/77.log")):
+        handed = command("submit", "mixture_cold_start", *option, env=there)
+        assert handed.stdout == f"job 77; what it says is in {file}\n"
     printed = command("submit", "mixture_cold_start", "--gpus", "2", "--print", env=env)
     assert printed.returncode == 0 and printed.stdout.startswith("#!/bin/bash\n#SBATCH --job-name")
 

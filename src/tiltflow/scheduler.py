@@ -47,7 +47,7 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     and then 0, whatever the pipeline would ask of it otherwise: 1, .9, .75, .5, 0 for SD3. Make
     one from a pipeline's own scheduler: `from_config(pipe.scheduler.config, eta=0.9)`.
 
-    **Noise.** diffusers hands `step` no generator, so the draws of the stochastic steps are
+    **Noise.** Most pipelines hand `step` no generator, so the draws of the stochastic steps are
     counted (`tiltflow.core.randomness`): after `seed` they are those of `tiltflow sample --seed`.
     A call that was not seeded takes each image's seed from its own initial latent, so that the
     `generator` given to the pipeline decides the image all the same.

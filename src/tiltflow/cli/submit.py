@@ -46,4 +46,4 @@ def submit(
         sys.stdout.write(text)
         return
     number = hand_over(text)
-    terminal().print(f"job {number}; what it says is in slurm-{number}.out", highlight=False)
+    terminal().print(f"job {number}; what it says is in {job.output(number)}", highlight=False)

@@ -94,6 +94,11 @@ def _check_graphs(config: RunConfig) -> None:
         raise ValueError(f"{key} is for pipelines of family {', '.join(graph_families())}")
     if model.compile:
         raise ValueError(f"{key} and model.compile true exclude each other: set one of them")
+    if model.base_storage is not None:
+        raise ValueError(
+            f"{key} and model.base_storage {model.base_storage} exclude each other: a cast matrix "
+            "does not stay where a graph reads it"
+        )
     if config.adapters.kind != "lora" or config.run.sharding != "replicated":
         raise ValueError(f"{key} needs adapters.kind lora and run.sharding replicated")
 
@@ -106,6 +111,11 @@ def _check_base_storage(config: RunConfig) -> None:
         raise ValueError(f"{key} is for the frozen base of LoRAs, so adapters.kind is lora")
     if config.run.sharding != "replicated":
         raise ValueError(f"{key} cannot be sharded, so run.sharding is replicated")
+    if config.model.compile:
+        raise ValueError(
+            f"{key} and model.compile true exclude each other: what is compiled does not recompute "
+            "what it computed"
+        )
     if not {"generator", "fake_score"} <= config.model.checkpointed:
         raise ValueError(
             f"{key} saves no memory unless model.gradient_checkpointing is true or has generator "

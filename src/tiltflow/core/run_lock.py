@@ -225,15 +225,19 @@ def _holds(path: Path, found: Holder | None) -> bool:
 
 
 def _silence(path: Path) -> float:
-    """Seconds since a lock's last heartbeat, both by the clock of the file system."""
+    """Seconds since a lock's last heartbeat, both by the clock of the file system; by this host's
+    where it may only read there, as whoever looks at another user's run."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         probe.touch(exist_ok=False)
         return probe.stat().st_mtime - path.stat().st_mtime
     except FileNotFoundError:
         return 0.0  # released in between: whoever asks looks again
+    except OSError:
+        return time.time() - path.stat().st_mtime if path.exists() else 0.0
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def _refusal(path: Path, found: Holder | None) -> str:

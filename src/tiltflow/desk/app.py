@@ -64,12 +64,16 @@ class Desk:
         """Every run and every set of comparable evaluations, in short, and what cannot be read."""
         self.sources = find_sources(self.given, strict=False)
         problems: list[str] = []
-        listed = [
-            {"id": place.id, "name": place.name, **runs.summary(place.path)}
-            for place in self.sources.runs.values()
-        ]
+        listed = []
+        for place in self.sources.runs.values():
+            try:
+                about = runs.summary(place.path)
+            except OSError as error:  # another user's, say
+                problems.append(f"{place.name}: {error.strerror or error}")
+            else:
+                listed.append({"id": place.id, "name": place.name, **about})
         sets = [
-            {"id": key, "name": found.name}
+            {"id": key, "name": found.name, "changed": found.changed}
             for key, found in group(self.sources.evaluations, problems).items()
         ]
         dials = [{"id": place.id, "name": place.name} for place in self.sources.dials.values()]

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ TAIL = 65_536
 """Bytes at the end of a log that the list of runs looks at."""
 FAR = 64 * TAIL
 """Bytes at its end in which it looks for the watch's last line, where the watch looks seldom."""
+MARKS = 4
+"""Files whose times say how fast a run is."""
 PIECE = 1 << 20
 """Bytes of a log that are read at a time."""
 LARGEST = 1e300
@@ -44,9 +47,10 @@ class Curve:
     each: int = 1
     _sum: float = 0.0
     _count: int = 0
+    _last: int = 0
 
     def add(self, step: int, value: float) -> None:
-        self._sum, self._count = self._sum + value, self._count + 1
+        self._sum, self._count, self._last = self._sum + value, self._count + 1, step
         if self._count < self.each:
             return
         self.points.append((step, self._sum / self._count))
@@ -55,6 +59,12 @@ class Curve:
             pairs = zip(self.points[::2], self.points[1::2], strict=True)
             self.points = [(later, (a + b) / 2) for (_, a), (later, b) in pairs]
             self.each *= 2
+
+    def drawn(self) -> list[tuple[int, float]]:
+        """The points, and the mean of the latest lines, which are no whole point yet: a curve ends
+        where its log does."""
+        rest = [(self._last, self._sum / self._count)] if self._count else []
+        return [*self.points, *rest]
 
 
 class Log:
@@ -227,7 +237,7 @@ def _view(run: Path, log: Log) -> dict[str, Any]:
         "running": running,
         "seconds_per_step": pace,
         "seconds_left": left,
-        "curves": {name: list(curve.points) for name, curve in log.curves.items()},
+        "curves": {name: curve.drawn() for name, curve in log.curves.items()},
         "notes": log.notes,
         **_samples(run, chosen, pictures),
         "columns": COLUMNS,
@@ -243,18 +253,17 @@ def _names(chosen: Mapping[str, Any], prefix: str) -> list[str]:
 
 
 def _pace(run: Path, pictures: Mapping[int, Path], log: Log) -> float | None:
-    """Seconds an iteration, from the times of the latest two files whose step is known: samples, or
+    """Seconds an iteration, from the times of the latest files whose step is known: samples, or
     checkpoints of a run that draws none, and the log. A log has no times in it, so that it is the
-    same whoever ran it and when. None before there are two."""
+    same whoever ran it and when. The (lower) median of the times between them: a run that stood
+    still for a night is not a slow one. None before there are two."""
     files = list(pictures.items()) or _checkpoints(run)
-    marks = [(step, file.stat().st_mtime) for step, file in files[-2:]]
-    if log.path.is_file():
+    marks = [(step, file.stat().st_mtime) for step, file in files[-MARKS:]]
+    if log.path.is_file() and (not marks or log.step > marks[-1][0]):
         marks.append((log.step, log.path.stat().st_mtime))
-    later = [mark for mark in marks if mark[0] < marks[-1][0]]
-    if not later:
-        return None
-    (before, began), (after, ended) = later[0], marks[-1]
-    return (ended - began) / (after - before) if ended > began else None
+    between = [(s - r, t - u) for (r, u), (s, t) in pairwise(marks)]
+    paces = sorted(time / steps for steps, time in between if time > 0)
+    return paces[(len(paces) - 1) // 2] if paces else None
 
 
 def _checkpoints(run: Path) -> list[tuple[int, Path]]:

@@ -76,6 +76,15 @@ class Set:
         names = ", ".join(place.name for place in self.places)
         return names if self.size is None else f"{names}: {self.size}"
 
+    @property
+    def changed(self) -> str:
+        """What is another text when one of the evaluations was written anew. Its images take
+        their place last, a moment after its two files. (A text: a page's numbers do not hold
+        nanoseconds.)"""
+        paths = [place.path for place in self.places]
+        files = [f for p in paths for f in (p, scores_path(p), p.with_suffix(".images"))]
+        return " ".join(map(_written, files))
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -268,6 +277,13 @@ def _values(column: Column, reward: str, n: int) -> NDArray[np.float64]:
 def _at(column: Column, reward: str, row: int) -> float | None:
     values = column.scores.get(reward)
     return None if values is None or not math.isfinite(values[row]) else float(values[row])
+
+
+def _written(file: Path) -> str:
+    try:
+        return f"{file.stat().st_mtime_ns:x}"
+    except OSError:  # removed since the desk looked
+        return ""
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +66,11 @@ def find_sources(given: Sequence[Path], strict: bool = True) -> Sources:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file()
+    return os.path.isfile(path / "config.yaml")  # also of a folder that is closed to this user
 
 
 def _is_dial(path: Path) -> bool:
-    return (path / FILE).is_file()
+    return os.path.isfile(path / FILE)
 
 
 def _is_evaluation(path: Path) -> bool:

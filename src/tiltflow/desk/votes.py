@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -78,7 +78,7 @@ class Ballot:
         return {"pair": key, "prompt": pair.prompt, "tally": self.tally(match, columns)}
 
     def _row(self, match: Match, columns: list[Column], n: int) -> int:
-        shown = Counter(vote["row"] for vote in self._votes(match, columns)[0])
+        shown = Counter(vote.row for vote in self._votes(match, columns)[0])
         shown.update(pair.row for pair in self._pairs.values() if pair.match == match)
         names = [_names(column.images) for column in columns]
         kept = [r for r in range(n) if all(f"{r:05d}.png" in files for files in names)]
@@ -136,7 +136,7 @@ class Ballot:
         and the interval, which holds however often one looks; and how many votes were on images
         that are not there any more, which are not counted."""
         counted, other = self._votes(match, columns)
-        results = Counter(_result(vote, match) for vote in counted)
+        results = Counter(vote.result for vote in counted)
         wins, losses, ties = results["win"], results["loss"], results["tie"]
         votes = wins + losses + ties
         low, high = win_rate_interval(wins + ties / 2, losses + ties / 2)
@@ -149,38 +149,59 @@ class Ballot:
             "other": other,
         }
 
-    def _votes(self, match: Match, columns: list[Column]) -> tuple[list[dict[str, Any]], int]:
+    def _votes(self, match: Match, columns: list[Column]) -> tuple[list[Counted], int]:
         """The votes of a match, whichever side its systems were on: those on the images that these
         have now, and how many others. Trained or sampled anew, a system keeps its name and is
-        another one."""
+        another one; beside another evaluation, it has another name and is the same one."""
         file = self.file
         mark = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None
         if mark != self._read[0]:
             self._read = (mark, read_votes(file))
-        sides = ([match.a, match.b], [match.b, match.a])
-        by_name = {column.name: column for column in columns}
-        found = [
-            vote
-            for vote in self._read[1]
-            if vote.get("set") == match.set
-            and [vote.get("system_a"), vote.get("system_b")] in sides
-            and isinstance(vote.get("row"), int)
-        ]
-        counted = [vote for vote in found if _current(vote, by_name)]
-        return counted, len(found) - len(counted)
+        places = [self._place(column.images) for column in columns]
+        counted, other = [], 0
+        for vote in self._read[1]:
+            if vote.get("set") != match.set or not isinstance(vote.get("row"), int):
+                continue
+            sides = [_system(vote, side, columns, places) for side in "ab"]
+            if {system for system, _ in sides} != {0, 1}:
+                continue
+            if all(current for _, current in sides):
+                counted.append(Counted(vote["row"], _result(vote["choice"], sides[0][0] == 0)))
+            else:
+                other += 1
+        return counted, other
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A vote on a prompt: whether the match's first system won, lost or neither."""
+
+    row: int
+    result: str
 
 
 def _names(folder: Path) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
-def _current(vote: Mapping[str, Any], columns: Mapping[str, Column]) -> bool:
-    """Whether a vote is on the images that its systems have now, as far as it says."""
-    for side in "ab":
-        image = columns[vote[f"system_{side}"]].image(vote["row"])
-        if (said := vote.get(f"sha256_{side}")) is not None and said != _digest(image):
-            return False
-    return True
+def _system(
+    vote: Mapping[str, Any], side: str, columns: Sequence[Column], places: Sequence[str]
+) -> tuple[int | None, bool]:
+    """Which of two systems a vote's side was, None for neither, and whether it has that image now,
+    as far as the vote says. Its name is not enough: "rtdmd" is "rtdmd, RUN" as soon as another
+    evaluation stands beside it. So it is also the one whose image lies there, or is the same."""
+    row, said = vote["row"], vote.get(f"sha256_{side}")
+    named = [
+        k
+        for k, (column, place) in enumerate(zip(columns, places, strict=True))
+        if vote[f"image_{side}"] == f"{place}/{row:05d}.png"
+        or vote.get(f"system_{side}") == column.name
+    ]
+    if said is None:
+        return (named[0] if named else None), True
+    same = [k for k, column in enumerate(columns) if _digest(column.image(row)) == said]
+    both = [k for k in named if k in same] or (same if len(same) == 1 else [])
+    return next(iter(both or named), None), bool(both)
 
 
 def _digest(image: Path) -> str | None:
@@ -197,8 +218,7 @@ def _hashed(file: Path, changed: int, size: int) -> str:
     return sha256(file)
 
 
-def _result(vote: dict[str, Any], match: Match) -> str:
-    if vote["choice"] == "tie":
+def _result(choice: str, first_is_a: bool) -> str:
+    if choice == "tie":
         return "tie"
-    chosen = vote["system_a"] if vote["choice"] == "a" else vote["system_b"]
-    return "win" if chosen == match.a else "loss"
+    return "win" if (choice == "a") == first_is_a else "loss"

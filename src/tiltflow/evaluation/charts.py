@@ -18,6 +18,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from tiltflow.evaluation.figures import (
+    SMOOTHED_FROM,
     axis_title,
     elided,
     frame,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Stroke = str | tuple[int, tuple[float, ...]]
 WIDTH, HEIGHT = 330, 220
 LEGEND, ROW, FOOT = 18, 36, 52
 """Heights of a line of a legend, of a system in a forest and of what is below them, in units of the
@@ -39,7 +41,16 @@ SVG's view box."""
 LONGEST_NAME, LONGEST_LABEL = 32, 16
 """Letters of a name in a legend and of a line beside a forest."""
 SERIES = ("#1f5fa8", "#b25a00", "#1b7a4b", "#8b3a8f", "#6b5b1e", "#0f7c86")
-"""Colours of lines; a seventh line has the first's."""
+"""Colours of lines; a seventh line has the first's, and the next of the strokes."""
+STROKES: tuple[tuple[Stroke, Stroke], ...] = (
+    ("solid", (0, (5, 3))),
+    ((0, (1.2, 1.6)), (0, (5, 2, 1, 2))),
+    ((0, (9, 2)), (0, (9, 2, 1, 2))),
+)
+"""How lines are drawn, plain and dashed, each time that colours come again."""
+MEDIAN = "ends at"
+"""What is said of a line's end that is no line of the log."""
+SMOOTHED = f"Lines of {SMOOTHED_FROM} points or more are running medians over a twentieth of them."
 FAINT, SOFT, RULE, ALARM, INK = "#a9c3e0", "#5b6067", "#dcdcd6", "#b3261e", "#1d1f22"
 PALETTE = {
     **{colour: f"s{k}" for k, colour in enumerate(SERIES)},
@@ -80,6 +91,8 @@ class Series:
     low: Array | None = None
     high: Array | None = None
     dashed: bool = False
+    ends: str = "last"
+    """What the last of the values is."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,7 @@ def chart(
     series: Sequence[Series],
     limits: Sequence[tuple[float, str]] = (),
     marks: Sequence[tuple[float, str]] = (),
+    note: str = "",
 ) -> Chart:
     """Lines over common axes. `limits` are (value, what it is), `marks` (step, what happened).
 
@@ -126,15 +140,15 @@ def chart(
                 around = np.clip(np.append(s.low, s.high[::-1]), low, high)
                 outline = np.append(s.steps, s.steps[::-1]), around
                 axes.fill(*outline, color=colour, alpha=0.15, linewidth=0, gid="band")
-            dashes = (0, (5, 3)) if s.dashed else "solid"
+            dashes = STROKES[k // len(SERIES) % len(STROKES)][s.dashed]
             lines += _line(axes, s.steps, s.values, colour, linestyle=dashes)
         names = [
-            f"{elided(s.name, LONGEST_NAME)}, last {number(float(s.values[-1]))}" for s in shown
+            f"{elided(s.name, LONGEST_NAME)}, {s.ends} {number(float(s.values[-1]))}" for s in shown
         ]
         figure.legend(lines, names, loc="outside lower left", labelspacing=0.3)
 
     label = _words(title, shown, limits, marks)
-    return Chart(title, _svg(HEIGHT + LEGEND * len(shown), label, draw))
+    return Chart(title, _svg(HEIGHT + LEGEND * len(shown), label, draw), note)
 
 
 def curves(stage: str, rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -217,18 +231,20 @@ def side_by_side(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]
     charts = []
     for name in dict.fromkeys(name for found in series.values() for name in found):
         lines = [
-            Series(run, *_smoothed(found[name]))
+            _smoothed(run, found[name])
             for run, found in series.items()
             if name in found and len(found[name]) > 1
         ]
         if len(lines) > 1 and any(np.ptp(line.values) > 0 for line in lines):
-            charts.append(chart(name, axis_title(name), lines))
+            note = SMOOTHED if any(line.ends == MEDIAN for line in lines) else ""
+            charts.append(chart(name, axis_title(name), lines, note=note))
     return charts
 
 
-def _smoothed(points: Array) -> tuple[Array, Array]:
-    smooth = np.stack([points[:, 0], running_median(points[:, 1])], 1)
-    return thinned(smooth)[1:]
+def _smoothed(run: str, points: Array) -> Series:
+    _, steps, values = thinned(points)  # first: a median over 10,000 points takes seconds
+    ends = MEDIAN if smoothing_window(len(values)) > 1 else "last"
+    return Series(run, steps, running_median(values), ends=ends)
 
 
 def _svg(height: float, label: str, draw: Callable[[Figure], None]) -> Markup:

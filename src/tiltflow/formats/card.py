@@ -24,13 +24,14 @@ STAGES = {
 class Card:
     """What a card says.
 
-    `folders` are the LoRA folders for diffusers and `merged` those of merged pipelines, if there
-    are any; `others` the sections of other programs; `caution` is the family's.
+    `folders` are the LoRA folders for diffusers, and `merged` those of merged pipelines with the
+    strength of the tilt that is merged (None of a student that has none apart), if there are any;
+    `others` the sections of other programs; `caution` is the family's.
     """
 
     usage: Usage
     folders: Sequence[str]
-    merged: Sequence[str]
+    merged: Mapping[str, float | None]
     evaluation: Mapping[str, Any] | None = None
     others: Sequence[str] = ()
     caution: str = ""
@@ -71,7 +72,7 @@ def model_card(card: Card) -> str:
         *([_usage(card)] if card.folders or card.merged else []),
         *card.others,
         _recipe(contract.recipe),
-        _scores(card.evaluation, contract),
+        _scores(card),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -84,7 +85,10 @@ def _holds(card: Card) -> str:
         held.append(f"the LoRA {folder} " + " and ".join(f"`{name}/`" for name in card.folders))
     if card.merged:
         pipeline = "pipelines" if len(card.merged) > 1 else "pipeline"
-        held.append(f"the merged {pipeline} " + " and ".join(f"`{n}/`" for n in card.merged))
+        tilts = {name: "" if s is None else f" (tilt {s:g})" for name, s in card.merged.items()}
+        held.append(
+            f"the merged {pipeline} " + " and ".join(f"`{n}/`{s}" for n, s in tilts.items())
+        )
     if held:
         whose = "its" if len(card.folders) + len(card.merged) == 1 else "their"
         held.append(f"{whose} sampler `scheduler/`")
@@ -132,15 +136,16 @@ def _usage(card: Card) -> str:
     if card.merged:
         if card.folders:
             blocks.append("The merged pipeline by itself:")
-        blocks.append(card.usage.of_merged(card.merged[0]))
-    same = card.contract.dtype
+        blocks.append(card.usage.of_merged(next(iter(card.merged))))
+    said = ["The base is in bf16, as in training."] if card.contract.dtype == "bf16" else []
+    if card.folders:
+        said.append(
+            "In fp32 the LoRA folders give what `tiltflow sample --seed 0 --dtype fp32` gives."
+        )
     return "## Use\n\nIn this folder, with tiltflow installed:\n\n" + "\n\n".join(
         [
             *blocks,
-            f"In fp32 the LoRA folders give what `tiltflow sample --seed 0 --dtype {same}` gives."
-            if same == "fp32"
-            else "The base is in bf16, as in training. In fp32 the LoRA folders give what "
-            "`tiltflow sample --seed 0 --dtype fp32` gives.",
+            *([" ".join(said)] if said else []),
             "Without `seed`, the `generator` of the call decides the image by itself.",
             *([card.caution] if card.caution else []),
         ]
@@ -152,7 +157,8 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     return "\n".join(["## Recipe", "", "| setting | value |", "|---|---|", *rows])
 
 
-def _scores(evaluation: Mapping[str, Any] | None, contract: Contract) -> str:
+def _scores(card: Card) -> str:
+    evaluation = card.evaluation
     if evaluation is None:
         return (
             "## Scores\n\nNot evaluated: the run directory has no evaluation.json of this student."
@@ -165,10 +171,12 @@ def _scores(evaluation: Mapping[str, Any] | None, contract: Contract) -> str:
         cells = [_cell(system["scores"].get(reward)) for reward in rewards]
         rows.append(f"| {name} | {system['nfe']} | {' | '.join(cells)} |")
     first = f"Means over {evaluation['prompts']} prompts, with 95% intervals."
-    strength = (evaluation.get("asked") or {}).get("tilt")
-    if strength not in (None, 1) and "rtdmd" in systems:
+    asked = evaluation.get("asked") or {}
+    strength, merged = asked.get("tilt"), card.merged.values()
+    other = strength is not None and any(each not in (None, strength) for each in merged)
+    if "rtdmd" in systems and (strength not in (None, 1) or other):
         first += f" `rtdmd` has the tilt at {strength:g}."
-    sentences = [first, *_otherwise(evaluation.get("asked") or {}, contract)]
+    sentences = [first, *_otherwise(asked, card.contract)]
     return "\n".join(["## Scores", "", " ".join(sentences), "", *head, *rows])
 
 

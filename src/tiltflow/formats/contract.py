@@ -92,6 +92,8 @@ class Contract(_Part):
     sized_sigmas: dict[str, tuple[float, ...]] = {}
     max_sequence_length: Annotated[int, Field(ge=0, le=100_000)]
     dtype: Literal["fp32", "bf16"]
+    vae_dtype: Literal["fp32", "bf16"] | None = None
+    """The autoencoder's in training, where the recipe says it; None is `dtype`."""
     adapters: dict[str, AdapterFacts] = {}
     weights: str | None = None
     """`adapter_fingerprint`'s of full copies' weights as they were trained; None of adapters."""
@@ -117,6 +119,11 @@ class Contract(_Part):
     def hashes(self) -> dict[str, str | None]:
         """The fingerprint of each adapter by name, as far as it is known."""
         return {name: facts.hash for name, facts in self.adapters.items()}
+
+    @property
+    def kept_in(self) -> dict[str, Literal["fp32", "bf16"]]:
+        """The precision of a merged pipeline's parts, as diffusers takes it: one of all others."""
+        return {"default": self.dtype, "vae": self.vae_dtype or self.dtype}
 
     def levels(self, steps: int, size: Resolution) -> tuple[float, ...] | None:
         """The levels σ₀ > … > σ_K = 0 that it was trained at, in `steps` steps at `size`; None
@@ -156,6 +163,13 @@ def read_contract(folder: Path) -> Contract | None:
     except SafetensorError as error:
         raise ValueError(f"{file} is torn or no safetensors file ({error})") from error
     return None if text is None else parse_contract(text.encode(), str(file))
+
+
+def merged_tilts(folders: Sequence[Path]) -> dict[str, float | None]:
+    """Those folders of an export that are merged pipelines, by name, each with the strength of the
+    tilt that is merged into it; None of a student that has none apart."""
+    merged = [folder for folder in folders if (folder / "model_index.json").is_file()]
+    return {folder.name: made.tilt for folder in merged if (made := read_contract(folder))}
 
 
 def parse_contract(text: bytes, place: str) -> Contract:

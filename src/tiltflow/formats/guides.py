@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tiltflow.core.sentences import listed
 from tiltflow.core.sizes import said
 from tiltflow.formats.contract import Contract
 from tiltflow.formats.keys import has_layout
@@ -40,7 +41,8 @@ def guides(wanted: Wanted, loras: Sequence[str], usage: Usage) -> list[str]:
         kind = {None: f"in {contract.dtype}", "bf16": "in bf16", "fp8": "in fp8 (e4m3)"}
         parts.append(
             "## One file\n\n`original/` has the merged transformer "
-            f"{kind[wanted.dtype]}, in the layout of the model's makers, for programs that load a "
+            f"{kind[wanted.dtype]}{_merged_tilt(wanted, loras)}, in the layout of the model's "
+            "makers, for programs that load a "
             "transformer from one file"
             + (
                 "; `workflow.json` beside it is ComfyUI's, which finds the file in "
@@ -55,6 +57,12 @@ def guides(wanted: Wanted, loras: Sequence[str], usage: Usage) -> list[str]:
             )
         )
     return parts
+
+
+def _merged_tilt(wanted: Wanted, loras: Sequence[str]) -> str:
+    if TILT not in loras:
+        return ""
+    return f", with the tilt at {listed([f'{s:g}' for s in wanted.strengths or (1.0,)])}"
 
 
 def _peft(loras: Sequence[str], usage: Usage) -> str:

@@ -166,13 +166,14 @@ def save_merged(
     model: Pipeline,
     student: LoraWeights | FullWeights,
     scheduler: CPSFlowMatchScheduler,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     out: Path,
 ) -> None:
     """The pipeline in `model` with the student's weights in its own, and the few-step scheduler.
 
     `student` are LoRA folders by name with their strengths, or a whole transformer's weights.
-    Sums are rounded to `dtype`, so bf16 is that much less exact than the adapters by themselves.
+    `dtypes` are those of parts by name, `default` of all others. Sums are rounded to them, so bf16
+    is that much less exact than the adapters by themselves.
 
     Raises:
         ValueError: if the weights are not this transformer's.
@@ -181,7 +182,7 @@ def save_merged(
     words = processors_of(model, silent=False)
     given = {**model.absent, **words}
     pipe: Any = pipeline.from_pretrained(
-        str(model), dtype=dtype, use_safetensors=True, local_files_only=True, **given
+        str(model), dtype=dict(dtypes), use_safetensors=True, local_files_only=True, **given
     )
     pipe.register_to_config(**{part: tuple(model.index[part]) for part in words})
     if isinstance(student, LoraWeights):
@@ -221,7 +222,8 @@ def _load_full(transformer: nn.Module, weights: Mapping[str, Tensor], model: str
 
 
 def load_lora(pipe: Any, folder: Path, name: str) -> None:
-    """A LoRA folder through the pipeline's own loader, as the adapter `name`.
+    """A LoRA folder through the pipeline's own loader, as the adapter `name`; the transformer is
+    in eval mode afterwards.
 
     Raises:
         ValueError: if the folder holds no single LoRA file, one of another model or with weights
@@ -235,6 +237,8 @@ def load_lora(pipe: Any, folder: Path, name: str) -> None:
             pipe.load_lora_weights(
                 str(folder), weight_name=file.name, use_safetensors=True, adapter_name=name
             )
+            # The file's header may name a dropout, and new layers are in training mode.
+            pipe.transformer.eval()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a file can make of diffusers and peft

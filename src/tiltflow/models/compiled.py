@@ -30,7 +30,8 @@ def compile_blocks(
     """
     kind = type(network).__name__
     names = repeated or getattr(network, "_repeated_blocks", None) or ()
-    blocks = [m for m in network.modules() if type(m).__name__ in names]
+    # by their bases too: a block that ranks share (`distributed.shard`) is of a class of its own
+    blocks = [m for m in network.modules() if any(k.__name__ in names for k in type(m).__mro__)]
     if not blocks:
         raise ValueError(f"model.compile: a {kind} has no repeated blocks to compile")
     config = torch._dynamo.config

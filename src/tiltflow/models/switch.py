@@ -65,9 +65,18 @@ class AdapterSwitch:
 
     def scale(self, name: str, strength: float) -> None:
         """An adapter's part is α / rank times `strength` from here on, whatever it was before; a
-        recorded graph (`Role.graphs`) keeps the one that it was recorded with."""
+        recorded graph (`Role.graphs`) keeps the one that it was recorded with.
+
+        Raises:
+            ValueError: if it is a DoRA, whose magnitudes act in full at every strength, 0 too.
+        """
         for layer in self.layers:
             if isinstance(layer, LoraLayer) and name in layer.scaling:
+                if strength != 1 and layer.use_dora.get(name):
+                    raise ValueError(
+                        f"the LoRA for {name} is a DoRA, of which a strength turns only a part: it "
+                        f"goes at 1, not at {strength:g}"
+                    )
                 layer.set_scale(name, strength)
         active, self.active = self.active or (), None
         self._states.clear()

@@ -274,7 +274,8 @@ def _recorded(cfg: RunConfig, backbone: Backbone) -> bool:
         raise ValueError(
             f"model.graphs true is for pipelines of family {known}, not {backbone.family}"
         )
-    free = able and not model.compile and cfg.run.sharding == "replicated"
+    plain = not model.compile and model.base_storage is None
+    free = able and plain and cfg.run.sharding == "replicated"
     return model.graphs is True or (model.graphs == "auto" and free)
 
 

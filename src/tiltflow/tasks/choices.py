@@ -49,6 +49,8 @@ class Choices:
     resolution: Resolution | None
     max_sequence_length: int | None
     dtype: Dtype
+    vae_dtype: Dtype | None = None
+    """The autoencoder's, where it is not `dtype`."""
     notes: tuple[str, ...] = ()
     adapters: Mapping[str, str] = field(default_factory=dict)
     weights: str | None = None
@@ -103,6 +105,7 @@ def settle(
     return Choices(
         **values,
         dtype=dtype or (contract.dtype if contract else files_dtype(base)),
+        vae_dtype=contract.vae_dtype if contract and dtype is None else None,
         notes=tuple(f"warning: {note}" for note in notes),
         adapters={n: mark for n, mark in contract.hashes.items() if mark} if contract else {},
         weights=contract.weights if contract else None,

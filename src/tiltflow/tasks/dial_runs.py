@@ -66,6 +66,7 @@ def _sampling(request: Request) -> dict[str, Any]:
         "size": None if size is None else said(size),
         "text tokens": chosen.max_sequence_length,
         "dtype": chosen.dtype,
+        "autoencoder's dtype": chosen.vae_dtype or chosen.dtype,
         "noise levels": dict(chosen.levels),
     }
 

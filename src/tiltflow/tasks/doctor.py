@@ -73,7 +73,8 @@ def examine(
         )
         if cfg.model.has_files and not {"model", "weights", "adapters"} & set(failed):
             console.print("[dim]planning its memory, phase by phase …[/]")
-            have, planned = memory or device_memory(), Plans(cfg)
+            have = device_memory() if memory is None else memory
+            planned = Plans(cfg)
             if is_auto(cfg):
                 room = None if have is None else have * GIB
                 opened, cfg = cfg, sized(cfg, room, cfg.train.batch_size, planned)

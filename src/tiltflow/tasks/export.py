@@ -22,6 +22,7 @@ from tiltflow.formats.contract import (
     Contract,
     base_facts,
     licence_file,
+    merged_tilts,
     plain_rewards,
     versions,
 )
@@ -118,12 +119,11 @@ def export_checkpoint(
             paths += _write_merged(wanted, loras, checkpoint, contract, source, part)
         _write(part, contract)
         folders = [one.name for one in loras if "diffusers" in wanted.formats]
-        usage = Usage(contract, call_of(contract, source.family), _absent(source))
         card = Card(
-            usage=usage,
+            usage=(usage := Usage(contract, call_of(contract, source.family), _absent(source))),
             caution=source.family.caution,
             folders=folders,
-            merged=[path.name for path in paths if (path / "model_index.json").is_file()],
+            merged=merged_tilts(paths),
             evaluation=_figures(evaluation, contract, callbacks),
             others=guides(wanted, [one.name for one in loras], usage),
         )
@@ -238,16 +238,15 @@ def _write_merged(
     names of its family are known."""
     strengths = wanted.strengths or (1.0,)
     tilted = any(one.name == TILT for one in loras)
-    scheduler = _scheduler(source, contract)
-    family, paths = source.family.name, []
+    family, paths, scheduler = source.family.name, [], _scheduler(source, contract)
     for strength in strengths:
         end = f"_{strength:g}" if len(strengths) > 1 else ""
         folder, file = part / f"merged{end}", part / "original" / f"transformer{end}.safetensors"
         own = contract.model_copy(update={"tilt": strength if tilted else None})
-        dtype = DTYPES[contract.dtype]
+        dtypes = {part: DTYPES[kind] for part, kind in contract.kept_in.items()}
         with TemporaryDirectory() as place:
             student = _student(loras, checkpoint, strength, source, Path(place))
-            save_merged(source.pipeline, source.base, student, scheduler, dtype, folder)
+            save_merged(source.pipeline, source.base, student, scheduler, dtypes, folder)
         _write(folder, own)
         paths.append(folder)
         if has_layout(family):
@@ -335,6 +334,7 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
         sized_sigmas={said(size): levels for size, levels in sized.items() if levels != sigmas},
         max_sequence_length=backbone.sequence,
         dtype=cfg.model.dtype,
+        vae_dtype=cfg.model.vae_dtype,
         adapters={
             name: AdapterFacts(
                 rank=settings.rank,

@@ -72,7 +72,7 @@ def memory_advice(cfg: RunConfig, ranks: int) -> str:
 
 
 def _base_can_shrink(cfg: RunConfig) -> bool:
-    lora = cfg.adapters.kind == "lora" and cfg.model.has_files
+    lora = cfg.adapters.kind == "lora" and cfg.model.has_files and not cfg.model.compile
     return lora and cfg.run.sharding == "replicated" and cfg.model.base_storage is None
 
 

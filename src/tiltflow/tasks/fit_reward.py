@@ -90,6 +90,7 @@ def fit_reward(
             what they say cannot be told from chance.
     """
     check_out(out)
+    check_files(files)
     preferences = [one for file in files for one in load_preferences(file)]
     check_choices(preferences)
     for one in preferences:
@@ -119,6 +120,19 @@ def check_out(out: Path) -> None:
     check_folder("--out", out)
     if out.is_dir() and any(path.name not in (FITTED, HEAD) for path in out.iterdir()):
         raise ValueError(f"--out {out} holds other things than a fitted reward: give another one")
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """Passes files of which none is given twice: every vote would count as two.
+
+    Raises:
+        ValueError: naming the first that is.
+    """
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise ValueError(f"{file} is given twice, and a vote counts once")
+        seen.add(file.resolve())
 
 
 def check_choices(preferences: Sequence[Preference]) -> None:

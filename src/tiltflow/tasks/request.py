@@ -204,7 +204,7 @@ def check_request(request: Request) -> None:
     check_guidance(shapes, request.guidance, "--guidance")
     check_negatives(request.prompts, shapes, request.guidance)
     if request.few_step or request.tilt_lora:
-        load_students(shapes, request.few_step, request.tilt_lora)
+        load_students(shapes, request.few_step, request.tilt_lora, request.tilt)
 
 
 def _settings(request: Request) -> dict[str, Any]:
@@ -212,6 +212,7 @@ def _settings(request: Request) -> dict[str, Any]:
     chosen = request.settled
     return {
         "dtype": DTYPES[chosen.dtype],
+        "vae_dtype": DTYPES[chosen.vae_dtype] if chosen.vae_dtype else None,
         "resolution": chosen.resolution,
         "max_sequence_length": chosen.max_sequence_length,
     }

@@ -74,8 +74,14 @@ class Job:
             if not (text.startswith("--") and text.isprintable()):
                 raise ValueError(f"--sbatch {text!r} should be one option, as --constraint=h100")
             name = re.split(r"[= ]", text[2:], maxsplit=1)[0]
-            if name in _AGAINST or any(own.startswith(name) for own in _OWN):  # or shortened
+            if any(own.startswith(name) for own in (*_OWN, *_AGAINST)):  # or shortened
                 raise ValueError(f"--sbatch {text!r}: submit sets this option itself")
+
+    def output(self, number: str) -> str:
+        """The file that what the job of that number says goes to."""
+        given = [re.split(r"[= ]+", text[2:], maxsplit=1) for text in self.more]
+        files = [rest[0] for name, *rest in given if rest and "output".startswith(name)]
+        return (files or ["slurm-%j.out"])[-1].replace("%j", number)
 
     def directives(self, name: str) -> list[str]:
         """The options of a job called `name`, one a line of the script."""

@@ -22,6 +22,7 @@ from tiltflow.evaluation.watch.watch import Watch
 from tiltflow.models.medium import Medium
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.files import unread_shards
+from tiltflow.models.pipelines.storage import lost_notices
 from tiltflow.models.roles import Role
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build, attention_for, build_stage, device_of
@@ -116,6 +117,8 @@ def _run(
     manifest = _manifest(subject, build)
     here = manifest["generator_base"] or manifest["base"]
     lines = unread_shards(subject.pipelines.model) if cfg.model.has_files else []
+    if isinstance(build.backbone, PipelineBackbone):
+        lines += lost_notices(build.backbone.lost)
     lines += start_notices(cfg, subject.prompts.train, subject.pipelines, here)
     for line in lines:
         say(f"warning: {line}")

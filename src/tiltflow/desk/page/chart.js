@@ -33,7 +33,9 @@ function range(values) {
 
 // series: [{name, colour, points: [[x, y], ...], low?, high?, dashed?}] with bands where low and
 // high (arrays of y) are given; options: {title, x, at?, span?}. `at` marks a place on the x axis.
-export function chart(series, options) {
+// Given the `figure` of an earlier call, it is drawn anew in its place: whoever reads values off it
+// goes on, with the focus and at the x where they were.
+export function chart(series, options, figure = frame()) {
   const shown = series.filter((each) => each.points.length);
   const xs = shown.flatMap((each) => each.points.map((p) => p[0]));
   const ys = shown.flatMap((each) => [...each.points.map((p) => p[1]), ...(each.low ?? []), ...(each.high ?? [])]);
@@ -60,7 +62,7 @@ export function chart(series, options) {
   }
   const cursor = s("line", { y1: TOP, y2: H - BOTTOM, class: "cursor", visibility: "hidden" });
   svg.append(cursor);
-  return framed(svg, cursor, shown, options, { x0, x1, sx });
+  return framed(figure, svg, cursor, shown, options, { x0, x1, sx });
 }
 
 function draw(svg, each, sx, sy) {
@@ -84,10 +86,25 @@ function draw(svg, each, sx, sy) {
   }
 }
 
-function framed(svg, cursor, shown, options, { x0, x1, sx }) {
-  const read = h("div", { class: "readout" });
+// An empty figure: caption, plot and readout, which ask what is drawn in it now.
+function frame() {
+  const figure = h(
+    "figure",
+    { class: "card", onpointermove: (event) => figure.drawn.point(event), onpointerleave: () => figure.drawn.rest() },
+    h("figcaption"),
+    h("div", { class: "plot", tabindex: "0", role: "img", onkeydown: (event) => figure.drawn.key(event), onblur: () => figure.drawn.rest() }),
+    h("div", { class: "readout" }),
+  );
+  return figure;
+}
+
+function framed(figure, svg, cursor, shown, options, { x0, x1, sx }) {
+  const [caption, plot, read] = figure.children;
+  const reading = figure.drawn?.reading(); // the x that was read off before
   const places = [...new Set(shown.flatMap((each) => each.points.map((p) => p[0])))].sort((a, b) => a - b);
-  let at = places.length - 1;
+  const nearest = (x) => places.reduce((best, p, i) => (Math.abs(p - x) < Math.abs(places[best] - x) ? i : best), 0);
+  const home = options.at === undefined ? places.length - 1 : nearest(options.at); // what nobody's pointer asks for
+  let at = home;
   const show = (index) => {
     at = Math.max(0, Math.min(places.length - 1, index));
     const x = places[at];
@@ -101,16 +118,17 @@ function framed(svg, cursor, shown, options, { x0, x1, sx }) {
     });
     read.replaceChildren(h("span", {}, `${options.x ?? "step"} ${number(x, 6)}`), ...parts);
   };
+  const to = (x) => {
+    cursor.setAttribute("visibility", "visible");
+    show(nearest(x));
+  };
   const rest = () => {
     cursor.setAttribute("visibility", "hidden");
-    show(places.length - 1);
+    show(home);
   };
   const point = (event) => {
     const box = svg.getBoundingClientRect();
-    const x = x0 + (((event.clientX - box.left) / box.width) * W - LEFT) / (W - LEFT - RIGHT) * (x1 - x0);
-    const near = places.reduce((best, p, i) => (Math.abs(p - x) < Math.abs(places[best] - x) ? i : best), 0);
-    cursor.setAttribute("visibility", "visible");
-    show(near);
+    to(x0 + (((event.clientX - box.left) / box.width) * W - LEFT) / (W - LEFT - RIGHT) * (x1 - x0));
   };
   const key = (event) => {
     const move = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
@@ -119,22 +137,14 @@ function framed(svg, cursor, shown, options, { x0, x1, sx }) {
     cursor.setAttribute("visibility", "visible");
     show(Number.isFinite(move) ? at + move : move < 0 ? 0 : places.length - 1);
   };
-  show(at);
+  if (reading === undefined) show(at);
+  else to(reading);
   const latest = shown.map((each) => `${each.name} ${number(each.points.at(-1)[1])}`).join(", ");
-  return h(
-    "figure",
-    { class: "card", onpointermove: point, onpointerleave: rest },
-    h("figcaption", {}, options.title),
-    h(
-      "div",
-      {
-        class: "plot", tabindex: "0", role: "img", onkeydown: key, onblur: rest,
-        "aria-label": `${options.title}: ${latest || "nothing yet"}. Arrow keys read values off.`,
-      },
-      svg,
-    ),
-    read,
-  );
+  caption.textContent = options.title;
+  plot.setAttribute("aria-label", `${options.title}: ${latest || "nothing yet"}. Arrow keys read values off.`);
+  plot.replaceChildren(svg);
+  figure.drawn = { point, rest, key, reading: () => (cursor.getAttribute("visibility") === "visible" ? places[at] : undefined) };
+  return figure;
 }
 
 export function swatch(each) {

@@ -3,16 +3,23 @@ import { fill, get, h, labelled, number, s, say, select, signed } from "./dom.js
 
 let about = null; // what the chosen set holds
 let look = null; // the page of rows on show, with what it was asked for
+let sets = []; // that there are
+let known = ""; // what of them the page was drawn for
 let asked = 0; // questions so far: answers to all but the latest are dropped
 const chosen = { set: "", reward: "", baseline: "", category: "", order: "", page: 0, off: new Set() };
 
 async function show(panel, overview) {
-  if (!overview.sets.length) {
+  sets = overview.sets;
+  const state = JSON.stringify(sets);
+  if (state === known) return; // nothing new: leave focus and scroll alone
+  if (!sets.length) {
+    known = state;
     return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to compare yet"),
       h("p", {}, "Run ", h("code", {}, "tiltflow evaluate … --keep-images --json RUN/evaluation.json"), " and it appears here.")));
   }
-  const set = overview.sets.find((each) => each.id === chosen.set) ?? overview.sets[0];
-  if (await load(set.id !== about?.id || set.name !== about.name ? set : null)) draw(panel, overview);
+  if (!(await load(sets.find((each) => each.id === chosen.set) ?? sets[0]))) return;
+  known = state;
+  draw(panel);
 }
 
 // The rows that are chosen, first of another set if one is given; whether nothing else was asked
@@ -23,9 +30,13 @@ async function load(set = null) {
     const found = await get(`/api/set/${set.id}`);
     if (mine !== asked) return false;
     about = { ...set, ...found };
-    Object.assign(chosen, { set: set.id, page: 0, category: "", off: new Set() });
+    if (set.id !== chosen.set) Object.assign(chosen, { set: set.id, page: 0, category: "", baseline: "", off: new Set() });
+    if (!about.categories.includes(chosen.category)) chosen.category = "";
     if (!about.rewards.includes(chosen.reward)) chosen.reward = about.rewards[0];
-    chosen.baseline = about.systems.find((name) => name.startsWith("ac_dmd")) ?? about.systems[0];
+    if (!about.systems.includes(chosen.baseline)) {
+      chosen.baseline = about.systems.find((name) => name.startsWith("ac_dmd")) ?? about.systems[0];
+      chosen.off.delete(chosen.baseline);
+    }
   }
   const systems = about.systems.filter((name) => !chosen.off.has(name));
   const query = { reward: chosen.reward, baseline: chosen.baseline, page: chosen.page, systems: JSON.stringify(systems) };
@@ -37,17 +48,18 @@ async function load(set = null) {
   return true;
 }
 
-function draw(panel, overview) {
+function draw(panel) {
   const again = async (name, value) => {
     const focused = document.activeElement?.closest("[data-control]")?.dataset.control;
     if (name !== "set") chosen[name] = value;
+    if (name === "baseline") chosen.off.delete(value); // it is among the columns, and its box is fixed
     if (name !== "page") chosen.page = 0;
     try {
-      if (!(await load(name === "set" ? overview.sets.find((set) => set.id === value) : null))) return;
+      if (!(await load(name === "set" ? sets.find((set) => set.id === value) : null))) return;
     } catch (error) {
       return say(error.message);
     }
-    draw(panel, overview);
+    draw(panel);
     if (focused) panel.querySelector(`[data-control="${focused}"] select, [data-control="${focused}"] button:not(:disabled)`)?.focus();
   };
   const control = (name, text, options) => {
@@ -57,7 +69,7 @@ function draw(panel, overview) {
   };
   const bar = h(
     "div", { class: "toolbar" },
-    overview.sets.length > 1 ? control("set", "Evaluation", overview.sets.map((set) => [set.id, set.name])) : null,
+    sets.length > 1 ? control("set", "Evaluation", sets.map((set) => [set.id, set.name])) : null,
     control("reward", "Reward", about.rewards),
     control("baseline", "Compared with", about.systems),
     about.categories.length ? control("category", "Category", [["", "all"], ...about.categories]) : null,
@@ -182,4 +194,4 @@ function pager(again) {
   return nav;
 }
 
-export const compare = { show };
+export const compare = { show, live: true };

@@ -2,24 +2,27 @@
 import { chart } from "./chart.js";
 import { colour, fill, get, h, labelled, say, select } from "./dom.js";
 
-// Each reward along the strengths: `curves` maps a strength to its rewards' means and intervals, and
-// `trainers`, where several runs are dialled, a reward to the names of those that trained on it.
-export function rewards(curves, at, strongest, trainers = new Map()) {
+// Each reward along the strengths, `x` in words: `curves` maps a strength to its rewards' means and
+// intervals, and `trainers`, where several runs are dialled, a reward to the names of those that
+// trained on it.
+export function rewards(curves, at, strongest, trainers = new Map(), x = "strength") {
   const names = [...new Set([...curves.values()].flatMap((scores) => Object.keys(scores)))];
   return h("div", { class: "cards" }, names.map((name, i) => {
     const points = [...curves].filter(([, scores]) => scores[name]).sort((a, b) => a[0] - b[0]);
     const { trained } = points[0][1][name];
     const by = trainers.has(name) ? `: ${trainers.get(name).join(", ")}` : "";
     return chart([{
-      name, colour: colour(i), dashed: !trained, points: points.map(([x, scores]) => [x, scores[name].mean]),
+      name, colour: colour(i), dashed: !trained, points: points.map(([strength, scores]) => [strength, scores[name].mean]),
       low: points.map(([, scores]) => scores[name].ci95[0]), high: points.map(([, scores]) => scores[name].ci95[1]),
-    }], { title: `${name} (${trained ? `trained${by}` : "held out"})`, x: "strength", span: [0, strongest], at });
+    }], { title: `${name} (${trained ? `trained${by}` : "held out"})`, x, span: [0, strongest], at });
   }));
 }
 
+let chosen = ""; // the id in the list, which is drawn anew when there are more
+
 // The bar that chooses a computed dial and opens it in the panel's desk.
 export function computed(panel, dials) {
-  let chosen = dials[0].id;
+  if (!dials.some((each) => each.id === chosen)) chosen = dials[0].id;
   const open = async () => {
     const id = chosen;
     try {

@@ -11,29 +11,35 @@ let curves = new Map(); // strength of the first moving dial -> scores, in the s
 let moving = 0; // the dial that the curves are along
 let making = null; // the request in flight, and whether another is wanted after it
 let home = null;
+let known = ""; // the runs and computed dials that one can choose from on the page
 let easel = {}; // what is drawn into: `image`, `took` and `plots`, on the page or not any more
 
 async function show(panel, overview) {
   home = panel;
-  if (panel.firstChild) return;
   const able = overview.runs.filter((run) => run.tilt);
+  const state = JSON.stringify([able.map((run) => [run.id, run.name]), overview.dials]);
+  if (state === known) return;
+  known = state;
+  if (!panel.firstChild) fill(panel, h("div", { class: "choose" }), h("div", { class: "desk" }));
+  const place = panel.querySelector(".choose"); // what is loaded stays
   if (!able.length && !overview.dials.length) {
-    return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to dial yet"),
+    return fill(place, h("div", { class: "empty" }, h("h2", {}, "Nothing to dial yet"),
       h("p", {}, "A dial is the strength of a finished stage-2 run: one with ", h("code", {}, "export/tilt"), ". ",
         h("code", {}, "tiltflow dial RUN"), " computes one beforehand, for models whose pictures take long.")));
   }
+  for (const id of picked) if (!able.some((run) => run.id === id)) picked.delete(id);
   if (able.length && !picked.size) picked.add(able.at(-1).id);
+  const side = place.querySelector("#side")?.value ?? "";
   const boxes = able.map((run) => h("label", {}, h("input", {
     type: "checkbox", checked: picked.has(run.id),
     onchange: (event) => (event.target.checked ? picked.add(run.id) : picked.delete(run.id)),
   }), " ", h("bdi", {}, run.name)));
-  fill(panel,
+  fill(place,
     overview.dials.length ? computed(panel, overview.dials) : null,
     able.length ? h("div", { class: "toolbar" },
       h("fieldset", { class: "systems" }, h("legend", {}, "Tilts"), boxes),
-      labelled("Size", h("input", { type: "number", id: "side", min: 8, max: 4096, step: 8, placeholder: "as trained" })),
-      h("button", { class: "main", onclick: load }, "Load the student")) : null,
-    h("div", { class: "desk" }));
+      labelled("Size", h("input", { type: "number", id: "side", min: 8, max: 4096, step: 8, placeholder: "as trained", value: side })),
+      h("button", { class: "main", onclick: load }, "Load the student")) : null);
 }
 
 async function load() {
@@ -142,7 +148,8 @@ function plots() {
   }
   const several = about.dials.length > 1; // of one run it is clear who trained
   const trainers = Object.entries(several ? about.trained : {}).map(([name, by]) => [name, by.map((i) => about.dials[i])]);
-  fill(place, rewards(curves, strengths[moving], about.strongest, new Map(trainers)));
+  const along = several ? `strength of ${about.dials[moving]}` : "strength";
+  fill(place, rewards(curves, strengths[moving], about.strongest, new Map(trainers), along));
 }
 
-export const dial = { show };
+export const dial = { show, live: true };

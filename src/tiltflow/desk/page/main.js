@@ -13,6 +13,7 @@ if (location.search) history.replaceState(null, "", location.pathname + location
 
 let overview = { runs: [], sets: [], dials: [], problems: [] };
 let shown = "";
+let failed = false; // whether the line at the foot says why a view could not be shown
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
 async function show(name, focus = false) {
@@ -32,7 +33,10 @@ async function show(name, focus = false) {
 async function update() {
   try {
     await VIEWS[shown].show(document.getElementById(shown), overview);
+    if (failed) say("");
+    failed = false;
   } catch (error) {
+    failed = true;
     say(error.message);
   }
 }

@@ -7,6 +7,7 @@ const steps = new Map(); // id -> the step whose samples are looked at; none: th
 let found = []; // the picked runs in full
 let failed = []; // those that cannot be read, and why
 let drawn = "";
+const frames = new Map(); // metric -> the figure of its curves, which stays while these grow
 
 const GROUPS = [
   ["Held-out rewards", (n) => n.startsWith("held_out/")],
@@ -79,7 +80,7 @@ function list(panel, overview) {
       const shown = swatch(picked.has(run.id) ? mark(run) : { colour: "var(--line)" });
       return h(
         "label", { class: "run" }, box, shown, h("span", { class: "name", dir: "auto" }, run.name),
-        h("small", {}, `step ${run.step}${run.running ? ", running" : ""}${run.alarms ? `, ⚠ ${run.alarms} alarms` : ""}`),
+        h("small", {}, `step ${run.step}${run.running ? ", running" : ""}${run.alarms ? `, ⚠ ${run.alarms} ${run.alarms === 1 ? "alarm" : "alarms"}` : ""}`),
       );
     }),
     overview.problems.map((problem) => h("p", { class: "alarm", dir: "auto" }, problem)),
@@ -111,18 +112,20 @@ function notes(place) {
 function curves(place) {
   const names = [...new Set(found.flatMap((run) => Object.keys(run.curves)))];
   const left = new Set(names);
+  const plan = GROUPS.map(([title, belongs]) => {
+    const mine = [...left].filter(belongs).sort();
+    mine.forEach((name) => left.delete(name));
+    return [title, mine];
+  });
+  for (const name of names) frames.set(name, curve(name, frames.get(name)));
+  // What is there already has grown in its place: a focus, or a pointer, stays where it is.
+  if (unchanged(place, plan)) return;
   const open = new Map([...place.querySelectorAll("details")].map((d) => [d.dataset.group, d.open]));
   fill(
     place,
-    GROUPS.map(([title, belongs], index) => {
-      const mine = [...left].filter(belongs);
-      mine.forEach((name) => left.delete(name));
+    plan.map(([title, mine], index) => {
       if (!mine.length) return null;
-      const charts = mine.sort().map((name) =>
-        chart(
-          found.filter((run) => run.curves[name]).map((run) => ({ ...mark(run), name: run.name, points: run.curves[name] })),
-          { title: name.replace("held_out/", "").replace("watch/trained/", "watched: ").replace("reward/", "batches: ").replace("watch/", "") },
-        ));
+      const charts = mine.map((name) => frames.get(name));
       return h(
         "details", { open: open.get(title) ?? index < 4, "data-group": title },
         h("summary", {}, h("h2", {}, title)), h("div", { class: "cards" }, charts),
@@ -131,13 +134,32 @@ function curves(place) {
   );
 }
 
+function curve(name, figure) {
+  return chart(
+    found.filter((run) => run.curves[name]).map((run) => ({ ...mark(run), name: run.name, points: run.curves[name] })),
+    { title: name.replace("held_out/", "").replace("watch/trained/", "watched: ").replace("reward/", "batches: ").replace("watch/", "") },
+    figure,
+  );
+}
+
+// Whether what a part of the page is drawn from is what it was drawn from before.
+function unchanged(place, ...values) {
+  const key = JSON.stringify(values);
+  if (place.dataset.key === key) return true;
+  place.dataset.key = key;
+  return false;
+}
+
 function samples(place) {
+  if (unchanged(place, found.map((run) => [run.id, run.name, mark(run), run.samples, run.drawn, run.prompts, run.captions]))) return;
+  const focused = place.contains(document.activeElement) && document.activeElement.dataset.slider;
   const with_any = found.filter((run) => run.samples.length);
   fill(
     place,
     with_any.length ? h("h2", {}, "Samples") : null,
     h("div", { class: "sheets" }, with_any.map((run) => sheet(run))),
   );
+  if (focused) place.querySelector(`[data-slider="${focused}"]`)?.focus({ preventScroll: true });
 }
 
 function sheet(run) {
@@ -164,7 +186,7 @@ function sheet(run) {
   const wanted = steps.has(run.id) ? run.samples.indexOf(steps.get(run.id)) : -1;
   const start = wanted < 0 ? run.samples.length - 1 : wanted;
   const slider = h("input", {
-    type: "range", min: 0, max: run.samples.length - 1, "aria-label": `step of the samples of ${run.name}`,
+    type: "range", min: 0, max: run.samples.length - 1, "data-slider": run.id, "aria-label": `step of the samples of ${run.name}`,
     oninput: (event) => {
       const index = Number(event.target.value);
       if (index === run.samples.length - 1) steps.delete(run.id);
@@ -222,6 +244,7 @@ function tiles(run, prompts, link, place) {
 }
 
 function settings(place) {
+  if (unchanged(place, found.map((run) => [run.id, run.name, run.settings]))) return;
   if (!found.length) return fill(place);
   const keys = [...new Set(found.flatMap((run) => Object.keys(run.settings)))];
   const differ = keys.filter((key) => new Set(found.map((run) => run.settings[key])).size > 1);

@@ -3,6 +3,8 @@ import { fill, get, h, labelled, post, s, say, select } from "./dom.js";
 
 const match = { set: "", a: "", b: "" };
 let systems = [];
+let sets = []; // that there are, as far as is known
+let known = ""; // what of them the page was drawn for
 let pair = null; // the pair on show
 let of = {}; // the match that it is of
 let busy = false;
@@ -10,29 +12,40 @@ let home = null; // the panel
 
 async function show(panel, overview) {
   home = panel;
-  if (!overview.sets.length) {
+  sets = overview.sets;
+  const state = JSON.stringify(sets);
+  if (state === known) return; // a pair is on show: it stays
+  if (!sets.length) {
+    known = state;
     return fill(panel, h("div", { class: "empty" }, h("h2", {}, "Nothing to vote on yet"),
       h("p", {}, "Votes need the images of an evaluation: ", h("code", {}, "tiltflow evaluate … --keep-images"), ".")));
   }
-  const known = overview.sets.some((set) => set.id === match.set);
-  if (known && panel.querySelector(".ballot")) return; // a pair is on show: it stays
-  if (!known) await open(overview.sets[0].id);
-  fill(panel, toolbar(overview), h("div", { class: "ballot", tabindex: "-1" }), h("div", { class: "tally" }));
+  const before = { ...match };
+  await open((sets.find((set) => set.id === match.set) ?? sets[0]).id);
+  known = state;
+  if (panel.querySelector(".ballot")) {
+    panel.querySelector(".toolbar").replaceWith(toolbar());
+    if (pair && same(before)) return; // and of the same systems
+  } else {
+    fill(panel, toolbar(), h("div", { class: "ballot", tabindex: "-1" }), h("div", { class: "tally" }));
+  }
   await next();
 }
 
+// Takes a set: its systems, and of these the two that are chosen, where it still has them.
 async function open(id) {
   const about = await get(`/api/set/${id}`);
   systems = about.systems.filter((name, i) => about.images[i]);
+  if (match.set === id && systems.includes(match.a) && systems.includes(match.b)) return;
   const [b, a] = systems.slice(-2);
   Object.assign(match, { set: id, a: a ?? "", b: b ?? "" });
 }
 
-function toolbar(overview) {
+function toolbar() {
   const change = async (name, value) => {
     if (name === "set") await open(value);
     else match[name] = value;
-    home.querySelector(".toolbar").replaceWith(toolbar(overview));
+    home.querySelector(".toolbar").replaceWith(toolbar());
     home.querySelector(`[data-control="${name}"] select`)?.focus();
     await next();
   };
@@ -42,7 +55,7 @@ function toolbar(overview) {
     return field;
   };
   return h("div", { class: "toolbar" },
-    overview.sets.length > 1 ? control("set", "Evaluation", overview.sets.map((set) => [set.id, set.name])) : null,
+    sets.length > 1 ? control("set", "Evaluation", sets.map((set) => [set.id, set.name])) : null,
     control("a", "Is this system", systems), control("b", "better than this one?", systems));
 }
 
@@ -68,9 +81,14 @@ async function next(told = "") {
 
 async function choose(choice) {
   if (busy || !pair) return;
-  // Nobody has seen a pair before its images are there: that key was for the one before.
-  if (![...home.querySelectorAll(".sides img")].every((image) => image.complete)) {
-    return say("Not noted: both images have to be there first.", 2);
+  // Nobody has seen a pair before its images are there: that key was for the one before. One that
+  // did not come is complete as well, and has no width.
+  const images = [...home.querySelectorAll(".sides img")];
+  if (!images.every((image) => image.complete)) return say("Not noted: both images have to be there first.", 2);
+  const lost = images.filter((image) => !image.naturalWidth);
+  if (lost.length) {
+    for (const image of lost) image.src = image.src;
+    return say("Not noted: an image did not come. It is asked for again.", 4);
   }
   busy = true;
   const wanted = of;
@@ -100,6 +118,8 @@ function draw() {
   tally();
 }
 
+// What the votes say is folded away, and again with every vote: which count has gone up tells whose
+// image was on which side, and whoever has seen that a few times votes no more without names.
 function tally() {
   const { wins, losses, ties, rate, interval, other } = pair.tally;
   const votes = wins + losses + ties;
@@ -113,18 +133,20 @@ function tally() {
   if (rate !== null) bar.append(s("circle", { cx: x(rate), cy: 13, r: 5 }));
   const verdict = { higher: "is preferred", lower: "is liked less", unclear: "no difference is shown yet" }[sure];
   fill(home.querySelector(".tally"),
-    h("h2", {}, h("bdi", {}, of.a), " against ", h("bdi", {}, of.b)), bar,
-    h("p", { class: "result" }, votes ? `Wins ${percent(rate)} of ${votes} votes, 95% interval ${percent(interval[0])} to ${percent(interval[1])}: ${verdict}.` : "No votes yet."),
-    h("p", { class: "soft" }, `${wins} won, ${losses} lost, ${ties} without preference (half a win each). The interval holds however often you look and whenever you stop.`),
+    h("h2", {}, h("bdi", {}, of.a), " against ", h("bdi", {}, of.b)),
+    h("p", { class: "result" }, votes ? `${votes} ${votes === 1 ? "vote" : "votes"}.` : "No votes yet."),
+    votes ? h("details", {}, h("summary", {}, "What they say"), bar,
+      h("p", {}, `Wins ${percent(rate)} of ${votes} ${votes === 1 ? "vote" : "votes"}, 95% interval ${percent(interval[0])} to ${percent(interval[1])}: ${verdict}.`),
+      h("p", { class: "soft" }, `${wins} won, ${losses} lost, ${ties} without preference (half a win each). The interval holds however often you look and whenever you stop. But to look after each vote is to learn whose image was where: then the test is not blind any more.`)) : null,
     other ? h("p", { class: "soft" }, `${other} more ${other === 1 ? "vote was" : "votes were"} on images that these systems do not have any more, and not counted.`) : null);
 }
 
 function key(event) {
   const choice = { 1: "left", 2: "right", " ": "tie" }[event.key];
   if (!choice || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === " " && event.target.closest("button")) return; // presses that button
+  if (event.key === " " && event.target.closest("button, summary")) return; // presses that
   event.preventDefault();
   choose(choice);
 }
 
-export const vote = { show, key };
+export const vote = { show, key, live: true };

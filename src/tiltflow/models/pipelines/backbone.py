@@ -105,6 +105,8 @@ class PipelineBackbone(ABC):
         self.transformer: nn.Module = self.pipe.transformer
         self.vae = self.pipe.vae
         self.scheduler = self.pipe.scheduler
+        self.lost: dict[str, float] = {}
+        """What 8 bits take away, as `keep_in_fp8` gives it."""
         self._freeze(loading)
         self._begin()
         self.generator_transformer = self.transformer
@@ -140,7 +142,7 @@ class PipelineBackbone(ABC):
 
     def _freeze(self, loading: Loading) -> None:
         if loading.fp8 and self.parts != "text":
-            keep_in_fp8(self.transformer, loading.dtype, self.path)
+            self.lost |= keep_in_fp8(self.transformer, loading.dtype, self.path)
         for name in self._networks():
             network = getattr(self.pipe, name).requires_grad_(False).eval()
             if name != "transformer" or loading.base == "device":
@@ -148,7 +150,7 @@ class PipelineBackbone(ABC):
 
     def _take_generator(self, network: nn.Module, where: str, loading: Loading) -> None:
         if loading.fp8:
-            keep_in_fp8(network, loading.dtype, where)
+            self.lost |= keep_in_fp8(network, loading.dtype, where)
         self.generator_transformer = network.requires_grad_(False).eval()
         if loading.base == "device":
             network.to(self.device)

@@ -128,8 +128,9 @@ def _without_values(pipeline: Pipeline, part: str, dtype: torch.dtype) -> nn.Mod
             made = nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False)
             module.register_parameter(name, made)
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.to(dtype))
+            # one that no file holds is as its module made it, here as where files are read
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(kept))
     return network.eval()
 
 
