@@ -19,7 +19,7 @@ from tiltflow.tasks.asked import asked
         ("tilt", "0.5", "a valid number"), ("tilt", None, "a valid number"),
         ("tilt", True, "a valid number"),
         ("resolution", "64", "a valid integer"), ("resolution", 64.0, "a valid integer"),
-        ("resolution", (64,), "hold more values"), ("resolution", (64,) * 3, "at most 2 items"),
+        ("resolution", (64,), r"a side, \[height, width\]"), ("resolution", (64,) * 4, "a side, "),
         ("resolution", [64, "x"], "a valid integer"),
         ("resolution", 0, "greater than or equal to 1"),
         ("eta", -1, "greater than or equal to 0"), ("eta", math.nan, "less than or equal to 1"),
