@@ -7,6 +7,7 @@ words are tokens here too, and everything else is a token a byte.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -43,10 +44,10 @@ def tokenizer() -> Qwen2TokenizerFast:
     return made
 
 
-def autoencoder(wide: bool) -> AutoencoderKLQwenImage:
-    """Eight-fold; its statistics are no round numbers."""
+def autoencoder(wide: bool, kind: Any = AutoencoderKLQwenImage) -> Any:
+    """Eight-fold; its statistics are no round numbers. `kind` may be Wan's, a class alike."""
     channels = 4 if wide else 8
-    return AutoencoderKLQwenImage(
+    return kind(
         base_dim=6 if wide else 4,
         z_dim=channels,
         dim_mult=[1, 1, 2, 2],

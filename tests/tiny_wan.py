@@ -13,6 +13,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tiny_qwen import autoencoder
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 
@@ -31,15 +32,7 @@ def wan(wide: bool = False) -> WanPipeline:
     another scheduler than the published ones."""
     width, channels = (24, 4) if wide else (16, 8)
     encoder, tokenizer = umt5(width, 3 if wide else 2)
-    vae = AutoencoderKLWan(
-        base_dim=6 if wide else 4,
-        z_dim=channels,
-        dim_mult=[1, 1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, False, True] if wide else [False, True, True],
-        latents_mean=[0.1 * i - 0.33 for i in range(channels)],
-        latents_std=[1.3 + 0.17 * i for i in range(channels)],
-    )
+    vae = autoencoder(wide, AutoencoderKLWan)
     transformer = WanTransformer3DModel(
         num_attention_heads=3 if wide else 2,
         attention_head_dim=20 if wide else 16,

@@ -133,9 +133,7 @@ class ImageMedium:
     def check(self, samples: Tensor) -> Fault | None:
         fits = samples.ndim == 4 and samples.shape[1] == 3
         require(fits, samples, "(B, 3, H, W) float images")
-        low, high = ends(samples)
-        beyond = (low < -RANGE_TOLERANCE) | (high > 1 + RANGE_TOLERANCE)
-        return not_finite(self.one, low, high) or fault("image outside [0, 1]", beyond)
+        return outside(self.one, samples)
 
     def decode(self, decoded: Tensor) -> Tensor:
         """From an autoencoder's [−1, 1]."""
@@ -177,9 +175,7 @@ class VideoMedium:
     def check(self, samples: Tensor) -> Fault | None:
         fits = samples.ndim == 5 and samples.shape[2] == 3
         require(fits, samples, "(B, F, 3, H, W) float videos")
-        low, high = ends(samples)
-        beyond = (low < -RANGE_TOLERANCE) | (high > 1 + RANGE_TOLERANCE)
-        return not_finite(self.one, low, high) or fault("video outside [0, 1]", beyond)
+        return outside(self.one, samples)
 
     def decode(self, decoded: Tensor) -> Tensor:
         """From an autoencoder's [−1, 1]."""
@@ -287,6 +283,13 @@ def fault(what: str, rows: Tensor, finite: bool = True) -> Fault | None:
 def not_finite(one: str, low: Tensor, high: Tensor) -> Fault | None:
     """For `Medium.check`: the samples whose `ends` are not finite."""
     return fault(f"non-finite {one}", ~(torch.isfinite(low) & torch.isfinite(high)), False)
+
+
+def outside(one: str, samples: Tensor) -> Fault | None:
+    """For `Medium.check`: the samples (`one` is what each is called) beyond [0, 1], or none."""
+    low, high = ends(samples)
+    beyond = (low < -RANGE_TOLERANCE) | (high > 1 + RANGE_TOLERANCE)
+    return not_finite(one, low, high) or fault(f"{one} outside [0, 1]", beyond)
 
 
 def article(noun: str) -> str:
