@@ -120,7 +120,7 @@ PIPELINES = [
     Case("a model on the hub, without a connection", SAMPLE + "org/absent"),
     broken("no index", remove(INDEX)),
     broken("an index cut short", cut(INDEX)),
-    broken("another class", edit(INDEX, _class_name="WanPipeline")),
+    broken("another class", edit(INDEX, _class_name="HunyuanVideoPipeline")),
     broken("a part of a class from elsewhere", edit(INDEX, vae=["os", "system"])),
     broken("a part of a class that there is not", edit(INDEX, vae=["diffusers", "Encoder"])),
     broken("a part with a path for a name", edit(INDEX, **{"../vae": ["diffusers", "VAE"]})),

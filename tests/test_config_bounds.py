@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import get_args
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -18,6 +19,12 @@ def refusal(recipe: str, *overrides: str) -> str:
     return str(caught.value)
 
 
+def unions(part: Any) -> list[Any]:
+    """The members of a union that has a validator of its own; else the part itself."""
+    inside = get_args(part)[0] if get_origin(part) is Annotated else None
+    return list(get_args(inside)) if get_origin(inside) is UnionType else [part]
+
+
 def counts(model: type[BaseModel], prefix: str = "") -> dict[str, int | None]:
     """Every whole number of a config, with its upper bound; of lists, the most members."""
     found: dict[str, int | None] = {}
@@ -26,6 +33,7 @@ def counts(model: type[BaseModel], prefix: str = "") -> dict[str, int | None]:
         if isinstance(inside, type) and issubclass(inside, BaseModel):
             found |= counts(inside, f"{prefix}{name}.")
             continue
+        more = [one for part in more for one in unions(part)]
         annotated = [part for part in more if get_args(part) and get_args(part)[0] is int]
         if inside is int or annotated:
             limits = [*info.metadata, *(m for part in annotated for m in get_args(part)[1:])]

@@ -87,7 +87,7 @@ def test_an_evaluation_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     size = evaluating.AtSize("", range(len(PROMPTS)), [Painter("teacher").system()])
     monkeypatch.setattr(evaluating, "prepare", lambda *_: (medium, None))
     monkeypatch.setattr(evaluating, "at_sizes", lambda *_, **__: [size])
-    monkeypatch.setattr(evaluating, "load_rewards", lambda given, _: [rewards[n] for n in given])
+    monkeypatch.setattr(evaluating, "load_rewards", lambda given, *_: [rewards[n] for n in given])
     for order in (["a", "b"], ["b", "a"]):
         given = dataclasses.replace(request(dict.fromkeys(order)), prompts=PROMPTS)
         summary = evaluating.evaluate(given).summary

@@ -160,13 +160,6 @@ def load_student(runs: Sequence[Path], side: int | None, device: str) -> Student
     requests = [
         _request(run, cfg, few_step, side, device) for run, cfg in zip(runs, cfgs, strict=True)
     ]
-    for run, request in zip(runs, requests, strict=True):
-        size = request.settled.resolution
-        if size is not None and frames_of(size) > 1:
-            raise ValueError(
-                f"{run.name} makes videos ({said(size)}), and a dial is of pictures: compare "
-                "strengths with tiltflow evaluate --tilt"
-            )
     named = run_names(list(dict.fromkeys(runs)))
     names = [named[run] for run in runs]
     if len(runs) > 1:
@@ -204,6 +197,12 @@ def _request(run: Path, cfg: RunConfig, few_step: Path, side: int | None, device
 def _load(cfgs: Sequence[RunConfig], requests: Sequence[Request], exams: Sequence[Exam]) -> Student:
     first = requests[0]
     assert first.few_step is not None
+    size = first.settled.resolution
+    if size is not None and frames_of(size) > 1:
+        raise ValueError(
+            f"the student makes videos ({said(size)}), and a dial is of pictures: compare "
+            "strengths with tiltflow evaluate --tilt"
+        )
     backbone = backbone_of(first, "all")
     load_adapter(backbone, FEW_STEP, first.few_step)
     dials = tuple(f"tilt_{number}" for number in range(len(requests)))
