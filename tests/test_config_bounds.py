@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from types import UnionType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -22,7 +22,7 @@ def refusal(recipe: str, *overrides: str) -> str:
 def unions(part: Any) -> list[Any]:
     """The members of a union that has a validator of its own; else the part itself."""
     inside = get_args(part)[0] if get_origin(part) is Annotated else None
-    return list(get_args(inside)) if get_origin(inside) is UnionType else [part]
+    return list(get_args(inside)) if get_origin(inside) in (Union, UnionType) else [part]
 
 
 def counts(model: type[BaseModel], prefix: str = "") -> dict[str, int | None]:
