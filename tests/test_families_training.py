@@ -74,13 +74,11 @@ def test_both_stages_train_resume_and_checkpoint_exactly(
     below = f"model.few_step={tmp_path / 'cold'}"
     whole = run("tilt", family, tiny_pipeline, tmp_path / "whole", below)
     assert any("ema/" in key and "lora_B" in key and value.any() for key, value in whole.items())
-    run("tilt", family, tiny_pipeline, tmp_path / "parts", below, "train.steps=1")
-    again = run("tilt", family, tiny_pipeline, tmp_path / "parts", below, "run.resume=true")
-    assert same(whole, again)
-    less = run(
-        "tilt", family, tiny_pipeline, tmp_path / "less", below, "model.gradient_checkpointing=true"
-    )
-    assert same(whole, less)
+    # in two parts, and recomputing: either alone would give other weights if it were not exact
+    again = (below, "model.gradient_checkpointing=true")
+    run("tilt", family, tiny_pipeline, tmp_path / "parts", *again, "train.steps=1")
+    parts = run("tilt", family, tiny_pipeline, tmp_path / "parts", *again, "run.resume=true")
+    assert same(whole, parts)
 
 
 @pytest.mark.parametrize("family", RUNS)
