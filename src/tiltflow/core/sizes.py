@@ -30,9 +30,9 @@ def plain(*size: int) -> Resolution:
     return height if height == width else (height, width)
 
 
-def same_as(resolution: Resolution) -> Resolution:
-    """The equal size that `plain` writes."""
-    return plain(*resolution) if isinstance(resolution, tuple) else resolution
+def same_as(resolution: Resolution | list[int]) -> Resolution:
+    """The equal size that `plain` writes, of one as a user or a file has it."""
+    return resolution if isinstance(resolution, int) else plain(*resolution)
 
 
 def said(resolution: Resolution) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiltflow.core.sentences import either, listed
-from tiltflow.core.sizes import both, frames_of, plain, said
+from tiltflow.core.sizes import both, frames_of, said, same_as
 from tiltflow.formats.contract import Contract
 from tiltflow.formats.usage import Usage
 from tiltflow.models.family import Family
@@ -59,7 +59,9 @@ def call_of(contract: Contract, family: Family) -> dict[str, Any]:
 
 def usage_of(contract: Contract, family: Family, absent: Sequence[str]) -> Usage:
     """The code of a student's card; `absent` are the parts that its base was saved without."""
-    return Usage(contract, call_of(contract, family), absent, family.result)
+    video = frames_of(contract.resolution) > 1
+    made = "videos = {call}.frames" if video else f"images = {family.result}"
+    return Usage(contract, call_of(contract, family), made, absent)
 
 
 def model_card(card: Card) -> str:
@@ -193,7 +195,7 @@ def _otherwise(asked: Mapping[str, Any], contract: Contract) -> list[str]:
     sizes = [name for name, _ in asked.get("sizes") or ()]
     size = asked.get("resolution")
     if not sizes and size is not None:
-        sizes = [said(plain(*size) if isinstance(size, list | tuple) else size)]
+        sizes = [said(same_as(size))]
     trained_sizes = [said(each) for each in contract.trained_sizes]
     odd = [name for name in sizes if name not in trained_sizes]
     length = asked.get("max_sequence_length")

@@ -73,11 +73,10 @@ class AdapterFacts(_Part):
 class Contract(_Part):
     """`steps` is K, or of a student of several the most of them, and `several` all of these;
     `sigmas` are K's levels σ₀ > … > σ_K = 0; `guidance` is the student's own, 1.0 for one pass
-    without; `resolution` the side of a square in pixels, or height and width, or those
-    behind the frames of a video, and of a student of
-    several sizes that of its call by default; `sizes` are then all of them, and `sized_sigmas`,
-    by size, the levels at those where they are others; `dtype` is that of the base in training;
-    `recipe` the settings worth telling."""
+    without; `resolution` the side of a square in pixels, or height and width, or those behind
+    the frames of a video, and of a student of several sizes that of its call by default; `sizes`
+    are then all of them, and `sized_sigmas`, by size, the levels at those where they are others;
+    `dtype` is that of the base in training; `recipe` the settings worth telling."""
 
     format: Literal["tiltflow-contract-1"] = "tiltflow-contract-1"
     stage: Literal["cold_start", "tilt"]

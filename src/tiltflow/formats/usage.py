@@ -7,21 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiltflow.core.sizes import frames_of
 from tiltflow.formats.contract import BaseModelFacts, Contract
 from tiltflow.models.switch import TILT, stack_tilt
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the code is made of: `call` are the arguments of the pipeline's call, `absent` the parts
-    that the base was saved without and has to be loaded without, `result` what gives the pictures
-    (`Family.result`)."""
+    """What the code is made of: `call` are the arguments of the pipeline's call, `made` the line
+    that keeps what `{call}` gives, `absent` the parts that the base was saved without and has to be
+    loaded without."""
 
     contract: Contract
     call: Mapping[str, Any]
+    made: str
     absent: Sequence[str] = ()
-    result: str = "{call}.images"
 
     def of_folders(self, folders: Sequence[str]) -> str:
         """Code that loads LoRA folders through diffusers; those of baked strengths stay aside."""
@@ -73,9 +72,7 @@ class Usage:
             *loading,
             'prompts = ["a red fox in the snow"]',
             "noise = pipe.scheduler.seed(0, images=len(prompts))",
-            f"videos = {call}.frames"
-            if frames_of(self.contract.resolution) > 1
-            else f"images = {self.result.format(call=call)}",
+            self.made.format(call=call),
         ]
         return "```python\n" + "\n".join(code) + "\n```"
 

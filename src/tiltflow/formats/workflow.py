@@ -30,6 +30,7 @@ import numpy as np
 
 from tiltflow.core.sizes import both, frames_of
 from tiltflow.formats.contract import BaseModelFacts, Contract
+from tiltflow.models.medium import FRAMES_PER_SECOND
 
 Link = tuple[str, int]
 Graph = dict[str, dict[str, Any]]
@@ -53,7 +54,7 @@ class Nodes:
 
 
 VIDEO_LATENT = "EmptyHunyuanLatentVideo"
-ANIMATED = {"fps": 16.0, "lossless": False, "quality": 90, "method": "default"}
+ANIMATED = {"fps": float(FRAMES_PER_SECOND), "lossless": False, "quality": 90, "method": "default"}
 
 NODES: Mapping[str, Nodes] = {
     "sd3": Nodes(

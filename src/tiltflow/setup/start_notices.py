@@ -14,7 +14,7 @@ from tiltflow.core.disk import parse_json
 from tiltflow.core.latest import latest_name
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.sentences import listed
-from tiltflow.core.sizes import Resolution, plain, said
+from tiltflow.core.sizes import Resolution, said, same_as
 from tiltflow.data.prompts import Prompt
 from tiltflow.formats.contract import Contract, read_contract
 from tiltflow.models.lora_files import student_folder
@@ -145,7 +145,7 @@ def _table(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _size(value: Any) -> Resolution | None:
     """A size as JSON or a config has it; None is the model's own."""
-    return plain(*value) if isinstance(value, list | tuple) else value
+    return None if value is None else same_as(value)
 
 
 def sampling_of(cfg: RunConfig, prompts: Sequence[Prompt]) -> Sampling:

@@ -13,7 +13,7 @@ import diffusers
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
 from tiltflow.core.sentences import counted, either
-from tiltflow.core.sizes import plain, said
+from tiltflow.core.sizes import said, same_as
 from tiltflow.evaluation.files import is_of, read_evaluation
 from tiltflow.formats.card import Card, model_card, usage_of
 from tiltflow.formats.contract import (
@@ -312,9 +312,7 @@ def contract_of(cfg: RunConfig, checkpoint: Checkpoint, source: Source) -> Contr
     state, steps = checkpoint.state, cfg.sampler.most
     adapters = exported_adapters(state) if state.get("adapters") else {}
     setting = cfg.model.generator_path or cfg.model.path
-    sizes = tuple(
-        size if isinstance(size, int) else plain(*size) for size in state.get("sizes", ())
-    )
+    sizes = tuple(map(same_as, state.get("sizes", ())))
     if sizes and backbone.resolution not in sizes:
         backbone = resized(backbone, sizes[0])
     sigmas = tuple(backbone.few_step_sigmas(steps).tolist())

@@ -115,12 +115,7 @@ def _run(
         planned, say, sets=subject.prompts, pipelines=subject.pipelines, ranks=ranks
     )
     manifest = _manifest(subject, build)
-    here = manifest["generator_base"] or manifest["base"]
-    lines = unread_shards(subject.pipelines.model) if cfg.model.has_files else []
-    if isinstance(build.backbone, PipelineBackbone):
-        lines += lost_notices(build.backbone.lost)
-    lines += start_notices(cfg, subject.prompts.train, subject.pipelines, here)
-    for line in lines:
+    for line in _warnings(subject, build, manifest["generator_base"] or manifest["base"]):
         say(f"warning: {line}")
     _say_other_size(build, say)
     settings = _loop_settings(cfg, build.facts.as_json() | {"manifest": manifest})
@@ -160,6 +155,16 @@ def _run(
         kept, place = load_checkpoint(out), out / "export"
         export_checkpoint(cfg, kept, place, pipelines=subject.pipelines, callbacks=callbacks)
     return out
+
+
+def _warnings(subject: Subject, build: Build, base: str | None) -> list[str]:
+    """What a user should know of the model and the settings as a run starts; `base` is the
+    generator's, by its hash."""
+    cfg = subject.cfg
+    lines = unread_shards(subject.pipelines.model) if cfg.model.has_files else []
+    if isinstance(build.backbone, PipelineBackbone):
+        lines += lost_notices(build.backbone.lost)
+    return lines + start_notices(cfg, subject.prompts.train, subject.pipelines, base)
 
 
 def _manifest(subject: Subject, build: Build) -> dict[str, Any]:

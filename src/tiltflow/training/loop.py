@@ -139,10 +139,7 @@ def train(
             if logs or looked or due:
                 skips.settle(stage)
             if logs:
-                means = accumulator.means(ranks.total) | skips.metrics()
-                accumulator.reset()
-                log.write(done, means)
-                hooks.progress(done, means)
+                _write(log, hooks, done, accumulator, skips, ranks)
             if hooks.sample_every and (done % hooks.sample_every == 0 or done == settings.steps):
                 hooks.sample(done)
             alarmed = looked and look(log, hooks, done, ranks)
@@ -155,6 +152,21 @@ def train(
         if ranks.main:
             _save_alone(saved, done, accumulator, ranks)
     return done
+
+
+def _write(
+    log: MetricsLog | NoLog,
+    hooks: Hooks,
+    done: int,
+    accumulator: Accumulator,
+    skips: Skips,
+    ranks: Ranks,
+) -> None:
+    """A line of the log: means over the iterations since the last one, of all ranks."""
+    means = accumulator.means(ranks.total) | skips.metrics()
+    accumulator.reset()
+    log.write(done, means)
+    hooks.progress(done, means)
 
 
 def _save_alone(

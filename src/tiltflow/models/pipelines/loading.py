@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -123,17 +124,21 @@ def _without_values(pipeline: Pipeline, part: str, dtype: torch.dtype) -> nn.Mod
     network = _without_weights(pipeline, part)
     exact = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     for place, module in network.named_modules():
-        inside = bool(exact & set(place.split(".")))
+        kept = partial(_kept_in, exact, place, dtype)
         for name, parameter in module.named_parameters(recurse=False):
-            kept = torch.float32 if inside or name in exact else dtype
-            made = nn.Parameter(torch.empty(parameter.shape, dtype=kept), requires_grad=False)
+            values = torch.empty(parameter.shape, dtype=kept(name))
+            made = nn.Parameter(values, requires_grad=False)
             module.register_parameter(name, made)
         for name, buffer in module.named_buffers(recurse=False):
             # one that no file holds is as its module made it, here as where files are read
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                kept = torch.float32 if inside or name in exact else dtype
-                setattr(module, name, buffer.to(kept))
+                setattr(module, name, buffer.to(kept(name)))
     return network.eval()
+
+
+def _kept_in(exact: set[str], place: str, dtype: torch.dtype, name: str) -> torch.dtype:
+    """fp32 of a tensor that is, or lies in, one of the `exact`; as diffusers loads it."""
+    return torch.float32 if exact & {*place.split("."), name} else dtype
 
 
 def _without_weights(pipeline: Pipeline, part: str) -> nn.Module:
