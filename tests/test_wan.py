@@ -27,6 +27,7 @@ from tiltflow.formats.workflow import no_workflow, workflow
 from tiltflow.models.families import load_backbone, wan
 from tiltflow.models.family import family_named
 from tiltflow.models.medium import VIDEOS
+from tiltflow.models.pipelines.resized import resized
 from tiltflow.tasks.evaluate import evaluate, sample_to
 from tiltflow.tasks.train import run_training
 
@@ -145,6 +146,14 @@ def test_sizes_that_are_none(tiny_pipeline: Tiny, size: Any, said: str) -> None:
 def test_a_model_of_pictures_makes_no_videos(tiny_pipeline: Tiny) -> None:
     with pytest.raises(ValueError, match=r"=9x64x64 is of a video, and the model in .* pictures"):
         load_backbone(tiny_pipeline("sana"), device="cpu", resolution=(9, 64, 64))
+
+
+def test_a_size_of_the_other_medium_is_refused(tiny_pipeline: Tiny) -> None:
+    """Which a column of the prompt file may have, and several sizes of an evaluation."""
+    backbone = load(tiny_pipeline("wan"))
+    assert resized(backbone, (5, 64, 64)).latent_shape[1:] == (2, 8, 8)
+    with pytest.raises(ValueError, match="the size 64 and 9x64x96: one is of videos and one of"):
+        resized(backbone, 64)
 
 
 def test_a_run_makes_videos_or_pictures() -> None:
