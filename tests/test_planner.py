@@ -25,20 +25,6 @@ from tiltflow.tasks.plans import encoding_numbers, plan_recipe
 Tiny = Callable[[str], Path]
 
 
-def test_tally_counts_what_is_alive() -> None:
-    held = torch.zeros(1000)
-    with Tally(held) as tally:
-        a = torch.zeros(256)
-        b = a.view(2, 128).t() + 1
-        assert tally.live == tally.peak == 2048
-        del a
-        assert tally.live == 1024
-        c = (held + b.sum()).sum()
-        assert tally.peak >= 1024 + 4000
-        del b, c
-    assert tally.live <= 8
-
-
 def config(tiny: Tiny, name: str, stage: str, kind: str, out: Path, *more: str) -> RunConfig:
     (out / "prompts.txt").write_text("a cat\na dog\na bird\na fish\n")
     models = {
