@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
-
 
 @dataclass(frozen=True)
 class Case:
@@ -138,7 +136,4 @@ CASES = {
     ),
 }
 
-ALSO_ELSEWHERE = ("sd3", "flux", "flux2")
-"""Families whose whole runs other tests have too: here these take `make test-slow`."""
-RUNS = [pytest.param(f, marks=pytest.mark.long) if f in ALSO_ELSEWHERE else f for f in CASES]
 PAIRS = [(family, name) for family, case in CASES.items() for name in case.names]

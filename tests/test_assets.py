@@ -68,7 +68,7 @@ def test_our_loop_is_the_pipelines_own(pipe: StableDiffusion3Pipeline) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_teacher_is_as_good_as_its_card(pipe: StableDiffusion3Pipeline) -> None:
     """Through the plain pipeline in 16 steps, with and without the absent encoder's zero tokens."""
     figures = json.loads((ASSETS / "figures.json").read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families_table import CASES
+from lengths import mostly_long
 from test_families_training import run
 
 from tiltflow.core.randomness import Randomness
@@ -16,7 +17,7 @@ from tiltflow.models.roles import Role
 from tiltflow.training.adversarial import Features, Head
 
 Tiny = Callable[[str], Path]
-FEW = [pytest.param(f, marks=[] if f == "sd3" else pytest.mark.slow) for f in sorted(CASES)]
+FEW = mostly_long(sorted(CASES), "sd3")
 
 
 @pytest.mark.parametrize("family", FEW)

@@ -184,6 +184,7 @@ def test_compiled_blocks_take_every_size(
     assert counters["stats"]["unique_graphs"] > before
 
 
+@pytest.mark.long
 def test_recorded_passes_are_of_their_size(
     tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

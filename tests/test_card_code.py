@@ -54,11 +54,8 @@ def set_base(code: str, base: Path) -> str:
     return changed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["sd3m", *(pytest.param(n, marks=pytest.mark.long) for n in ("flux1_dev", "flux2_klein_4b"))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sd3m", "flux1_dev", "flux2_klein_4b"])
 def test_the_code_runs_in_the_folder(tiny_pipeline: Tiny, tmp_path: Path, name: str) -> None:
     made = student(tiny_pipeline, name, tmp_path, formats=("diffusers", "merged", "peft"))
     folders, merged, peft = code_of(made.export)
@@ -89,7 +86,7 @@ def test_the_peft_code_is_whole(
     assert "`peft/baked_0.5` is both in one" in (made.export / "README.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_packaged_pipelines_code_runs_as_it_stands(tmp_path: Path) -> None:
     """No directory to set, no private path, and the parts that this SD3 lacks are told."""
     asked = ["data.prompts=p.txt", "adapters.targets=null", "model.dtype=bf16"]

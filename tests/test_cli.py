@@ -118,7 +118,7 @@ assert "tiltflow" not in sys.modules
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_exported_lora_loads_in_plain_diffusers(model: Path, tmp_path: Path) -> None:
     """In a process without tiltflow, strength kept (α / r is in B): difference 0 in fp32."""
     from diffusers import StableDiffusion3Pipeline

@@ -249,7 +249,7 @@ def test_sampling_and_studies_read_the_same_way(tmp_path: Path) -> None:
         request_of("m", ["a"], {"split": "test"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_weighted_run_resumes_exactly(
     tiny_pipeline: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_compiled_blocks_give_the_same_gradients(
         torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compiler")
 def test_roles_with_as_many_adapters_share_a_compilation(tmp_path: Path) -> None:
     """Which names are active must not be part of what is compiled; past the limit torch raises."""

@@ -53,6 +53,7 @@ def folder(run: Path) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_its_pictures_are_the_live_ones(run: Path, folder: Path) -> None:
     grid, student = read_grid(folder), load_student([run], None, "cpu")
     assert len(grid.places()) == 16 == len(list(folder.rglob("*.png")))
@@ -66,6 +67,7 @@ def test_its_pictures_are_the_live_ones(run: Path, folder: Path) -> None:
     }
 
 
+@pytest.mark.long
 def test_the_scores_are_of_the_pictures_steps(run: Path, tmp_path: Path) -> None:
     """And one whose scores are of the trained number, as they once were, is not gone on with."""
     out, asked = tmp_path / "dial", {"prompts": TEXTS[:1], "seeds": [0], "strengths": [1.0]}
@@ -135,6 +137,7 @@ def test_a_chart_is_not_gone_on_with_by_another_reward(
     assert read_grid(out) == earlier and (out / "scores-00001.json").is_file()
 
 
+@pytest.mark.long
 def test_nothing_is_made_twice_or_mixed(run: Path, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Student, "image", None)
@@ -167,6 +170,7 @@ def test_numbers_out_of_range_are_refused(
     assert not (tmp_path / "dial").exists()
 
 
+@pytest.mark.long
 def test_the_desk_finds_it_and_shows_what_is_there(folder: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(folder, tmp_path / "dial"))
     picture_file(place, 1, 1, 2).unlink()
@@ -188,6 +192,7 @@ def test_the_desk_finds_it_and_shows_what_is_there(folder: Path, tmp_path: Path)
     assert TOKEN not in (place / FILE).read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"strengths": [NaN]}'],

@@ -122,7 +122,7 @@ def test_one_rank_changes_nothing() -> None:
     assert Ranks().any(True) and not Ranks().any(False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_ranks_and_micro_batches_equal_one(stage: str, mixture: Callable[..., Path]) -> None:
     """Two ranks; four with uneven shares and groups that lie on several; six micro-batches."""
@@ -172,7 +172,7 @@ def test_a_term_with_weights_of_its_own_is_the_same_on_two_ranks(
     assert gap(two, one) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pipelines_ranks_and_sharded_base_equal_one(
     run: Runner, tiny_pipeline: Callable[[str], Path], home: Path
 ) -> None:
@@ -304,7 +304,7 @@ def test_a_batch_smaller_than_the_ranks_is_refused(server: ForkServerContext, ho
     assert "train.batch_size 1 leaves some of 2 ranks no sample" in (log / "0.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_names_a_killed_rank_within_a_minute(tmp_path: Path) -> None:
     job, victim = torchrun(tmp_path)
     began = time.monotonic()
@@ -316,7 +316,7 @@ def test_torchrun_names_a_killed_rank_within_a_minute(tmp_path: Path) -> None:
     assert "rank      : 1 (local_rank: 1)" in root and f"pid: {victim}" in root, said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_ends_bit_equal(tmp_path: Path) -> None:
     """The fast form of benchmarks/kill_resume.py."""
     script = SRC.parent / "benchmarks" / "kill_resume.py"

@@ -87,7 +87,7 @@ def call(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fresh_process_without_training_code_gives_the_same_images(
     tiny_pipeline: Tiny, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def merged(
     return again, load_file(again.export / "original" / "transformer.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
 def test_other_programs_read_the_trained_product(
     made: Student, merged: tuple[Student, dict[str, Tensor]], name: str

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from families_table import CASES
+from lengths import mostly_long
 from students import random_like
 from test_families_training import recipe
 from torch import Tensor
@@ -151,7 +152,7 @@ def carried(weights: Table, of: Table) -> Table:
 
 
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", mostly_long(CASES, "sd3"))
 def test_gradients_are_those_of_separate_networks(
     tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, stage: str
 ) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families_table import CASES, RUNS
+from families_table import CASES
+from lengths import mostly_long
 from rich.console import Console
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("family", RUNS)
+@pytest.mark.parametrize("family", mostly_long(CASES, "sana"))
 def test_both_stages_train_resume_and_checkpoint_exactly(
     tiny_pipeline: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -81,7 +82,7 @@ def test_both_stages_train_resume_and_checkpoint_exactly(
     assert same(whole, parts)
 
 
-@pytest.mark.parametrize("family", RUNS)
+@pytest.mark.parametrize("family", mostly_long(CASES, "chroma"))
 def test_a_base_in_8_bits_and_embeddings_from_the_cache(
     tiny_pipeline: Tiny, tmp_path: Path, family: str
 ) -> None:

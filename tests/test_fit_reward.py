@@ -135,6 +135,7 @@ def test_choices_by_lot_are_refused(tmp_path):
     assert not (tmp_path / "taste").exists()
 
 
+@pytest.mark.long
 def test_the_accuracy_of_pure_noise_is_honest():
     """Of 40 sets of choices by lot, about 1 in 40 may pass: nested splits do not flatter."""
     passed = 0

@@ -118,9 +118,9 @@ PLAIN = ["model.gradient_checkpointing=false", "train.fake_scores=per_boundary"]
 KEPT = ["cold_start.keep_graph=true", "cold_start.fresh_boundary=false"]
 STAGES = [
     ("cold_start", []),
-    pytest.param("cold_start", PLAIN, marks=pytest.mark.slow),
-    pytest.param("cold_start", KEPT, marks=pytest.mark.slow),
-    pytest.param("tilt", [], marks=pytest.mark.slow),
+    pytest.param("cold_start", PLAIN, marks=pytest.mark.long),
+    pytest.param("cold_start", KEPT, marks=pytest.mark.long),
+    pytest.param("tilt", [], marks=pytest.mark.long),
 ]
 
 

@@ -47,10 +47,10 @@ CLIP = "rewards={'clipscore': 1.0}"
 CASES = [
     ("sd35m", "cold_start", ["cold_start.reuse=2"]),
     ("sd35m", "tilt", ["tilt.match_steps=random", "tilt.log_prob=gaussian", CLIP]),
-    pytest.param("sd35m", "cold_start", ["adapters.kind=copies"], marks=pytest.mark.slow),
-    pytest.param("flux1_dev", "cold_start", [], marks=pytest.mark.slow),
-    pytest.param("flux2_klein_4b", "tilt", ["tilt.kl=0.1"], marks=pytest.mark.slow),
-    pytest.param("qwen_image_21", "cold_start", TOKENS, marks=pytest.mark.slow),
+    pytest.param("sd35m", "cold_start", ["adapters.kind=copies"], marks=pytest.mark.long),
+    pytest.param("flux1_dev", "cold_start", [], marks=pytest.mark.long),
+    pytest.param("flux2_klein_4b", "tilt", ["tilt.kl=0.1"], marks=pytest.mark.long),
+    pytest.param("qwen_image_21", "cold_start", TOKENS, marks=pytest.mark.long),
 ]
 
 

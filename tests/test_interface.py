@@ -303,6 +303,7 @@ def run_example(name: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_example_own_reward(tmp_path: Path) -> None:
     said = run_example("own_reward.py", tmp_path)
     assert "step 2: warmth" in said and "tilt 0: warmth" in said and "tilt 1: warmth" in said
@@ -336,6 +337,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert {"teacher", "ac_dmd", "rtdmd"} <= set(figures["systems"])
 
 
+@pytest.mark.long
 def test_example_python_api(tmp_path: Path) -> None:
     said = run_example("python_api.py", tmp_path)
     assert "step 200: matching loss" in said and "saved step-000200" in said

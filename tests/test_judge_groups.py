@@ -233,7 +233,7 @@ def settings(model: Path, place: Path, port: int, stage: str, *more: str) -> lis
     return [*(f"{key}={value}" for key, value in values.items()), *more]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_are_one_and_a_resumed_run_is_an_uninterrupted_one(
     tiny_pipeline: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -191,7 +191,7 @@ def run(*arguments: object) -> None:
 REWARD = "test_train:redness"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "recipe", "dtype"),
     [

@@ -86,14 +86,14 @@ def measured(build: Build) -> int:
 
 CASES = [
     ("sd35m", "cold_start", "lora", "true"),
-    ("sd35m", "cold_start", "keep_graph", "false"),
-    ("sd35m", "cold_start", "keep_graph", "[fake_score]"),
-    ("sd35m", "cold_start", "lora", "[generator]"),
-    pytest.param("sd35m", "tilt", "keep_graph", "false", marks=pytest.mark.slow),
-    pytest.param("flux1_dev", "cold_start", "fp8", "true", marks=pytest.mark.slow),
-    pytest.param("flux1_dev", "tilt", "lora", "false", marks=pytest.mark.slow),
-    pytest.param("sd35m", "tilt", "copies", "true", marks=pytest.mark.slow),
-    pytest.param("flux2_klein_4b", "tilt", "lora", "true", marks=pytest.mark.slow),
+    pytest.param("sd35m", "cold_start", "keep_graph", "false", marks=pytest.mark.long),
+    pytest.param("sd35m", "cold_start", "keep_graph", "[fake_score]", marks=pytest.mark.long),
+    pytest.param("sd35m", "cold_start", "lora", "[generator]", marks=pytest.mark.long),
+    pytest.param("sd35m", "tilt", "keep_graph", "false", marks=pytest.mark.long),
+    pytest.param("flux1_dev", "cold_start", "fp8", "true", marks=pytest.mark.long),
+    pytest.param("flux1_dev", "tilt", "lora", "false", marks=pytest.mark.long),
+    pytest.param("sd35m", "tilt", "copies", "true", marks=pytest.mark.long),
+    pytest.param("flux2_klein_4b", "tilt", "lora", "true", marks=pytest.mark.long),
 ]
 
 

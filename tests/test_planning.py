@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lengths import mostly_long
 from rich.console import Console
 
 from tiltflow.config.load import RunConfig, load_config
@@ -96,7 +97,7 @@ def test_a_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert at(100, False) == frozenset()
 
 
-@pytest.mark.parametrize("size", ["2", "auto"])
+@pytest.mark.parametrize("size", mostly_long(["2", "auto"], "2"))
 def test_a_run_of_auto_goes_on_bit_for_bit(tiny_pipeline: Tiny, tmp_path: Path, size: str) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     quiet = Console(quiet=True)

@@ -284,7 +284,7 @@ def settings(model: Path, folder: Path, stage: str, servers: Sequence[int]) -> l
     return [f"{key}={value}" for key, value in values.items()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_loses_two_of_three_real_servers_and_comes_to_the_same(
     tiny_pipeline: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

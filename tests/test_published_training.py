@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lengths import mostly_long
 from test_distributed import Runner, home, run, server  # noqa: F401  (fixtures)
 from test_train import QUIET, pipeline, prompts, recipe, weights  # noqa: F401  (fixtures)
 from test_train import run as train
@@ -44,7 +45,7 @@ def cold(pipeline: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
     return train("cold_start", pipeline, prompts, tmp_path_factory.mktemp("runs") / "cold", *COLD)
 
 
-@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+@pytest.mark.parametrize("stage", mostly_long(["cold_start", "tilt"], "tilt"))
 def test_resumed_equals_uninterrupted(
     stage: str,
     pipeline: Path,  # noqa: F811
@@ -99,7 +100,7 @@ def test_two_ranks_are_one(run: Runner, stage: str) -> None:  # noqa: F811
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_are_one_on_a_pipeline(
     run: Runner,  # noqa: F811
     pipeline: Path,  # noqa: F811

@@ -196,6 +196,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_stage_2_with_clip_rewards_resumes_bit_equal(
     tiny_pipeline: Callable[[str], Path], four: Path, tmp_path: Path
 ) -> None:

@@ -75,7 +75,7 @@ def settings(model: Path, folder: Path, stage: str, port: int) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_dies_costs_a_run_nothing(
     tiny_pipeline: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

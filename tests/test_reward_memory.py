@@ -102,6 +102,7 @@ def test_a_plan_counts_them_and_room_to_compute_with_the_largest(
     assert made.worst == "scoring" and sum(made.held.values()) == sum(bare.held.values()) + 2 * one
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_passes_that_a_term_of_ones_own_holds_at_once(
     tiny_pipeline: Callable[[str], Path],
 ) -> None:

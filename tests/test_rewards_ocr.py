@@ -67,7 +67,7 @@ def rendered(text: str, width: int = 480, height: int = 128) -> np.ndarray:
     return np.array(image)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rendered_sentences_are_read_and_scored() -> None:
     pytest.importorskip("rapidocr")
     reward = load_reward("ocr")

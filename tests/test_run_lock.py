@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lengths import mostly_long
 
 from tiltflow.core import run_lock
 from tiltflow.core.run_lock import FILE, RunLock, held_by_another, refuse_if_held
@@ -151,7 +152,10 @@ def _race(run: Path, gate: Barrier, winners: Any) -> None:
         gate.wait()
 
 
-@pytest.mark.parametrize("state", ["free", "of a dead process", "of a silent host", "nested"])
+@pytest.mark.parametrize(
+    "state",
+    mostly_long(["of a dead process", "free", "of a silent host", "nested"], "of a dead process"),
+)
 def test_of_several_at_once_exactly_one_wins(tmp_path: Path, state: str) -> None:
     context = multiprocessing.get_context("fork")
     racers = 6

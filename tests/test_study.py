@@ -123,6 +123,7 @@ def test_the_papers_rows_cost_what_their_methods_do(row: str, tmp_path: Path) ->
     assert taken(cell.config, 2) == Cost(int(n * forward), n * backward, n, n * pulled)
 
 
+@pytest.mark.long
 def test_two_recipes_get_equal_budgets(tmp_path: Path) -> None:
     study, found = load_study(STUDIES / "paper.yaml"), []
     for row in ("grpo", "rtdmd_2"):
@@ -191,6 +192,7 @@ make_cells(file, cells_of(load_study(file), out), callbacks=Killed())
 """
 
 
+@pytest.mark.long
 def test_a_killed_study_goes_on_as_if_it_had_not_been(file: Path, tmp_path: Path) -> None:
     study, whole, parts = load_study(file), tmp_path / "whole", tmp_path / "parts"
     assert make_cells(file, cells_of(study, whole))

@@ -154,6 +154,7 @@ def test_what_is_refused_before_slurm_is_asked(
         submit("#!/bin/bash\n")
 
 
+@pytest.mark.long
 def test_the_commands_own_words(tmp_path: Path) -> None:
     env = {**os.environ, "PATH": "/nowhere"}
     refused = command("submit", "mixture_cold_start", env=env)

@@ -119,7 +119,7 @@ def test_resumed_equals_uninterrupted(
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_micro_batches_equal_one_batch(
     stage: str, pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
@@ -229,7 +229,7 @@ def test_a_sample_is_decoded_once(
     assert max(rows) == 2
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_normalised_reward_gradient_does_not_know_the_reward_s_scale(
     steps: int, pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +248,7 @@ def test_a_normalised_reward_gradient_does_not_know_the_reward_s_scale(
     assert after[1000.0, "false"] > 100 * after[1.0, "false"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_copies_train_like_adapters(pipeline: Path, prompts: Path, tmp_path: Path) -> None:
     kind = "adapters.kind=copies"
     first = run("cold_start", pipeline, prompts, tmp_path / "a", kind, "train.steps=2")
@@ -325,7 +325,7 @@ def test_a_sheet_of_samples_that_are_not_finite_names_step_and_prompt(
     assert [png.name for png in (tmp_path / "run").rglob("*.png")] == ["step-000000.png"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_killed_and_resumed_equals_uninterrupted(
     stage: str, pipeline: Path, prompts: Path, cold: Path, tmp_path: Path

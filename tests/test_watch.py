@@ -155,7 +155,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return pipeline, prompts, run_training(cfg, QUIET)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_watch_of_images_ends_with_the_good_export(
     images: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
