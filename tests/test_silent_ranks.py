@@ -203,8 +203,8 @@ def test_a_stopped_rank_is_named_and_the_job_ends(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", range(10))
-def test_ten_ranks_hung_or_killed(number: int, server: ForkServerContext, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", range(4))
+def test_ranks_hung_or_killed(number: int, server: ForkServerContext, tmp_path: Path) -> None:
     """At random moments, any rank of two or three; the run goes on from what was saved."""
     chance = random.Random(number)
     out, size = tmp_path / "run", chance.choice((2, 3))
