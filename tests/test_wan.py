@@ -296,8 +296,11 @@ def test_the_cards_call_makes_the_videos_of_sample(tiny_pipeline: Tiny, tmp_path
     assert nodes["EmptyHunyuanLatentVideo"]["length"] == 9 and "SaveAnimatedWEBP" in nodes
 
 
-def test_a_file_of_a_video_holds_its_frames(tmp_path: Path) -> None:
+@pytest.mark.parametrize("still", [0, 2, 5], ids=["moving", "half", "still"])
+def test_a_file_of_a_video_holds_its_frames(tmp_path: Path, still: int) -> None:
+    """Those that are as the one before, too: a student may have given up moving."""
     videos = torch.rand(2, 5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    videos[:, :still] = videos[:, :1]
     encoded = VIDEOS.encode(VIDEOS.rounded(videos))
     assert encoded.shape == (2, 5, 16, 24, 3)
     VIDEOS.save(encoded[0], tmp_path / "v.png")
