@@ -136,6 +136,8 @@ def test_prompts_are_mended_and_zeros_stand_behind_their_ends(
     [
         ((8, 64, 64), "8x64x64 has 8 frames, but they must be one more than a multiple of 4"),
         ((9, 64, 72), "9x64x72 must be in both sides a positive multiple of 16"),
+        ((129, 64, 64), "129x64x64 has 129 frames, and the model in .* has positions for 125"),
+        ((0, 64, 64), "0x64x64 has 0 frames, but they must be one more than a multiple of 4"),
     ],
 )
 def test_sizes_that_are_none(tiny_pipeline: Tiny, size: Any, said: str) -> None:
@@ -144,8 +146,10 @@ def test_sizes_that_are_none(tiny_pipeline: Tiny, size: Any, said: str) -> None:
 
 
 def test_a_model_of_pictures_makes_no_videos(tiny_pipeline: Tiny) -> None:
-    with pytest.raises(ValueError, match=r"=9x64x64 is of a video, and the model in .* pictures"):
-        load_backbone(tiny_pipeline("sana"), device="cpu", resolution=(9, 64, 64))
+    for frames in (9, 0):
+        said = rf"={frames}x64x64 is of a video, and the model in .* pictures"
+        with pytest.raises(ValueError, match=said):
+            load_backbone(tiny_pipeline("sana"), device="cpu", resolution=(frames, 64, 64))
 
 
 def test_a_size_of_the_other_medium_is_refused(tiny_pipeline: Tiny) -> None:
