@@ -281,6 +281,8 @@ def test_the_cards_call_makes_the_videos_of_sample(tiny_pipeline: Tiny, tmp_path
     made = student(tiny_pipeline, "wan21_1b", tmp_path, size=SIZE)
     contract = read_contract(made.export / "tilt")
     assert contract is not None and contract.resolution == SIZE
+    sampler = json.loads((made.export / "scheduler" / "scheduler_config.json").read_text())
+    assert sampler["size"] == list(SIZE)  # what a merged pipeline without its contract goes by
     call, card = call_of(contract, family_named("wan")), (made.export / "README.md").read_text()
     assert call["num_frames"] == 9 and "pipeline_tag: text-to-video" in card
     assert ", ".join(f"{key}={value!r}" for key, value in call.items()) + ").frames" in card
