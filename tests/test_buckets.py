@@ -288,6 +288,6 @@ def test_what_is_no_bucket_says_one_sentence() -> None:
         assert str(caught.value).startswith(words)
     with pytest.raises(ValueError, match="sizes of pictures, and the mixture makes none"):
         load_config("mixture_cold_start", ["data.buckets=[64]"])
-    for size in (0, 10**9, "2x", [64], True, [True, 64]):
+    for size in (0, 10**9, "2x", [64], True, [True, 64], "999999997x64x64", [0, 64, 64]):
         with pytest.raises(ValueError, match="data.buckets: prompt 1"):
             by_column("size", [Prompt("a", {"size": size})])

@@ -179,6 +179,8 @@ def test_a_merged_pipeline_without_a_contract_keeps_to_its_scheduler(
     found = settled({"steps": [1, 2, 8], "size": [32, 64]})
     assert (found.steps, found.eta, found.resolution) == (8, 0.3, (32, 64))
     assert "size 32x64" in found.notes[0]
+    found = settled({"size": [9, 32, 32]})  # of a student of videos
+    assert found.resolution == (9, 32, 32) and "size 9x32x32" in found.notes[0]
     found = settled({"steps": [1, 2, 8]}, steps=3, eta=0.5)
     assert (found.steps, found.eta) == (3, 0.5)
     assert found.notes[1:] == (

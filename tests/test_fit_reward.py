@@ -13,11 +13,13 @@ from PIL import Image
 
 from tiltflow.config.schema import RewardConfig
 from tiltflow.data.preferences import Preference, agreement, load_preferences
+from tiltflow.models.medium import VIDEOS, spread
 from tiltflow.rewards.base import checked, load_reward
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
+from tiltflow.rewards.frames import FRAMES, OfFrames
 from tiltflow.rewards.sizes import reward_memory
 from tiltflow.rewards.zoo.clip_family import CLIPScore
-from tiltflow.rewards.zoo.votes import CLIP_WHOLE, whole_identity
+from tiltflow.rewards.zoo.votes import CLIP_WHOLE, features, whole_identity
 from tiltflow.tasks import fit_reward as task
 from tiltflow.tasks.fit_reward import Choices, fit, regression
 
@@ -54,6 +56,34 @@ def fitted(tmp_path_factory):
     place = tmp_path_factory.mktemp("fit")
     about = task.fit_reward([votes(place, 0.1)], place / "taste", "packaged:clip", "cpu")
     return place, about
+
+
+def test_votes_on_videos_are_of_all_that_a_score_sees(tmp_path):
+    """The frames after the first, by which people choose: a mean, as a video's score is."""
+    videos = torch.rand(2, 9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    videos[1, 0] = videos[0, 0]
+    videos = VIDEOS.rounded(videos)
+    for video, name in zip(VIDEOS.encode(videos), "ab", strict=True):
+        VIDEOS.save(video, tmp_path / f"{name}.png")
+    row = {"prompt": "a square", "image_a": "a.png", "image_b": "b.png", "choice": "a"}
+    (tmp_path / "votes.jsonl").write_text(json.dumps(row) + "\n")
+    preferences = load_preferences(tmp_path / "votes.jsonl")
+    seen = spread(9, FRAMES)
+    for video, read in zip(videos, preferences[0].images(), strict=True):
+        assert torch.equal(read, video[seen])
+    measured = task.measure(preferences, CLIPScore("packaged:clip"), print)
+    weight = np.random.default_rng(0).normal(size=measured.differences.shape[1])
+
+    class Linear:
+        name, differentiable = "linear in features", False
+
+        def __call__(self, images, prompts, metadata):
+            found = features(CLIPScore("packaged:clip"), images, prompts).double()
+            return (found @ torch.from_numpy(weight)).float()
+
+    scores = checked(OfFrames(Linear()), videos, ["a square"] * 2, [{}] * 2)
+    assert float(scores[0] - scores[1]) == pytest.approx(measured.differences[0] @ weight, abs=1e-4)
+    assert abs(measured.differences).max() > 1e-3
 
 
 def test_a_file_that_is_given_twice_makes_no_vote_count_as_two(tmp_path):
@@ -115,7 +145,7 @@ def test_the_scale_is_that_of_the_voted_images(fitted):
     place, _ = fitted
     reward = load_reward(str(place / "taste"))
     preferences = load_preferences(place / "preferences.jsonl")
-    seen = torch.cat([torch.stack(p.images()) for p in preferences])
+    seen = torch.cat([torch.cat(p.images()) for p in preferences])
     scores = checked(reward, seen, [p.prompt for p in preferences for _ in "ab"], [{}] * len(seen))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-3)
     assert float(scores.std()) == pytest.approx(1, abs=0.01)
@@ -211,7 +241,7 @@ def test_pick_a_pic_is_read(tmp_path):
     parquet.write_table(pyarrow.table(table), tmp_path / "pick.parquet")
     found = load_preferences(tmp_path / "pick.parquet")
     assert [(one.prompt, one.choice) for one in found] == [("a", 1.0), ("b", 0.5), ("c", 0.0)]
-    assert float(found[2].images()[1][0, 0, 0]) == pytest.approx(60 / 255)
+    assert float(found[2].images()[1][0, 0, 0, 0]) == pytest.approx(60 / 255)
 
 
 def test_hpd_is_read(tmp_path):
@@ -231,7 +261,7 @@ def test_hpd_is_read(tmp_path):
         ("a", 0.0), ("b", 1.0), ("b", 0.0), ("c", 1.0)
     ]  # fmt: skip
     assert found[3].first == tmp_path / "train" / "2.jpg"
-    assert found[3].images()[0].shape == (3, 8, 8)
+    assert found[3].images()[0].shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize(

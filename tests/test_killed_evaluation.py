@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -78,6 +78,13 @@ def test_an_upgrade_of_a_package_is_another_question(
         monkeypatch.setattr("tiltflow.tasks.depends.version", lambda name, n=number: of(name, n))
         found.append(asked(request))
     assert (found[0] != found[1]) == counts
+
+
+def test_what_mends_prompts_counts(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a sign\n")
+    for model, counts in (("wan", True), ("sana", False)):
+        request = request_of(str(tiny_pipeline(model)), str(tmp_path / "p.txt"), {}, rewards={})
+        assert ("ftfy" in asked(request)["versions"]) == counts
 
 
 def test_a_missing_package_is_named_when_it_is_needed(

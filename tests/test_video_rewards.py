@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from tiltflow.models.medium import IMAGES, VIDEOS, load_medium, spread
-from tiltflow.rewards.base import FunctionReward, Metadata, checked, medium_of
+from tiltflow.rewards.base import (
+    FunctionReward,
+    Metadata,
+    NonFiniteScore,
+    RewardFailed,
+    checked,
+    medium_of,
+)
 from tiltflow.rewards.frames import FRAMES, OfFrames, for_medium
 
 VIDEO = torch.rand(3, 9, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -53,6 +60,36 @@ def test_a_score_does_not_know_the_other_videos() -> None:
     assert torch.equal(score(alone), torch.zeros(3))
     both, one = score(for_medium(reward(), VIDEOS)), score(for_medium(reward(), VIDEOS), VIDEO[:1])
     assert torch.equal(both[:1], one)
+
+
+def not_finite(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+    return images.flatten(1).mean(1) * torch.nan
+
+
+def failing(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+    raise KeyError("k")
+
+
+def refusing(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+    raise ValueError("no such colour")
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [(not_finite, NonFiniteScore), (failing, RewardFailed), (refusing, ValueError)],
+)
+def test_an_error_is_of_the_kind_and_in_the_words_that_it_has_of_images(
+    function: Any, kind: type[ValueError]
+) -> None:
+    """By its kind a run skips an iteration on all ranks, and a server is asked again."""
+    of_images = FunctionReward(function, "own")
+    said = []
+    for given, samples in ((of_images, VIDEO[:, 0]), (for_medium(of_images, VIDEOS, 1), VIDEO)):
+        with pytest.raises(ValueError, match="reward 'own'") as caught:
+            score(given, samples)
+        assert type(caught.value) is kind
+        said.append(str(caught.value).partition(" (row ")[0])  # of images, or of frames
+    assert said[0] == said[1]
 
 
 def test_only_rewards_of_images_are_taken_by_frames() -> None:

@@ -52,7 +52,7 @@ def test_a_vote_names_the_systems_that_were_on_its_sides(desk):
         twice, said = client.ask("/api/vote", body={"pair": pair["pair"], "choice": "left"})
         assert twice.status == 422 and b"has been voted on" in said
         (chosen,) = load_preferences(desk.ballot.file)
-        assert chosen.choice == 1 and chosen.images()[0].shape == (3, 32, 32)
+        assert chosen.choice == 1 and chosen.images()[0].shape == (1, 3, 32, 32)
 
 
 def test_every_prompt_is_shown_once_before_one_is_twice_and_sides_change(desk):

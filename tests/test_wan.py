@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,18 +20,23 @@ from rich.console import Console
 from students import PROMPTS, request, sampled, student
 from test_scheduler import loaded_pipeline
 from torch import Tensor
+from transformers import UMT5EncoderModel
 
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.data.buckets import Bucket
 from tiltflow.data.prompts import Prompt
 from tiltflow.formats.card import call_of
 from tiltflow.formats.contract import read_contract
 from tiltflow.formats.workflow import no_workflow, workflow
-from tiltflow.models.families import load_backbone, wan
+from tiltflow.models.families import load_backbone
 from tiltflow.models.family import family_named
 from tiltflow.models.medium import VIDEOS
 from tiltflow.models.pipelines.resized import resized
+from tiltflow.setup.checks import Subject, findings
 from tiltflow.tasks.evaluate import evaluate, sample_to
+from tiltflow.tasks.request import Request, backbone_of, check_request
+from tiltflow.tasks.systems import _decode
 from tiltflow.tasks.train import run_training
 
 Tiny = Callable[[str], Path]
@@ -116,9 +124,7 @@ def test_every_time_of_the_solver_is_met(tiny_pipeline: Tiny) -> None:
     assert torch.equal(given[0], times.float())
 
 
-def test_prompts_are_mended_and_zeros_stand_behind_their_ends(
-    tiny_pipeline: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_mended_and_zeros_stand_behind_their_ends(tiny_pipeline: Tiny) -> None:
     backbone = load(tiny_pipeline("wan"), 64)
     plain, told = backbone.encode(["it's a cat & dog", "it’s  a cat &amp; dog"]).positive[
         "prompt_embeds"
@@ -126,8 +132,28 @@ def test_prompts_are_mended_and_zeros_stand_behind_their_ends(
     assert torch.equal(plain, told)
     letters = 17  # with the end of the text, and the space before it
     assert plain[:letters].abs().amin(0).max() > 0 and not plain[letters + 1 :].any()
-    monkeypatch.setattr(wan, "is_ftfy_available", lambda: False)
-    with pytest.raises(ValueError, match=r"mended with ftfy.*: pip install 'tiltflow\[wan\]'"):
+
+
+def test_a_package_that_prompts_need_is_missed_before_anything_loads(
+    tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text encoder is one of 11 GB."""
+    monkeypatch.setattr("tiltflow.models.pipelines.words.find_spec", lambda name: None)
+    said = "prompts of Wan 2.1 go through ftfy, without which some .*: pip install ftfy"
+    (tmp_path / "p.txt").write_text("a\n")
+    values = [
+        f"model.path={tiny_pipeline('wan')}", f"data.prompts={tmp_path / 'p.txt'}",
+        "adapters.targets=null",
+    ]  # fmt: skip
+    cfg = load_config("demo_cold_start", [*values, f"run.out={tmp_path / 'run'}", "run.device=cpu"])
+    failed = {found.name: str(found.error) for found in findings(Subject(cfg)) if found.failed}
+    assert list(failed) == ["packages of prompts"] and re.match(said, failed["packages of prompts"])
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=said):
         load(tiny_pipeline("wan"), 64)
 
 
@@ -136,6 +162,8 @@ def test_prompts_are_mended_and_zeros_stand_behind_their_ends(
     [
         ((8, 64, 64), "8x64x64 has 8 frames, but they must be one more than a multiple of 4"),
         ((9, 64, 72), "9x64x72 must be in both sides a positive multiple of 16"),
+        ((129, 64, 64), "129x64x64 has 129 frames, and the model in .* has positions for 125"),
+        ((0, 64, 64), "0x64x64 has 0 frames, but they must be one more than a multiple of 4"),
     ],
 )
 def test_sizes_that_are_none(tiny_pipeline: Tiny, size: Any, said: str) -> None:
@@ -144,8 +172,10 @@ def test_sizes_that_are_none(tiny_pipeline: Tiny, size: Any, said: str) -> None:
 
 
 def test_a_model_of_pictures_makes_no_videos(tiny_pipeline: Tiny) -> None:
-    with pytest.raises(ValueError, match=r"=9x64x64 is of a video, and the model in .* pictures"):
-        load_backbone(tiny_pipeline("sana"), device="cpu", resolution=(9, 64, 64))
+    for frames in (9, 0):
+        said = rf"={frames}x64x64 is of a video, and the model in .* pictures"
+        with pytest.raises(ValueError, match=said):
+            load_backbone(tiny_pipeline("sana"), device="cpu", resolution=(frames, 64, 64))
 
 
 def test_a_size_of_the_other_medium_is_refused(tiny_pipeline: Tiny) -> None:
@@ -154,6 +184,36 @@ def test_a_size_of_the_other_medium_is_refused(tiny_pipeline: Tiny) -> None:
     assert resized(backbone, (5, 64, 64)).latent_shape[1:] == (2, 8, 8)
     with pytest.raises(ValueError, match="the size 64 and 9x64x96: one is of videos and one of"):
         resized(backbone, 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((16, 8, 8), [16, 4]), ((16, 3, 8, 8), [5] * 4), ((16, 21, 8, 8), [1] * 20)],
+)
+def test_what_is_decoded_at_once_is_counted_in_latent_frames(
+    shape: tuple[int, ...], parts: list[int]
+) -> None:
+    """A video of 33 frames takes 3.8 GiB at 480 x 832."""
+    seen: list[int] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        seen.append(len(latents))
+        return latents
+
+    role: Any = SimpleNamespace(backbone=SimpleNamespace(decode=decode))
+    latents = torch.arange(20.0).view(20, *[1] * len(shape)).expand(20, *shape)
+    assert torch.equal(_decode(role, latents), latents) and seen == parts
+
+
+def test_several_sizes_of_videos_need_no_contract(tiny_pipeline: Tiny) -> None:
+    """The model's own size is a picture's, which nobody asked for."""
+    buckets = tuple(Bucket(size) for size in ((9, 64, 64), (5, 64, 96)))
+    asked = Request(str(tiny_pipeline("wan")), [Prompt("a")], buckets=buckets, device="cpu")
+    check_request(asked)
+    assert backbone_of(asked, "image").medium is VIDEOS
+    mixed = replace(asked, buckets=(*buckets, Bucket(64)))
+    with pytest.raises(ValueError, match="--size 64 and 9x64x64: one is of videos and one of"):
+        check_request(mixed)
 
 
 def test_a_run_makes_videos_or_pictures() -> None:
@@ -258,9 +318,7 @@ def test_both_stages_train_on_videos_resume_and_are_evaluated(
     assert [Image.open(file).n_frames for file in files] == [9, 9, 9]  # type: ignore[attr-defined]
 
 
-def request_of(model: Path, export: Path, prompts: list[str]) -> Any:
-    from tiltflow.tasks.request import Request
-
+def request_of(model: Path, export: Path, prompts: list[str]) -> Request:
     return Request(
         model=str(model),
         prompts=[Prompt(text) for text in prompts],
@@ -277,6 +335,8 @@ def test_the_cards_call_makes_the_videos_of_sample(tiny_pipeline: Tiny, tmp_path
     made = student(tiny_pipeline, "wan21_1b", tmp_path, size=SIZE)
     contract = read_contract(made.export / "tilt")
     assert contract is not None and contract.resolution == SIZE
+    sampler = json.loads((made.export / "scheduler" / "scheduler_config.json").read_text())
+    assert sampler["size"] == list(SIZE)  # what a merged pipeline without its contract goes by
     call, card = call_of(contract, family_named("wan")), (made.export / "README.md").read_text()
     assert call["num_frames"] == 9 and "pipeline_tag: text-to-video" in card
     assert ", ".join(f"{key}={value!r}" for key, value in call.items()) + ").frames" in card
@@ -296,8 +356,11 @@ def test_the_cards_call_makes_the_videos_of_sample(tiny_pipeline: Tiny, tmp_path
     assert nodes["EmptyHunyuanLatentVideo"]["length"] == 9 and "SaveAnimatedWEBP" in nodes
 
 
-def test_a_file_of_a_video_holds_its_frames(tmp_path: Path) -> None:
+@pytest.mark.parametrize("still", [0, 2, 5], ids=["moving", "half", "still"])
+def test_a_file_of_a_video_holds_its_frames(tmp_path: Path, still: int) -> None:
+    """Those that are as the one before, too: a student may have given up moving."""
     videos = torch.rand(2, 5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    videos[:, :still] = videos[:, :1]
     encoded = VIDEOS.encode(VIDEOS.rounded(videos))
     assert encoded.shape == (2, 5, 16, 24, 3)
     VIDEOS.save(encoded[0], tmp_path / "v.png")

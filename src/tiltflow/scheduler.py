@@ -59,7 +59,8 @@ class CPSFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         patch: for pipelines whose latents are token sequences (B, L, C): how many latent cells a
             token is wide, 2 for FLUX.1 and 1 for FLUX.2. Plain latents (B, C, H, W) ignore it.
         size: height and width, in any unit, of the pictures that the student was trained for,
-            where they are not square: token sequences do not say their own.
+            where they are not square: token sequences do not say their own. Of videos they stand
+            behind the frames.
         num_train_timesteps: this and all that follow are the parent's.
 
     Raises:
@@ -231,9 +232,10 @@ def latent_shape(
     side = math.isqrt(length)
     height, width = (side, side) if side**2 == length else (1, length)
     if size is not None:
-        rows = max(1, math.isqrt(length * size[0] // size[1]))
+        high, wide = size[-2:]
+        rows = max(1, math.isqrt(length * high // wide))
         columns = length // rows
-        if rows * columns == length and rows * size[1] == columns * size[0]:
+        if rows * columns == length and rows * wide == columns * high:
             height, width = rows, columns
     return channels // patch**2, height * patch, width * patch
 
@@ -246,8 +248,10 @@ def _trained(steps: int | Sequence[int] | None) -> Sequence[int]:
 
 
 def _check_size(size: Sequence[int] | None) -> None:
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"size is {size}; it is a height and a width")
+    if size is not None and (len(size) not in (2, 3) or min(size) < 1):
+        raise ValueError(
+            f"size is {size}; it is a height and a width, behind the frames if there are any"
+        )
 
 
 def pack(latent: Tensor, patch: int) -> Tensor:

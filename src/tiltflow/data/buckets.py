@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tiltflow.core.limits import LONGEST_SIDE
-from tiltflow.core.sizes import Resolution, both, parse_size, plain, said
+from tiltflow.core.sizes import Resolution, both, frames_of, parse_size, plain, said
 from tiltflow.data.prompts import Prompt
 
 MOST_SIZES = 100
@@ -41,10 +41,10 @@ def by_column(
     found: dict[Resolution, list[int]] = {}
     for number, prompt in enumerate(prompts):
         size = _size(column, number, prompt.metadata, where)
-        if not all(1 <= side <= LONGEST_SIDE for side in both(size)):
+        if not all(1 <= side <= LONGEST_SIDE for side in (*both(size), frames_of(size))):
             raise ValueError(
                 f"{where}: prompt {number + 1} has the size {said(size)}; a side goes from 1 to "
-                f"{LONGEST_SIDE}"
+                f"{LONGEST_SIDE}, and so do frames"
             )
         found.setdefault(size, []).append(number)
     if len(found) > MOST_SIZES:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tiltflow.core.sentences import counted, first_sentence
-from tiltflow.core.sizes import Resolution, both
+from tiltflow.core.sizes import Resolution
 from tiltflow.formats.contract import CONTRACT_KEY, Contract, falling
 from tiltflow.formats.folder import check_export_folder
 from tiltflow.models.lora_files import check_lora_file, lora_file
@@ -114,7 +114,7 @@ def few_step_scheduler(
     resolution: Resolution | None = None,
 ) -> CPSFlowMatchScheduler:
     """The students' scheduler, made from the own scheduler of the pipeline in `model`, for pictures
-    of `resolution` (None: square ones), trained for `steps`, or any of them.
+    or videos of `resolution` (None: square pictures), trained for `steps`, or any of them.
 
     Raises:
         ValueError: if the pipeline's scheduler is one that CPS cannot follow.
@@ -123,7 +123,7 @@ def few_step_scheduler(
     given = family.few_step_config(model.json("scheduler/scheduler_config.json"))
     known = inspect.signature(CPSFlowMatchScheduler.__init__).parameters
     config = {key: value for key, value in given.items() if key in known}
-    size = list(both(resolution)) if isinstance(resolution, tuple) else None
+    size = list(resolution) if isinstance(resolution, tuple) else None
     patch = model.index.get("patch_size", family.token_patch)
     try:
         trained = list(steps) if isinstance(steps, Sequence) else steps

@@ -191,7 +191,14 @@ class VideoMedium:
     def save(self, encoded: NDArray[np.generic], file: Path) -> None:
         first, *others = (Image.fromarray(frame) for frame in encoded)
         first.save(
-            file, save_all=True, append_images=others, duration=1000 / FRAMES_PER_SECOND, loop=0
+            file,
+            save_all=True,
+            append_images=others,
+            duration=1000 / FRAMES_PER_SECOND,
+            loop=0,
+            # Laid over or in the place of the one before, a frame without gaps is the same; but
+            # Pillow makes one long frame of successive equal ones that are blended alike.
+            blend=[number % 2 for number in range(len(encoded))],
         )
 
     def sheet(self, samples: Tensor, columns: int) -> NDArray[np.uint8]:

@@ -181,9 +181,9 @@ def _called(
     try:
         # copies: what it writes into them would be the next one's prompt
         return reward(images, list(prompts), [copy.deepcopy(about) for about in metadata])
-    except Stopped:
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, Stopped) or getattr(reward, "gated", False):
+            raise  # of a gate inside, it has its name and kind
         if out_of_memory(error):
             error.add_note(f"while reward {reward.name!r} scored {len(prompts)} images")
             raise

@@ -22,6 +22,8 @@ class OfFrames:
     """
 
     domain = VIDEOS.name
+    gated = True
+    """Its own call is through `checked`, whose errors have their names and kinds."""
 
     def __init__(self, reward: Reward, count: int | None = None) -> None:
         self.reward, self.count = reward, count or FRAMES

@@ -148,7 +148,7 @@ def _of_scheduler(model: Pipeline) -> dict[str, Any]:
         found |= {"steps": max(several), "several": tuple(several)}
     if is_number(eta):
         found["eta"] = eta
-    if isinstance(size, list) and len(size) == 2 and all(is_whole(side) for side in size):
+    if isinstance(size, list) and len(size) in (2, 3) and all(is_whole(side) for side in size):
         found["resolution"] = plain(*size)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,16 +57,17 @@ def asked(request: Request) -> dict[str, Any]:
         **({"beside": {n: place_of(place) for n, place in beside.items()}} if beside else {}),
         **({"revisions": revised} if revised else {}),
         "prompts": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
-        "versions": _versions(request.rewards),
+        "versions": _versions(request),
     }
 
 
-def _versions(rewards: Iterable[str]) -> dict[str, str]:
+def _versions(request: Request) -> dict[str, str]:
     """The versions of the packages that make images and read prompts, and of those that score for
-    one of these rewards. One that is missing is named when it is needed."""
+    one of the rewards. One that is missing is named when it is needed."""
     found = {}
-    of_rewards = [package for reward in rewards for package in NEEDS.get(reward, ())]
-    for name in ("tiltflow", *LIBRARIES, *of_rewards):
+    of_rewards = [package for reward in request.rewards for package in NEEDS.get(reward, ())]
+    of_text = request.pipelines.model.family.text_packages if request.has_files else ()
+    for name in ("tiltflow", *LIBRARIES, *of_text, *of_rewards):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

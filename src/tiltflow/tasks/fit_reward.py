@@ -163,7 +163,8 @@ def check_choices(preferences: Sequence[Preference]) -> None:
 
 @torch.no_grad()
 def measure(preferences: Sequence[Preference], clip: CLIPScore, say: Say) -> Choices:
-    """The features of every image of the choices, one image at a time.
+    """The features of every image of the choices, one image at a time; of a video the mean of its
+    frames', as its score is the mean of theirs and linear in them.
 
     Raises:
         ValueError: if an image cannot be read.
@@ -171,8 +172,9 @@ def measure(preferences: Sequence[Preference], clip: CLIPScore, say: Say) -> Cho
     first: list[Array] = []
     second: list[Array] = []
     for number, one in enumerate(preferences, start=1):
-        for image, into in zip(one.images(), (first, second), strict=True):
-            into.append(features(clip, image[None], [one.prompt])[0].double().cpu().numpy())
+        for images, into in zip(one.images(), (first, second), strict=True):
+            seen = [features(clip, image, [one.prompt])[0] for image in images.split(1)]
+            into.append(torch.stack(seen).double().mean(0).cpu().numpy())
         if number % 500 == 0:
             say(f"{number} of {len(preferences)} pairs seen")
     a, b = np.stack(first), np.stack(second)

@@ -75,10 +75,10 @@ def geometry_of(
 
     Raises:
         ValueError: if a side is no positive multiple of a token's, or too long, or there are
-            frames where there can be none, or not one more than a multiple of `step`.
+            frames where there can be none, too many, or not one more than a multiple of `step`.
     """
     frames = frames_of(resolution)
-    if frames > 1 and step is None:
+    if frames != 1 and step is None:
         raise ValueError(
             f"{what}{said(resolution)} is of a video, and the model in {where} makes pictures"
         )
@@ -86,6 +86,11 @@ def geometry_of(
         raise ValueError(
             f"{what}{said(resolution)} has {frames} frames, but they must be one more than a "
             f"multiple of {step} for the model in {where}"
+        )
+    if most is not None and (frames - 1) // (step or 1) >= most:
+        raise ValueError(
+            f"{what}{said(resolution)} has {frames} frames, and the model in {where} has positions "
+            f"for {(most - 1) * (step or 1) + 1}"
         )
     token = factor * patch
     for side in both(resolution):
