@@ -18,9 +18,12 @@ from students import PROMPTS, request, sampled, student
 from test_scheduler import loaded_pipeline
 from torch import Tensor
 
+import tiltflow
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.sizes import Resolution, said
 from tiltflow.data.prompts import Prompt
+from tiltflow.evaluation.files import read_evaluation
 from tiltflow.formats.card import call_of
 from tiltflow.formats.contract import read_contract
 from tiltflow.formats.workflow import no_workflow, workflow
@@ -154,6 +157,26 @@ def test_a_size_of_the_other_medium_is_refused(tiny_pipeline: Tiny) -> None:
     assert resized(backbone, (5, 64, 64)).latent_shape[1:] == (2, 8, 8)
     with pytest.raises(ValueError, match="the size 64 and 9x64x96: one is of videos and one of"):
         resized(backbone, 64)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [[(5, 64, 64), (9, 64, 64)], [64, (64, 96)]])
+def test_a_teacher_alone_is_evaluated_at_several_sizes(
+    tiny_pipeline: Tiny, tmp_path: Path, sizes: list[Resolution]
+) -> None:
+    """Of videos it was refused: the model's own size, which stood below them, is a picture."""
+    names, out = [said(size) for size in sizes], tmp_path / "evaluation.json"
+    found = tiltflow.evaluate(
+        str(tiny_pipeline("wan")), ["a cat", "a dog"], ["test_wan:plain"], out=out, sizes=sizes,
+        teacher_steps=1, steps=1, device="cpu", max_sequence_length=64,
+    )  # fmt: skip
+    assert list(found.sizes) == names and list(read_evaluation(out)["sizes"]) == names
+    mixed = [*sizes, 64 if isinstance(sizes[0], tuple) else (5, 64, 64)]
+    with pytest.raises(ValueError, match="one is of videos and one of pictures"):
+        tiltflow.evaluate(
+            str(tiny_pipeline("wan")), ["a cat", "a dog"], ["test_wan:plain"], sizes=mixed,
+            teacher_steps=1, device="cpu", max_sequence_length=64,
+        )  # fmt: skip
 
 
 def test_a_run_makes_videos_or_pictures() -> None:

@@ -50,8 +50,8 @@ class _Category(_Part):
     systems: dict[str, dict[str, _Mean]]
 
 
-SIZE = r"[0-9]{1,9}(x[0-9]{1,9})?"
-"""A size's name, which is a folder's as well."""
+SIZE = r"[0-9]{1,9}(x[0-9]{1,9}){0,2}"
+"""A size's name (`core.sizes.said`), which is a folder's as well; a video's has three numbers."""
 
 
 class _Comparison(_Part):

@@ -197,7 +197,8 @@ def check_request(request: Request) -> None:
         generator.asked = generator.asked or family.name
         check_directory(generator)
         check_weights(generator, ["transformer"])
-    named = "--size " if isinstance(request.resolution, tuple) else "the size "
+    several = request.buckets and request.buckets[0].prompts is None
+    named = "--size " if several or isinstance(request.resolution, tuple) else "the size "
     settings = _settings(request) | {"size_name": named}
     shapes = meta_backbone(model, generator_path=generator, **settings)
     check_sizes(request.buckets, shapes)
@@ -209,11 +210,14 @@ def check_request(request: Request) -> None:
 
 def _settings(request: Request) -> dict[str, Any]:
     """What a backbone of the request is made with, whatever holds its weights."""
-    chosen = request.settled
+    chosen, resolution = request.settled, request.settled.resolution
+    if request.buckets and request.pipelines.model.family.videos:
+        # of one medium with the sizes: the model's own, or the student's, may be of the other
+        resolution = request.buckets[0].size
     return {
         "dtype": DTYPES[chosen.dtype],
         "vae_dtype": DTYPES[chosen.vae_dtype] if chosen.vae_dtype else None,
-        "resolution": chosen.resolution,
+        "resolution": resolution,
         "max_sequence_length": chosen.max_sequence_length,
     }
 
