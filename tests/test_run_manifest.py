@@ -16,6 +16,7 @@ from tiltflow.config.load import PromptSets, load_config
 from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
 from tiltflow.data.prompts import Prompt
+from tiltflow.rewards.files import REVISIONS
 from tiltflow.setup.manifest import code_fingerprints, defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import with_absolute_paths
 from tiltflow.training.changes import OF_THE_RUN, PROMPTS, changes
@@ -149,6 +150,21 @@ def test_a_setting_that_a_version_did_not_have_is_no_change(place: Path) -> None
     here["config"]["train"]["boundary_power"] = 1.0
     facts = {"stage": "tilt", "steps": 4, "manifest": here}
     assert changes(state, facts, known) == {"train.boundary_power": "0.0 → 1.0"}
+
+
+def test_another_revision_of_a_reward_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(str(place / "tilt" / "config.yaml"), ["rewards={ocr: 1.0, shapes: 1.0}"])
+    sets = PromptSets([Prompt("a cat")], [Prompt("a dog")])
+
+    def facts() -> dict[str, Any]:
+        held = json.loads(json.dumps(manifest_of(cfg, sets, None)))
+        return {"stage": "tilt", "steps": 4, "manifest": held}
+
+    before = facts()
+    monkeypatch.setitem(REVISIONS, "ocr", 77)
+    assert changes(before, facts(), {}) == {"how reward ocr scores, by its revision": "2 → 77"}
+    del before["manifest"]["revisions"]  # of an earlier version
+    assert changes(before, facts(), {}) == {}
 
 
 def test_other_files_of_a_reward_are_told(place: Path, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ class _Asked(_Part):
     resolution: int | tuple[int, int] | tuple[int, int, int] | None = None
     sizes: list[tuple[str, Any]] = []
     max_sequence_length: int | None = None
+    revisions: dict[str, int] = {}
 
 
 class _Content(_Part):

@@ -15,11 +15,20 @@ REVISIONS = {"hpsv2": 3, "ocr": 2}
 was scored before is not mixed in. `hpsv2` cut the ends off a picture that is not square (1), and
 read typographic quotes, HTML entities and ligatures otherwise than its authors do (2). `ocr` took
 a letter and its accent for two where the prompt has them as two characters (1)."""
+OF_OBLONG = {("hpsv2", 2)}
+"""The revisions that came with another score of pictures that are not square, and of no other."""
 
 
 def revisions(names: Iterable[str]) -> dict[str, int]:
     """The revisions of those among these rewards that have one."""
     return {name: REVISIONS[name] for name in names if name in REVISIONS}
+
+
+def revised(name: str, one: int, other: int, oblong: bool) -> bool:
+    """Whether two revisions of a builtin reward may give an image two scores; `oblong` says whether
+    the images are other than square."""
+    between = range(min(one, other) + 1, max(one, other) + 1)
+    return any(oblong or (name, revision) not in OF_OBLONG for revision in between)
 
 
 def files_of(name: str, path: str | None) -> Path | None:

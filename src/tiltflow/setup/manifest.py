@@ -26,7 +26,7 @@ from tiltflow.models.pipelines.fingerprint import (
     pipeline_fingerprint,
 )
 from tiltflow.models.roles import State
-from tiltflow.rewards.files import files_beside, files_of
+from tiltflow.rewards.files import files_beside, files_of, revisions
 from tiltflow.setup.run_directory import with_absolute_paths
 from tiltflow.training.changes import by_key
 
@@ -47,6 +47,7 @@ def manifest_of(
         "prompts": prompts_fingerprint(sets.train),
         "eval_prompts": prompts_fingerprint(sets.fixed),
         "rewards": configured_fingerprints(cfg.rewards),
+        "revisions": revisions(cfg.rewards),
         "code": code_fingerprints(cfg),
         "config": with_absolute_paths(cfg).model_dump(mode="json", exclude={other}),
     }

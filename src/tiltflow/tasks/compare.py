@@ -23,6 +23,7 @@ from tiltflow.evaluation.files import (
 )
 from tiltflow.evaluation.measuring import DIVERSITY
 from tiltflow.evaluation.scores import compare
+from tiltflow.rewards.files import revised
 from tiltflow.rewards.fitted import is_fitted
 from tiltflow.rewards.fitting import may_read_metadata
 from tiltflow.tasks.tables import show, show_comparisons, show_sizes
@@ -138,10 +139,10 @@ def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]
         ValueError: naming the first that is not.
     """
     for name in other_rewards(*summaries):
-        raise ValueError(
-            f"{paths[0]} and {paths[1]} have the reward {name!r} with other "
-            f"{'code' if ':' in name else 'weights'}, so its scores cannot be compared"
-        )
+        what = f"have the reward {name!r} with other {'code' if ':' in name else 'weights'}"
+        if _revised(name, *summaries):
+            what = f"are of versions of tiltflow in which the reward {name!r} scores otherwise"
+        raise ValueError(f"{paths[0]} and {paths[1]} {what}, so its scores cannot be compared")
     for name in asked_otherwise(*summaries):
         raise ValueError(
             f"{paths[0]} and {paths[1]} have other metadata of their prompts, which the reward "
@@ -173,13 +174,12 @@ def other_rewards(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
 
 
 def _revised(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether a builtin reward scored otherwise then than now (`REVISIONS`): on pictures that are
-    not square, which is what the revisions so far were about."""
+    """Whether a builtin reward scored otherwise in one of two evaluations than in the other."""
     asked = [summary.get("asked") or {} for summary in (one, other)]
     of = [(each.get("revisions") or {}).get(name, 1) for each in asked]
     sizes = [asked[0].get("resolution"), *(size for size, _ in asked[0].get("sizes") or ())]
     oblong = any(isinstance(size, list | tuple) or "x" in str(size) for size in sizes)
-    return of[0] != of[1] and oblong
+    return revised(name, of[0], of[1], oblong)
 
 
 def _changed(name: str, one: object, other: object) -> bool | None:

@@ -25,6 +25,7 @@ from tiltflow.core.settings import (
 )
 from tiltflow.data.columns import Columns, columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
+from tiltflow.rewards.files import revisions
 from tiltflow.setup.manifest import prompts_fingerprint, rewards_fingerprints
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
@@ -111,14 +112,17 @@ class Study(Section):
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """What the prompts and the files of the rewards hold that `prompts` and `rewards` name.
+        """What the prompts and the files of the rewards hold that `prompts` and `rewards` name, and
+        the revisions of builtin rewards.
 
         Raises:
             ValueError: as `scored`.
         """
+        revised = revisions(self.rewards)
         return {
             "prompts": prompts_fingerprint(self.chosen),
             "rewards": rewards_fingerprints(dict.fromkeys(self.rewards)),
+            **({"revisions": revised} if revised else {}),
         }
 
     @cached_property

@@ -25,6 +25,7 @@ WITHIN = {
     "code": "the code of {}",
 }
 """Of what a manifest has several by name, and what one is called in a sentence."""
+    "revisions": "how reward {} scores, by its revision",
 NOT_ALWAYS = ("encoders", "few_step")
 """Not kept by earlier versions, or where nothing needs it: encoders beside cached embeddings, what
 full copies started from without a KL."""
