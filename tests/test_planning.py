@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import load_checkpoint
-from tiltflow.core.distributed import ALONE
+from tiltflow.core.distributed import ALONE, Ranks
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
 from tiltflow.tasks import planning
 from tiltflow.tasks.planning import choices, chosen, fastest, sized, sizes
@@ -94,6 +96,50 @@ def test_a_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads((tmp_path / "plan.json").read_text())["bytes"] == GIB + 2 * GIB
     assert at(100, True) == {"fake_score", "generator"}
     assert at(100, False) == frozenset()
+
+
+class Beside(Ranks):
+    """A rank whose job is threads of this process."""
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        SAID[self.rank] = list(values)
+        MEETING.wait(10)
+        found = [sum(column) for column in zip(*SAID.values(), strict=True)]
+        MEETING.wait(10)
+        return found
+
+
+SAID: dict[int, list[float]] = {}
+MEETING = threading.Barrier(2)
+
+
+@pytest.mark.parametrize("order", [(100, 9), (9, 100)])
+def test_ranks_of_unequal_devices_plan_for_the_smallest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+) -> None:
+    """Rank 0's plan was that of all: on a larger device than another rank's it did not fit there.
+    And a plan that was too large for one rank was refused by that one alone."""
+    monkeypatch.setattr(planning, "Plans", fixed(planned))
+    lines: list[str] = []
+
+    def at(gib: tuple[int, int], goes_on: bool) -> list[frozenset[str] | str]:
+        def rank(number: int) -> frozenset[str] | str:
+            said = lines.append if number == 0 else lambda line: None
+            has = memory(gib[number])
+            try:
+                ranks = Beside(number, 2)
+                return chosen(config(), tmp_path, goes_on, has, ranks, said).model.checkpointed
+            except ValueError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(rank, range(2)))
+
+    assert at(order, False) == [{"fake_score"}] * 2
+    assert f"7.0 GiB of the device's {memory(9) / GIB:.1f}" in lines[0]
+    assert at(order, True) == [{"fake_score"}] * 2
+    refused = at((1, 100) if order[0] == 9 else (100, 1), True)
+    assert all("run.replan=true" in str(one) for one in refused), refused
 
 
 @pytest.mark.parametrize("size", ["2", "auto"])

@@ -215,13 +215,15 @@ def chosen(
 ) -> RunConfig:
     """The config as it is built: `auto` replaced by the run's plan, or by a new one, in one line.
 
-    A run that goes on has the plan that it began with, so that its numbers are the same.
+    A run that goes on has the plan that it began with, so that its numbers are the same. `memory`
+    is of this rank's device; the plan, and its refusal, are one for all ranks: by the smallest.
 
     Raises:
         ValueError: if that needs more memory than the device has, unless `run.replan`.
     """
     if not is_auto(cfg):
         return cfg
+    memory = _least(memory, ranks)
     kept = _kept(out) if goes_on else None
     if kept is not None and _size_is_open(cfg) and "micro_batch_size" not in kept:
         kept = None  # the run began with a size that was given
@@ -258,6 +260,12 @@ def chosen(
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
     return built
+
+
+def _least(memory: float | None, ranks: Ranks) -> float | None:
+    """The smallest of the ranks' devices; None where one of them is not known."""
+    found = ranks.least(-1.0 if memory is None else memory)
+    return None if found < 0 else found
 
 
 def sentence(opened: RunConfig, built: RunConfig, made: Plan | None, memory: float | None) -> str:
