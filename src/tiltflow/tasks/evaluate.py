@@ -271,8 +271,7 @@ def evaluated(
         if ranks.main:
             save(result, request.prompts, path)
             save_prompts(made, request.prompts[:kept])
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+            _replace(folder, made)
         ranks.total([0.0])  # what rank 0 has written makes the chunks superfluous
         chunks.clear()
     return result
@@ -289,6 +288,17 @@ def check_target(path: Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(
+def _replace(folder: Path, made: Path) -> None:
+    """Puts the folder `made` in the place of `folder`. The old one is moved away before it is
+    removed: what a kill left of it in its place would be nobody's, and be refused."""
+    old = made.with_name("images-before")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    made.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
             f"{path} cannot be written: {above} is no folder, or one without the right"
         )
     if path.exists() and not _is_evaluation(path):
