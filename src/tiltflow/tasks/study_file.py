@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -158,6 +158,11 @@ def load_study(path: Path) -> Study:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     study = study.model_copy(update={"rows": _whole(study.rows, path)})
+    for what, values in _lists(study):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            which = _shown(twice[0])
+            raise ValueError(f"{path}: {what} has {which} twice, which would count as two")
     for what, name in _named(study):
         if name not in study.rows:
             raise ValueError(f"{path}: {what} {name!r} is no row{nearest(name, list(study.rows))}")
@@ -196,6 +201,20 @@ def _whole(rows: dict[str, Row], path: Path) -> dict[str, Row]:
             raise ValueError(f"{path}: row {name!r} has no recipe")
         found[name] = row
     return found
+
+
+def _lists(study: Study) -> Iterator[tuple[str, Sequence[object]]]:
+    """What stands in a study once: figures of one thing given twice are no two measurements, and
+    p-values are corrected for how many comparisons there are."""
+    yield "seeds", study.seeds
+    yield from (("seeds", row.seeds) for row in study.rows.values() if row.seeds is not None)
+    yield "steps", study.steps
+    yield "rewards", study.rewards
+    yield "compare", study.compare
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _named(study: Study) -> Iterator[tuple[str, str]]:
