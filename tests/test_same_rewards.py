@@ -100,6 +100,20 @@ def test_a_builtin_reward_that_scores_otherwise_now_is_told_apart(
             told(two, "b,a", None)
 
 
+def test_a_reward_with_a_name_of_its_own_is_told_apart_by_it(two: list[Path]) -> None:
+    """By the name that its column has, for the desk and the report go by columns; also beside an
+    evaluation of an earlier version, which did not say what that is."""
+    asked_for, file = "mine_called:Own", Path("mine_called.py")
+    for path, number in zip(two, "12", strict=True):
+        file.write_text(f"class Own:\n    name = 'bright'\n    x = {number}\n")
+        says(path, request({asked_for: None}), columns={asked_for: "bright"})
+    one, other = (json.loads(path.read_text()) for path in two)
+    assert other_columns(one, other) == ["bright"] == other_columns(other, one)
+    del one["columns"]
+    assert other_columns(one, other) == ["bright"] == other_columns(other, one)
+    assert other_columns(one, one) == []
+
+
 @pytest.mark.parametrize("path", [None, "w"])
 def test_code_of_one_size_is_told_apart(two: list[Path], path: str | None) -> None:
     """Also that of a class whose weights lie at a path."""

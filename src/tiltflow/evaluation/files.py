@@ -85,6 +85,7 @@ class _Evaluation(_Part):
     prompts: int
     asked: _Asked | None = None
     content: _Content | None = None
+    columns: dict[str, str] = {}
     adapters: dict[str, str] = {}
     weights: str | None = None
     diversity_in: dict[str, Any] | None = None

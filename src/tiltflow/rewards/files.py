@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tiltflow.core.paths import resolve_path
@@ -40,6 +40,13 @@ def files_of(name: str, path: str | None) -> Path | None:
     if is_fitted(name):
         return fitted_folder(name)
     return None if name.startswith(ELSEWHERE) else source(name)
+
+
+def of_servers(rewards: Mapping[str, object], what: str) -> dict[str, str]:
+    """What the servers of rewards say that these are made of, by the names that are given: their
+    `contents`, or what of it is `lasting`. Nothing of rewards that compute here."""
+    said = {name: getattr(reward, what, None) for name, reward in rewards.items()}
+    return {name: of for name, of in said.items() if isinstance(of, str)}
 
 
 def files_beside(name: str, path: str | None) -> dict[str, Path]:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from tiltflow.evaluation.scores import (
 )
 from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
-from tiltflow.rewards.files import files_of
+from tiltflow.rewards.files import files_of, of_servers
 from tiltflow.rewards.frames import for_medium
 from tiltflow.setup.build import device_of
 from tiltflow.setup.manifest import rewards_fingerprints
@@ -183,12 +183,14 @@ def evaluate(
     folder: Path | None = None,
     alone: bool = False,
     kept: int | None = None,
+    begin: Callable[[Mapping[str, Reward]], None] = lambda rewards: None,
 ) -> Evaluation:
     """Scores the teacher and the students; every student is compared with the systems before it.
 
     `alone`: the furthest-trained student only. With `folder`, the samples of the first `kept`
     prompts (None: of all) are saved as `folder`/SYSTEM/NNNNN, or `folder`/SYSTEM/SIZE/NNNNN where
-    every prompt is sampled at several sizes.
+    every prompt is sampled at several sizes. `begin` gets the loaded rewards before anything is
+    sampled or taken.
     """
     loaded, sampler = prepare(request, ranks)
     chosen = slice(-1 if alone else 0, None)
@@ -196,6 +198,7 @@ def evaluate(
     systems = sizes[0].systems
     names, medium = [s.name for s in systems], loaded.backbone.medium
     rewards = load_rewards(request.rewards, request.device, medium)
+    begin(dict(zip(request.rewards, rewards, strict=True)))
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
 
     def save_batch(system: str, rows: Sequence[int], encoded: NDArray[np.generic]) -> None:
@@ -220,6 +223,9 @@ def evaluate(
             medium=medium,
             sizes=sizes if request.buckets else (),
         )
+    columns = {n: r.name for n, r in zip(request.rewards, rewards, strict=True) if n != r.name}
+    if columns:  # of rewards with a name of their own, under which their scores stand
+        result.summary["columns"] = columns
     result.summary["rewards_at_once"] = {reward.name: at_once_of(reward) for reward in rewards}
     if request.diversity:
         result.summary["diversity_in"] = _diversity_in(medium, rewards, request)
@@ -256,13 +262,18 @@ def evaluated(
         say_settled(request, callbacks)
         place = {"rank": ranks.rank, "ranks": ranks.size}
         chunks = Chunks(path.with_suffix(".parts"), what | place | {"keep_images": keep_images})
-        if len(chunks):
-            callbacks.notice(
-                f"going on with {counted(len(chunks), 'batch', 'batches')} of an earlier run"
-            )
+
+        def begin(rewards: Mapping[str, Reward]) -> None:
+            """What servers score by is known when they are asked: others begin anew."""
+            chunks.also(of_servers(rewards, "contents"))
+            content["rewards"] |= of_servers(rewards, "lasting")
+            if len(chunks):
+                before = counted(len(chunks), "batch", "batches")
+                callbacks.notice(f"going on with {before} of an earlier run")
+
         made = path.with_suffix(".parts") / f"images-{digest(what)}"
         kept = None if keep_images else KEPT_IMAGES
-        result = evaluate(request, callbacks, ranks, chunks.take, made, kept=kept)
+        result = evaluate(request, callbacks, ranks, chunks.take, made, kept=kept, begin=begin)
         result.summary.update(asked=what, content=content)
         if request.settled.adapters:
             result.summary["adapters"] = dict(request.settled.adapters)
@@ -277,17 +288,6 @@ def evaluated(
     return result
 
 
-def check_target(path: Path) -> None:
-    """That figures may go into `path`, and images beside it.
-
-    Raises:
-        ValueError: if it, or what is above, is in the way; or it is there and something else's.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, but --json names the file that the figures go into")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(
 def _replace(folder: Path, made: Path) -> None:
     """Puts the folder `made` in the place of `folder`. The old one is moved away before it is
     removed: what a kill left of it in its place would be nobody's, and be refused."""
@@ -299,6 +299,17 @@ def _replace(folder: Path, made: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_target(path: Path) -> None:
+    """That figures may go into `path`, and images beside it.
+
+    Raises:
+        ValueError: if it, or what is above, is in the way; or it is there and something else's.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, but --json names the file that the figures go into")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(
             f"{path} cannot be written: {above} is no folder, or one without the right"
         )
     if path.exists() and not _is_evaluation(path):
