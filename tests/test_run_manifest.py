@@ -14,7 +14,7 @@ from test_run_directory import start
 
 from tiltflow.config.load import PromptSets, load_config
 from tiltflow.core.checkpoint import latest_step
-from tiltflow.core.metrics import read_metrics
+from tiltflow.core.metrics import ANEW, read_metrics, set_apart
 from tiltflow.data.prompts import Prompt
 from tiltflow.rewards.files import REVISIONS
 from tiltflow.setup.manifest import code_fingerprints, defaults_by_key, manifest_of
@@ -150,6 +150,32 @@ def test_a_setting_that_a_version_did_not_have_is_no_change(place: Path) -> None
     here["config"]["train"]["boundary_power"] = 1.0
     facts = {"stage": "tilt", "steps": 4, "manifest": here}
     assert changes(state, facts, known) == {"train.boundary_power": "0.0 → 1.0"}
+
+
+def test_a_held_out_reward_of_stage_1_on_other_prompts_is_a_curve_of_its_own(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mean before and after were joined, as though the student had changed."""
+    monkeypatch.chdir(place)
+    fixed, out = tmp_path / "e.txt", tmp_path / "cold"
+    fixed.write_text("a cat\na dog\n")
+    more = [
+        f"data.eval_prompts={fixed}", f"run.out={out}", "watch.every=1",
+        "watch.rewards={'test_run_manifest:bright': 1.0}",
+    ]  # fmt: skip
+    start("sd3m_cold_start", *TINY, *more, "train.steps=2")
+    start("sd3m_cold_start", *TINY, *more, "train.steps=4", "run.resume=true")
+    anew = [row for row in read_metrics(out / "metrics.jsonl") if ANEW in row]
+    assert anew == []
+    fixed.write_text("a cat\na red bird\n")
+    start("sd3m_cold_start", *TINY, *more, "train.steps=5", "run.resume=true")
+    rows = read_metrics(out / "metrics.jsonl")
+    name = "held_out/test_run_manifest:bright"
+    (row,) = [row for row in rows if ANEW in row]
+    assert row["step"] == 4 and row[ANEW] == name and "data.eval_prompts" in row["changed"]
+    curves: dict[str, Any] = {name: [1]}
+    set_apart(curves, row)
+    assert curves == {f"{name} before step 4": [1]}
 
 
 def test_another_revision_of_a_reward_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

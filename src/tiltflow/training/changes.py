@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tiltflow.core.metrics import ANEW
+
 OF_THE_RUN = {
     "seed": "run.seed",
     "family": "model.family",
@@ -37,6 +39,9 @@ NOT_COMPARED = {
 }  # fmt: skip
 """Settings that are compared by content, or say where and not what."""
 LONGEST = 60
+HELD_OUT = "held_out"
+"""What a checkpoint of stage 1 calls the digests of its held-out rewards, by their names in the log
+(`setup.watch_facts`). Stage 2's are in the watch's own memory, and earlier versions kept none."""
 """Characters of a value in a sentence."""
 
 
@@ -97,6 +102,19 @@ def bearing(found: Mapping[str, str], facts: Mapping[str, Any], done: int) -> di
 
 
 def in_words(found: Mapping[str, str]) -> str:
+def for_the_log(
+    found: Mapping[str, str] | None, state: Mapping[str, Any], facts: Mapping[str, Any], done: int
+) -> dict[str, str]:
+    """What the log is told where a run goes on: what has changed, and which held-out rewards are
+    measured otherwise than before (`HELD_OUT`), so that no curve joins the two."""
+    text = in_words(bearing(found, facts, done)) if found else ""
+    before, here = (of.get(HELD_OUT) for of in (state, facts))
+    anew: list[str] = []
+    if isinstance(before, Mapping) and isinstance(here, Mapping):
+        anew = [name for name, digest in here.items() if before.get(name, digest) != digest]
+    return ({"changed": text} if text else {}) | ({ANEW: ", ".join(anew)} if anew else {})
+
+
     return ", ".join(f"{name} {text}" for name, text in found.items())
 
 
