@@ -250,6 +250,13 @@ def test_other_defaults_of_the_model_are_told(place: Path, tmp_path: Path) -> No
     assert changes(before, facts(), {}) == {name: "1.5 → null"}
     del before["manifest"]["side"]  # of an earlier version
     assert changes(before, facts(), {}) == {}
+    # of the index, whose flags say how a pipeline samples and encodes
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    told = {"model.is_distilled in model_index.json": "null → true"}
+    assert changes(before, facts(), {}) == told
+    del before["manifest"]["flags"]
+    assert changes(before, facts(), {}) == {}
 
 
 @pytest.mark.parametrize("setting", ["tilt.terms", "cold_start.objective", "model.family"])

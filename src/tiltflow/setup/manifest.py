@@ -54,7 +54,8 @@ def manifest_of(
 
 
 def model_fingerprints(model: ModelConfig, pipelines: Pipelines) -> dict[str, Any]:
-    """The family's name, which weights its pipelines hold, and what `tiltflow.json` says."""
+    """The family's name, which weights its pipelines hold, and what `tiltflow.json` and the index
+    say beside them."""
     if not model.has_files:
         name = model.path
         return {"family": name, "base": name, "generator_base": None, "encoders": None, "side": {}}
@@ -65,6 +66,12 @@ def model_fingerprints(model: ModelConfig, pipelines: Pipelines) -> dict[str, An
         "generator_base": None if generator is None else pipeline_fingerprint(generator),
         "encoders": encoders_fingerprint(pipelines.model),
         "side": pipelines.model.side,
+        "flags": {
+            f"{key}.{name}": value
+            for key, at in (("model", pipelines.model), ("generator", generator))
+            if at is not None
+            for name, value in at.flags.items()
+        },
     }
 
 

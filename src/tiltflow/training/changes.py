@@ -23,11 +23,12 @@ OF_THE_RUN = {
 """What a run keeps, and what it is called in a sentence."""
 WITHIN = {
     "side": "{} of the model's tiltflow.json",
+    "flags": "{} in model_index.json",
     "rewards": "the files of reward {}",
+    "revisions": "how reward {} scores, by its revision",
     "code": "the code of {}",
 }
 """Of what a manifest has several by name, and what one is called in a sentence."""
-    "revisions": "how reward {} scores, by its revision",
 NOT_ALWAYS = ("encoders", "few_step")
 """Not kept by earlier versions, or where nothing needs it: encoders beside cached embeddings, what
 full copies started from without a KL."""
@@ -38,10 +39,10 @@ NOT_COMPARED = {
     "run.replan",
 }  # fmt: skip
 """Settings that are compared by content, or say where and not what."""
-LONGEST = 60
 HELD_OUT = "held_out"
 """What a checkpoint of stage 1 calls the digests of its held-out rewards, by their names in the log
 (`setup.watch_facts`). Stage 2's are in the watch's own memory, and earlier versions kept none."""
+LONGEST = 60
 """Characters of a value in a sentence."""
 
 
@@ -83,7 +84,7 @@ def changes(
         if not isinstance(had, Mapping) or not isinstance(has, Mapping):
             continue  # not kept by earlier versions
         # a reward that is new or gone is told by its settings
-        names = {*had, *has} if key == "side" else {*had} & {*has}
+        names = {*had, *has} if key in ("side", "flags") else {*had} & {*has}
         for name in sorted(name for name in names if had.get(name) != has.get(name)):
             found[called.format(name)] = f"{_short(had.get(name))} → {_short(has.get(name))}"
     return found
@@ -101,7 +102,6 @@ def bearing(found: Mapping[str, str], facts: Mapping[str, Any], done: int) -> di
     return {name: text for name, text in found.items() if not name.startswith(outside)}
 
 
-def in_words(found: Mapping[str, str]) -> str:
 def for_the_log(
     found: Mapping[str, str] | None, state: Mapping[str, Any], facts: Mapping[str, Any], done: int
 ) -> dict[str, str]:
@@ -115,6 +115,7 @@ def for_the_log(
     return ({"changed": text} if text else {}) | ({ANEW: ", ".join(anew)} if anew else {})
 
 
+def in_words(found: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {text}" for name, text in found.items())
 
 
