@@ -98,6 +98,28 @@ def test_a_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert at(100, False) == frozenset()
 
 
+def test_a_run_that_began_though_nothing_fitted_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused on its own device: its plan takes more than there is, by its own count."""
+    monkeypatch.setattr(planning, "Plans", fixed(planned))
+
+    def at(memory: float, goes_on: bool) -> frozenset[str]:
+        cfg = chosen(config(), tmp_path, goes_on, memory, ALONE, lambda line: None)
+        return cfg.model.checkpointed
+
+    least = {"fake_score", "generator"}
+    assert at(2.9 * GIB, False) == least  # the plan says 3
+    assert at(2.9 * GIB, True) == at(80 * GIB, True) == least
+    with pytest.raises(ValueError, match=r"needs 3\.0 GiB and this device has 2\.8 GiB"):
+        at(2.8 * GIB, True)
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    del kept["memory"]
+    (tmp_path / "plan.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"needs 3\.0 GiB"):
+        at(2.9 * GIB, True)
+
+
 class Beside(Ranks):
     """A rank whose job is threads of this process."""
 

@@ -257,6 +257,7 @@ def chosen(
         if _size_is_open(opened):
             values["micro_batch_size"] = cfg.train.micro
         values["bytes"] = made.peak if made is not None else 0
+        values["memory"] = memory
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
     return built
@@ -295,4 +296,9 @@ def _kept(out: Path) -> dict[str, Any] | None:
 
 
 def _too_large(kept: dict[str, Any], memory: float | None) -> bool:
-    return memory is not None and kept["bytes"] > memory
+    """Whether a kept plan is for a larger device. Where nothing fitted, a run may have begun all the
+    same, and goes on where it did. (Plans of earlier versions do not say where they were made.)"""
+    if memory is None or kept["bytes"] <= memory:
+        return False
+    made_in = kept.get("memory")
+    return made_in is None or memory < made_in
