@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from rich.console import Console
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import load_checkpoint
 from tiltflow.core.distributed import ALONE, Ranks
+from tiltflow.evaluation.watch.probes import FixedPrompts
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
 from tiltflow.tasks import planning
+from tiltflow.tasks.failures import explained
 from tiltflow.tasks.planning import choices, chosen, fastest, sized, sizes
 from tiltflow.tasks.plans import Plans, plan_recipe
 from tiltflow.tasks.train import run_training
@@ -198,6 +201,46 @@ def of_samples(cfg: RunConfig) -> Plan:
 
 
 SIZE = "train.micro_batch_size=auto"
+
+
+def test_samples_and_looks_take_as_many_rows_as_was_planned(
+    tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They took up to 64 at once, whatever the plan: the first sheet comes before a step."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\na cow\n")
+    monkeypatch.setattr(planning, "Plans", fixed(of_samples))
+    monkeypatch.setattr("tiltflow.tasks.train.device_bytes", lambda device: memory(2))
+    seen: list[int] = []
+
+    class Seen(FixedPrompts):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            seen.append(given[3])
+
+    monkeypatch.setattr("tiltflow.tasks.train.FixedPrompts", Seen)
+    values = [
+        f"model.path={tiny_pipeline('sd35m')}", "model.resolution=64",
+        "model.max_sequence_length=24", "model.gradient_checkpointing=false", SIZE,
+        "train.batch_size=4", "adapters.rank=4", f"data.prompts={tmp_path / 'prompts.txt'}",
+        "data.cache=off", "run.device=cpu", f"run.out={tmp_path / 'run'}", "train.steps=1",
+        "log.samples_every=1", "watch.rewards={}",
+    ]  # fmt: skip
+    cfg = load_config("sd35m_cold_start", values)
+    run_training(cfg, Console(quiet=True))
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["micro_batch_size"] == 1
+    assert seen == [1]
+
+
+def test_out_of_memory_advises_by_the_plan(tmp_path: Path) -> None:
+    """And not by `auto`, which would have a run of 8 rows at a time try 32."""
+    cfg = config(SIZE, "train.batch_size=64", f"run.out={tmp_path}")
+    plan = {"gradient_checkpointing": ["fake_score"], "micro_batch_size": 8, "bytes": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with (
+        pytest.raises(MemoryError, match=r"micro_batch_size=4 \(now 8\), model.gradient_"),
+        explained(cfg, 1),
+    ):
+        raise torch.OutOfMemoryError("too much")
 
 
 def test_sizes_are_a_ranks_rows_and_their_parts() -> None:

@@ -228,10 +228,7 @@ def chosen(
     if kept is not None and _size_is_open(cfg) and "micro_batch_size" not in kept:
         kept = None  # the run began with a size that was given
     if kept is not None and not _too_large(kept, memory):
-        size = kept["micro_batch_size"] if _size_is_open(cfg) else cfg.train.micro
-        same = with_micro_batch(cfg, size)
-        parts = kept["gradient_checkpointing"] if _parts_are_open(cfg) else next(choices(cfg))
-        return with_checkpointing(same, tuple(parts), kept.get("keep_graph", False))
+        return _by(kept, cfg)
     if kept is not None and not cfg.run.replan:
         assert memory is not None
         raise ValueError(
@@ -261,6 +258,24 @@ def chosen(
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
     return built
+
+
+def as_planned(cfg: RunConfig) -> RunConfig:
+    """The config as the run in its directory was built: `auto` replaced by the kept plan, if there
+    is one."""
+    kept = _kept(Path(cfg.run.out)) if is_auto(cfg) else None
+    if kept is None or (_size_is_open(cfg) and "micro_batch_size" not in kept):
+        return cfg
+    return _by(kept, cfg)
+
+
+def _by(kept: dict[str, Any], cfg: RunConfig) -> RunConfig:
+    """The config with what it leaves open as in a kept plan."""
+    size = kept["micro_batch_size"] if _size_is_open(cfg) else cfg.train.micro
+    parts = kept["gradient_checkpointing"] if _parts_are_open(cfg) else next(choices(cfg))
+    return with_checkpointing(
+        with_micro_batch(cfg, size), tuple(parts), kept.get("keep_graph", False)
+    )
 
 
 def _least(memory: float | None, ranks: Ranks) -> float | None:

@@ -141,7 +141,7 @@ def _run(
         before_save=hold,
         saved=callbacks.checkpoint,
     )
-    hooks, watch, more = _hooks(cfg, build, out, start or 0, plain, callbacks, ranks)
+    hooks, watch, more = _hooks(planned, build, out, start or 0, plain, callbacks, ranks)
     settings = replace(settings, facts={**settings.facts, **more})
     done = train(build.running, out, settings, hooks, start is not None, ranks)
     if watch is not None and watch.alarmed and cfg.watch.stop:
