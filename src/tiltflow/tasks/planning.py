@@ -311,8 +311,9 @@ def _kept(out: Path) -> dict[str, Any] | None:
 
 
 def _too_large(kept: dict[str, Any], memory: float | None) -> bool:
-    """Whether a kept plan is for a larger device. Where nothing fitted, a run may have begun all the
-    same, and goes on where it did. (Plans of earlier versions do not say where they were made.)"""
+    """Whether a kept plan is for a larger device. Where nothing fitted, a run may have begun all
+    the same, and goes on where it did. (Plans of earlier versions do not say where they were made.)
+    """
     if memory is None or kept["bytes"] <= memory:
         return False
     made_in = kept.get("memory")
