@@ -39,7 +39,7 @@ from tiltflow.setup.manifest import rewards_fingerprints
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.depends import asked, content_of, digest
 from tiltflow.tasks.progress import Terminal
-from tiltflow.tasks.request import Request, prepare, say_settled, say_unused
+from tiltflow.tasks.request import Request, prepare, say_guided, say_settled, say_unused
 from tiltflow.tasks.sized import at_sizes
 from tiltflow.tasks.systems import TEACHER
 
@@ -108,6 +108,8 @@ def _chosen_system(
     say_settled(request, callbacks)
     loaded, sampler = prepare(request, ranks)
     say_unused(request, bool(loaded.students), callbacks)
+    if not loaded.students:
+        say_guided(request, loaded, callbacks)
     which = slice(-1, None) if loaded.students else slice(1)
     sizes = at_sizes(request.buckets, loaded, sampler, which, teacher=not loaded.students)
     return sizes, loaded.backbone.medium
@@ -193,6 +195,8 @@ def evaluate(
     sampled or taken.
     """
     loaded, sampler = prepare(request, ranks)
+    if not alone:
+        say_guided(request, loaded, callbacks)
     chosen = slice(-1 if alone else 0, None)
     sizes = at_sizes(request.buckets, loaded, sampler, chosen, teacher=not alone)
     systems = sizes[0].systems

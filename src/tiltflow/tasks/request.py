@@ -32,6 +32,7 @@ from tiltflow.models.family import has_files
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
+from tiltflow.models.pipelines.guidance import guided_turbo
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.setup.build import DTYPES, device_of
@@ -265,6 +266,16 @@ def say_settled(request: Request, callbacks: Callbacks) -> None:
     """The lines that say where the request is not as the student was trained."""
     for note in request.settled.notes:
         callbacks.notice(note)
+
+
+def say_guided(request: Request, loaded: Loaded, callbacks: Callbacks) -> None:
+    """A line where the teacher is sampled with guidance that it may have been distilled without."""
+    if loaded.teacher is None or not request.has_files:
+        return
+    path = str(request.pipelines.model)
+    line = guided_turbo(path, loaded.backbone, request.guidance, "--guidance 1")
+    if line is not None:
+        callbacks.notice(f"warning: {line}")
 
 
 def say_unused(request: Request, student: bool, callbacks: Callbacks) -> None:
