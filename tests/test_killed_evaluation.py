@@ -100,6 +100,7 @@ def test_a_missing_package_is_named_when_it_is_needed(
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_kill_while_old_images_are_removed_leaves_no_folder_that_is_nobodys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,6 +203,7 @@ def of_samples(cfg: RunConfig) -> Plan:
 SIZE = "train.micro_batch_size=auto"
 
 
+@pytest.mark.long
 def test_samples_and_looks_take_as_many_rows_as_was_planned(
     tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

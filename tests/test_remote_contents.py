@@ -141,6 +141,7 @@ def scored_by(contents: str, score: float, port: int, out: Path, answers: int = 
     return [x for table in found.scores.values() for x in table["mean"].tolist()]
 
 
+@pytest.mark.long
 def test_what_another_server_scored_is_not_gone_on_with(tmp_path: Path) -> None:
     port, out = free_port(), tmp_path / "evaluation.json"
     with pytest.raises(ValueError, match="refused the batch: enough"):
@@ -151,6 +152,7 @@ def test_what_another_server_scored_is_not_gone_on_with(tmp_path: Path) -> None:
     assert scored_by("c0", 1, port, out, answers=2) == [1, 2, 1, 1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moved", [False, True])
 def test_evaluations_by_other_servers_are_told_apart(tmp_path: Path, moved: bool) -> None:
     """Behind one address, and where the address is another."""

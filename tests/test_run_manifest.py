@@ -152,6 +152,7 @@ def test_a_setting_that_a_version_did_not_have_is_no_change(place: Path) -> None
     assert changes(state, facts, known) == {"train.boundary_power": "0.0 → 1.0"}
 
 
+@pytest.mark.long
 def test_a_held_out_reward_of_stage_1_on_other_prompts_is_a_curve_of_its_own(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

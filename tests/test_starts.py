@@ -97,6 +97,7 @@ def test_a_stage_one_that_has_not_ended_is_said(tmp_path: Path) -> None:
     assert lines(of_sd3m("tilt", f"model.few_step={tmp_path / 'gone'}", "run.resume=true")) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sd3.5-Large-Turbo", "models--x--large-turbo/snapshots/0a"])
 def test_a_teacher_called_turbo_is_asked_about(
     tiny_pipeline: Callable[[str], Path], tmp_path: Path, name: str
