@@ -127,14 +127,6 @@ def test_a_chart_is_not_gone_on_with_by_another_reward(
     code.write_text(code.read_text().replace("1 *", "9 *"))
     with pytest.raises(ValueError, match="versions, or of other rewards: choose another --out"):
         compute(run, out, **asked)
-    # a dial of an earlier version, whose digest was of settings alone
-    student = load_student([run], None, "cpu")
-    cfg = student.cfg.model_dump(mode="json", include={"rewards", "watch", "run"})
-    plain = {**dial_grid.asked(student.request), **cfg, "steps": grid.steps}
-    earlier = grid.model_copy(update={"digest": dial_grid.digest(plain)})
-    (out / FILE).write_text(earlier.model_dump_json())
-    compute(run, out, **asked)
-    assert read_grid(out) == earlier and (out / "scores-00001.json").is_file()
 
 
 @pytest.mark.long

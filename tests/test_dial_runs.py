@@ -65,6 +65,9 @@ def test_a_reward_is_scored_on_the_prompts_of_a_run_that_has_it() -> None:
     ours, theirs = planned(A, [*B, "data.eval_prompts=shapes-train"])
     assert names(ours) == (["clipscore"], ["shapes"]) and names(theirs)[0] == ["clipscore_heldout"]
     assert len(ours.prompts) == len(theirs.prompts) == 16 and ours.prompts != theirs.prompts
+    # of a file that is sorted by what it asks for, no part is left out
+    numbers = sorted(int(prompt.text.split()[-1]) for prompt in ours.prompts)
+    assert max(b - a for a, b in zip([-1, *numbers], [*numbers, 20], strict=True)) == 2
     seeds = [exam.seed for exam in planned(A, [*B, "run.seed=7"])]
     assert seeds == [config().run.seed, 7]
     without = ["rewards={clipscore: 1.0}", "watch.rewards={}", "run.seed=7"]

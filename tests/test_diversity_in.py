@@ -160,3 +160,27 @@ def test_a_study_leaves_them_out(tmp_path: Path, features: tuple[Any, Any], kept
     page = markdown(summary)
     assert ("| diversity | vendi |" in page) == kept
     assert ("diversity is not compared: it was measured in different" in page) == (not kept)
+
+
+@pytest.mark.parametrize("servers", [("c0", "c1"), ("c0", "c0"), ("c0", None)])
+def test_a_study_of_another_servers_scores_is_refused(
+    tmp_path: Path, servers: tuple[str, str | None]
+) -> None:
+    """As a reward's files on this machine are: they are no part of the settings either."""
+    file, out = tmp_path / "small.yaml", tmp_path / "out"
+    file.write_text(SMALL)
+    cells: list[Cell] = cells_of(load_study(file), out, ["ac_dmd", "rtdmd"], [0])
+    for cell, of in zip(cells, servers, strict=True):
+        result = {
+            "asked": cell.asked, "row": cell.row, "seed": 0, "stage": cell.config.stage,
+            "steps": 1, "cost": {"forward": 1, "backward": 1, "scored": 1, "pulled": 1}, "nfe": 4,
+            "vendi": None, "scores": {"x": list(range(16))},
+        } | ({} if of is None else {"servers": {"remote:http://a:1/x": of}})  # fmt: skip
+        cell.folder.mkdir(parents=True)
+        (cell.folder / RESULT).write_text(json.dumps(result))
+    if servers[1] == "c1":
+        said = "'remote:http://a:1/x' had other contents when it scored rtdmd, seed 0 than for ac_"
+        with pytest.raises(ValueError, match=said):
+            summarise(load_study(file), out)
+    else:
+        assert summarise(load_study(file), out)["cells"]["done"] == 2

@@ -98,6 +98,41 @@ def test_a_file_that_is_given_twice_makes_no_vote_count_as_two(tmp_path):
         task.fit_reward(files[:1], tmp_path / "out", "packaged:clip", "cpu")
 
 
+def test_votes_of_a_copy_do_not_count_as_two(tmp_path):
+    """Of a whole one, and of an older one, which has the first of the votes: 30 of them are too
+    few, and passed for 60."""
+    lines = []
+    for i in range(30):
+        row = {"prompt": f"a {i % 12}", "image_a": f"{i}.png", "image_b": "y.png", "choice": "a"}
+        row |= {"time": 1e9 + i, "sha256_a": f"{i}", "sha256_b": "y"}
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "elsewhere").mkdir()
+    votes, copy, older = (tmp_path / n for n in ("votes.jsonl", "copy.jsonl", "elsewhere/o.jsonl"))
+    votes.write_text("".join(lines))
+    copy.write_text("".join(lines))
+    older.write_text("".join(lines[:20]).replace('"image_a": "', '"image_a": "../'))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"copy\.jsonl is given twice: .*votes\.jsonl holds the"):
+        task.fit_reward([votes, copy], out, "packaged:clip", "cpu")
+    with pytest.raises(ValueError, match=r"o\.jsonl has 20 votes that stand in .*votes\.jsonl too"):
+        task.fit_reward([votes, older], out, "packaged:clip", "cpu")
+    copy.write_text("".join(lines + lines[:1]))
+    with pytest.raises(ValueError, match=r"copy\.jsonl has 1 vote that stands there already, and"):
+        task.fit_reward([copy], out, "packaged:clip", "cpu")
+    copy.write_text("".join(lines).replace('"time": 1', '"time": 2'))  # voted on once more
+    task.check_votes({file: load_preferences(file) for file in (votes, copy)})
+
+
+def test_a_pair_is_known_by_its_images_wherever_they_lie():
+    """Votes on copies of two images contradict each other like those on the images."""
+    rows = [
+        Preference(f"a {i}", folder / f"{i}.png", folder / "y.png", choice, (f"{i}", "y"))
+        for i in range(10)
+        for folder, choice in ((Path("here"), 1.0), (Path("there"), 0.0))
+    ]
+    assert agreement(rows) == (10, 10)
+
+
 def test_a_taste_is_recovered_and_the_folder_is_a_reward(fitted):
     place, about = fitted
     low, high = about["accuracy_ci95"]

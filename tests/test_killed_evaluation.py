@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,8 +16,11 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.chunks import Chunks
 from tiltflow.evaluation.scores import Diversity, System, evaluate_systems
 from tiltflow.rewards import FunctionReward
+from tiltflow.tasks import evaluate as evaluating
 from tiltflow.tasks.depends import asked
+from tiltflow.tasks.evaluate import evaluated
 from tiltflow.tasks.interface import request_of
+from tiltflow.tasks.request import Request
 
 
 class OneOfFour(Ranks):
@@ -101,3 +105,31 @@ def test_a_missing_package_is_named_when_it_is_needed(
     assert set(asked(request)["versions"]) == {
         "tiltflow", "torch", "diffusers", "transformers", "tokenizers",
     }  # fmt: skip
+
+
+@pytest.mark.long
+def test_a_kill_while_old_images_are_removed_leaves_no_folder_that_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on. It was refused: without its prompts the folder passed for another
+    one's."""
+    prompts = [Prompt("a red circle"), Prompt("a blue square")]
+    request = Request(
+        "packaged:pipeline", prompts, teacher_steps=1, device="cpu", rewards={"clipscore": None}
+    )
+    out = tmp_path / "evaluation.json"
+    evaluated(out, request)
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        file = folder / evaluating.PROMPTS
+        if file.is_file():
+            file.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        evaluated(out, request)
+    evaluated(out, request)
+    kept = (out.with_suffix(".images") / evaluating.PROMPTS).read_text()
+    assert kept.split("\n")[0] == "a red circle"
+    assert not out.with_suffix(".parts").exists()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from rich.console import Console
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import load_checkpoint
-from tiltflow.core.distributed import ALONE
+from tiltflow.core.distributed import ALONE, Ranks
+from tiltflow.evaluation.watch.probes import FixedPrompts
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
 from tiltflow.tasks import planning
+from tiltflow.tasks.failures import explained
 from tiltflow.tasks.planning import choices, chosen, fastest, sized, sizes
 from tiltflow.tasks.plans import Plans, plan_recipe
 from tiltflow.tasks.train import run_training
@@ -97,6 +102,72 @@ def test_a_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert at(100, False) == frozenset()
 
 
+def test_a_run_that_began_though_nothing_fitted_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused on its own device: its plan takes more than there is, by its own count."""
+    monkeypatch.setattr(planning, "Plans", fixed(planned))
+
+    def at(memory: float, goes_on: bool) -> frozenset[str]:
+        cfg = chosen(config(), tmp_path, goes_on, memory, ALONE, lambda line: None)
+        return cfg.model.checkpointed
+
+    least = {"fake_score", "generator"}
+    assert at(2.9 * GIB, False) == least  # the plan says 3
+    assert at(2.9 * GIB, True) == at(80 * GIB, True) == least
+    with pytest.raises(ValueError, match=r"needs 3\.0 GiB and this device has 2\.8 GiB"):
+        at(2.8 * GIB, True)
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    del kept["memory"]
+    (tmp_path / "plan.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"needs 3\.0 GiB"):
+        at(2.9 * GIB, True)
+
+
+class Beside(Ranks):
+    """A rank whose job is threads of this process."""
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        SAID[self.rank] = list(values)
+        MEETING.wait(10)
+        found = [sum(column) for column in zip(*SAID.values(), strict=True)]
+        MEETING.wait(10)
+        return found
+
+
+SAID: dict[int, list[float]] = {}
+MEETING = threading.Barrier(2)
+
+
+@pytest.mark.parametrize("order", [(100, 9), (9, 100)])
+def test_ranks_of_unequal_devices_plan_for_the_smallest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+) -> None:
+    """Rank 0's plan was that of all: on a larger device than another rank's it did not fit there.
+    And a plan that was too large for one rank was refused by that one alone."""
+    monkeypatch.setattr(planning, "Plans", fixed(planned))
+    lines: list[str] = []
+
+    def at(gib: tuple[int, int], goes_on: bool) -> list[frozenset[str] | str]:
+        def rank(number: int) -> frozenset[str] | str:
+            said = lines.append if number == 0 else lambda line: None
+            has = memory(gib[number])
+            try:
+                ranks = Beside(number, 2)
+                return chosen(config(), tmp_path, goes_on, has, ranks, said).model.checkpointed
+            except ValueError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(rank, range(2)))
+
+    assert at(order, False) == [{"fake_score"}] * 2
+    assert f"7.0 GiB of the device's {memory(9) / GIB:.1f}" in lines[0]
+    assert at(order, True) == [{"fake_score"}] * 2
+    refused = at((1, 100) if order[0] == 9 else (100, 1), True)
+    assert all("run.replan=true" in str(one) for one in refused), refused
+
+
 @pytest.mark.parametrize("size", mostly_long(["2", "auto"], "2"))
 def test_a_run_of_auto_goes_on_bit_for_bit(tiny_pipeline: Tiny, tmp_path: Path, size: str) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
@@ -131,6 +202,47 @@ def of_samples(cfg: RunConfig) -> Plan:
 
 
 SIZE = "train.micro_batch_size=auto"
+
+
+@pytest.mark.long
+def test_samples_and_looks_take_as_many_rows_as_was_planned(
+    tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They took up to 64 at once, whatever the plan: the first sheet comes before a step."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na bird\na cow\n")
+    monkeypatch.setattr(planning, "Plans", fixed(of_samples))
+    monkeypatch.setattr("tiltflow.tasks.train.device_bytes", lambda device: memory(2))
+    seen: list[int] = []
+
+    class Seen(FixedPrompts):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            seen.append(given[3])
+
+    monkeypatch.setattr("tiltflow.tasks.train.FixedPrompts", Seen)
+    values = [
+        f"model.path={tiny_pipeline('sd35m')}", "model.resolution=64",
+        "model.max_sequence_length=24", "model.gradient_checkpointing=false", SIZE,
+        "train.batch_size=4", "adapters.rank=4", f"data.prompts={tmp_path / 'prompts.txt'}",
+        "data.cache=off", "run.device=cpu", f"run.out={tmp_path / 'run'}", "train.steps=1",
+        "log.samples_every=1", "watch.rewards={}",
+    ]  # fmt: skip
+    cfg = load_config("sd35m_cold_start", values)
+    run_training(cfg, Console(quiet=True))
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["micro_batch_size"] == 1
+    assert seen == [1]
+
+
+def test_out_of_memory_advises_by_the_plan(tmp_path: Path) -> None:
+    """And not by `auto`, which would have a run of 8 rows at a time try 32."""
+    cfg = config(SIZE, "train.batch_size=64", f"run.out={tmp_path}")
+    plan = {"gradient_checkpointing": ["fake_score"], "micro_batch_size": 8, "bytes": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with (
+        pytest.raises(MemoryError, match=r"micro_batch_size=4 \(now 8\), model.gradient_"),
+        explained(cfg, 1),
+    ):
+        raise torch.OutOfMemoryError("too much")
 
 
 def test_sizes_are_a_ranks_rows_and_their_parts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,16 @@ import torch
 from reward_servers import free_port, http, says, server
 from torch import Tensor
 
+from tiltflow.data.prompts import Prompt
 from tiltflow.rewards import FunctionReward, RewardMixture, Weighted, checked
 from tiltflow.rewards.remote import wire
-from tiltflow.rewards.remote.client import RemoteReward
+from tiltflow.rewards.remote.client import RemoteReward, lasting_of
 from tiltflow.rewards.remote.limits import Limits
 from tiltflow.rewards.remote.server import Scorer
 from tiltflow.tasks import reward_server
+from tiltflow.tasks.compare import comparisons, other_columns
+from tiltflow.tasks.evaluate import evaluated
+from tiltflow.tasks.request import Request
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -112,3 +117,68 @@ def test_a_server_looks_at_its_rewards_files(
     one, other = (scorer.describe()["rewards"] for scorer in made)
     assert one["mine_served:f"]["contents"] != other["mine_served:f"]["contents"]
     assert one["shapes"] == other["shapes"]
+
+
+def scored_by(contents: str, score: float, port: int, out: Path, answers: int = 99) -> list[float]:
+    """An evaluation of the teacher on two prompts by a server that refuses after so many
+    `answers`; the scores of its systems."""
+    left, about = [answers], {"differentiable": False, "contents": contents}
+    said = http(json.dumps({"scores": [score], "contents": contents}).encode())
+
+    def reply(connection: socket.socket, body: bytes) -> None:
+        left[0] -= 1
+        refusal = http(b'{"error": "enough"}', "422 Unprocessable Content")
+        connection.sendall(said if left[0] >= 0 else refusal)
+
+    known = says(http(json.dumps({"rewards": {"mean": about}}).encode()))
+    prompts = [Prompt("a red circle"), Prompt("a blue square")]
+    rewards = {f"remote:http://127.0.0.1:{port}/mean": None}
+    asked = Request(
+        "packaged:pipeline", prompts, teacher_steps=1, device="cpu", rewards=rewards, batch=1
+    )
+    with server(reply, port, known):
+        found = evaluated(out, asked)
+    return [x for table in found.scores.values() for x in table["mean"].tolist()]
+
+
+@pytest.mark.long
+def test_what_another_server_scored_is_not_gone_on_with(tmp_path: Path) -> None:
+    port, out = free_port(), tmp_path / "evaluation.json"
+    with pytest.raises(ValueError, match="refused the batch: enough"):
+        scored_by("c0", 1, port, out, answers=1)
+    assert scored_by("c1", 5, port, out) == [5] * 4
+    with pytest.raises(ValueError, match="refused the batch: enough"):
+        scored_by("c0", 2, port, out, answers=1)
+    assert scored_by("c0", 1, port, out, answers=2) == [1, 2, 1, 1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moved", [False, True])
+def test_evaluations_by_other_servers_are_told_apart(tmp_path: Path, moved: bool) -> None:
+    """Behind one address, and where the address is another."""
+    port = free_port()
+    files = [tmp_path / name for name in ("one.json", "two.json", "three.json")]
+    for contents, file in zip(("c0", "c1", "c0"), files, strict=True):
+        scored_by(contents, 1, port, file)
+        port = free_port() if moved else port
+    one, two, three = (json.loads(file.read_text()) for file in files)
+    assert other_columns(one, two) == ["mean"] and other_columns(one, three) == []
+    with pytest.raises(ValueError, match="have the reward 'mean' with other weights"):
+        comparisons(files[:2])
+    assert comparisons(files[::2]) == []
+    for each in (two, three):  # of an earlier version, which said nothing of servers
+        each["content"]["rewards"] = {}
+        assert other_columns(one, each) == []
+    # a reward behind a server may read the metadata
+    two["content"]["prompts"] = "others"
+    assert other_columns(one, two) == ["mean"]
+
+
+def test_an_upgraded_server_is_the_same_reward_to_an_evaluation() -> None:
+    """As a reward that computes here is: packages are no part of what it is compared by."""
+    said = {"contents": "c0", "files": {"mean": "1"}, "tiltflow": "0.1", "torch": "2.1"}
+    first = lasting_of(said)
+    assert first == lasting_of(said | {"contents": "c1", "torch": "2.2"})
+    assert first not in (lasting_of(said | {"files": {}}), lasting_of(said | {"revision": 2}))
+    other = {"contents": "c0"}  # another program's
+    assert (lasting_of(other), lasting_of({})) == ("c0", None)

@@ -14,8 +14,9 @@ from test_run_directory import start
 
 from tiltflow.config.load import PromptSets, load_config
 from tiltflow.core.checkpoint import latest_step
-from tiltflow.core.metrics import read_metrics
+from tiltflow.core.metrics import ANEW, read_metrics, set_apart
 from tiltflow.data.prompts import Prompt
+from tiltflow.rewards.files import REVISIONS
 from tiltflow.setup.manifest import code_fingerprints, defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import with_absolute_paths
 from tiltflow.training.changes import OF_THE_RUN, PROMPTS, changes
@@ -151,6 +152,48 @@ def test_a_setting_that_a_version_did_not_have_is_no_change(place: Path) -> None
     assert changes(state, facts, known) == {"train.boundary_power": "0.0 → 1.0"}
 
 
+@pytest.mark.long
+def test_a_held_out_reward_of_stage_1_on_other_prompts_is_a_curve_of_its_own(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mean before and after were joined, as though the student had changed."""
+    monkeypatch.chdir(place)
+    fixed, out = tmp_path / "e.txt", tmp_path / "cold"
+    fixed.write_text("a cat\na dog\n")
+    more = [
+        f"data.eval_prompts={fixed}", f"run.out={out}", "watch.every=1",
+        "watch.rewards={'test_run_manifest:bright': 1.0}",
+    ]  # fmt: skip
+    start("sd3m_cold_start", *TINY, *more, "train.steps=2")
+    start("sd3m_cold_start", *TINY, *more, "train.steps=4", "run.resume=true")
+    anew = [row for row in read_metrics(out / "metrics.jsonl") if ANEW in row]
+    assert anew == []
+    fixed.write_text("a cat\na red bird\n")
+    start("sd3m_cold_start", *TINY, *more, "train.steps=5", "run.resume=true")
+    rows = read_metrics(out / "metrics.jsonl")
+    name = "held_out/test_run_manifest:bright"
+    (row,) = [row for row in rows if ANEW in row]
+    assert row["step"] == 4 and row[ANEW] == name and "data.eval_prompts" in row["changed"]
+    curves: dict[str, Any] = {name: [1]}
+    set_apart(curves, row)
+    assert curves == {f"{name} before step 4": [1]}
+
+
+def test_another_revision_of_a_reward_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(str(place / "tilt" / "config.yaml"), ["rewards={ocr: 1.0, shapes: 1.0}"])
+    sets = PromptSets([Prompt("a cat")], [Prompt("a dog")])
+
+    def facts() -> dict[str, Any]:
+        held = json.loads(json.dumps(manifest_of(cfg, sets, None)))
+        return {"stage": "tilt", "steps": 4, "manifest": held}
+
+    before = facts()
+    monkeypatch.setitem(REVISIONS, "ocr", 77)
+    assert changes(before, facts(), {}) == {"how reward ocr scores, by its revision": "2 → 77"}
+    del before["manifest"]["revisions"]  # of an earlier version
+    assert changes(before, facts(), {}) == {}
+
+
 def test_other_files_of_a_reward_are_told(place: Path, tmp_path: Path) -> None:
     """Those at a reward's path, and those of a reward that is a folder."""
     folder, fitted, base = tmp_path / "clip", tmp_path / "mine", tmp_path / "base"
@@ -207,6 +250,13 @@ def test_other_defaults_of_the_model_are_told(place: Path, tmp_path: Path) -> No
     (model / "tiltflow.json").unlink()
     assert changes(before, facts(), {}) == {name: "1.5 → null"}
     del before["manifest"]["side"]  # of an earlier version
+    assert changes(before, facts(), {}) == {}
+    # of the index, whose flags say how a pipeline samples and encodes
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    told = {"model.is_distilled in model_index.json": "null → true"}
+    assert changes(before, facts(), {}) == told
+    del before["manifest"]["flags"]
     assert changes(before, facts(), {}) == {}
 
 

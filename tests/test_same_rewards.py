@@ -70,22 +70,48 @@ def test_weights_of_one_name_and_size_are_told_apart(two: list[Path]) -> None:
         told(two, "b,a", None)
 
 
-def test_a_builtin_reward_that_scores_otherwise_now_is_told_apart(two: list[Path]) -> None:
-    """On pictures that are not square: squares score as they did."""
-    for now, sizes, refused in (
-        ({"resolution": 64}, [], False),
-        ({"resolution": [64, 96]}, [], True),
-        ({"resolution": None}, [["64", None], ["64x96", None]], True),
-        ({"resolution": 64, "revisions": {"clipscore": 2}}, [], False),
-        ({"resolution": [64, 96], "revisions": {"clipscore": 2}}, [], False),
-    ):
-        second = weights("w", b"0123")
-        new = asked(second) | now | {"sizes": sizes, "revisions": {"clipscore": 2}}
-        old = {key: value for key, value in new.items() if key != "revisions"} | now
-        says(two[0], second, asked=old)
-        says(two[1], second, asked=new)
-        found = other_columns(*(json.loads(path.read_text()) for path in two))
-        assert found == (["clipscore"] if refused else []), (now, sizes)
+@pytest.mark.parametrize(
+    ("name", "revisions", "asked_at", "refused"),
+    [
+        ("hpsv2", (None, 2), {"resolution": 64}, False),  # what is not square alone
+        ("hpsv2", (None, 2), {"resolution": [64, 96]}, True),
+        ("hpsv2", (None, 2), {"sizes": [["64", None], ["64x96", None]]}, True),
+        ("hpsv2", (2, 2), {"resolution": [64, 96]}, False),
+        ("hpsv2", (3, 2), {"resolution": 64}, True),  # prompts that are mended
+        ("hpsv2", (None, 3), {"resolution": None}, True),
+        ("ocr", (None, 2), {"resolution": 64}, True),
+    ],
+)
+def test_a_builtin_reward_that_scores_otherwise_now_is_told_apart(
+    two: list[Path],
+    name: str,
+    revisions: tuple[int | None, int | None],
+    asked_at: dict[str, Any],
+    refused: bool,
+) -> None:
+    for path, revision in zip(two, revisions, strict=True):
+        of = {} if revision is None else {"revisions": {name: revision}}
+        about = {"rewards": {name: None}, "sizes": [], **asked_at, **of}
+        says(path, request({}), asked=about)
+    found = other_columns(*(json.loads(path.read_text()) for path in two))
+    assert found == ([name] if refused else [])
+    if refused:
+        with pytest.raises(ValueError, match=f"versions .* in which the reward '{name}' scores"):
+            told(two, "b,a", None)
+
+
+def test_a_reward_with_a_name_of_its_own_is_told_apart_by_it(two: list[Path]) -> None:
+    """By the name that its column has, for the desk and the report go by columns; also beside an
+    evaluation of an earlier version, which did not say what that is."""
+    asked_for, file = "mine_called:Own", Path("mine_called.py")
+    for path, number in zip(two, "12", strict=True):
+        file.write_text(f"class Own:\n    name = 'bright'\n    x = {number}\n")
+        says(path, request({asked_for: None}), columns={asked_for: "bright"})
+    one, other = (json.loads(path.read_text()) for path in two)
+    assert other_columns(one, other) == ["bright"] == other_columns(other, one)
+    del one["columns"]
+    assert other_columns(one, other) == ["bright"] == other_columns(other, one)
+    assert other_columns(one, one) == []
 
 
 @pytest.mark.parametrize("path", [None, "w"])

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import tiltflow
 from tiltflow.cli.main import app
-from tiltflow.core.sizes import both, parse_size, said
+from tiltflow.core.sizes import Resolution, both, parse_size, said
 from tiltflow.evaluation.chunks import Chunks
 from tiltflow.evaluation.files import (
     read_evaluation,
@@ -166,6 +166,15 @@ def test_scores_are_compared_over_the_sizes_or_at_one(tmp_path: Path) -> None:
     one.write_text(json.dumps(summary | {"sizes": {"../32": summary["sizes"]["32x48"]}}))
     with pytest.raises(ValueError, match="is no evaluation"):
         read_evaluation(one)
+
+
+@pytest.mark.parametrize("size", [64, (32, 48), (9, 32, 48)])
+def test_an_evaluation_at_any_size_is_read_again(tmp_path: Path, size: Resolution) -> None:
+    """That of videos was written with all its figures, and refused by whatever reads one."""
+    found = scored(every())
+    sizes = {said(size): found.summary["sizes"]["32x48"], "1x1": found.summary["sizes"]["48x32"]}
+    write_evaluation(tmp_path / "evaluation.json", found.summary | {"sizes": sizes})
+    assert read_evaluation(tmp_path)["sizes"].keys() == sizes.keys()
 
 
 # --- a pipeline whose noise levels follow the size ----------------------------------------------

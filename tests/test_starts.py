@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from tiltflow.setup.build import build_stage
 from tiltflow.setup.facts import Facts
 from tiltflow.setup.start_notices import Made, start_notices
 from tiltflow.setup.starts import below
+from tiltflow.tasks.callbacks import Callbacks
+from tiltflow.tasks.evaluate import sampled
+from tiltflow.tasks.request import Request
 from tiltflow.training.changes import OF_THE_RUN, changes
 
 TILT = (
@@ -91,6 +95,29 @@ def test_a_stage_one_that_has_not_ended_is_said(tmp_path: Path) -> None:
     )
     assert lines(cold) == []
     assert lines(of_sd3m("tilt", f"model.few_step={tmp_path / 'gone'}", "run.resume=true")) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sd3.5-Large-Turbo", "models--x--large-turbo/snapshots/0a"])
+def test_a_teacher_called_turbo_is_asked_about(
+    tiny_pipeline: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """Its files do not tell it from the model that it was distilled from, which is guided by 7."""
+    model = shutil.copytree(tiny_pipeline("sd35m"), tmp_path / name)
+    asked = [f"model.path={model}", "model.resolution=64"]
+    (line,) = lines(of_sd3m("cold_start", *asked))
+    assert "is called Turbo" in line and "and model.guidance=1 leaves it out" in line
+    assert lines(of_sd3m("cold_start", *asked, "model.guidance=1")) == []
+    said: list[str] = []
+
+    class Told(Callbacks):
+        def notice(self, text: str) -> None:
+            said.append(text)
+
+    request = Request(str(model), [Prompt("a cat")], teacher_steps=1, resolution=64, device="cpu")
+    for of in (request, replace(request, guidance=1.0)):
+        sampled(of, Told())
+    assert len(said) == 1 and "--guidance 1 leaves it out" in said[0]
 
 
 def test_phases_that_no_iteration_reaches_are_said() -> None:

@@ -323,6 +323,15 @@ def test_rows_of_other_seeds_are_compared_on_those_that_both_have() -> None:
         ("rewards: [linear]", "", "rewards is not set"),
         ("rows:", "rose:", "rows is not set|no setting rose"),
         ("recipe: mixture_cold_start,", "", "row 'ac_dmd' has no recipe"),
+        ("\nseeds: [0, 1]", "\nseeds: [0, 1, 0]", "seeds has 0 twice, which would count as two"),
+        ("seeds: [1], set", "seeds: [1, 1], set", "seeds has 1 twice"),
+        ("count: 16", "count: 16\nsteps: [4, 2, 4]", "steps has 4 twice"),
+        ("rewards: [linear]", "rewards: [linear, linear]", "rewards has linear twice"),
+        (
+            "count: 16",
+            "count: 16\ncompare: [[rtdmd, ac_dmd], [rtdmd, ac_dmd]]",
+            "compare has rtdmd, ac_dmd twice",
+        ),
         ("start: ac_dmd}", "start: ac_dmd, like: draft}", "is like 'draft', no row before it"),
     ],
 )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_study_settings import Killed, KilledAtACheckpoint, done
 
 from tiltflow.core.paths import resolve_path
+from tiltflow.rewards.files import REVISIONS
 from tiltflow.tasks import study_content
 from tiltflow.tasks.study import ASKED, CONTENT, Cell, cells_of, make_cells
 from tiltflow.tasks.study_file import load_study
@@ -113,6 +114,29 @@ def test_what_a_cell_was_trained_from_is_held_against_what_is_there(place: Path)
     assert all(cell.result() is not None for cell in found.values())
     known = [key for key in found["tilted"].asked if key.startswith(CONTENT)]
     assert known == ["scored.content.prompts", "scored.content.rewards"]
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_builtin_reward_that_scores_otherwise_now_is_another(
+    place: Path, monkeypatch: pytest.MonkeyPatch, scored: bool
+) -> None:
+    """Or a study that was begun before an upgrade would hold both kinds of scores against each
+    other. What earlier versions left says nothing of it."""
+    text = (place / "s.yaml").read_text()
+    text = text.replace("rewards: [clipscore]", "rewards: [hpsv2]") if scored else text.replace(
+        "        clipscore: 1.0", "        hpsv2: 1.0")  # fmt: skip
+    (place / "s.yaml").write_text(text)
+    monkeypatch.setitem(REVISIONS, "hpsv2", 2)
+    tilted = cells(place)["tilted"]
+    key = f"{'scored.' * scored}content.revisions.hpsv2"
+    earlier = {k: v for k, v in tilted.asked.items() if not k.endswith(key)}
+    done(tilted, tilted.asked)
+    assert cells(place)["tilted"].result() is not None
+    monkeypatch.setitem(REVISIONS, "hpsv2", 3)
+    with pytest.raises(ValueError, match=f"({key}: 2 → 3)"):
+        cells(place)["tilted"].result()
+    done(tilted, earlier)
+    assert cells(place)["tilted"].result() is not None
 
 
 def test_a_few_step_that_is_no_row_counts_by_its_weights(

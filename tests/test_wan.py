@@ -22,10 +22,13 @@ from test_scheduler import loaded_pipeline
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
+import tiltflow
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.sizes import Resolution, said
 from tiltflow.data.buckets import Bucket
 from tiltflow.data.prompts import Prompt
+from tiltflow.evaluation.files import read_evaluation
 from tiltflow.formats.card import call_of
 from tiltflow.formats.contract import read_contract
 from tiltflow.formats.workflow import no_workflow, workflow
@@ -214,6 +217,26 @@ def test_several_sizes_of_videos_need_no_contract(tiny_pipeline: Tiny) -> None:
     mixed = replace(asked, buckets=(*buckets, Bucket(64)))
     with pytest.raises(ValueError, match="--size 64 and 9x64x64: one is of videos and one of"):
         check_request(mixed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [[(5, 64, 64), (9, 64, 64)], [64, (64, 96)]])
+def test_a_teacher_alone_is_evaluated_at_several_sizes(
+    tiny_pipeline: Tiny, tmp_path: Path, sizes: list[Resolution]
+) -> None:
+    """Of videos it was refused: the model's own size, which stood below them, is a picture."""
+    names, out = [said(size) for size in sizes], tmp_path / "evaluation.json"
+    found = tiltflow.evaluate(
+        str(tiny_pipeline("wan")), ["a cat", "a dog"], ["test_wan:plain"], out=out, sizes=sizes,
+        teacher_steps=1, steps=1, device="cpu", max_sequence_length=64,
+    )  # fmt: skip
+    assert list(found.sizes) == names and list(read_evaluation(out)["sizes"]) == names
+    mixed = [*sizes, 64 if isinstance(sizes[0], tuple) else (5, 64, 64)]
+    with pytest.raises(ValueError, match="one is of videos and one of pictures"):
+        tiltflow.evaluate(
+            str(tiny_pipeline("wan")), ["a cat", "a dog"], ["test_wan:plain"], sizes=mixed,
+            teacher_steps=1, device="cpu", max_sequence_length=64,
+        )  # fmt: skip
 
 
 def test_a_run_makes_videos_or_pictures() -> None:

@@ -123,9 +123,23 @@ def digests(features: object = None, prompts: str = "p", **more: object) -> dict
         encoded=SimpleNamespace(prompts=[Prompt(f"{prompts} {i}") for i in range(99)]),
         sigmas=torch.linspace(1, 0, 5), eta=0.9,
     )  # fmt: skip
-    return series_digests(
-        cfg, SimpleNamespace(latent_shape=(4, 8, 8), medium=medium), fixed, settings, features
-    )
+    backbone = SimpleNamespace(latent_shape=(4, 8, 8), medium=medium)
+    tables = {"held_out": cfg.watch.rewards, "trained": cfg.rewards}
+    loaded = {
+        group: SimpleNamespace(rewards=[SimpleNamespace(reward=called(name)) for name in table])
+        for group, table in tables.items()
+    }
+    return series_digests(cfg, backbone, fixed, settings, features, loaded)
+
+
+SERVED = {"contents": "c0"}
+
+
+def called(name: str) -> SimpleNamespace:
+    """A loaded reward: one behind a server is called as it is there, and a class as it says."""
+    if name.startswith("remote:"):
+        return SimpleNamespace(name=name.rpartition("/")[2], **SERVED)
+    return SimpleNamespace(name="bright" if ":" in name else name)
 
 
 NAMES = {
@@ -154,6 +168,21 @@ def test_a_digest_is_of_what_its_series_depends_on(changed: dict, names: set[str
     before, after = digests(), digests(**changed)
     assert set(before) == NAMES
     assert {name for name in NAMES if before[name] != after[name]} == names
+
+
+def test_a_reward_with_a_name_of_its_own_has_a_digest_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name that its series has: without one, whatever was measured otherwise was held
+    against what had been before. The address of a server may be another, what it serves may not."""
+
+    def at(host: str, prompts: str = "p") -> dict[str, str]:
+        names = f"remote:http://{host}:8000/mine", "test_watch_digests:values"
+        return digests(prompts=prompts, **{"watch.rewards": json.dumps(dict.fromkeys(names, 1.0))})
+
+    first, moved = at("a"), at("b")
+    assert first == moved and {"held_out/mine", "held_out/bright"} < set(first)
+    assert all(first[name] != other for name, other in at("a", "q").items())
+    monkeypatch.setitem(SERVED, "contents", "c1")
+    assert {name for name, was in first.items() if at("a")[name] != was} == {"held_out/mine"}
 
 
 def test_figures_draw_no_rise_between_two_measures(

@@ -99,6 +99,10 @@ class Ranks:
         """Rank 0's value."""
         return int(self.total([float(value) if self.main else 0.0])[0])
 
+    def least(self, value: float) -> float:
+        """The smallest of the ranks' values."""
+        return min(self.total([value if rank == self.rank else 0.0 for rank in range(self.size)]))
+
     @torch.no_grad()
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
         """Gives every rank the values of rank 0's tensors (on one device), in place: one

@@ -30,13 +30,28 @@ CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 @dataclass(frozen=True)
 class Preference:
     """Two images of `prompt`: their files, or the files' bytes. `choice` is 1 where the first was
-    chosen, 0 where the second was, ½ for neither. `digests` are what the files were (SHA-256)."""
+    chosen, 0 where the second was, ½ for neither. `digests` are what the files were (SHA-256), and
+    `when` the moment of the vote, as far as the desk or whoever took it wrote them down."""
 
     prompt: str
     first: Path | bytes
     second: Path | bytes
     choice: float
     digests: tuple[str, str] | None = None
+    when: float | None = None
+
+    @property
+    def vote(self) -> tuple[object, ...] | None:
+        """What tells a vote from every other, wherever its line stands; None where its moment is
+        not known: then two like lines may be two votes."""
+        if self.when is None:
+            return None
+        return (self.when, self.prompt, self.choice, *self.known)
+
+    @property
+    def known(self) -> tuple[str, str]:
+        """What the two images are known by: what they are, else where they lie."""
+        return self.digests or (_key(self.first), _key(self.second))
 
     def images(self) -> tuple[Tensor, Tensor]:
         """Both images, each (F, 3, H, W) in [0, 1]: one, or of a video the frames by which a reward
@@ -191,6 +206,7 @@ def _own(path: Path) -> Iterator[Preference]:
             path.parent / row["image_b"],
             CHOICES[row["choice"]],
             digests if known else None,  # type: ignore[arg-type]
+            when if isinstance(when := row.get("time"), int | float) else None,
         )
 
 
@@ -267,8 +283,9 @@ def agreement(preferences: Iterable[Preference]) -> tuple[int, int]:
     for one in preferences:
         if one.choice == 0.5:
             continue
-        key = (one.prompt, *sorted((_key(one.first), _key(one.second))))
-        chosen = _key(one.first) if one.choice == 1 else _key(one.second)
+        first, second = one.known
+        key = (one.prompt, *sorted((first, second)))
+        chosen = first if one.choice == 1 else second
         seen.setdefault(key, set()).add(chosen)
         times[key] = times.get(key, 0) + 1
     repeated = [key for key, count in times.items() if count > 1]

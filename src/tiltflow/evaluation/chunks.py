@@ -40,8 +40,19 @@ class Chunks:
     """
 
     def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
-        self._text = json.dumps(asked, sort_keys=True, indent=1, allow_nan=False) + "\n"
-        self.folder = folder / hashlib.blake2b(self._text.encode(), digest_size=8).hexdigest()
+        self._place, self._asked = folder, dict(asked)
+        self._settle()
+
+    def also(self, more: Mapping[str, Any]) -> None:
+        """Adds to what was asked, before the first chunk: what is known once all is loaded."""
+        if more:
+            self._asked |= more
+            self._settle()
+
+    def _settle(self) -> None:
+        self._text = json.dumps(self._asked, sort_keys=True, indent=1, allow_nan=False) + "\n"
+        digest = hashlib.blake2b(self._text.encode(), digest_size=8).hexdigest()
+        self.folder = self._place / digest
 
     def __len__(self) -> int:
         return len(list(self.folder.glob("*.safetensors")))

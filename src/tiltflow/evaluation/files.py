@@ -50,8 +50,8 @@ class _Category(_Part):
     systems: dict[str, dict[str, _Mean]]
 
 
-SIZE = r"[0-9]{1,9}(x[0-9]{1,9})?"
-"""A size's name, which is a folder's as well."""
+SIZE = r"[0-9]{1,9}(x[0-9]{1,9}){0,2}"
+"""A size's name (`core.sizes.said`), which is a folder's as well; a video's has three numbers."""
 
 
 class _Comparison(_Part):
@@ -73,6 +73,7 @@ class _Asked(_Part):
     resolution: int | tuple[int, int] | tuple[int, int, int] | None = None
     sizes: list[tuple[str, Any]] = []
     max_sequence_length: int | None = None
+    revisions: dict[str, int] = {}
 
 
 class _Content(_Part):
@@ -84,6 +85,7 @@ class _Evaluation(_Part):
     prompts: int
     asked: _Asked | None = None
     content: _Content | None = None
+    columns: dict[str, str] = {}
     adapters: dict[str, str] = {}
     weights: str | None = None
     diversity_in: dict[str, Any] | None = None

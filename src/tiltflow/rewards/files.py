@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tiltflow.core.paths import resolve_path
@@ -15,11 +15,20 @@ REVISIONS = {"hpsv2": 3, "ocr": 2}
 was scored before is not mixed in. `hpsv2` cut the ends off a picture that is not square (1), and
 read typographic quotes, HTML entities and ligatures otherwise than its authors do (2). `ocr` took
 a letter and its accent for two where the prompt has them as two characters (1)."""
+OF_OBLONG = {("hpsv2", 2)}
+"""The revisions that came with another score of pictures that are not square, and of no other."""
 
 
 def revisions(names: Iterable[str]) -> dict[str, int]:
     """The revisions of those among these rewards that have one."""
     return {name: REVISIONS[name] for name in names if name in REVISIONS}
+
+
+def revised(name: str, one: int, other: int, oblong: bool) -> bool:
+    """Whether two revisions of a builtin reward may give an image two scores; `oblong` says whether
+    the images are other than square."""
+    between = range(min(one, other) + 1, max(one, other) + 1)
+    return any(oblong or (name, revision) not in OF_OBLONG for revision in between)
 
 
 def files_of(name: str, path: str | None) -> Path | None:
@@ -31,6 +40,13 @@ def files_of(name: str, path: str | None) -> Path | None:
     if is_fitted(name):
         return fitted_folder(name)
     return None if name.startswith(ELSEWHERE) else source(name)
+
+
+def of_servers(rewards: Mapping[str, object], what: str) -> dict[str, str]:
+    """What the servers of rewards say that these are made of, by the names that are given: their
+    `contents`, or what of it is `lasting`. Nothing of rewards that compute here."""
+    said = {name: getattr(reward, what, None) for name, reward in rewards.items()}
+    return {name: of for name, of in said.items() if isinstance(of, str)}
 
 
 def files_beside(name: str, path: str | None) -> dict[str, Path]:

@@ -31,6 +31,8 @@ class OfFrames:
         self.elsewhere: bool = getattr(reward, "elsewhere", False)
         if hasattr(reward, "contents"):
             self.contents = reward.contents
+        if hasattr(reward, "lasting"):
+            self.lasting = reward.lasting
         if hasattr(reward, "image_features"):
             self.image_features = self._features
 

@@ -26,7 +26,7 @@ from tiltflow.models.pipelines.fingerprint import (
     pipeline_fingerprint,
 )
 from tiltflow.models.roles import State
-from tiltflow.rewards.files import files_beside, files_of
+from tiltflow.rewards.files import files_beside, files_of, revisions
 from tiltflow.setup.run_directory import with_absolute_paths
 from tiltflow.training.changes import by_key
 
@@ -47,13 +47,15 @@ def manifest_of(
         "prompts": prompts_fingerprint(sets.train),
         "eval_prompts": prompts_fingerprint(sets.fixed),
         "rewards": configured_fingerprints(cfg.rewards),
+        "revisions": revisions(cfg.rewards),
         "code": code_fingerprints(cfg),
         "config": with_absolute_paths(cfg).model_dump(mode="json", exclude={other}),
     }
 
 
 def model_fingerprints(model: ModelConfig, pipelines: Pipelines) -> dict[str, Any]:
-    """The family's name, which weights its pipelines hold, and what `tiltflow.json` says."""
+    """The family's name, which weights its pipelines hold, and what `tiltflow.json` and the index
+    say beside them."""
     if not model.has_files:
         name = model.path
         return {"family": name, "base": name, "generator_base": None, "encoders": None, "side": {}}
@@ -64,6 +66,12 @@ def model_fingerprints(model: ModelConfig, pipelines: Pipelines) -> dict[str, An
         "generator_base": None if generator is None else pipeline_fingerprint(generator),
         "encoders": encoders_fingerprint(pipelines.model),
         "side": pipelines.model.side,
+        "flags": {
+            f"{key}.{name}": value
+            for key, at in (("model", pipelines.model), ("generator", generator))
+            if at is not None
+            for name, value in at.flags.items()
+        },
     }
 
 

@@ -19,6 +19,7 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.formats.contract import Contract, read_contract
 from tiltflow.models.lora_files import student_folder
 from tiltflow.models.pipelines.directory import Pipelines
+from tiltflow.models.pipelines.guidance import guided_turbo
 from tiltflow.setup.assemble import buckets_of
 from tiltflow.setup.model_checks import can_look, meta_of
 from tiltflow.setup.starts import grids_of
@@ -45,8 +46,8 @@ class Made:
 def start_notices(
     cfg: RunConfig, prompts: Sequence[Prompt], pipelines: Pipelines, base: str | None = None
 ) -> list[str]:
-    """Lines on stage 1's settings, or on what stage 2 starts from; none of the latter where a run
-    goes on from its own copy.
+    """Lines on the teacher, and on stage 1's settings or what stage 2 starts from; none of the
+    latter where a run goes on from its own copy.
 
     `prompts` are those that are trained on, which may name sizes; with `base`, the fingerprint of
     the student's base here, another one is said.
@@ -54,12 +55,12 @@ def start_notices(
     Raises:
         ValueError: as `made_by`.
     """
-    few_step = cfg.model.few_step
+    few_step, lines = cfg.model.few_step, _of_teacher(cfg, pipelines)
     if cfg.stage == "cold_start":
-        return list(_of_stage_1(cfg))
+        return lines + list(_of_stage_1(cfg))
     if few_step is None or not Path(resolve_path(few_step)).is_dir():
-        return []
-    made, place, lines = made_by(Path(resolve_path(few_step))), f"model.few_step {few_step}", []
+        return lines
+    made, place = made_by(Path(resolve_path(few_step))), f"model.few_step {few_step}"
     if made.step is not None and made.steps is not None and made.step < made.steps:
         lines.append(f"{place} is stage 1 at step {made.step:,} of {made.steps:,}, not at its end")
     if base is not None and made.base not in (None, base):
@@ -68,6 +69,15 @@ def start_notices(
             f"those here have {base[:12]}"
         )
     return lines + _other_sampling(place, made.sampling, sampling_of(cfg, prompts), cfg, pipelines)
+
+
+def _of_teacher(cfg: RunConfig, pipelines: Pipelines) -> list[str]:
+    model = cfg.model
+    if "turbo" not in model.path.lower() or not can_look(cfg, pipelines):
+        return []
+    backbone, path = meta_of(cfg, pipelines), resolve_path(model.path)
+    line = guided_turbo(path, backbone, model.guidance, "model.guidance=1")
+    return [] if line is None else [line]
 
 
 def _of_stage_1(cfg: RunConfig) -> Iterator[str]:

@@ -23,8 +23,10 @@ from tiltflow.evaluation.files import (
 )
 from tiltflow.evaluation.measuring import DIVERSITY
 from tiltflow.evaluation.scores import compare
+from tiltflow.rewards.files import revised
 from tiltflow.rewards.fitted import is_fitted
 from tiltflow.rewards.fitting import may_read_metadata
+from tiltflow.rewards.remote.address import REMOTE, column_of
 from tiltflow.tasks.tables import show, show_comparisons, show_sizes
 
 Columns = dict[str, NDArray[np.float64]]
@@ -138,10 +140,10 @@ def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]
         ValueError: naming the first that is not.
     """
     for name in other_rewards(*summaries):
-        raise ValueError(
-            f"{paths[0]} and {paths[1]} have the reward {name!r} with other "
-            f"{'code' if ':' in name else 'weights'}, so its scores cannot be compared"
-        )
+        what = f"have the reward {name!r} with other {'code' if ':' in name else 'weights'}"
+        if _revised(name, *summaries):
+            what = f"are of versions of tiltflow in which the reward {name!r} scores otherwise"
+        raise ValueError(f"{paths[0]} and {paths[1]} {what}, so its scores cannot be compared")
     for name in asked_otherwise(*summaries):
         raise ValueError(
             f"{paths[0]} and {paths[1]} have other metadata of their prompts, which the reward "
@@ -150,36 +152,62 @@ def _check_rewards(paths: Sequence[Path], summaries: Sequence[Mapping[str, Any]]
 
 
 def other_rewards(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The rewards that are in both of two evaluations and had other weights or code in the second,
-    as far as they say: files that hold something else, or another hub id. Of an evaluation of an
-    earlier version files of other names or sizes are others."""
+    """The columns of the rewards that are in both of two evaluations and had other weights or code
+    in the second, as far as they say: files that hold something else, another hub id, or a reward
+    server with others. Of an evaluation of an earlier version files of other names or sizes are
+    others, and nothing is known of servers."""
     first, second = _rewards(one), _rewards(other)
     contents = [_content(summary, "rewards") for summary in (one, other)]
     found = []
-    for name in (name for name in first if name in second):
-        changed = _changed(name, *contents)
-        if _revised(name, one, other) or changed:
-            found.append(name)
-            continue
-        if changed is not None:
-            continue
-        both = [lasting(table[name]) for table in (first, second)]
-        own = ":" in name or is_fitted(name)
-        if own and None in both:
-            continue  # earlier versions did not look at one's own
-        if both[0] != both[1]:
-            found.append(name)
+    for name, like in _in_both(one, other):
+        if name != like:
+            changed: bool | None = _served_otherwise((name, like), contents)
+        else:
+            changed = _revised(name, one, other) or _changed(name, *contents)
+        if changed is None:
+            both = [lasting(table[name]) for table in (first, second)]
+            # earlier versions did not look at one's own
+            own = ":" in name or is_fitted(name)
+            changed = both[0] != both[1] and not (own and None in both)
+        if changed:
+            found.append(_stands_as(name, one, other))
     return found
 
 
+def _served_otherwise(names: tuple[str, str], contents: Sequence[Any]) -> bool:
+    """Whether the servers of a reward at two addresses say that it is of other contents. Of one
+    that computes here beside one elsewhere nothing is known: they say it in other words."""
+    if not all(name.startswith(REMOTE) for name in names):
+        return False
+    said = [(of or {}).get(name) for name, of in zip(names, contents, strict=True)]
+    return None not in said and said[0] != said[1]
+
+
+def _in_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The names of the rewards of two evaluations whose scores stand in one column."""
+    second = _rewards(other)
+    there = {_stands_as(name, other): name for name in second}
+    return [
+        (name, name if name in second else there[column])
+        for name, column in ((name, _stands_as(name, one)) for name in _rewards(one))
+        if name in second or column in there
+    ]
+
+
+def _stands_as(name: str, *summaries: Mapping[str, Any]) -> str:
+    """Where evaluations have the scores of a reward, by the first that says so. Earlier versions
+    do not, and then a class of one's own is taken to be called as it was asked for."""
+    said = ((summary.get("columns") or {}).get(name) for summary in summaries)
+    return next((str(column) for column in said if column), column_of(name))
+
+
 def _revised(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether a builtin reward scored otherwise then than now (`REVISIONS`): on pictures that are
-    not square, which is what the revisions so far were about."""
+    """Whether a builtin reward scored otherwise in one of two evaluations than in the other."""
     asked = [summary.get("asked") or {} for summary in (one, other)]
     of = [(each.get("revisions") or {}).get(name, 1) for each in asked]
     sizes = [asked[0].get("resolution"), *(size for size, _ in asked[0].get("sizes") or ())]
     oblong = any(isinstance(size, list | tuple) or "x" in str(size) for size in sizes)
-    return of[0] != of[1] and oblong
+    return revised(name, of[0], of[1], oblong)
 
 
 def _changed(name: str, one: object, other: object) -> bool | None:
@@ -194,7 +222,7 @@ def _changed(name: str, one: object, other: object) -> bool | None:
 
 
 def asked_otherwise(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The rewards of both of two evaluations whose scores may be of other metadata of the prompts:
+    """The columns of both of two evaluations whose scores may be of other metadata of the prompts:
     all that may read it, where the evaluations say that it is another. What earlier versions say is
     of the negative prompts, too."""
     said = [_content(summary, "prompts") for summary in (one, other)]
@@ -202,8 +230,11 @@ def asked_otherwise(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[st
         said = [(summary.get("asked") or {}).get("prompts") for summary in (one, other)]
     if None in said or said[0] == said[1]:
         return []
-    second = _rewards(other)
-    return [name for name in _rewards(one) if name in second and may_read_metadata(name)]
+    return [
+        _stands_as(name, one, other)
+        for name, like in _in_both(one, other)
+        if may_read_metadata(name) or may_read_metadata(like)
+    ]
 
 
 def _content(summary: Mapping[str, Any], what: str) -> Any:

@@ -26,7 +26,7 @@ def asked(request: Request) -> dict[str, Any]:
     """What the figures of a request depend on, as JSON; weights by the files that hold them.
 
     Of rewards and families of one's own the module's file counts, and not what it imports; what a
-    reward server runs is not seen here.
+    reward server runs is known once it has been asked (`evaluated`).
     """
     plain = ("tilt", "teacher_steps", "guidance", "seed", "batch", "autocast", "diversity")
     chosen, revised = request.settled, revisions(request.rewards)

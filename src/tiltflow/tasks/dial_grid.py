@@ -84,8 +84,8 @@ def compute_dial(
 ) -> Grid:
     """Makes what is missing of a dial in `out`: killed, the same call goes on where it was.
 
-    `prompts` None: the run's first `count` held-out ones. `steps` and `side` are another number of
-    steps and another size than the run's.
+    `prompts` None: `count` of the run's held-out ones that it is scored on. `steps` and `side` are
+    another number of steps and another size than the run's.
 
     Raises:
         ValueError: as `load_student`; if a number is out of range, or `out` holds a dial that is of
@@ -102,10 +102,11 @@ def compute_dial(
         what["revisions"] = revised
     if chosen != trained:  # what earlier versions scored at the trained number is not gone on with
         what["scored_steps"] = chosen
-    content = _content(student.cfg)
+    if content := _content(student.cfg):
+        what["content"] = content
     grid = Grid(
         tilt=run.absolute().name,
-        digest=digest({**what, "content": content} if content else what),
+        digest=digest(what),
         steps=chosen,
         side=student.backbone.resolution,  # type: ignore[attr-defined]
         strengths=list(strengths),
@@ -115,7 +116,7 @@ def compute_dial(
     places = grid.places()
     if len(places) > MOST_PICTURES:
         raise ValueError(f"a dial has {MOST_PICTURES:,} pictures at most, not {len(places):,}")
-    _begin(out, grid, grid.model_copy(update={"digest": digest(what)}))
+    _begin(out, grid)
     _pictures(student, grid, out, callbacks)
     _scores(student, grid, out, callbacks)
     return grid
@@ -141,11 +142,10 @@ def _content(cfg: RunConfig) -> dict[str, dict[str, str]]:
     return {name: digests for name, digests in found.items() if digests}
 
 
-def _begin(out: Path, grid: Grid, earlier: Grid) -> None:
-    """Writes down what the folder will hold, or makes sure that it holds this; or what a version
-    wrote for it that did not look into the files of rewards, `earlier`."""
+def _begin(out: Path, grid: Grid) -> None:
+    """Writes down what the folder will hold, or makes sure that it holds this."""
     if (out / FILE).is_file():
-        if read_grid(out) not in (grid, earlier):
+        if read_grid(out) != grid:
             raise ValueError(
                 f"{out} holds a dial of another run, settings or versions, or of other rewards: "
                 "choose another --out, or delete it"

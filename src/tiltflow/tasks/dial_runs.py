@@ -11,10 +11,12 @@ from tiltflow.config.schema import RewardConfig
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.sizes import said
 from tiltflow.data.prompts import Prompt
+from tiltflow.setup.watch_prompts import spread_out
 from tiltflow.tasks.request import Request
 
 SCORED = 16
-"""Held-out prompts of a run, in its fixed noise, that strengths are scored on."""
+"""Held-out prompts of a run, in its fixed noise, that strengths are scored on: from all over the
+file, which may be sorted by what it asks for."""
 
 Table = Mapping[str, RewardConfig]
 
@@ -89,7 +91,7 @@ def plan_exams(names: Sequence[str], cfgs: Sequence[RunConfig]) -> list[Exam]:
     }
     found: list[Exam] = []
     for cfg in cfgs:
-        own = Exam(read_prompts(cfg).fixed[:SCORED], cfg.run.seed)
+        own = Exam(spread_out(read_prompts(cfg).fixed)[:SCORED], cfg.run.seed)
         exam = next((e for e in found if (e.prompts, e.seed) == (own.prompts, own.seed)), own)
         if exam is own:
             found.append(own)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,14 @@ from tiltflow.evaluation.scores import (
 )
 from tiltflow.models.medium import IMAGES, Medium
 from tiltflow.rewards.base import Reward, at_once_of, load_reward
-from tiltflow.rewards.files import files_of
+from tiltflow.rewards.files import files_of, of_servers
 from tiltflow.rewards.frames import for_medium
 from tiltflow.setup.build import device_of
 from tiltflow.setup.manifest import rewards_fingerprints
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.depends import asked, content_of, digest
 from tiltflow.tasks.progress import Terminal
-from tiltflow.tasks.request import Request, prepare, say_settled, say_unused
+from tiltflow.tasks.request import Request, prepare, say_guided, say_settled, say_unused
 from tiltflow.tasks.sized import at_sizes
 from tiltflow.tasks.systems import TEACHER
 
@@ -108,6 +108,8 @@ def _chosen_system(
     say_settled(request, callbacks)
     loaded, sampler = prepare(request, ranks)
     say_unused(request, bool(loaded.students), callbacks)
+    if not loaded.students:
+        say_guided(request, loaded, callbacks)
     which = slice(-1, None) if loaded.students else slice(1)
     sizes = at_sizes(request.buckets, loaded, sampler, which, teacher=not loaded.students)
     return sizes, loaded.backbone.medium
@@ -183,19 +185,24 @@ def evaluate(
     folder: Path | None = None,
     alone: bool = False,
     kept: int | None = None,
+    begin: Callable[[Mapping[str, Reward]], None] = lambda rewards: None,
 ) -> Evaluation:
     """Scores the teacher and the students; every student is compared with the systems before it.
 
     `alone`: the furthest-trained student only. With `folder`, the samples of the first `kept`
     prompts (None: of all) are saved as `folder`/SYSTEM/NNNNN, or `folder`/SYSTEM/SIZE/NNNNN where
-    every prompt is sampled at several sizes.
+    every prompt is sampled at several sizes. `begin` gets the loaded rewards before anything is
+    sampled or taken.
     """
     loaded, sampler = prepare(request, ranks)
+    if not alone:
+        say_guided(request, loaded, callbacks)
     chosen = slice(-1 if alone else 0, None)
     sizes = at_sizes(request.buckets, loaded, sampler, chosen, teacher=not alone)
     systems = sizes[0].systems
     names, medium = [s.name for s in systems], loaded.backbone.medium
     rewards = load_rewards(request.rewards, request.device, medium)
+    begin(dict(zip(request.rewards, rewards, strict=True)))
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if a in loaded.students]
 
     def save_batch(system: str, rows: Sequence[int], encoded: NDArray[np.generic]) -> None:
@@ -220,6 +227,9 @@ def evaluate(
             medium=medium,
             sizes=sizes if request.buckets else (),
         )
+    columns = {n: r.name for n, r in zip(request.rewards, rewards, strict=True) if n != r.name}
+    if columns:  # of rewards with a name of their own, under which their scores stand
+        result.summary["columns"] = columns
     result.summary["rewards_at_once"] = {reward.name: at_once_of(reward) for reward in rewards}
     if request.diversity:
         result.summary["diversity_in"] = _diversity_in(medium, rewards, request)
@@ -256,13 +266,18 @@ def evaluated(
         say_settled(request, callbacks)
         place = {"rank": ranks.rank, "ranks": ranks.size}
         chunks = Chunks(path.with_suffix(".parts"), what | place | {"keep_images": keep_images})
-        if len(chunks):
-            callbacks.notice(
-                f"going on with {counted(len(chunks), 'batch', 'batches')} of an earlier run"
-            )
+
+        def begin(rewards: Mapping[str, Reward]) -> None:
+            """What servers score by is known when they are asked: others begin anew."""
+            chunks.also(of_servers(rewards, "contents"))
+            content["rewards"] |= of_servers(rewards, "lasting")
+            if len(chunks):
+                before = counted(len(chunks), "batch", "batches")
+                callbacks.notice(f"going on with {before} of an earlier run")
+
         made = path.with_suffix(".parts") / f"images-{digest(what)}"
         kept = None if keep_images else KEPT_IMAGES
-        result = evaluate(request, callbacks, ranks, chunks.take, made, kept=kept)
+        result = evaluate(request, callbacks, ranks, chunks.take, made, kept=kept, begin=begin)
         result.summary.update(asked=what, content=content)
         if request.settled.adapters:
             result.summary["adapters"] = dict(request.settled.adapters)
@@ -271,11 +286,21 @@ def evaluated(
         if ranks.main:
             save(result, request.prompts, path)
             save_prompts(made, request.prompts[:kept])
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+            _replace(folder, made)
         ranks.total([0.0])  # what rank 0 has written makes the chunks superfluous
         chunks.clear()
     return result
+
+
+def _replace(folder: Path, made: Path) -> None:
+    """Puts the folder `made` in the place of `folder`. The old one is moved away before it is
+    removed: what a kill left of it in its place would be nobody's, and be refused."""
+    old = made.with_name("images-before")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    made.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_target(path: Path) -> None:

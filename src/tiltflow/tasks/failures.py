@@ -13,6 +13,7 @@ from tiltflow.config.load import RunConfig
 from tiltflow.config.schema import CHECKPOINTED
 from tiltflow.core.allocation import out_of_memory
 from tiltflow.core.checkpoint import latest_step
+from tiltflow.tasks.planning import as_planned
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -31,7 +32,8 @@ def explained(cfg: RunConfig, ranks: int) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MemoryError(f"out of memory ({first}); {memory_advice(cfg, ranks)}") from error
+        advice = memory_advice(as_planned(cfg), ranks)  # `auto` by itself says nothing of now
+        raise MemoryError(f"out of memory ({first}); {advice}") from error
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from tiltflow.core.disk import save_tensors, write_whole
+from tiltflow.core.disk import save_tensors, sha256, write_whole
 from tiltflow.core.paths import check_folder, resolve_path
 from tiltflow.core.sentences import counted
 from tiltflow.data.preferences import Preference, agreement, load_preferences
@@ -91,7 +91,9 @@ def fit_reward(
     """
     check_out(out)
     check_files(files)
-    preferences = [one for file in files for one in load_preferences(file)]
+    each = {file: load_preferences(file) for file in files}
+    check_votes(each)
+    preferences = [one for found in each.values() for one in found]
     check_choices(preferences)
     for one in preferences:
         check_words(one.prompt, clip)
@@ -123,16 +125,40 @@ def check_out(out: Path) -> None:
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """Passes files of which none is given twice: every vote would count as two.
+    """Passes files of which none is given twice, nor is a copy of another: every vote would count
+    as two.
 
     Raises:
         ValueError: naming the first that is.
     """
-    seen: set[Path] = set()
+    seen: dict[object, Path] = {}
     for file in files:
-        if file.resolve() in seen:
-            raise ValueError(f"{file} is given twice, and a vote counts once")
-        seen.add(file.resolve())
+        if not file.is_file():
+            continue  # said by whoever reads it
+        for mark in (file.resolve(), (file.stat().st_size, sha256(file))):
+            if mark in seen:
+                is_copy = "" if seen[mark] == file else f": {seen[mark]} holds the same"
+                raise ValueError(f"{file} is given twice{is_copy}, and a vote counts once")
+            seen[mark] = file
+
+
+def check_votes(each: Mapping[Path, Sequence[Preference]]) -> None:
+    """Passes votes of which none stands twice, in one file or in two, such as the desk's and a copy
+    of it that is older.
+
+    Raises:
+        ValueError: saying how many do, and where.
+    """
+    seen: dict[object, Path] = {}
+    for file, found in each.items():
+        votes = [vote for one in found if (vote := one.vote) is not None]
+        again = [seen[vote] for vote in votes if vote in seen]
+        again += [file] * (len(votes) - len(set(votes)))
+        if again:
+            count = counted(len(again), "vote that stands", "votes that stand")
+            where = "there already" if again[0] == file else f"in {again[0]} too"
+            raise ValueError(f"{file} has {count} {where}, and a vote counts once: leave it out")
+        seen |= dict.fromkeys(votes, file)
 
 
 def check_choices(preferences: Sequence[Preference]) -> None:

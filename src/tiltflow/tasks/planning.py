@@ -215,21 +215,20 @@ def chosen(
 ) -> RunConfig:
     """The config as it is built: `auto` replaced by the run's plan, or by a new one, in one line.
 
-    A run that goes on has the plan that it began with, so that its numbers are the same.
+    A run that goes on has the plan that it began with, so that its numbers are the same. `memory`
+    is of this rank's device; the plan, and its refusal, are one for all ranks: by the smallest.
 
     Raises:
         ValueError: if that needs more memory than the device has, unless `run.replan`.
     """
     if not is_auto(cfg):
         return cfg
+    memory = _least(memory, ranks)
     kept = _kept(out) if goes_on else None
     if kept is not None and _size_is_open(cfg) and "micro_batch_size" not in kept:
         kept = None  # the run began with a size that was given
     if kept is not None and not _too_large(kept, memory):
-        size = kept["micro_batch_size"] if _size_is_open(cfg) else cfg.train.micro
-        same = with_micro_batch(cfg, size)
-        parts = kept["gradient_checkpointing"] if _parts_are_open(cfg) else next(choices(cfg))
-        return with_checkpointing(same, tuple(parts), kept.get("keep_graph", False))
+        return _by(kept, cfg)
     if kept is not None and not cfg.run.replan:
         assert memory is not None
         raise ValueError(
@@ -255,9 +254,34 @@ def chosen(
         if _size_is_open(opened):
             values["micro_batch_size"] = cfg.train.micro
         values["bytes"] = made.peak if made is not None else 0
+        values["memory"] = memory
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
     return built
+
+
+def as_planned(cfg: RunConfig) -> RunConfig:
+    """The config as the run in its directory was built: `auto` replaced by the kept plan, if there
+    is one."""
+    kept = _kept(Path(cfg.run.out)) if is_auto(cfg) else None
+    if kept is None or (_size_is_open(cfg) and "micro_batch_size" not in kept):
+        return cfg
+    return _by(kept, cfg)
+
+
+def _by(kept: dict[str, Any], cfg: RunConfig) -> RunConfig:
+    """The config with what it leaves open as in a kept plan."""
+    size = kept["micro_batch_size"] if _size_is_open(cfg) else cfg.train.micro
+    parts = kept["gradient_checkpointing"] if _parts_are_open(cfg) else next(choices(cfg))
+    return with_checkpointing(
+        with_micro_batch(cfg, size), tuple(parts), kept.get("keep_graph", False)
+    )
+
+
+def _least(memory: float | None, ranks: Ranks) -> float | None:
+    """The smallest of the ranks' devices; None where one of them is not known."""
+    found = ranks.least(-1.0 if memory is None else memory)
+    return None if found < 0 else found
 
 
 def sentence(opened: RunConfig, built: RunConfig, made: Plan | None, memory: float | None) -> str:
@@ -287,4 +311,10 @@ def _kept(out: Path) -> dict[str, Any] | None:
 
 
 def _too_large(kept: dict[str, Any], memory: float | None) -> bool:
-    return memory is not None and kept["bytes"] > memory
+    """Whether a kept plan is for a larger device. Where nothing fitted, a run may have begun all
+    the same, and goes on where it did. (Plans of earlier versions do not say where they were made.)
+    """
+    if memory is None or kept["bytes"] <= memory:
+        return False
+    made_in = kept.get("memory")
+    return made_in is None or memory < made_in

@@ -32,6 +32,7 @@ from tiltflow.models.family import has_files
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import encoder_facts
+from tiltflow.models.pipelines.guidance import guided_turbo
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.pipelines.weights import check_weights
 from tiltflow.setup.build import DTYPES, device_of
@@ -197,8 +198,8 @@ def check_request(request: Request) -> None:
         generator.asked = generator.asked or family.name
         check_directory(generator)
         check_weights(generator, ["transformer"])
-    asked = [bucket.size for bucket in request.buckets if bucket.prompts is None]
-    named = "--size " if asked or isinstance(request.resolution, tuple) else "the size "
+    several = request.buckets and request.buckets[0].prompts is None
+    named = "--size " if several or isinstance(request.resolution, tuple) else "the size "
     settings = _settings(request) | {"size_name": named}
     shapes = meta_backbone(model, generator_path=generator, **settings)
     check_sizes(request.buckets, shapes)
@@ -209,14 +210,15 @@ def check_request(request: Request) -> None:
 
 
 def _settings(request: Request) -> dict[str, Any]:
-    """What a backbone of the request is made with, whatever holds its weights; of several sizes it
-    is made at the first, whose medium the others are of."""
-    chosen = request.settled
-    sizes = [bucket.size for bucket in request.buckets] or [chosen.resolution]
+    """What a backbone of the request is made with, whatever holds its weights."""
+    chosen, resolution = request.settled, request.settled.resolution
+    if request.buckets and request.pipelines.model.family.videos:
+        # of one medium with the sizes: the model's own, or the student's, may be of the other
+        resolution = request.buckets[0].size
     return {
         "dtype": DTYPES[chosen.dtype],
         "vae_dtype": DTYPES[chosen.vae_dtype] if chosen.vae_dtype else None,
-        "resolution": sizes[0],
+        "resolution": resolution,
         "max_sequence_length": chosen.max_sequence_length,
     }
 
@@ -264,6 +266,16 @@ def say_settled(request: Request, callbacks: Callbacks) -> None:
     """The lines that say where the request is not as the student was trained."""
     for note in request.settled.notes:
         callbacks.notice(note)
+
+
+def say_guided(request: Request, loaded: Loaded, callbacks: Callbacks) -> None:
+    """A line where the teacher is sampled with guidance that it may have been distilled without."""
+    if loaded.teacher is None or not request.has_files:
+        return
+    path = str(request.pipelines.model)
+    line = guided_turbo(path, loaded.backbone, request.guidance, "--guidance 1")
+    if line is not None:
+        callbacks.notice(f"warning: {line}")
 
 
 def say_unused(request: Request, student: bool, callbacks: Callbacks) -> None:

@@ -24,6 +24,8 @@ from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.disk import write_whole
 from tiltflow.core.paths import nearest
 from tiltflow.evaluation.chunks import Chunks
+from tiltflow.rewards.base import Reward
+from tiltflow.rewards.files import of_servers
 from tiltflow.setup.costing import within
 from tiltflow.setup.manifest import defaults_by_key
 from tiltflow.tasks.callbacks import SILENT, Callbacks
@@ -282,14 +284,20 @@ def make_cell(cell: Cell, callbacks: Callbacks, say: Callable[[str], None]) -> b
 
 def _scored(request: Request, callbacks: Callbacks, place: Path) -> dict[str, Any]:
     """A student's scores on every prompt; its batches that are done lie in `place`."""
-    take = Chunks(place, asked(request)).take
-    found = evaluate(request, callbacks, take=take, alone=True)
+    chunks, servers = Chunks(place, asked(request)), dict[str, str]()
+
+    def begin(rewards: Mapping[str, Reward]) -> None:
+        chunks.also(of_servers(rewards, "contents"))
+        servers.update(of_servers(rewards, "lasting"))
+
+    found = evaluate(request, callbacks, take=chunks.take, alone=True, begin=begin)
     ((name, scores),) = found.scores.items()
     system = found.summary["systems"][name]
     return {
         "nfe": system["nfe"],
         "vendi": system.get("vendi"),
         **{key: found.summary[key] for key in ("diversity_in",) if key in found.summary},
+        **({"servers": servers} if servers else {}),
         "scores": {reward: values.tolist() for reward, values in scores.items()},
     }
 

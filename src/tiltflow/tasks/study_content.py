@@ -13,7 +13,7 @@ from tiltflow.config.schema import RewardConfig
 from tiltflow.core.paths import resolve_path
 from tiltflow.evaluation.chunks import place_of
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint
-from tiltflow.rewards.files import files_beside, files_of
+from tiltflow.rewards.files import files_beside, files_of, revisions
 from tiltflow.setup.manifest import (
     code_fingerprints,
     configured_fingerprints,
@@ -31,8 +31,8 @@ one model and one set of prompts."""
 
 def trained_content(cfg: RunConfig, start: Path | None = None) -> dict[str, Any]:
     """Digests as a run's manifest has them: of its prompts, base, rewards and own code, and of the
-    stage-1 result `start`. What is not on this machine is left out: a table is made of results
-    without it, and a run would say so."""
+    stage-1 result `start`; and the revisions of its builtin rewards. What is not on this machine is
+    left out: a table is made of results without it, and a run would say so."""
     rewards = {"rewards": cfg.rewards, "watch": cfg.watch.rewards}
     found = _prompts(cfg) | _model(cfg)
     for kind, table in rewards.items():
@@ -42,6 +42,7 @@ def trained_content(cfg: RunConfig, start: Path | None = None) -> dict[str, Any]
             partial(configured_fingerprints, table),
         )
     found["code"] = code_fingerprints(cfg)
+    found["revisions"] = revisions([*cfg.rewards, *cfg.watch.rewards])
     if start is not None:
         found |= _kept(
             ["few_step", str(start)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +25,7 @@ from tiltflow.core.settings import (
 )
 from tiltflow.data.columns import Columns, columns_of
 from tiltflow.data.prompts import Prompt, load_prompts
+from tiltflow.rewards.files import revisions
 from tiltflow.setup.manifest import prompts_fingerprint, rewards_fingerprints
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
@@ -111,14 +112,17 @@ class Study(Section):
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """What the prompts and the files of the rewards hold that `prompts` and `rewards` name.
+        """What the prompts and the files of the rewards hold that `prompts` and `rewards` name, and
+        the revisions of builtin rewards.
 
         Raises:
             ValueError: as `scored`.
         """
+        revised = revisions(self.rewards)
         return {
             "prompts": prompts_fingerprint(self.chosen),
             "rewards": rewards_fingerprints(dict.fromkeys(self.rewards)),
+            **({"revisions": revised} if revised else {}),
         }
 
     @cached_property
@@ -154,6 +158,11 @@ def load_study(path: Path) -> Study:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     study = study.model_copy(update={"rows": _whole(study.rows, path)})
+    for what, values in _lists(study):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            which = _shown(twice[0])
+            raise ValueError(f"{path}: {what} has {which} twice, which would count as two")
     for what, name in _named(study):
         if name not in study.rows:
             raise ValueError(f"{path}: {what} {name!r} is no row{nearest(name, list(study.rows))}")
@@ -192,6 +201,20 @@ def _whole(rows: dict[str, Row], path: Path) -> dict[str, Row]:
             raise ValueError(f"{path}: row {name!r} has no recipe")
         found[name] = row
     return found
+
+
+def _lists(study: Study) -> Iterator[tuple[str, Sequence[object]]]:
+    """What stands in a study once: figures of one thing given twice are no two measurements, and
+    p-values are corrected for how many comparisons there are."""
+    yield "seeds", study.seeds
+    yield from (("seeds", row.seeds) for row in study.rows.values() if row.seeds is not None)
+    yield "steps", study.steps
+    yield "rewards", study.rewards
+    yield "compare", study.compare
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _named(study: Study) -> Iterator[tuple[str, str]]:

@@ -36,7 +36,8 @@ def summarise(study: Study, out: Path) -> dict[str, Any]:
     """The cells that are done, in the form of an `evaluation.json` with more in it.
 
     Raises:
-        ValueError: if none is done, or a result is of other settings.
+        ValueError: if none is done, a result is of other settings, or two are of servers of one
+            reward with other contents.
     """
     done = [found for cell in cells_of(study, out) if (found := cell.result())]
     if not done:
@@ -44,6 +45,7 @@ def summarise(study: Study, out: Path) -> dict[str, Any]:
     systems: dict[str, list[dict[str, Any]]] = {}
     for name, found in (each for result in done for each in _at_steps(result)):
         systems.setdefault(name, []).append(found)
+    _check_servers(systems)
     apart = _features_apart(systems)
     if apart:
         systems = {name: [*map(_without_diversity, found)] for name, found in systems.items()}
@@ -73,6 +75,24 @@ def _features_apart(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str |
         if of is not None and not any(same_features(of, one) for one in said):
             said.append(of)
     return not_in_one(said) if len(said) > 1 else None
+
+
+def _check_servers(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """That what a server says its reward is made of is the same in all results that know it.
+
+    Raises:
+        ValueError: naming the reward, and two cells.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for result in (found for results in systems.values() for found in results):
+        cell = f"{result['row']}, seed {result['seed']}"
+        for reward, contents in result.get("servers", {}).items():
+            known, first = seen.setdefault(reward, (contents, cell))
+            if known != contents:
+                raise ValueError(
+                    f"the server of {reward!r} had other contents when it scored {cell} than for "
+                    f"{first}, so their scores cannot be compared: remove one of the two results"
+                )
 
 
 def _without_diversity(result: Mapping[str, Any]) -> dict[str, Any]:

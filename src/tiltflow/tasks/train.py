@@ -31,6 +31,7 @@ from tiltflow.setup.manifest import defaults_by_key, manifest_of
 from tiltflow.setup.run_directory import start_of, with_absolute_paths
 from tiltflow.setup.start_notices import start_notices
 from tiltflow.setup.starts import below
+from tiltflow.setup.watch_facts import held_out_digests
 from tiltflow.tasks.callbacks import SILENT, Callbacks
 from tiltflow.tasks.export import export_checkpoint
 from tiltflow.tasks.failures import explained, resume_command
@@ -38,6 +39,7 @@ from tiltflow.tasks.planning import chosen, device_bytes, is_auto
 from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.sheets import drop_sheets, save_sheet
 from tiltflow.tasks.watching import build_watch, held_out, look
+from tiltflow.training.changes import HELD_OUT
 from tiltflow.training.loop import Hooks, LoopSettings, Watched, train
 from tiltflow.training.tilt import Tilt
 
@@ -139,7 +141,8 @@ def _run(
         before_save=hold,
         saved=callbacks.checkpoint,
     )
-    hooks, watch = _hooks(cfg, build, out, start or 0, plain, callbacks, ranks)
+    hooks, watch, more = _hooks(planned, build, out, start or 0, plain, callbacks, ranks)
+    settings = replace(settings, facts={**settings.facts, **more})
     done = train(build.running, out, settings, hooks, start is not None, ranks)
     if watch is not None and watch.alarmed and cfg.watch.stop:
         callbacks.stopped(
@@ -266,14 +269,14 @@ def _hooks(
     plain: Hooks,
     callbacks: Callbacks,
     ranks: Ranks,
-) -> tuple[Hooks, Watch | None]:
+) -> tuple[Hooks, Watch | None, dict[str, Any]]:
     """`plain` hooks, and sample grids, held-out rewards and the watch, all on the same fixed
-    prompts and noise."""
+    prompts and noise; and what the checkpoints say of them."""
     watched = cfg.watch.rewards
     medium = build.backbone.medium
     pictures = cfg.log.samples_every > 0 and medium.sheet is not None
     if build.fixed is None or not (pictures or watched):
-        return plain, None
+        return plain, None, {}
     prompts = build.fixed.prompts
     fixed = FixedPrompts(
         build.fixed,
@@ -296,13 +299,13 @@ def _hooks(
         watch_every=cfg.watch.every if watched else 0,
     )
     if not watched:
-        return hooks, None
+        return hooks, None, {}
     if cfg.stage == "tilt":
         watch = build_watch(cfg, build, fixed, out, start, callbacks.notice, ranks)
         seeing = replace(
             hooks, watch=lambda done: look(watch, done, callbacks), good=lambda: watch.good
         )
-        return seeing, watch
+        return seeing, watch, {}
     rewards = build_rewards(watched, build.backbone)
     n = min(cfg.watch.prompts, len(prompts))
     # stage 1 has nothing to hack: figures, no rules, and hence no reference to measure first
@@ -311,4 +314,4 @@ def _hooks(
         watch=lambda done: Watched(held_out(fixed, ema, rewards, n)),
         good=lambda: 0,
     )
-    return looking, None
+    return looking, None, {HELD_OUT: held_out_digests(cfg, build.backbone, fixed, n, rewards)}

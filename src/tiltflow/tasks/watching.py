@@ -70,7 +70,8 @@ def build_watch(
     )
     # as in the log, a run that died before its first save starts over
     history = History(out / FILE, start if start else -1, write=ranks.main)
-    digests = series_digests(cfg, backbone, fixed, settings, clip)
+    loaded = {"held_out": held_out, "trained": stage.rewards}
+    digests = series_digests(cfg, backbone, fixed, settings, clip, loaded)
     changed = anew(history.rows, digests)
     if changed:
         say(

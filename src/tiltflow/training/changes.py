@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tiltflow.core.metrics import ANEW
+
 OF_THE_RUN = {
     "seed": "run.seed",
     "family": "model.family",
@@ -21,7 +23,9 @@ OF_THE_RUN = {
 """What a run keeps, and what it is called in a sentence."""
 WITHIN = {
     "side": "{} of the model's tiltflow.json",
+    "flags": "{} in model_index.json",
     "rewards": "the files of reward {}",
+    "revisions": "how reward {} scores, by its revision",
     "code": "the code of {}",
 }
 """Of what a manifest has several by name, and what one is called in a sentence."""
@@ -35,6 +39,9 @@ NOT_COMPARED = {
     "run.replan",
 }  # fmt: skip
 """Settings that are compared by content, or say where and not what."""
+HELD_OUT = "held_out"
+"""What a checkpoint of stage 1 calls the digests of its held-out rewards, by their names in the log
+(`setup.watch_facts`). Stage 2's are in the watch's own memory, and earlier versions kept none."""
 LONGEST = 60
 """Characters of a value in a sentence."""
 
@@ -77,7 +84,7 @@ def changes(
         if not isinstance(had, Mapping) or not isinstance(has, Mapping):
             continue  # not kept by earlier versions
         # a reward that is new or gone is told by its settings
-        names = {*had, *has} if key == "side" else {*had} & {*has}
+        names = {*had, *has} if key in ("side", "flags") else {*had} & {*has}
         for name in sorted(name for name in names if had.get(name) != has.get(name)):
             found[called.format(name)] = f"{_short(had.get(name))} → {_short(has.get(name))}"
     return found
@@ -93,6 +100,19 @@ def bearing(found: Mapping[str, str], facts: Mapping[str, Any], done: int) -> di
     same_rates = train["schedule"] == "constant" or done <= train["warmup"]
     outside = ("checkpoint.", "log.", "run.rank_timeout", *(("train.steps",) if same_rates else ()))
     return {name: text for name, text in found.items() if not name.startswith(outside)}
+
+
+def for_the_log(
+    found: Mapping[str, str] | None, state: Mapping[str, Any], facts: Mapping[str, Any], done: int
+) -> dict[str, str]:
+    """What the log is told where a run goes on: what has changed, and which held-out rewards are
+    measured otherwise than before (`HELD_OUT`), so that no curve joins the two."""
+    text = in_words(bearing(found, facts, done)) if found else ""
+    before, here = (of.get(HELD_OUT) for of in (state, facts))
+    anew: list[str] = []
+    if isinstance(before, Mapping) and isinstance(here, Mapping):
+        anew = [name for name, digest in here.items() if before.get(name, digest) != digest]
+    return ({"changed": text} if text else {}) | ({ANEW: ", ".join(anew)} if anew else {})
 
 
 def in_words(found: Mapping[str, str]) -> str:

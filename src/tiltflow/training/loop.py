@@ -18,7 +18,7 @@ from tiltflow.core.interruption import STOPPING, Stopped, interruptible
 from tiltflow.core.latest import step_name
 from tiltflow.core.metrics import Accumulator, MetricsLog, NoLog
 from tiltflow.models.roles import Roles
-from tiltflow.training.changes import bearing, changes, in_words
+from tiltflow.training.changes import changes, for_the_log, in_words
 from tiltflow.training.optim import NON_FINITE, Guard, Updater
 
 
@@ -110,7 +110,8 @@ def train(
     alarm, rank 0 points `latest` at the last good checkpoint, whose step is returned. Counted
     randomness makes a resumed run equal to an uninterrupted one.
     """
-    skips, done, told, accumulator, stop = Skips(settings.skip), 0, "", Accumulator(), False
+    skips, done, accumulator, stop = Skips(settings.skip), 0, Accumulator(), False
+    told: Mapping[str, str] = {}
     if resume:
         done, told = resumed(stage, run, settings, skips, hooks, accumulator, ranks)
     saved = partial(save, stage, run, settings, skips, hooks, accumulator)
@@ -123,7 +124,7 @@ def train(
         suppress(Stopped),
     ):
         if told:
-            log.say(done, {"changed": told})
+            log.say(done, told)
         if hooks.watch_every and hooks.good() is None:
             look(log, hooks, done, ranks)  # the reference of all later looks
             if settings.stop_on_alarm:  # what an alarm would go back to
@@ -307,7 +308,7 @@ def resumed(
     hooks: Hooks,
     accumulator: Accumulator,
     ranks: Ranks,
-) -> tuple[int, str]:
+) -> tuple[int, Mapping[str, str]]:
     """Restores the run's checkpoint; its step, and what has changed since, for the log.
 
     Raises:
@@ -329,7 +330,7 @@ def resumed(
     elif found:
         hooks.notice(f"changed since step {done}: {in_words(found)}")
     go_on(accumulator, checkpoint, ranks)
-    return done, in_words(bearing(found, settings.facts, done)) if found else ""
+    return done, for_the_log(found, checkpoint.state, settings.facts, done)
 
 
 def go_on(accumulator: Accumulator, checkpoint: Checkpoint, ranks: Ranks) -> None:

@@ -135,6 +135,13 @@ class Pipeline:
         """The call-time defaults beside the pipeline, or none."""
         return self.json(SIDE_FILE) if (self.root / SIDE_FILE).is_file() else {}
 
+    @property
+    def flags(self) -> Mapping[str, Any]:
+        """What the index holds beside parts: arguments of the pipeline's own, such as whether it
+        was distilled, or which layers of a text encoder it reads."""
+        own = ((key, value) for key, value in self.index.items() if not key.startswith("_"))
+        return {key: value for key, value in own if not is_part(value)}
+
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
         return (self.root / name).is_file()

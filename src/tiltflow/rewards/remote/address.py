@@ -132,6 +132,15 @@ class Address:
         return f"http{'s' if self.secure else ''}://{host}{port}{self.base}/{self.name}"
 
 
+def column_of(name: str) -> str:
+    """What a reward's scores stand under in an evaluation: of one behind a server its name there,
+    without the address."""
+    try:
+        return Address.of(name).name if name.startswith(REMOTE) else name
+    except ValueError:  # the name alone, of several servers
+        return name.removeprefix(REMOTE)
+
+
 def _is_host(host: str) -> bool:
     if ":" not in host:
         return bool(_HOST.fullmatch(host)) and ".." not in host

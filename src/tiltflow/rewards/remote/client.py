@@ -11,7 +11,9 @@ in all, follows `100 Continue` for as long as it is sent, and hides from its cal
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
+import json
 import logging
 import socket
 import ssl
@@ -210,7 +212,8 @@ class RemoteReward:
     def _find(self) -> None:
         """Checks that the server is there and has this reward, and what it is made of."""
         ask = functools.partial(self._client.exchange, "GET", "health", None, self._known)
-        self.contents = contents_of(self.name, self._client.insist(ask, self.settings.timeout))
+        said = self._client.insist(ask, self.settings.timeout)
+        self.contents, self.lasting = contents_of(self.name, said), lasting_of(said)
 
     def _known(self, body: bytes) -> dict[str, Any]:
         return read_health(body, self.name)
@@ -253,6 +256,16 @@ def contents_of(name: str, said: Mapping[str, Any]) -> object:
             name,
         )
     return said.get("contents")
+
+
+def lasting_of(said: Mapping[str, Any]) -> object:
+    """Of a reward's contents what does not change where packages are upgraded, as of a reward that
+    computes here: a digest of its files and its revision. Of another program's server, which may
+    say neither, the contents; None of one that names none."""
+    if said.get("contents") is None or "tiltflow" not in said:
+        return said.get("contents")
+    facts = {key: said.get(key) for key in ("files", "revision")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def requests(

@@ -29,7 +29,15 @@ from tiltflow.core.sentences import printable
 from tiltflow.rewards.base import Metadata
 from tiltflow.rewards.remote import client
 from tiltflow.rewards.remote.address import REMOTE, TOKEN_VARIABLE, Settings, pool_addresses
-from tiltflow.rewards.remote.client import Away, Client, Fault, contents_of, read_health, requests
+from tiltflow.rewards.remote.client import (
+    Away,
+    Client,
+    Fault,
+    contents_of,
+    lasting_of,
+    read_health,
+    requests,
+)
 from tiltflow.rewards.remote.wire import OtherReward, decode_scores, given_token
 
 log = logging.getLogger(__name__)
@@ -165,6 +173,7 @@ class PooledReward:
             raise ValueError(f"reward {self.name!r}: {error}") from error
         assert self._known is not None
         self.contents: object = contents_of(self.name, self._known[1])
+        self.lasting = lasting_of(self._known[1])
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
