@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tiltflow.config.load import RunConfig, list_recipes, load_config
+from tiltflow.config.load import RewardConfig, RunConfig, list_recipes, load_config
+from tiltflow.config.schema import plain_weight
 
 FACTS: dict[str, Any] = yaml.safe_load(
     (Path(__file__).parent / "data" / "published_runs.yaml").read_text()
@@ -80,3 +81,12 @@ def test_no_setting_of_the_mathematics_is_left_out(model: str, stage: str) -> No
             stated = value != defaults[key].get_default(call_default_factory=True)
             name = f"{section}.{key}"
             assert not stated or name in rows | free, name
+
+
+def test_the_page_of_rewards_has_what_the_recipes_train_on() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    block = page.partition("    rewards:\n")[2].partition("\n\n")[0]
+    shown = {name: RewardConfig.model_validate(plain_weight(value))
+             for name, value in yaml.safe_load(block).items()}  # fmt: skip
+    for model in MODELS:
+        assert shown == load_config(f"{model}_tilt", ["data.prompts=prompts.txt"]).rewards
