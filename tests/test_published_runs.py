@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from tiltflow.config.load import RewardConfig, RunConfig, list_recipes, load_config
 from tiltflow.config.schema import plain_weight
+from tiltflow.rewards.packaged import check_words
 
 FACTS: dict[str, Any] = yaml.safe_load(
     (Path(__file__).parent / "data" / "published_runs.yaml").read_text()
@@ -90,3 +92,13 @@ def test_the_page_of_rewards_has_what_the_recipes_train_on() -> None:
              for name, value in yaml.safe_load(block).items()}  # fmt: skip
     for model in MODELS:
         assert shown == load_config(f"{model}_tilt", ["data.prompts=prompts.txt"]).rewards
+
+
+def test_the_reward_of_the_comparison_reads_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks/reference.py` scores by the embedded CLIP, which refuses other words."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    random_model = importlib.import_module("support.random_model")
+    texts = random_model.texts()
+    assert len(set(texts)) == random_model.PROMPTS
+    for text in texts:
+        check_words(text, "packaged:clip")
