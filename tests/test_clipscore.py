@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_rewards import MEAN, STD, as_tensor, natural, write_clip
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -54,6 +57,38 @@ def test_preprocessing_matches_the_processor(
     assert (ours(as_tensor(image)) - normalised).abs().max() <= 2 / 255 / 0.26
     if size == (16, 16) and resize == 16:
         assert torch.equal(ours.geometry(as_tensor(image)), as_tensor(image))
+
+
+@pytest.mark.parametrize("size", [(64, 48), (50, 33), (33, 71), (11, 13), (90, 40)])
+def test_bilinear_preprocessing_is_pils_filter_on_floats(size: tuple[int, int]) -> None:
+    """What the published runs resize by: floats, with nothing rounded between."""
+    image = as_tensor(natural(*size))
+    ours = Preprocessing(16, None, (0.0,) * 3, (1.0,) * 3, filter="bilinear")
+    height, width = ours._size(*image.shape[-2:])
+    made = [
+        Image.fromarray(channel.numpy(), "F").resize((width, height), Image.Resampling.BILINEAR)
+        for channel in image[0]
+    ]
+    expected = torch.stack([torch.from_numpy(np.array(channel)) for channel in made])[None]
+    torch.testing.assert_close(ours(image), expected, atol=1e-5, rtol=0)
+    assert (replace(ours, filter="bicubic")(image) - expected).abs().max() > 1e-2
+
+
+def test_clipscore_of_a_bilinear_resize(clip_path: str) -> None:
+    images, prompts = as_tensor(natural(40, 40)).requires_grad_(True), ["a red star"]
+    reward = load_reward("clipscore", path=clip_path, options={"resize": "bilinear"})
+    score = checked(reward, images, prompts, [{}])
+    pixels = torch.nn.functional.interpolate(images, (16, 16), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    features = CLIPScore(clip_path).model.get_image_features((pixels - mean) / std).pooler_output
+    text = CLIPScore(clip_path).text_features(prompts)
+    expected = torch.nn.functional.cosine_similarity(features, text)
+    torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
+    ours, theirs = (torch.autograd.grad(s.sum(), images)[0] for s in (score, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
+    assert not torch.equal(score, checked(CLIPScore(clip_path), images, prompts, [{}]))
+    with pytest.raises(ValueError, match="'clipscore': resize is 'lanczos'; it is bicubic or"):
+        load_reward("clipscore", path=clip_path, options={"resize": "lanczos"})
 
 
 def test_preprocessing_refuses_what_it_does_not_do(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tiltflow.config.load import RunConfig, list_recipes, load_config
+from tiltflow.config.load import RewardConfig, RunConfig, list_recipes, load_config
+from tiltflow.config.schema import plain_weight
+from tiltflow.rewards.packaged import check_words
 
 FACTS: dict[str, Any] = yaml.safe_load(
     (Path(__file__).parent / "data" / "published_runs.yaml").read_text()
@@ -80,3 +83,22 @@ def test_no_setting_of_the_mathematics_is_left_out(model: str, stage: str) -> No
             stated = value != defaults[key].get_default(call_default_factory=True)
             name = f"{section}.{key}"
             assert not stated or name in rows | free, name
+
+
+def test_the_page_of_rewards_has_what_the_recipes_train_on() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    block = page.partition("    rewards:\n")[2].partition("\n\n")[0]
+    shown = {name: RewardConfig.model_validate(plain_weight(value))
+             for name, value in yaml.safe_load(block).items()}  # fmt: skip
+    for model in MODELS:
+        assert shown == load_config(f"{model}_tilt", ["data.prompts=prompts.txt"]).rewards
+
+
+def test_the_reward_of_the_comparison_reads_its_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks/reference.py` scores by the embedded CLIP, which refuses other words."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    random_model = importlib.import_module("support.random_model")
+    texts = random_model.texts()
+    assert len(set(texts)) == random_model.PROMPTS
+    for text in texts:
+        check_words(text, "packaged:clip")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.data.embeddings import EncodedPrompts
-from tiltflow.data.prompts import Prompt
+from tiltflow.data.prompts import Prompt, load_prompts
 from tiltflow.formats.writing import save_adapter
 from tiltflow.models.backbone import Conditioning, Loading
 from tiltflow.models.family import family_named
@@ -62,6 +62,11 @@ TOY = {
 }
 """What `toy=True` makes smaller, by a part's class."""
 PROMPTS = 64
+
+
+def texts() -> list[str]:
+    """The prompts: words that the embedded CLIP knows, which refuses others."""
+    return list(dict.fromkeys(p.text for p in load_prompts("shapes-train")))[:PROMPTS]
 
 
 def brightness(images: Tensor, prompts: Sequence[str], metadata: object) -> Tensor:
@@ -135,7 +140,7 @@ class RandomModel:
             backbone.checkpoint_decoder()
         if stage == "tilt":
             self._few_step(cfg)
-        prompts = [Prompt(f"prompt {i}") for i in range(PROMPTS)]
+        prompts = [Prompt(text) for text in texts()]
         encoded = self._encoded(backbone, prompts)
         with (
             patch.object(building, "build_backbone", lambda *_: backbone),
@@ -222,7 +227,7 @@ def random_model(name: str, device: torch.device, toy: bool, folder: Path) -> It
     """`MODELS[name]`, or a small one of its kind, with its files in `folder`."""
     made = RandomModel(name, device, toy, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(PROMPTS)))
+    (folder / "prompts.txt").write_text("".join(f"{text}\n" for text in texts()))
     if not toy:
         yield made
         return

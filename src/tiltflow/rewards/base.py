@@ -267,7 +267,7 @@ def _clipscore(
 ) -> Reward:
     from tiltflow.rewards.zoo.clip_family import CLIPScore
 
-    _only(name, options, ("at_once",))
+    _only(name, options, ("at_once", "resize"))
     return CLIPScore(path or CLIP_WEIGHTS[name], device=device, name=name, **options)
 
 

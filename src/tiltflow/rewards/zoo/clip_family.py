@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tiltflow.rewards.weights import load_pretrained
 
 BICUBIC = 3  # PIL's number for it, as processor configurations hold it
 CACHED_PROMPTS = 8192
+FILTERS = ("bicubic", "bilinear")
 
 
 def image_processor(kind: Any, path: str) -> Any:
@@ -48,6 +49,7 @@ class Preprocessing:
     `resize` is the length of the shortest edge, a (height, width), or None; `crop` the
     (height, width) cut from the centre, or None; `mean` and `std` are per channel. With `whole`
     nothing is cut off: `resize` is the length of the longest edge, and black fills the square.
+    `filter` is of the resize: the processors' own is bicubic.
     """
 
     resize: int | tuple[int, int] | None
@@ -55,6 +57,7 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     whole: bool = False
+    filter: str = "bicubic"
 
     @classmethod
     def from_pretrained(cls, path: str) -> Preprocessing:
@@ -81,19 +84,13 @@ class Preprocessing:
         )
 
     def geometry(self, images: Tensor) -> Tensor:
-        """Resized with one antialiased bicubic filter where the size differs, and cropped; or with
-        black around it, if it is shown whole."""
+        """Resized with one antialiased filter where the size differs, and cropped; or with black
+        around it, if it is shown whole."""
         height, width = images.shape[-2:]
         size = self._size(height, width)
         if size != (height, width):
-            # The filter is separable, and overshoots at edges. PIL holds eight bits after each of
-            # its two passes, which clips the overshoot; so must we, in its order: across first,
-            # unless the height shrinks by more than twice what the width does (found by experiment
-            # with Pillow 13).
-            down_first = height - size[0] > max(0, 2 * (width - size[1]))
-            middle = (size[0], width) if down_first else (height, size[1])
-            for step in (middle, size):
-                images = F.interpolate(images, step, mode="bicubic", antialias=True).clamp(0, 1)
+            resized = _bilinear if self.filter == "bilinear" else _bicubic
+            images = resized(images, size)
         if self.whole:
             return _squared(images)
         if self.crop is None or self.crop == size:
@@ -121,6 +118,25 @@ class Preprocessing:
         return (images - mean) / std
 
 
+def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """As PIL resizes. The filter is separable, and overshoots at edges. PIL holds eight bits after
+    each of its two passes, which clips the overshoot; so must we, in its order: across first,
+    unless the height shrinks by more than twice what the width does (found by experiment with
+    Pillow 13)."""
+    height, width = images.shape[-2:]
+    down_first = height - size[0] > max(0, 2 * (width - size[1]))
+    middle = (size[0], width) if down_first else (height, size[1])
+    for step in (middle, size):
+        images = F.interpolate(images, step, mode="bicubic", antialias=True).clamp(0, 1)
+    return images
+
+
+def _bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """As torchvision resizes a tensor that is asked for no filter. Its weights are positive, so
+    that nothing leaves [0, 1]."""
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 def _squared(images: Tensor) -> Tensor:
     """Images in the middle of a black square; of an odd rest the smaller half is before them."""
     height, width = images.shape[-2:]
@@ -141,10 +157,12 @@ class CLIPScore:
     the first from `model`. Prompts longer than the text tower's context (77 tokens for the
     published models) are cut there, as is the convention; a packaged toy refuses those, and words
     that it does not know (`rewards/packaged.py`). Exactly `at_once` images are in the model
-    at a time, and one text (`batches.py` says why).
+    at a time, and one text (`batches.py` says why). `resize` is the filter, one of `FILTERS`:
+    bicubic is the processor's, bilinear what the published runs score with (METHOD §9).
 
     Raises:
-        ValueError: if any of the three cannot be loaded, or they do not fit together.
+        ValueError: if any of the three cannot be loaded, or they do not fit together, or there is
+            no such filter.
     """
 
     differentiable = True
@@ -159,7 +177,11 @@ class CLIPScore:
         processor: str | None = None,
         model: CLIPModel | None = None,
         at_once: int = 1,
+        resize: str = "bicubic",
     ) -> None:
+        if resize not in FILTERS:
+            known = " or ".join(FILTERS)
+            raise ValueError(f"reward {name!r}: resize is {resize!r}; it is {known}")
         self.name = name
         self.words = processor or path
         words = resolve_path(self.words)
@@ -174,7 +196,7 @@ class CLIPScore:
             raise ValueError(f"reward {name!r}: {error}") from error
         self.model = loaded.requires_grad_(False).eval().to(device)
         take_onednn(self.model)
-        self.preprocessing = Preprocessing.from_pretrained(words)
+        self.preprocessing = replace(Preprocessing.from_pretrained(words), filter=resize)
         text = self.model.config.text_config
         self.context: int = text.max_position_embeddings
         # Without vocabulary files the tokenizer loads all the same, with two tokens.
