@@ -28,7 +28,6 @@ from tiltflow.models.pipelines.guidance import both_passes
 from tiltflow.models.pipelines.loading import load_part, load_pipeline
 from tiltflow.models.pipelines.parts import check_twin, part_config
 from tiltflow.models.pipelines.storage import input_dtype, keep_in_fp8
-from tiltflow.models.pipelines.words import check_text_packages
 
 TIMESTEPS = 1000.0
 """Transformers are trained on σ times this; it never leaves the adapters."""
@@ -88,8 +87,6 @@ class PipelineBackbone(ABC):
         if pipe is None:
             check_directory(pipeline)
             self._check_parts()
-            if loading.parts != "image":
-                check_text_packages(family)
         if generator is not None:
             check_directory(generator)
             self._check_teacher()

@@ -17,7 +17,7 @@ from tiltflow.core.sentences import first_sentence
 from tiltflow.models.backbone import Loading
 from tiltflow.models.pipelines.directory import Pipeline, is_part
 from tiltflow.models.pipelines.weights import check_values, check_weights
-from tiltflow.models.pipelines.words import processors_of, tokenizer
+from tiltflow.models.pipelines.words import check_text_packages, processors_of, tokenizer
 
 
 def no_bars() -> None:
@@ -35,13 +35,15 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
 
     Raises:
         ValueError: if a part cannot be loaded, or its files do not hold its weights and no others,
-            all of them finite.
+            all of them finite; or as `check_text_packages`.
     """
     parts, dtype = loading.parts, loading.dtype
     no_bars()
     family, given = pipeline.family, dict[str, Any](pipeline.absent)
     present = [name for name in family.text_encoders if name not in given]
     words: dict[str, Any] = {}
+    if parts != "image":
+        check_text_packages(family)
     networks = {"text": [*present, "transformer"], "image": ["transformer", "vae"]}
     check_weights(pipeline, networks.get(parts, [*present, "transformer", "vae"]))
     if parts == "image":
