@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 from students import PROMPTS, request, sampled, student
 from test_scheduler import loaded_pipeline
 from torch import Tensor
+from transformers import UMT5EncoderModel
 
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import load_checkpoint
@@ -24,10 +26,11 @@ from tiltflow.data.prompts import Prompt
 from tiltflow.formats.card import call_of
 from tiltflow.formats.contract import read_contract
 from tiltflow.formats.workflow import no_workflow, workflow
-from tiltflow.models.families import load_backbone, wan
+from tiltflow.models.families import load_backbone
 from tiltflow.models.family import family_named
 from tiltflow.models.medium import VIDEOS
 from tiltflow.models.pipelines.resized import resized
+from tiltflow.setup.checks import Subject, findings
 from tiltflow.tasks.evaluate import evaluate, sample_to
 from tiltflow.tasks.train import run_training
 
@@ -116,9 +119,7 @@ def test_every_time_of_the_solver_is_met(tiny_pipeline: Tiny) -> None:
     assert torch.equal(given[0], times.float())
 
 
-def test_prompts_are_mended_and_zeros_stand_behind_their_ends(
-    tiny_pipeline: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_mended_and_zeros_stand_behind_their_ends(tiny_pipeline: Tiny) -> None:
     backbone = load(tiny_pipeline("wan"), 64)
     plain, told = backbone.encode(["it's a cat & dog", "it’s  a cat &amp; dog"]).positive[
         "prompt_embeds"
@@ -126,8 +127,28 @@ def test_prompts_are_mended_and_zeros_stand_behind_their_ends(
     assert torch.equal(plain, told)
     letters = 17  # with the end of the text, and the space before it
     assert plain[:letters].abs().amin(0).max() > 0 and not plain[letters + 1 :].any()
-    monkeypatch.setattr(wan, "is_ftfy_available", lambda: False)
-    with pytest.raises(ValueError, match=r"mended with ftfy.*: pip install 'tiltflow\[wan\]'"):
+
+
+def test_a_package_that_prompts_need_is_missed_before_anything_loads(
+    tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text encoder is one of 11 GB."""
+    monkeypatch.setattr("tiltflow.models.pipelines.words.find_spec", lambda name: None)
+    said = "prompts of Wan 2.1 go through ftfy, without which some .*: pip install ftfy"
+    (tmp_path / "p.txt").write_text("a\n")
+    values = [
+        f"model.path={tiny_pipeline('wan')}", f"data.prompts={tmp_path / 'p.txt'}",
+        "adapters.targets=null",
+    ]  # fmt: skip
+    cfg = load_config("demo_cold_start", [*values, f"run.out={tmp_path / 'run'}", "run.device=cpu"])
+    failed = {found.name: str(found.error) for found in findings(Subject(cfg)) if found.failed}
+    assert list(failed) == ["packages of prompts"] and re.match(said, failed["packages of prompts"])
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=said):
         load(tiny_pipeline("wan"), 64)
 
 

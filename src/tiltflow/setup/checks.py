@@ -26,6 +26,7 @@ from tiltflow.formats.folder import check_export_folder
 from tiltflow.formats.writing import check_exportable
 from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.pipelines.files import check_directory
+from tiltflow.models.pipelines.words import check_text_packages
 from tiltflow.rewards.fitting import check_prompts_fit, check_reward_imports
 from tiltflow.setup.build import device_of
 from tiltflow.setup.disk_room import check_disk_room
@@ -135,11 +136,19 @@ def check_export(cfg: RunConfig, pipelines: Pipelines | None = None) -> None:
         check_exportable(model, cfg.sampler.grids, cfg.sampler.eta, out)
 
 
+def _check_text_packages(on: Subject) -> None:
+    """That the packages that prompts go through are there; a pipeline of the hub's is not yet."""
+    model = on.pipelines.here("model") if on.cfg.model.has_files else None
+    if model is not None:
+        check_text_packages(model.family)
+
+
 CHECKS: tuple[Check, ...] = (
     Check("device", lambda on: device_of(on.cfg.run.device)),
     Check("packages", lambda on: check_sinks(on.cfg.log.tensorboard, on.cfg.log.wandb)),
     Check("terms", lambda on: _check_own(on.cfg)),
     Check("model", lambda on: check_model_files(on.cfg, on.pipelines)),
+    Check("packages of prompts", _check_text_packages, needs=("model",)),
     Check("weights", lambda on: check_model(on.cfg, on.pipelines), needs=("model",)),
     Check("stage 1", lambda on: check_few_step(on.cfg)),
     Check("rewards' files", lambda on: check_reward_files(on.cfg)),

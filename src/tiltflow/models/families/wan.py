@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers.utils import is_ftfy_available
 from torch import Tensor, nn
 
 from tiltflow.models.family import Family, Published
@@ -139,13 +138,6 @@ class WanBackbone(QwenVaeBackbone):
             raise ValueError(
                 f"{said} scale_factor_temporal={given[0]} and scale_factor_spatial={given[1]}, "
                 f"but its layers make it {made[0]} and {made[1]}"
-            )
-
-    def _begin(self) -> None:
-        if self.pipe.text_encoder is not None and not is_ftfy_available():
-            raise ValueError(
-                "Wan's prompts are mended with ftfy, without which some have other tokens: "
-                "pip install 'tiltflow[wan]'"
             )
 
     def _patch(self, transformer: Mapping[str, Any]) -> int:

@@ -17,7 +17,7 @@ from tiltflow.core.sentences import first_sentence
 from tiltflow.models.backbone import Loading
 from tiltflow.models.pipelines.directory import Pipeline, is_part
 from tiltflow.models.pipelines.weights import check_values, check_weights
-from tiltflow.models.pipelines.words import processors_of, tokenizer
+from tiltflow.models.pipelines.words import check_text_packages, processors_of, tokenizer
 
 
 def no_bars() -> None:
@@ -35,7 +35,7 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
 
     Raises:
         ValueError: if a part cannot be loaded, or its files do not hold its weights and no others,
-            all of them finite.
+            all of them finite; or as `check_text_packages`.
     """
     parts, dtype = loading.parts, loading.dtype
     no_bars()
@@ -44,6 +44,8 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
     words: dict[str, Any] = {}
     networks = {"text": [*present, "transformer"], "image": ["transformer", "vae"]}
     check_weights(pipeline, networks.get(parts, [*present, "transformer", "vae"]))
+    if parts != "image":
+        check_text_packages(family)
     if parts == "image":
         given |= {name: None for part in present for name in (part, _tokenizer(part))}
         given |= processors_of(pipeline, silent=True)

@@ -1,15 +1,32 @@
-"""Of a processor, which is for pictures and prompts, what a pipeline needs for prompts alone."""
+"""What prompts need: packages that they go through, and of a processor, which is for pictures too,
+its tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from tiltflow.core.sentences import first_sentence
+from tiltflow.models.family import Family
 from tiltflow.models.pipelines.directory import Pipeline, is_part
+
+
+def check_text_packages(family: Family) -> None:
+    """That what a family's pipeline does to prompts where it can is done here.
+
+    Raises:
+        ValueError: naming the package that is not installed.
+    """
+    for package in family.text_packages:
+        if find_spec(package) is None:
+            raise ValueError(
+                f"prompts of {family.title} go through {package}, without which some have other "
+                f"tokens: pip install {package}"
+            )
 
 
 class Silent:
