@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import UMT5EncoderModel
 
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.data.buckets import Bucket
 from tiltflow.data.prompts import Prompt
 from tiltflow.formats.card import call_of
 from tiltflow.formats.contract import read_contract
@@ -32,6 +34,7 @@ from tiltflow.models.medium import VIDEOS
 from tiltflow.models.pipelines.resized import resized
 from tiltflow.setup.checks import Subject, findings
 from tiltflow.tasks.evaluate import evaluate, sample_to
+from tiltflow.tasks.request import Request, backbone_of, check_request
 from tiltflow.tasks.train import run_training
 
 Tiny = Callable[[str], Path]
@@ -181,6 +184,17 @@ def test_a_size_of_the_other_medium_is_refused(tiny_pipeline: Tiny) -> None:
         resized(backbone, 64)
 
 
+def test_several_sizes_of_videos_need_no_contract(tiny_pipeline: Tiny) -> None:
+    """The model's own size is a picture's, which nobody asked for."""
+    buckets = tuple(Bucket(size) for size in ((9, 64, 64), (5, 64, 96)))
+    asked = Request(str(tiny_pipeline("wan")), [Prompt("a")], buckets=buckets, device="cpu")
+    check_request(asked)
+    assert backbone_of(asked, "image").medium is VIDEOS
+    mixed = replace(asked, buckets=(*buckets, Bucket(64)))
+    with pytest.raises(ValueError, match="--size 64 and 9x64x64: one is of videos and one of"):
+        check_request(mixed)
+
+
 def test_a_run_makes_videos_or_pictures() -> None:
     values = ["data.prompts=prompts.txt", "run.out=out", "data.buckets=[[9,64,64],64]"]
     with pytest.raises(ValueError, match="has 64: pictures, where model.resolution is of videos"):
@@ -283,9 +297,7 @@ def test_both_stages_train_on_videos_resume_and_are_evaluated(
     assert [Image.open(file).n_frames for file in files] == [9, 9, 9]  # type: ignore[attr-defined]
 
 
-def request_of(model: Path, export: Path, prompts: list[str]) -> Any:
-    from tiltflow.tasks.request import Request
-
+def request_of(model: Path, export: Path, prompts: list[str]) -> Request:
     return Request(
         model=str(model),
         prompts=[Prompt(text) for text in prompts],

@@ -197,7 +197,8 @@ def check_request(request: Request) -> None:
         generator.asked = generator.asked or family.name
         check_directory(generator)
         check_weights(generator, ["transformer"])
-    named = "--size " if isinstance(request.resolution, tuple) else "the size "
+    asked = [bucket.size for bucket in request.buckets if bucket.prompts is None]
+    named = "--size " if asked or isinstance(request.resolution, tuple) else "the size "
     settings = _settings(request) | {"size_name": named}
     shapes = meta_backbone(model, generator_path=generator, **settings)
     check_sizes(request.buckets, shapes)
@@ -208,12 +209,14 @@ def check_request(request: Request) -> None:
 
 
 def _settings(request: Request) -> dict[str, Any]:
-    """What a backbone of the request is made with, whatever holds its weights."""
+    """What a backbone of the request is made with, whatever holds its weights; of several sizes it
+    is made at the first, whose medium the others are of."""
     chosen = request.settled
+    size = request.buckets[0].size if request.buckets else chosen.resolution
     return {
         "dtype": DTYPES[chosen.dtype],
         "vae_dtype": DTYPES[chosen.vae_dtype] if chosen.vae_dtype else None,
-        "resolution": chosen.resolution,
+        "resolution": size,
         "max_sequence_length": chosen.max_sequence_length,
     }
 
