@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from tiltflow.models.pipelines.resized import resized
 from tiltflow.setup.checks import Subject, findings
 from tiltflow.tasks.evaluate import evaluate, sample_to
 from tiltflow.tasks.request import Request, backbone_of, check_request
+from tiltflow.tasks.systems import _decode
 from tiltflow.tasks.train import run_training
 
 Tiny = Callable[[str], Path]
@@ -182,6 +184,25 @@ def test_a_size_of_the_other_medium_is_refused(tiny_pipeline: Tiny) -> None:
     assert resized(backbone, (5, 64, 64)).latent_shape[1:] == (2, 8, 8)
     with pytest.raises(ValueError, match="the size 64 and 9x64x96: one is of videos and one of"):
         resized(backbone, 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((16, 8, 8), [16, 4]), ((16, 3, 8, 8), [5] * 4), ((16, 21, 8, 8), [1] * 20)],
+)
+def test_what_is_decoded_at_once_is_counted_in_latent_frames(
+    shape: tuple[int, ...], parts: list[int]
+) -> None:
+    """A video of 33 frames takes 3.8 GiB at 480 x 832."""
+    seen: list[int] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        seen.append(len(latents))
+        return latents
+
+    role: Any = SimpleNamespace(backbone=SimpleNamespace(decode=decode))
+    latents = torch.arange(20.0).view(20, *[1] * len(shape)).expand(20, *shape)
+    assert torch.equal(_decode(role, latents), latents) and seen == parts
 
 
 def test_several_sizes_of_videos_need_no_contract(tiny_pipeline: Tiny) -> None:

@@ -27,8 +27,8 @@ TEACHER = "teacher"
 """The system that others are measured against: the teacher with all its steps."""
 
 DECODED_AT_ONCE = 16
-"""Images: more do not fit a CPU's caches (on the embedded model half as fast), nor a GPU's memory
-where images are large."""
+"""Images, or latent frames of videos: more do not fit a CPU's caches (on the embedded model half as
+fast), nor a GPU's memory where images are large."""
 
 
 @dataclass(frozen=True)
@@ -204,4 +204,6 @@ def _system(name: str, nfe: int, make: Callable[[Sequence[int], int], Tensor]) -
 
 @torch.no_grad()
 def _decode(role: Role, latents: Tensor) -> Tensor:
-    return torch.cat([role.backbone.decode(part) for part in latents.split(DECODED_AT_ONCE)])
+    frames = latents.shape[2] if latents.ndim == 5 else 1
+    parts = latents.split(max(1, DECODED_AT_ONCE // frames))
+    return torch.cat([role.backbone.decode(part) for part in parts])
