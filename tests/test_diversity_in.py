@@ -83,7 +83,7 @@ def test_batches_of_another_order_are_not_taken(tmp_path: Path) -> None:
 
 def test_an_evaluation_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rewards = {name: clip(name) for name in ("a", "b")}
-    medium = SimpleNamespace(backbone=SimpleNamespace(medium=IMAGES), students={})
+    medium = SimpleNamespace(backbone=SimpleNamespace(medium=IMAGES), teacher=None, students={})
     size = evaluating.AtSize("", range(len(PROMPTS)), [Painter("teacher").system()])
     monkeypatch.setattr(evaluating, "prepare", lambda *_: (medium, None))
     monkeypatch.setattr(evaluating, "at_sizes", lambda *_, **__: [size])
