@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from test_cli import call
 
-from tiltflow.config.load import RunConfig, load_config
+from tiltflow.config.load import load_config
 from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.sizes import reward_memory
 from tiltflow.setup.planner import GIB
-from tiltflow.tasks.plans import Plans, plan_recipe, reward_models
+from tiltflow.tasks.plans import plan_recipe, reward_models
 
 
 @dataclass(frozen=True)
@@ -100,35 +100,9 @@ def test_a_plan_counts_them_and_room_to_compute_with_the_largest(
     assert one is not None and one == made.held["reward hpsv2"] == made.held["reward pickscore"]
     assert made.phases["scoring"] == bare.phases["scoring"] + one
     assert made.worst == "scoring" and sum(made.held.values()) == sum(bare.held.values()) + 2 * one
-
-
-@pytest.mark.long
-def test_of_videos_a_plan_counts_the_graphs_of_all_frames(
-    tiny_pipeline: Callable[[str], Path],
-) -> None:
-    """Those of every back-propagated reward are there at once: traced, 8 frames through ViT-L and
-    two ViT-H keep 11.5 GiB, where the weights of the largest are 3.7."""
-    values = [f"model.path={tiny_pipeline('wan')}", "model.resolution=[17,64,64]", "data.prompts=x",
-              "model.few_step=y", "run.device=cpu", "train.batch_size=4", "watch.rewards={}",
-              "tilt.group_size=4", "model.gradient_checkpointing=true"]  # fmt: skip
-
-    def recipe(**frames: int) -> RunConfig:
-        every = ["clipscore", "hpsv2", "pickscore", "geneval"]
-        table = {name: f"weight: 1.0, frames: {frames.get(name, 1)}" for name in every}
-        table["clipscore"] += ", path: openai/clip-vit-large-patch14"
-        rewards = ", ".join(f"{name}: {{{how}}}" for name, how in table.items())
-        return load_config("wan21_1b_tilt", [*values, f"rewards={{{rewards}}}"])
-
-    plans = Plans(recipe())  # what its variants have in common is traced once
-
-    def scoring(**frames: int) -> float:
-        return plans(recipe(**frames)).phases["scoring"] / GIB
-
-    one = scoring()  # of few frames it is as much again as the largest
-    eight = scoring(clipscore=8, hpsv2=8, pickscore=8, geneval=8)
-    assert 11.5 < eight - (one - 3.67) < 1.4 * 11.5
-    assert scoring(geneval=8) == one  # which has no graph
-    assert scoring(hpsv2=17) == scoring(hpsv2=99) > one + 5
+    many = "rewards={hpsv2: {weight: 1.0, options: {at_once: 16}}, pickscore: 1.0}"
+    larger = plan_recipe(load_config("sd35m_tilt", [*values, many]))  # 16 graphs of .21 of it
+    assert larger.phases["scoring"] == pytest.approx(bare.phases["scoring"] + 16 * 0.21 * one)
 
 
 @pytest.mark.long

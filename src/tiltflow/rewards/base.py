@@ -16,7 +16,7 @@ from tiltflow.core.interruption import Stopped
 from tiltflow.core.paths import nearest
 from tiltflow.core.registry import failure, find, made
 from tiltflow.models.medium import Fault, Medium, article, load_medium
-from tiltflow.rewards.batches import checked_at_once, in_fixed_batches
+from tiltflow.rewards.batches import checked_at_once, in_fixed_batches, no_gradient, with_gradient
 from tiltflow.rewards.fitted import is_fitted, load_fitted
 from tiltflow.rewards.packaged import CLIP_WEIGHTS
 from tiltflow.rewards.remote.address import ELSEWHERE
@@ -149,7 +149,7 @@ def checked(
     Images of any float precision are handed over in fp32, as copies, exactly as many at a time as
     `at_once_of` says. A score is a function of its image and prompt alone, to the last bit: a batch
     of n gives what n batches of one give. A reward that is not differentiable runs without
-    gradients. A reward that fails is an error, never a score of 0 (METHOD §8).
+    gradients, and of another no graph is kept. A failure is never a score of 0 (METHOD §8).
 
     Raises:
         ValueError: if images, prompts or metadata disagree in length, an image has the wrong
@@ -168,9 +168,10 @@ def checked(
         with torch.set_grad_enabled(promised):
             return _check_scores(reward, block, texts, _called(reward, block, texts, about))
 
-    scores = in_fixed_batches(score, size, images, prompts, metadata)
-    problem = f"reward {reward.name!r} gave a non-finite score"
-    _refuse(~torch.isfinite(scores.detach()), prompts, problem, NonFiniteScore)
+    every = with_gradient(reward.name, score) if promised else score
+    scores = in_fixed_batches(every, size, images, prompts, metadata)
+    bad = ~torch.isfinite(scores.detach())
+    _refuse(bad, prompts, f"reward {reward.name!r} gave a non-finite score", NonFiniteScore)
     return scores
 
 
@@ -231,10 +232,7 @@ def _check_scores(reward: Reward, images: Tensor, prompts: Sequence[str], scores
         raise ValueError(f"{start}, got {tuple(scores.shape)} {kind}")
     promised = images.requires_grad and torch.is_grad_enabled()
     if promised and not scores.requires_grad:
-        raise ValueError(
-            f"reward {reward.name!r} says that it is differentiable, "
-            "but its scores carry no gradient"
-        )
+        raise ValueError(no_gradient(reward.name))
     if scores.requires_grad and not promised:
         raise ValueError(
             f"reward {reward.name!r} gave scores that require a gradient where none was asked for: "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def checked_at_once(given: object) -> int:
@@ -52,3 +53,47 @@ def in_fixed_batches(
         result = function(block, *([column[i] for i in chosen] for column in columns))
         parts.append(result[: len(piece)].clone())  # it may be a buffer of the function's own
     return torch.cat(parts)
+
+
+def no_gradient(name: str) -> str:
+    """What is said of a reward that does not keep its promise."""
+    return f"reward {name!r} says that it is differentiable, but its scores carry no gradient"
+
+
+def with_gradient(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reward's `function(images, *columns)`, (B,), which differentiates as it scores: of each
+    call the gradient at its images is kept, (B, …), and not the graph.
+
+    The graph of one image through a ViT-H is half a GiB. That of every image and every reward would
+    be there until the loss is known, though the loss has one number to say to each of them. A score
+    depends on its own image alone, so a row of the sum's gradient is its score's.
+
+    `scored` raises ValueError if the scores do not depend on the images.
+    """
+
+    def scored(images: Tensor, *columns: Sequence[Any]) -> Tensor:
+        made: Tensor = _Graded.apply(images, name, lambda leaf: function(leaf, *columns))
+        return made
+
+    return scored
+
+
+class _Graded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, name: str, function: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        leaf = images.detach().requires_grad_(True)
+        with torch.enable_grad():
+            scores = function(leaf)
+            (gradient,) = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)
+        if gradient is None:  # of something else, such as its own weights
+            raise ValueError(no_gradient(name))
+        ctx.save_for_backward(gradient)
+        return scores.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * given.view(-1, *[1] * (gradient.ndim - 1)), None, None

@@ -16,15 +16,13 @@ from tiltflow.data.embeddings import BATCH
 from tiltflow.models.adapters import AdapterSettings
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.meta import text_encoders
-from tiltflow.rewards.base import PUBLISHED, published_reward
-from tiltflow.rewards.frames import FRAMES
 from tiltflow.setup.build import DTYPES, adapter_settings, fake_scores
 from tiltflow.setup.model_checks import largest, meta_of
 from tiltflow.setup.planner import Job, Plan, Planner, TiltJob
 from tiltflow.training.own_terms import most_passes
 
-OF_FRAME = 0.21
-"""The share of a ViT-L's weights that the graph of one image takes in fp32 (of a ViT-H's .15)."""
+OF_IMAGE = 0.21
+"""The share of a ViT-L's weights that the graph of one image takes in fp32; of a ViT-H's .15."""
 
 
 class Plans:
@@ -44,22 +42,9 @@ class Plans:
         made, (models, _) = self._planner.plan(self._job(cfg)), self.models
         if not models:
             return made
-        working = max(max(models.values()), self._of_frames(cfg, models))
-        phases = {**made.phases, "scoring": made.phases.get("scoring", 0) + working}
+        scoring = made.phases.get("scoring", 0) + _working(self.cfg, models)
+        phases = {**made.phases, "scoring": scoring}
         return replace(made, held={**made.held, **models}, phases=phases)
-
-    def _of_frames(self, cfg: RunConfig, models: Mapping[str, int]) -> int:
-        """What the graphs of the back-propagated rewards hold, of all frames of the videos that
-        are decoded at once; 0 of pictures."""
-        there = self._backbone.geometry.frames
-        if cfg.stage != "tilt" or there == 1 or not cfg.tilt.reward_weight:
-            return 0
-        numbers = sum(
-            models.get(f"reward {name}", 0) * min(reward.frames or FRAMES, there)
-            for name, reward in cfg.rewards.items()
-            if reward.backprop and _differentiable(name)
-        )
-        return int(OF_FRAME * numbers * (cfg.tilt.decode_chunk or cfg.train.micro))
 
     @cached_property
     def models(self) -> tuple[dict[str, int], list[str]]:
@@ -100,11 +85,6 @@ class Plans:
         )
 
 
-def _differentiable(name: str) -> bool:
-    """Whether a reward has a graph, as far as is known before it loads."""
-    return name not in PUBLISHED or bool(getattr(published_reward(name), "differentiable", True))
-
-
 def _tilt_job(cfg: RunConfig, settings: AdapterSettings | None) -> TiltJob:
     backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
     chunk = cfg.tilt.decode_chunk or cfg.train.micro
@@ -140,9 +120,6 @@ def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
     """The bytes of the weights of the reward models that a run loads, by what they are, and the
     rewards whose size is not known before they load.
 
-    What one computes with is allowed for in a plan's scoring, as much again as its weights: a round
-    figure, for a ViT and some images; of videos, whose frames are many, by `Plans`.
-
     Raises:
         ValueError: as `reward_memory`.
     """
@@ -157,3 +134,16 @@ def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
             elif size:
                 held[f"{kind} {name}"] = size
     return held, unknown
+
+
+def _working(cfg: RunConfig, models: Mapping[str, int]) -> int:
+    """What the largest of the reward models computes with, one after the other: as much again as
+    its weights, which is a round figure, or the graph of the images that it gets at once."""
+
+    def of(name: str, size: int) -> float:
+        kind, _, reward = name.rpartition("reward ")
+        table = cfg.watch.rewards if kind else cfg.rewards
+        at_once = table[reward].options.get("at_once", 1)
+        return size * max(1.0, OF_IMAGE * at_once if isinstance(at_once, int) else 0.0)
+
+    return int(max(of(name, size) for name, size in models.items()))
