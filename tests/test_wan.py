@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,7 @@ from tiltflow.core.sizes import Resolution, said
 from tiltflow.data.buckets import Bucket
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.files import read_evaluation
+from tiltflow.evaluation.pictures import grid, pixels_of
 from tiltflow.formats.card import call_of
 from tiltflow.formats.contract import read_contract
 from tiltflow.formats.workflow import no_workflow, workflow
@@ -392,3 +395,20 @@ def test_a_file_of_a_video_holds_its_frames(tmp_path: Path, still: int) -> None:
     for k in range(5):
         file.seek(k)
         assert np.array_equal(np.asarray(file.convert("RGB")), encoded[0, k])
+
+
+def test_a_report_plays_videos(tmp_path: Path) -> None:
+    """Every second frame, shrunk, and not without an end."""
+    videos = torch.linspace(0, 1, 9).view(1, 9, 1, 1, 1).expand(1, 9, 3, 300, 600)
+    VIDEOS.save(VIDEOS.encode(VIDEOS.rounded(videos))[0], tmp_path / "v.png")
+    seen = pixels_of(tmp_path / "v.png")
+    assert seen.shape == (5, 128, 256, 3)
+    [(prompt, [(system, link, width, height)])] = grid({"a": [seen]}, ["x"])
+    assert (prompt, system, width, height) == ("x", "a", 256, 128)
+    kind, data = link.split(";base64,")
+    file: Any = Image.open(BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/webp" and file.n_frames == 5 and file.info["loop"] == 2
+    for k in range(5):
+        file.seek(k)
+        assert np.allclose(np.asarray(file.convert("RGB")), seen[k], atol=3)
+    assert seen[:, 0, 0, 0].tolist() == [0, 64, 128, 191, 255]

@@ -6,14 +6,22 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tiltflow.models.medium import FRAMES_PER_SECOND
+
 MAX_SIDE = 256  # pixels; larger images are shrunk, or 24 prompts make a page of 100 MB
 MAX_SHEET = 768  # pixels of the longer side of a whole sheet of samples
 MAX_TILE = 160  # pixels of an image that was cut out of one
+
+EVERY = 2
+"""Of a video's frames every so many are shown: half the bytes, still eight a second."""
+TIMES = 2
+"""A video plays this often when the page opens, and then stands still."""
 
 Pixels = NDArray[np.uint8]
 Inlined = tuple[str, str, int, int]
@@ -86,7 +94,7 @@ def grid(
     """A row a prompt, as many as every system has images.
 
     Raises:
-        ValueError: if an image is not (H, W, 3) uint8, or there are more images than prompts.
+        ValueError: as `inlined`; if there are more images than prompts.
     """
     for name, found in images.items():
         if len(found) > len(prompts):
@@ -98,15 +106,53 @@ def grid(
     ]
 
 
+def pixels_of(file: Path, most: int = MAX_SIDE) -> Pixels:
+    """An image's (H, W, 3) uint8; of a video every so many frames (F, h, w, 3), shrunk to `most`,
+    for there may be gigabytes of them.
+
+    Raises:
+        ValueError: if it is no image that can be read.
+    """
+    try:
+        with Image.open(file) as image:
+            count = getattr(image, "n_frames", 1)
+            if count == 1:
+                return np.asarray(image.convert("RGB"))
+            frames = []
+            for number in range(0, count, EVERY):
+                image.seek(number)
+                frames.append(image.convert("RGB"))
+    except (EOFError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is no image that can be read") from error
+    return np.stack([np.asarray(_shrunk(frame, most)) for frame in frames])
+
+
+def _shrunk(picture: Image.Image, most: int) -> Image.Image:
+    picture.thumbnail((most, most), Image.Resampling.LANCZOS)
+    return picture
+
+
 def inlined(image: Pixels, system: str, most: int) -> tuple[str, int, int]:
-    """A data URI, width and height of an image (H, W, 3) uint8, its sides shrunk to `most`."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    """A data URI, width and height of an image (H, W, 3) uint8 or a video's frames (F, H, W, 3), of
+    `pixels_of`; sides are shrunk to `most`.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if image.ndim not in (3, 4) or image.shape[-1] != 3 or image.dtype != np.uint8:
         raise ValueError(
             f"{system!r}: report images are (H, W, 3) uint8, got {image.shape} {image.dtype}"
         )
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((most, most), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    shown = [image] if image.ndim == 3 else image
+    first, *others = (_shrunk(Image.fromarray(np.ascontiguousarray(one)), most) for one in shown)
+    buffer, kind = io.BytesIO(), "webp" if others else "png"
+    if others:
+        lasts = round(1000 * EVERY / FRAMES_PER_SECOND)
+        first.save(
+            buffer, "WEBP", save_all=True, append_images=others, duration=lasts, loop=TIMES,
+            quality=80,
+        )  # fmt: skip
+    else:
+        first.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f"data:image/png;base64,{data}", picture.width, picture.height
+    return f"data:image/{kind};base64,{data}", first.width, first.height

@@ -92,7 +92,8 @@ def write_report(
             sentences on what is not to be compared, and a column that is one run's own is called
             "REWARD, RUN".
         curves: by stage, the rows of its `metrics.jsonl`.
-        grids: by system, images (H, W, 3) uint8 of `prompts`, in order and from the same noise.
+        grids: by system, images (H, W, 3) uint8 of `prompts`, or videos' frames, in order and from
+            the same noise.
         prompts: one caption a row of the grid; rows beyond the shortest system are left out.
         config: by stage, the resolved configuration's text.
         versions: of what the run ran on, by name.
@@ -102,7 +103,7 @@ def write_report(
         notice: a sentence above everything else.
 
     Raises:
-        ValueError: if an image is not (H, W, 3) uint8, or there are more images than prompts.
+        ValueError: as `grid`.
     """
     out = Path(out)
     path = out if out.suffix == ".html" else out / "report.html"

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from tiltflow.config.recipe_source import read_recipe, recipe_text
 from tiltflow.core.metrics import read_metrics
 from tiltflow.evaluation.files import is_of, read_evaluation
-from tiltflow.evaluation.pictures import Sheet
+from tiltflow.evaluation.pictures import Sheet, pixels_of
 from tiltflow.evaluation.report import write_report
 from tiltflow.evaluation.scores import KEPT_IMAGES
 from tiltflow.evaluation.statistics import correct
@@ -158,7 +157,7 @@ def _sheets(run: Path, name: str, settings: Mapping[str, Any]) -> list[Sheet]:
         Sheet(
             name,
             step,
-            _pixels(pictures[step]),
+            pixels_of(pictures[step]),
             kept_prompts(texts[step]) if step in texts else (),
             COLUMNS,
         )
@@ -269,13 +268,6 @@ def _images(folder: Path, evaluation: Mapping) -> tuple[dict[str, list[np.ndarra
         files = [sorted(place.glob("*.png"))[:KEPT_IMAGES] for place in places]
         shown = [file for row in zip(*files, strict=False) for file in row][:KEPT_IMAGES]
         if shown:
-            grids[system] = [_pixels(f) for f in shown]
+            grids[system] = [pixels_of(file) for file in shown]
     named = [f"{prompt} ({size})" for prompt in prompts for size in sizes]
     return grids, named or list(prompts)
-
-
-def _pixels(file: Path) -> np.ndarray:
-    try:
-        return np.asarray(Image.open(file).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is no image that can be read") from error
