@@ -17,10 +17,9 @@ update) / 10; of stage 2 it is an epoch, in fp32. Ratios are medians over rounds
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +27,13 @@ from unittest.mock import patch
 import torch
 from diffusers.utils import logging
 from support.random_model import random_model
-from support.reference_parts import Bench, on_device, parts, prompts
+from support.reference_parts import (
+    Bench,
+    cold_start_of_theirs,
+    find_theirs,
+    on_device,
+    prompts,
+)
 from support.reference_tilt import BATCH, tilt_of_ours, tilt_of_theirs
 from support.tables import median, ratio, report
 
@@ -65,28 +70,8 @@ def of_ours(bench: Bench, *more: str) -> Run:
 
 def of_theirs(bench: Bench, folder: Path, checkpointing: bool) -> Run:
     """Iterations of the authors' trainer at `folder`, with their published settings."""
-    sys.path.insert(0, str(folder))
-    from rtdmd.config import RTDMDConfig  # type: ignore[import-not-found]
-    from rtdmd.trainers import ACDMDTrainer, dmd_trainer  # type: ignore[import-not-found]
-
     cfg = bench.model.config("cold_start", *bench.settings())
-    theirs = RTDMDConfig.from_yaml(
-        str(folder / "configs" / "cold_start" / "sd35m.yaml"),
-        overrides={
-            "model.image_resolution": bench.side,
-            "model.gradient_checkpointing": checkpointing,
-            "train.batch_size": bench.batch,
-            "logging.enabled": False,
-            "eval.enabled": False,
-        },
-    )
-    trainer = ACDMDTrainer(theirs)
-    loaded = parts(bench, cfg)
-    with on_device(bench.model.device), ExitStack() as stack:
-        stack.enter_context(patch.object(dmd_trainer, "load_sd35_models", lambda _: loaded))
-        stack.enter_context(patch.object(ACDMDTrainer, "_wrap_models", lambda *_: None))
-        trainer.setup_models()
-        trainer.setup_optimizers()
+    trainer = cold_start_of_theirs(bench, folder, cfg, model__gradient_checkpointing=checkpointing)
     known = prompts(bench, cfg)
     trainer._encode_prompts = lambda batch: (known[0][: len(batch)], known[1][: len(batch)])
     trainer._uncond_embeds = (known[0][-1:], known[1][-1:])
@@ -177,7 +162,9 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     small = args.device == "cpu"
-    if not args.reference:
+    if args.reference:
+        find_theirs(args.reference)
+    else:
         print("no --reference: ours alone is measured, and the ratios are to our own recipe")
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from support.random_model import RandomModel
 from tiltflow.config.load import RunConfig
 from tiltflow.models.pipelines.storage import input_dtype
+
+PUBLISHED = {
+    "sd35m": ("sd35m.yaml", "load_sd35_models"),
+    "klein": ("flux2_4b.yaml", "load_flux2_klein_models"),
+}
+"""A model's settings in their repository, and what there loads its weights."""
+REPOSITORY = "Harahan/RTDMD"
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,55 @@ def parts(bench: Bench, cfg: RunConfig) -> dict[str, Any]:
         "vae": vae,
         "text_encoders": [],
         "tokenizers": [],
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": backbone.scheduler,
     }
+
+
+def find_theirs(folder: Path) -> None:
+    """Has their modules imported from `folder`.
+
+    Raises:
+        SystemExit: with a sentence, if it is not their repository or their code cannot be imported.
+    """
+    for needed in ("rtdmd/trainers/rtdmd_trainer.py", "configs/cold_start", "configs/rtdmd"):
+        if not (folder / needed).exists():
+            sys.exit(f"{folder} is not a checkout of {REPOSITORY}: there is no {needed} in it")
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        import_module("rtdmd.trainers")
+    except ModuleNotFoundError as error:
+        sys.exit(f"the authors' code in {folder} needs a package that is not here: {error.name}")
+
+
+def their_config(bench: Bench, folder: Path, stage: str, **overrides: Any) -> Any:
+    """Their published settings of a stage at our sizes: nothing is loaded, logged or evaluated.
+
+    A double underscore in a name is a dot."""
+    values = {
+        "model__image_resolution": bench.side,
+        "model__generator_init_path": "",
+        "model__fake_score_init_path": "",
+        "model__teacher_init_path": "",
+        "logging__enabled": False,
+        "eval__enabled": False,
+    }
+    every = {name.replace("__", "."): value for name, value in (values | overrides).items()}
+    path = folder / "configs" / stage / PUBLISHED[bench.model.name][0]
+    return import_module("rtdmd.config").RTDMDConfig.from_yaml(str(path), overrides=every)
+
+
+def cold_start_of_theirs(bench: Bench, folder: Path, cfg: RunConfig, **overrides: Any) -> Any:
+    """Their trainer of stage 1, ready to run, with the networks of our `cfg`."""
+    trainers = import_module("rtdmd.trainers")
+    theirs = their_config(bench, folder, "cold_start", train__batch_size=bench.batch, **overrides)
+    trainer, loaded = trainers.ACDMDTrainer(theirs), parts(bench, cfg)
+    loader = PUBLISHED[bench.model.name][1]
+    with on_device(bench.model.device), ExitStack() as stack:
+        stack.enter_context(patch.object(trainers.dmd_trainer, loader, lambda _: loaded))
+        stack.enter_context(patch.object(type(trainer), "_wrap_models", lambda *_: None))
+        trainer.setup_models()
+        trainer.setup_optimizers()
+    return trainer
 
 
 def prompts(bench: Bench, cfg: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,3 +129,13 @@ def on_device(device: torch.device) -> Iterator[None]:
         patch.object(torch.cuda, "synchronize", lambda *_: None),
     ):
         yield
+
+
+class HostTorch:
+    """torch as a module sees it whose device is the CPU whatever it names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def device(self, *_: object) -> torch.device:
+        return torch.device("cpu")

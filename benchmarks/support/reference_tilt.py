@@ -8,7 +8,6 @@ the first batch is a TypeError), and on a CPU the modules' `torch.device("cuda")
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -20,12 +19,22 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from support.reference_parts import Bench, on_device, parts, prompts
+from support.reference_parts import (
+    PUBLISHED,
+    Bench,
+    HostTorch,
+    on_device,
+    parts,
+    prompts,
+    their_config,
+)
+from tiltflow.config.load import RunConfig
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.build import attention_for
 
 BATCH, GROUP = 16, 8
 CLIP = "packaged:clip"
+MODULES = ("base_trainer", "grpo_trainer", "rtdmd_trainer", "ac_dmd_mixin", "bp_mixin")
 Epoch = Callable[[int], None]
 
 
@@ -52,64 +61,73 @@ def tilt_of_ours(bench: Bench, *more: str) -> Epoch:
 
 def tilt_of_theirs(bench: Bench, folder: Path) -> Epoch:
     """Epochs of the authors' trainer at `folder`, with their published settings at our sizes."""
-    sys.path.insert(0, str(folder))
+    cfg = bench.model.config("tilt", *settings(bench))
+    trainer = tilt_trainer_of_theirs(bench, folder, cfg, CLIPScore(CLIP, bench.model.device))
+    known = prompts(bench, cfg)
+    trainer._encode_prompts = lambda batch: (known[0][: len(batch)], known[1][: len(batch)])
+    trainer._uncond_embeds = (known[0][-1:], known[1][-1:])
+
+    def run(number: int) -> None:
+        epoch_of_theirs(bench, trainer, number)
+
+    return run
+
+
+def tilt_trainer_of_theirs(
+    bench: Bench, folder: Path, cfg: RunConfig, reward: CLIPScore, **overrides: Any
+) -> Any:
+    """Their trainer of stage 2, ready to run, with the networks of our `cfg`."""
     trainer_of = import_module("rtdmd.trainers.rtdmd_trainer").RTDMDTrainer
     grpo = import_module("rtdmd.trainers.grpo_trainer")
-    cfg = bench.model.config("tilt", *settings(bench))
-    theirs = import_module("rtdmd.config").RTDMDConfig.from_yaml(
-        str(folder / "configs" / "rtdmd" / "sd35m.yaml"), overrides=_overrides(bench)
-    )
+    theirs = their_config(bench, folder, "rtdmd", **(_sizes(bench) | overrides))
     loaded = parts(bench, cfg)
     loaded["vae"] = copy.deepcopy(bench.model.backbone(cfg).vae)
     plain = copy.deepcopy(loaded["transformer"])
     split = grpo.GRPOTrainer._split_prompt_batch
     grpo.GRPOTrainer._split_prompt_batch = staticmethod(split)
-    trainer = trainer_of(theirs)
-    known = prompts(bench, cfg)
-    with _surroundings(bench), ExitStack() as stack:
-        stack.enter_context(patch.object(grpo, "load_sd35_models", lambda _: loaded))
+    trainer, loader = trainer_of(theirs), PUBLISHED[bench.model.name][1]
+    with surroundings(bench), ExitStack() as stack:
+        stack.enter_context(patch.object(grpo, loader, lambda _: loaded))
         stack.enter_context(patch.object(trainer_of, "_wrap_models", lambda *_: None))
         one = lambda *_, **__: copy.deepcopy(plain)  # noqa: E731
         stack.enter_context(patch.object(trainer_of, "_load_pretrained_transformer", one))
         trainer.setup_models()
         trainer.setup_optimizers()
-    trainer._encode_prompts = lambda batch: (known[0][: len(batch)], known[1][: len(batch)])
-    trainer._uncond_embeds = (known[0][-1:], known[1][-1:])
-    trainer._scorer = Scorer(CLIPScore(CLIP, bench.model.device))
-    chosen = theirs.grpo
-    workers, empty = ThreadPoolExecutor(1), trainer._get_uncond_embeds(bench.batch)
+    trainer._scorer = Scorer(reward)
+    return trainer
+
+
+def epoch_of_theirs(bench: Bench, trainer: Any, number: int, seen: HostTorch | None = None) -> None:
+    """One epoch; their modules see `seen` as torch."""
+    chosen = trainer.config.grpo
+    empty = trainer._get_uncond_embeds(bench.batch)
     steps = trainer._resolve_step_selection(chosen)
     clip = (chosen.clip_range_lt, chosen.clip_range_gt)
-
-    def run(number: int) -> None:
-        trainer._grpo_epoch = number
-        with _surroundings(bench):
-            seen = trainer._run_grpo_epoch(
-                chosen, nullcontext, workers, *empty, *empty, 4, *clip, step_sel_config=steps
-            )
-        assert seen["num_samples_after_filter"] == bench.batch, "samples were left out"
-
-    return run
+    trainer._grpo_epoch = number
+    with surroundings(bench, seen), ThreadPoolExecutor(1) as workers:
+        metrics = trainer._run_grpo_epoch(
+            chosen, nullcontext, workers, *empty, *empty, 4, *clip, step_sel_config=steps
+        )
+    assert metrics["num_samples_after_filter"] == bench.batch, "samples were left out"
 
 
-def _overrides(bench: Bench) -> dict[str, Any]:
+def _sizes(bench: Bench) -> dict[str, Any]:
+    """No process group: on one device their strategy is `ddp`, which wraps nothing."""
     batch = bench.batch
     return {
-        "model.image_resolution": bench.side,
-        "model.dtype": "fp32",
-        "model.generator_lora.load_path": "",
-        "model.fake_score_lora.load_path": "",
-        "grpo.reward_fn": {"clipscore": 1.0},
-        "grpo.num_batches_per_epoch": 1,
-        "grpo.gradient_accumulation_steps": 1,
-        "grpo.sample_batch_size": batch,
-        "grpo.train_batch_size": batch,
-        "grpo.num_image_per_prompt": GROUP,
-        "grpo.vae_decode_batch_size": batch,
-        "grpo.last_step_loss.fake_score_batch_size": batch,
+        "model__dtype": "fp32",
+        "model__generator_lora__load_path": "",
+        "model__fake_score_lora__load_path": "",
+        "distributed__strategy": "ddp",
+        "grpo__reward_fn": {"clipscore": 1.0},
+        "grpo__num_batches_per_epoch": 1,
+        "grpo__gradient_accumulation_steps": 1,
+        "grpo__sample_batch_size": batch,
+        "grpo__train_batch_size": batch,
+        "grpo__num_image_per_prompt": GROUP,
+        "grpo__vae_decode_batch_size": batch,
+        "grpo__last_step_loss__fake_score_batch_size": batch,
         "prompt_path": str(bench.model.folder / "prompts.txt"),
-        "logging.enabled": False,
-        "eval.enabled": False,
     }
 
 
@@ -153,27 +171,12 @@ class Backend(nn.Module):
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
 
-class _Torch:
-    """torch as a module sees it whose device is the CPU whatever it names."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def device(self, *_: object) -> torch.device:
-        return torch.device("cpu")
-
-
 @contextmanager
-def _surroundings(bench: Bench) -> Iterator[None]:
+def surroundings(bench: Bench, seen: HostTorch | None = None) -> Iterator[None]:
+    """What their modules have around them; on a CPU `seen` is their torch."""
     with on_device(bench.model.device), ExitStack() as stack:
         if bench.model.device.type == "cpu":
-            for name in (
-                "base_trainer",
-                "grpo_trainer",
-                "rtdmd_trainer",
-                "ac_dmd_mixin",
-                "bp_mixin",
-            ):
+            for name in MODULES:
                 module = import_module(f"rtdmd.trainers.{name}")
-                stack.enter_context(patch.object(module, "torch", _Torch()))
+                stack.enter_context(patch.object(module, "torch", seen or HostTorch()))
         yield
