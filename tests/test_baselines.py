@@ -186,6 +186,7 @@ def stage_1(out: Path, *more: str) -> dict[str, Tensor]:
 PHASED = ("cold_start.boundary_order=phased", "cold_start.phase=2")
 
 
+@pytest.mark.long
 def test_a_phase_has_one_boundary_for_both_networks(tmp_path: Path) -> None:
     cfg = load_config("mixture_cold_start", [f"run.out={tmp_path}", *SHORT, *PHASED])
     stage = build_stage(cfg).stage

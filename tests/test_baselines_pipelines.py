@@ -54,6 +54,7 @@ def test_a_samples_features_do_not_know_its_neighbours(family: str, tiny_pipelin
     torch.testing.assert_close(head(beside)[:1], head(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_guidance_apart_is_another_gradient_and_goes_on_where_it_stopped(
     tiny_pipeline: Tiny, tmp_path: Path
 ) -> None:
@@ -68,6 +69,7 @@ def test_guidance_apart_is_another_gradient_and_goes_on_where_it_stopped(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.long
 def test_a_discriminator_on_a_pipeline_goes_on_where_it_stopped(
     tiny_pipeline: Tiny, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbone_helpers import Tiny
+from lengths import mostly_long
 from recording import Recording
 from rich.console import Console
 from test_distributed import Runner, run, server  # noqa: F401
@@ -81,7 +82,7 @@ def weights(build: Build) -> dict[str, torch.Tensor]:
     return {f"{g}/{n}": w.clone() for g, inside in state.items() for n, w in inside.items()}
 
 
-@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+@pytest.mark.parametrize("stage", mostly_long(["cold_start", "tilt"], "tilt"))
 def test_an_iteration_is_that_of_a_run_over_its_size(
     config: Config, tmp_path: Path, stage: str
 ) -> None:
@@ -119,7 +120,7 @@ def finals(directory: Path) -> dict[str, torch.Tensor]:
     return {f"{g}/{n}": w for g, inside in tensors.items() for n, w in inside.items()}
 
 
-@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+@pytest.mark.parametrize("stage", mostly_long(["cold_start", "tilt"], "cold_start"))
 def test_a_resumed_run_is_the_uninterrupted_one(config: Config, tmp_path: Path, stage: str) -> None:
     whole = run_training(config(stage, tmp_path / "whole", LIST), QUIET)
     half = tmp_path / "half"

@@ -71,6 +71,7 @@ def test_numbers_of_any_length_are_refused_in_a_short_sentence() -> None:
 WRONG = ("[]", "[[]]", "{}", "{a: 1}", "true", "null", '"\\0"', '"\\ud800"', "x y")
 
 
+@pytest.mark.long
 def test_no_value_is_answered_in_pydantics_own_words() -> None:
     said = set()
     for key, wrong in itertools.product(config_keys(), WRONG):

@@ -23,6 +23,7 @@ WRITERS = (
 """Every way in which a run writes."""
 
 
+@pytest.mark.long
 def test_full_at_any_write_it_ends_in_a_sentence_and_goes_on_bit_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def outcomes(
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("title", CASES)
 def test_one_sentence(outcomes: dict[str, Outcome], title: str) -> None:
     result = outcomes[title]
@@ -37,6 +38,7 @@ def test_one_sentence(outcomes: dict[str, Outcome], title: str) -> None:
     assert not result.planted
 
 
+@pytest.mark.long
 def test_the_documentation_is_what_is_printed(outcomes: dict[str, Outcome]) -> None:
     assert len(outcomes) >= 60
     assert DOC.read_text() == document(outcomes)

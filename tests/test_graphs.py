@@ -117,7 +117,7 @@ def weights(build: Build, first: int, last: int) -> dict[str, Tensor]:
 PLAIN = ["model.gradient_checkpointing=false", "train.fake_scores=per_boundary"]
 KEPT = ["cold_start.keep_graph=true", "cold_start.fresh_boundary=false"]
 STAGES = [
-    ("cold_start", []),
+    pytest.param("cold_start", [], marks=pytest.mark.long),
     pytest.param("cold_start", PLAIN, marks=pytest.mark.long),
     pytest.param("cold_start", KEPT, marks=pytest.mark.long),
     pytest.param("tilt", [], marks=pytest.mark.long),

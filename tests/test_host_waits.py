@@ -46,7 +46,12 @@ TOKENS = ["model.max_sequence_length=64"]
 CLIP = "rewards={'clipscore': 1.0}"
 CASES = [
     ("sd35m", "cold_start", ["cold_start.reuse=2"]),
-    ("sd35m", "tilt", ["tilt.match_steps=random", "tilt.log_prob=gaussian", CLIP]),
+    pytest.param(
+        "sd35m",
+        "tilt",
+        ["tilt.match_steps=random", "tilt.log_prob=gaussian", CLIP],
+        marks=pytest.mark.long,
+    ),
     pytest.param("sd35m", "cold_start", ["adapters.kind=copies"], marks=pytest.mark.long),
     pytest.param("flux1_dev", "cold_start", [], marks=pytest.mark.long),
     pytest.param("flux2_klein_4b", "tilt", ["tilt.kl=0.1"], marks=pytest.mark.long),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lengths import mostly_long
 from test_distributed import Runner, home, run, server  # noqa: F401  (fixtures)
 from test_train import QUIET, pipeline, prompts, recipe, weights  # noqa: F401  (fixtures)
 from test_train import run as train
@@ -45,7 +44,8 @@ def cold(pipeline: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
     return train("cold_start", pipeline, prompts, tmp_path_factory.mktemp("runs") / "cold", *COLD)
 
 
-@pytest.mark.parametrize("stage", mostly_long(["cold_start", "tilt"], "tilt"))
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
 def test_resumed_equals_uninterrupted(
     stage: str,
     pipeline: Path,  # noqa: F811

@@ -111,6 +111,7 @@ def test_bootstrap_interval_has_its_coverage(kind: str) -> None:
     assert 0.93 <= hits / 1000 <= 0.97
 
 
+@pytest.mark.long
 def test_compare_keeps_its_error_rate_over_several_rewards() -> None:
     """The chance that any of four rewards, two of them correlated, is called different."""
     rng = np.random.default_rng(5)

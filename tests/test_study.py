@@ -153,6 +153,7 @@ def test_every_row_of_the_paper_is_in_order(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.long
 def test_the_tuning_runs_are_the_papers_rows_at_three_rates(tmp_path: Path) -> None:
     paper, tuning = (load_study(STUDIES / name) for name in ("paper.yaml", "tuning.yaml"))
     rates: dict[str, set[float]] = {}

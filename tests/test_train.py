@@ -98,7 +98,12 @@ REUSE = ["cold_start.reuse=3", "cold_start.generator_every=5"]  # step 2 is with
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"), [("cold_start", []), ("cold_start", REUSE), ("tilt", [])]
+    ("stage", "options"),
+    [
+        ("cold_start", []),
+        pytest.param("cold_start", REUSE, marks=pytest.mark.long),
+        ("tilt", []),
+    ],
 )
 def test_resumed_equals_uninterrupted(
     stage: str, options: list[str], pipeline: Path, prompts: Path, cold: Path, tmp_path: Path
