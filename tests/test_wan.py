@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
@@ -31,7 +28,6 @@ from tiltflow.core.sizes import Resolution, said
 from tiltflow.data.buckets import Bucket
 from tiltflow.data.prompts import Prompt
 from tiltflow.evaluation.files import read_evaluation
-from tiltflow.evaluation.pictures import grid, pixels_of
 from tiltflow.formats.card import call_of
 from tiltflow.formats.contract import read_contract
 from tiltflow.formats.workflow import no_workflow, workflow
@@ -380,35 +376,3 @@ def test_the_cards_call_makes_the_videos_of_sample(tiny_pipeline: Tiny, tmp_path
     assert no_workflow(whole) is None
     nodes = {node["class_type"]: node["inputs"] for node in workflow(whole).values()}
     assert nodes["EmptyHunyuanLatentVideo"]["length"] == 9 and "SaveAnimatedWEBP" in nodes
-
-
-@pytest.mark.parametrize("still", [0, 2, 5], ids=["moving", "half", "still"])
-def test_a_file_of_a_video_holds_its_frames(tmp_path: Path, still: int) -> None:
-    """Those that are as the one before, too: a student may have given up moving."""
-    videos = torch.rand(2, 5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
-    videos[:, :still] = videos[:, :1]
-    encoded = VIDEOS.encode(VIDEOS.rounded(videos))
-    assert encoded.shape == (2, 5, 16, 24, 3)
-    VIDEOS.save(encoded[0], tmp_path / "v.png")
-    file: Any = Image.open(tmp_path / "v.png")
-    assert file.n_frames == 5 and file.info["duration"] == pytest.approx(62.5)
-    for k in range(5):
-        file.seek(k)
-        assert np.array_equal(np.asarray(file.convert("RGB")), encoded[0, k])
-
-
-def test_a_report_plays_videos(tmp_path: Path) -> None:
-    """Every second frame, shrunk, and not without an end."""
-    videos = torch.linspace(0, 1, 9).view(1, 9, 1, 1, 1).expand(1, 9, 3, 300, 600)
-    VIDEOS.save(VIDEOS.encode(VIDEOS.rounded(videos))[0], tmp_path / "v.png")
-    seen = pixels_of(tmp_path / "v.png")
-    assert seen.shape == (5, 128, 256, 3)
-    [(prompt, [(system, link, width, height)])] = grid({"a": [seen]}, ["x"])
-    assert (prompt, system, width, height) == ("x", "a", 256, 128)
-    kind, data = link.split(";base64,")
-    file: Any = Image.open(BytesIO(base64.b64decode(data)))
-    assert kind == "data:image/webp" and file.n_frames == 5 and file.info["loop"] == 2
-    for k in range(5):
-        file.seek(k)
-        assert np.allclose(np.asarray(file.convert("RGB")), seen[k], atol=3)
-    assert seen[:, 0, 0, 0].tolist() == [0, 64, 128, 191, 255]

@@ -171,8 +171,7 @@ def fit_tilt(x: Tensor, mixture: GaussianMixture, direction: Tensor) -> tuple[fl
     fit = scipy.optimize.minimize_scalar(
         divergence, bounds=(-edge, edge), method="bounded", options={"xatol": 1e-7}
     )
-    # A KL of 0 comes out as -1e-17 after rounding.
-    return float(fit.x), max(float(fit.fun), 0.0)
+    return float(fit.x), max(float(fit.fun), 0.0)  # a KL of 0 comes out as -1e-17 after rounding
 
 
 def sliced_wasserstein(
