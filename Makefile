@@ -1,6 +1,8 @@
 # Each target makes .venv first where it is missing or older than what it is made from.
 PYTHON ?= python3
 WORKERS ?= 2
+# Long tests often wait for processes of their own: a third worker fills the gaps.
+SLOW_WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -29,7 +31,7 @@ test: $(STAMP)
 
 # what takes minutes by itself: compiled architectures, kills
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m long
+	$(BIN)/python -m pytest -q -n $(SLOW_WORKERS) --dist loadfile --no-loadscope-reorder -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -112,6 +112,7 @@ def tilt(places: tuple[Path, Path, Path], out: Path, rewards: dict[str, dict]) -
     return run_training(load_config("demo_tilt", chosen), QUIET)
 
 
+@pytest.mark.long
 def test_the_fake_score_learns_while_a_reward_elsewhere_scores(
     places: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

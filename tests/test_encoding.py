@@ -154,6 +154,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {f"{group}/{k}": v for group, table in tensors.items() for k, v in table.items()}
 
 
+@pytest.mark.long
 def test_training_never_encodes_twice(
     settings: Callable[..., Any], counts: Counts, tmp_path: Path
 ) -> None:

@@ -94,7 +94,8 @@ def stage(tiny: Tiny, out: Path, *more: str) -> Build:
     return build_stage(load_config("sd35m_cold_start", [*values, *more]))
 
 
-@pytest.mark.parametrize("keep_graph", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("keep_graph", [False, True])
 def test_the_recipe_takes_the_fast_path(
     tiny_pipeline: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_graph: bool
 ) -> None:

@@ -32,7 +32,6 @@ from tiltflow.rewards.remote.limits import BODY_LIMIT
 
 pytest.importorskip("uvicorn")
 
-pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[1]
 TOKEN = "the-token-of-this-test"
 NAME = "reward_servers:mean"

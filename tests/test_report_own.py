@@ -29,6 +29,7 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run", 1, False)
 
 
+@pytest.mark.long
 def test_a_report_of_two_runs_leaves_their_own_alone(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, seed, False) for seed, name in enumerate(("a", "b"))]
     own = {write_run_report([run], None): run for run in runs}

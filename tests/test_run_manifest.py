@@ -52,6 +52,7 @@ def place(tiny_pipeline: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return folder
 
 
+@pytest.mark.long
 def test_paths_in_the_resolved_config_are_absolute(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
