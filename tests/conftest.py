@@ -13,8 +13,14 @@ import pytest
 # Child processes see it too: bits depend on the number of threads. Torch reads it on import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LONGEST = ("test_mixture_training.py", "test_distributed.py")
-"""The files that take longest: begun first, so that two processes end at about the same time."""
+LONGEST = tuple(
+    f"test_{name}.py"
+    for name in (
+        "mixture_training", "families_ranks", "families_training", "buckets", "compiled", "submit",
+        "study", "demo_loop", "interface", "kills_embedded", "distributed", "export_workflow",
+    )
+)  # fmt: skip
+"""The files that take longest: begun first, so that all processes end at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
