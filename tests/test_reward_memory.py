@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tiltflow.config.load import load_config
 from tiltflow.rewards.base import load_reward
 from tiltflow.rewards.sizes import reward_memory
 from tiltflow.setup.planner import GIB
+from tiltflow.tasks import plans
 from tiltflow.tasks.plans import plan_recipe, reward_models
 
 
@@ -121,3 +123,12 @@ def test_a_plan_counts_the_passes_that_a_term_of_ones_own_holds_at_once(
         generator(t) for t in ("{}", "{nft: {draws: 1}}", "{nft: {draws: 2}}", "{nft: {draws: 3}}")
     )
     assert bare == one < two < three  # a step of the standard terms is as much as one pass
+
+
+def test_a_rewards_folder_may_have_any_name() -> None:
+    """The room is that of the reward, whatever words are in its path."""
+    name = "runs/my reward taste"
+    cfg: Any = SimpleNamespace(
+        rewards={name: Named(options={"at_once": 16})}, watch=SimpleNamespace(rewards={})
+    )
+    assert plans._working(cfg, {f"reward {name}": 1000}) == int(16 * plans.OF_IMAGE * 1000)

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from tiltflow.core.disk import fsync, parse_json
-from tiltflow.models.medium import spread
+from tiltflow.models.medium import frames_in, spread
 from tiltflow.rewards.frames import FRAMES
 
 MOST_PIXELS = 64 * 1024 * 1024
@@ -76,18 +75,11 @@ def _read(source: Path | bytes, digest: str | None) -> Tensor:
         with Image.open(BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{name} has too many pixels")
-            pixels = np.stack(list(_frames(image)))
+            seen = frames_in(image, lambda count: spread(count, FRAMES))
+            pixels = np.stack([np.asarray(frame) for frame in seen])
     except (EOFError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is no image that can be read") from error
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-
-
-def _frames(image: Image.Image) -> Iterator[NDArray[np.uint8]]:
-    """The image, or of an animated file (videos are animated PNGs) `FRAMES` of its frames."""
-    count = getattr(image, "n_frames", 1) if image.format in ("PNG", "WEBP") else 1
-    for number in spread(count, FRAMES):
-        image.seek(number)
-        yield np.asarray(image.convert("RGB"))
 
 
 def append_vote(path: Path, row: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tiltflow.models.medium import FRAMES_PER_SECOND
+from tiltflow.models.medium import FRAMES_PER_SECOND, frames_in
 
 MAX_SIDE = 256  # pixels; larger images are shrunk, or 24 prompts make a page of 100 MB
 MAX_SHEET = 768  # pixels of the longer side of a whole sheet of samples
@@ -115,15 +115,11 @@ def pixels_of(file: Path, most: int = MAX_SIDE) -> Pixels:
     """
     try:
         with Image.open(file) as image:
-            count = getattr(image, "n_frames", 1)
-            if count == 1:
-                return np.asarray(image.convert("RGB"))
-            frames = []
-            for number in range(0, count, EVERY):
-                image.seek(number)
-                frames.append(image.convert("RGB"))
+            frames = list(frames_in(image, lambda count: range(0, count, EVERY)))
     except (EOFError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is no image that can be read") from error
+    if len(frames) == 1:
+        return np.asarray(frames[0])
     return np.stack([np.asarray(_shrunk(frame, most)) for frame in frames])
 
 

@@ -8,7 +8,7 @@ or a video of one's own) is a `Medium`, and nothing else in the package asks for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -206,6 +206,15 @@ class VideoMedium:
         at = spread(samples.shape[1], SHOWN)
         strips = samples[:, at].permute(0, 2, 3, 1, 4).flatten(3)  # (B, 3, H, frames · W)
         return IMAGES.sheet(strips, columns)
+
+
+def frames_in(image: Image.Image, chosen: Callable[[int], Iterable[int]]) -> Iterator[Image.Image]:
+    """Of an opened file the frames that are `chosen` by how many there are, in RGB: of a picture
+    one, of an animated PNG or WebP (videos are animated PNGs) several."""
+    count = getattr(image, "n_frames", 1) if image.format in ("PNG", "WEBP") else 1
+    for number in chosen(count):
+        image.seek(number)
+        yield image.convert("RGB")
 
 
 class PointMedium:

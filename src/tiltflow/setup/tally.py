@@ -101,7 +101,8 @@ def _is_view(func: Any) -> bool:
 def _all_new(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> bool:
     """Whether an operation has given plain tensors on the meta device, each with a storage of its
     own and of its size: `_unsafe_view` has not, and does not say so in its schema."""
-    given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    given = {leaf.untyped_storage()._cdata for leaf in leaves}
     tensors = [result] if isinstance(result, Tensor) else result
     return (
         isinstance(tensors, (list, tuple))
@@ -117,10 +118,6 @@ def _extent(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Key | None:

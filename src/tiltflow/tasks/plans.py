@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tiltflow.config.load import RunConfig
+from tiltflow.config.load import RewardConfig, RunConfig
 from tiltflow.core.paths import resolve_path
 from tiltflow.data.embeddings import BATCH
 from tiltflow.models.adapters import AdapterSettings
@@ -127,7 +127,7 @@ def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
     from tiltflow.rewards.sizes import reward_memory
 
     held, unknown = {}, []
-    for kind, table in (("reward", cfg.rewards), ("watched reward", cfg.watch.rewards)):
+    for kind, table in _tables(cfg).items():
         for name, size in reward_memory(table).items():
             if size is None:
                 unknown.append(f"{kind} {name}")
@@ -136,14 +136,22 @@ def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
     return held, unknown
 
 
+def _tables(cfg: RunConfig) -> dict[str, dict[str, RewardConfig]]:
+    """The rewards that a run loads, by what they are for."""
+    return {"reward": cfg.rewards, "watched reward": cfg.watch.rewards}
+
+
 def _working(cfg: RunConfig, models: Mapping[str, int]) -> int:
     """What the largest of the reward models computes with, one after the other: as much again as
     its weights, which is a round figure, or the graph of the images that it gets at once."""
 
-    def of(name: str, size: int) -> float:
-        kind, _, reward = name.rpartition("reward ")
-        table = cfg.watch.rewards if kind else cfg.rewards
-        at_once = table[reward].options.get("at_once", 1)
+    def of(size: int, at_once: object) -> float:
         return size * max(1.0, OF_IMAGE * at_once if isinstance(at_once, int) else 0.0)
 
-    return int(max(of(name, size) for name, size in models.items()))
+    return int(
+        max(
+            of(models.get(f"{kind} {name}", 0), reward.options.get("at_once", 1))
+            for kind, table in _tables(cfg).items()
+            for name, reward in table.items()
+        )
+    )
