@@ -79,9 +79,21 @@ def test_retention_keeps_the_newest_and_what_latest_points_at(tmp_path: Path) ->
     for step in (1, 2, 3, 4):
         save(tmp_path, step, keep=2)
     assert names(tmp_path) == ["latest", "step-000003", "step-000004"]
-    save(tmp_path, 1, keep=1)
+    save(tmp_path, 2, keep=3)
+    save(tmp_path, 1, keep=2)
     assert names(tmp_path) == ["latest", "step-000001", "step-000004"]
     assert latest_step(tmp_path) == 1
+
+
+def test_a_branch_that_was_left_is_older_than_the_one_that_goes_on(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step, keep=4)
+    save(tmp_path, 3, keep=4)  # gone on from step 2
+    assert names(tmp_path) == ["latest", "step-000002", "step-000003", "step-000006", "step-000008"]
+    save(tmp_path, 5, keep=2)
+    assert names(tmp_path) == ["latest", "step-000003", "step-000005"]
+    save(tmp_path, 1_000_000, keep=2)
+    assert names(tmp_path) == ["latest", "step-000005", "step-1000000"]
 
 
 def test_saving_the_same_again_leaves_it_alone(tmp_path: Path) -> None:

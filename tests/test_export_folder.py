@@ -21,6 +21,7 @@ from tiltflow.config.load import load_config
 from tiltflow.formats import writing as writer
 from tiltflow.formats.folder import check_export_folder, replacing
 from tiltflow.formats.wanted import Wanted
+from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.checks import check_export
 from tiltflow.tasks import export as command
 from tiltflow.tasks.export import export_checkpoint
@@ -110,7 +111,7 @@ def test_through_a_link_the_target_is_replaced(made: Student, used: Path) -> Non
 PLACES = [
     (writer, "save_file", 0),
     (writer, "save_file", 1),
-    (writer.CPSFlowMatchScheduler, "save_pretrained", 0),
+    (CPSFlowMatchScheduler, "save_pretrained", 0),
     (command, "save_merged", 0),
     (command, "_write", 0),
     (command, "_write", 3),

@@ -16,6 +16,8 @@ from tiltflow.core.metrics import read_metrics
 
 Tiny = Callable[[str], Path]
 WAYS = {"one": (1, []), "two": (2, []), "sharded": (2, ["run.sharding=fsdp2"])}
+REPLICATED = ("sd3", "z_image", "wan")
+"""Families that are run on two whole copies too; shards pad and average by the same code."""
 SLOWLY = ["train.generator_lr=1e-4", "train.fake_score_lr=1e-4", "log.every=1", "adapters.rank=4"]
 
 
@@ -37,9 +39,10 @@ def test_ranks_and_a_shared_base_equal_one(
         made = {
             way: run(f"{family}_{stage}_{way}", str(place), size, *options)
             for way, (size, options) in WAYS.items()
+            if way != "two" or family in REPLICATED
         }
         lines = read_metrics(made["one"] / "metrics.jsonl")
-        for way in ("two", "sharded"):
+        for way in made.keys() - {"one"}:
             off = gap(made[way], made["one"])
             assert off < 1e-4, (stage, way, off)
             rows = read_metrics(made[way] / "metrics.jsonl")

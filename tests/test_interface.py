@@ -84,6 +84,20 @@ def test_import_waits_for_no_library() -> None:
     assert not HEAVY & set(done.stdout.split())
 
 
+def test_commands_wait_for_the_libraries_that_they_need_alone() -> None:
+    """Those of pipelines take seconds: a run on the mixture, the desk, a reward server of one's
+    own function and a study need none."""
+    modules = "train", "study", "reward_server", "evaluate", "export", "report", "demo", "doctor"
+    code = "; ".join(
+        ["import sys, tiltflow.desk.app", *(f"import tiltflow.tasks.{name}" for name in modules)]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(*sys.modules)"], check=True, capture_output=True,
+        text=True, env={"PYTHONPATH": str(SRC)},
+    )  # fmt: skip
+    assert not {"accelerate", "diffusers", "peft", "transformers"} & set(done.stdout.split())
+
+
 def test_every_name_is_there_documented_and_on_the_page() -> None:
     assert set(tiltflow.__all__) <= set(dir(tiltflow))
     page = PAGE.read_text(encoding="utf-8")

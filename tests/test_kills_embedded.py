@@ -19,7 +19,7 @@ def test_stage_two_with_a_clip_reward_killed_at_random_moments_ends_bit_equal(
 ) -> None:
     """The short form of `benchmarks/kill_resume.py --model embedded`."""
     script = ROOT / "benchmarks" / "kill_resume.py"
-    options = ["--model", "embedded", "--stage", "tilt", "--kills", "4", "--json"]
+    options = ["--model", "embedded", "--stage", "tilt", "--kills", "2", "--json"]
     subprocess.run(
         [sys.executable, script, *options, tmp_path / "kills.json"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
@@ -27,5 +27,5 @@ def test_stage_two_with_a_clip_reward_killed_at_random_moments_ends_bit_equal(
         stdout=subprocess.DEVNULL,
     )
     found = json.loads((tmp_path / "kills.json").read_text())
-    assert found["kills"] == found["bit_equal"] == 4
-    assert found["during_save"] >= 2  # two are aimed at one; another may come in one by chance
+    assert found["kills"] == found["bit_equal"] == 2
+    assert found["during_save"] >= 1  # one is aimed at one; the other may come in one by chance

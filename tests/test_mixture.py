@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,11 @@ from tiltflow.models.backbone import Backbone
 from tiltflow.models.families.mixture import (
     GaussianMixture,
     MixtureBackbone,
-    StudentNetwork,
     fit_tilt,
     ring,
     sliced_wasserstein,
 )
+from tiltflow.models.families.mixture_student import StudentNetwork, fitted_student
 
 RIGHT = torch.tensor([1.0, 0.0])
 
@@ -234,3 +236,35 @@ def test_bad_input_is_refused() -> None:
         MixtureBackbone().new_copy("ema", 0)
     with pytest.raises(ValueError, match="no adapters"):
         MixtureBackbone().lora_targets()
+
+
+def test_a_fit_is_kept_for_the_processes_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TILTFLOW_CACHE", str(tmp_path))
+    fit = partial(fitted_student, ring(), seed=0, steps=3, shift=3.0)
+    first = fit()
+    (kept,) = (tmp_path / "mixture").iterdir()
+    times = kept.stat().st_mtime_ns
+    assert same(fit(), first) and kept.stat().st_mtime_ns == times
+    # another mixture, seed, length or shift is another fit
+    for other in (
+        partial(fit, seed=1), partial(fit, steps=4), partial(fit, shift=2.0),
+        partial(fitted_student, ring(std=0.3), seed=0, steps=3, shift=3.0),
+    ):  # fmt: skip
+        assert not same(other(), first)
+    assert len(list((tmp_path / "mixture").iterdir())) == 5
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert same(fit(), first) and kept.stat().st_mtime_ns > times
+    # sums of another number of threads are another fit's
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    fit()
+    assert len(list((tmp_path / "mixture").iterdir())) == 6
+    # and where nothing can be kept it is fitted all the same
+    monkeypatch.setenv("TILTFLOW_CACHE", str(kept))
+    assert same(fit(), first)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    there = other.state_dict()
+    return all(torch.equal(value, there[name]) for name, value in one.state_dict().items())

@@ -21,7 +21,7 @@ from tiny_flux2_dev import TEMPLATE
 from tiny_qwen import eye, language, tokenizer
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from tiltflow.models.pipelines.words import TextProcessor
+from tiltflow.models.pipelines.processor import TextProcessor
 
 
 class Qwen3VLProcessor(TextProcessor):

@@ -214,9 +214,13 @@ def _put(temporary: Path, target: Path, manifest: Mapping[str, Any]) -> None:
 
 def _retain(folder: Path, keep: int, good: int | None) -> None:
     """Removes all but the newest `keep` checkpoints, the latest and the newest of at most step
-    `good`."""
+    `good`. Later ones than the latest are of a branch that was left by going on from an earlier
+    step: they are older than any of this one."""
     latest = latest_name(folder)
     steps = steps_in(folder)
+    now = STEP.fullmatch(latest or "")
+    if now is not None:
+        steps.sort(key=lambda step: (step <= int(now[1]), step), reverse=True)
     kept = next((step for step in steps if good is not None and step <= good), None)
     for step in steps[keep:]:
         path = folder / step_name(step)

@@ -50,9 +50,15 @@ def embedding_cache(setting: str | None) -> Path | None:
         return None
     if setting is not None:
         return Path(home_for_tilde(setting))
+    return user_cache() / "embeddings"
+
+
+def user_cache() -> Path:
+    """The user's own folder of what may be made again: `$TILTFLOW_CACHE`, else `tiltflow` in
+    `$XDG_CACHE_HOME` or `~/.cache`."""
     own = os.environ.get("TILTFLOW_CACHE")
     base = Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return (base if own else base / "tiltflow") / "embeddings"
+    return base if own else base / "tiltflow"
 
 
 def check_folder(key: str, folder: Path) -> None:

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,10 +26,11 @@ from tiltflow.models.pipelines.loading import no_bars
 from tiltflow.models.pipelines.words import processors_of
 from tiltflow.models.roles import AdapterSettings
 from tiltflow.models.switch import FEW_STEP, TILT
-from tiltflow.scheduler import CPSFlowMatchScheduler
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # diffusers takes seconds to import, which checks of a run need not wait for
     from diffusers import DiffusionPipeline
+
+    from tiltflow.scheduler import CPSFlowMatchScheduler
 
 ORIGINS = ("_name_or_path", "name_or_path")
 """Where a part's settings say what directory it was read from."""
@@ -82,6 +81,8 @@ def save_adapter(
     that do not, which take a scale of 1. (`.alpha` tensors would say the same, but diffusers'
     loaders of SD3 and FLUX.2 refuse them, and FLUX.1's refuses them beside the metadata.)
     """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
     directory.mkdir(parents=True, exist_ok=True)
     weights, settings = baked(weights, settings)
     facts = {f"transformer.{key}": value for key, value in lora_metadata(settings).items()}
@@ -119,6 +120,8 @@ def few_step_scheduler(
     Raises:
         ValueError: if the pipeline's scheduler is one that CPS cannot follow.
     """
+    from tiltflow.scheduler import CPSFlowMatchScheduler
+
     family = model.family
     given = family.few_step_config(model.json("scheduler/scheduler_config.json"))
     known = inspect.signature(CPSFlowMatchScheduler.__init__).parameters
@@ -251,6 +254,8 @@ def load_lora(pipe: Any, folder: Path, name: str) -> None:
 def _quiet() -> Iterator[None]:
     """Without the libraries' own lines about a LoRA that does not fit, which the error says once,
     and about a second adapter beside a first, which is what is meant."""
+    from diffusers.utils import logging as diffusers_logging
+
     before = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:

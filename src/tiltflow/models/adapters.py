@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from tiltflow.core.randomness import Randomness
 from tiltflow.core.sentences import first_sentence
-from tiltflow.models.low_rank import fused
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, which what has no adapters need not wait for
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class AdapterSettings:
 
     def config(self, drawn: bool = True) -> LoraConfig:
         """PEFT's; `drawn` False leaves the weights as they come, where they have shapes only."""
+        from peft import LoraConfig
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # scaling takes any number
@@ -60,6 +63,8 @@ def add_adapter(
     Raises:
         ValueError: if the network has no such modules.
     """
+    from tiltflow.models.low_rank import fused
+
     before = {n for n, p in network.named_parameters() if p.requires_grad}
     drawn = not next(network.parameters()).is_meta
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -119,6 +116,8 @@ def read_adapter(folder: Path) -> tuple[AdapterSettings, dict[str, Tensor]]:
         ValueError: if the folder holds no single LoRA of a transformer, one that does not say its
             α, or one with something in its metadata that cannot be honoured.
     """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
     file = lora_file(student_folder(folder))
     check_lora_file(file)
     with safe_open(file, framework="pt") as opened:
@@ -189,6 +188,8 @@ def _facts(file: Path, raw: str | None) -> dict[str, Any] | None:
     except (AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} has metadata that is no JSON object") from error
     facts = {key.removeprefix(PREFIX): value for key, value in prefixed.items()}
+    from peft import LoraConfig
+
     usual = LoraConfig().to_dict()
     for key, value in sorted(facts.items()):
         init = str(value).lower() if key == "init_lora_weights" else ""
@@ -251,6 +252,8 @@ def _scale(
     if facts is None:
         assert given is not None
         return given / rank
+    from peft.utils.other import get_pattern_key
+
     ranks: dict[str, Any] = facts.get("rank_pattern") or {}
     alphas: dict[str, Any] = facts.get("alpha_pattern") or {}
     said = ranks.get(get_pattern_key(list(ranks), name), facts["r"])

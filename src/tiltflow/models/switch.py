@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from tiltflow.models.low_rank import Copies, FusedLinear
+if TYPE_CHECKING:  # PEFT takes seconds to import, which what has no adapters need not wait for
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from tiltflow.models.low_rank import Copies
 
 FEW_STEP, TILT = "few_step", "tilt"
 """The adapters of stage 1 and stage 2, as exports name them."""
@@ -40,6 +41,8 @@ class AdapterSwitch:
     """
 
     def __init__(self, network: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         self.layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
         self.active: tuple[str, ...] | None = None
         self.copies: dict[str, Copies] = {}
@@ -57,6 +60,8 @@ class AdapterSwitch:
 
     def _of(self, layer: BaseTunerLayer, names: tuple[str, ...]) -> dict[str, Any]:
         """A layer's attributes under these adapters."""
+        from tiltflow.models.low_rank import FusedLinear
+
         state = {"_disable_adapters": not names, "_active_adapter": list(names)}
         vars(layer).update(state)
         if isinstance(layer, FusedLinear):
@@ -70,6 +75,8 @@ class AdapterSwitch:
         Raises:
             ValueError: if it is a DoRA, whose magnitudes act in full at every strength, 0 too.
         """
+        from peft.tuners.lora import LoraLayer
+
         for layer in self.layers:
             if isinstance(layer, LoraLayer) and name in layer.scaling:
                 if strength != 1 and layer.use_dora.get(name):

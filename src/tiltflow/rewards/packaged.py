@@ -13,6 +13,7 @@ from tiltflow.core.paths import PACKAGED, resolve_path
 CLIP, CLIP_HELDOUT = "packaged:clip", "packaged:clip_heldout"
 VIT_L_14 = "openai/clip-vit-large-patch14"
 """The CLIP that general prompts are scored by."""
+PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP_WEIGHTS = {"clipscore": CLIP, "clipscore_heldout": CLIP_HELDOUT}
 """The builtin rewards that are any CLIP's cosine, and whose weights each takes where none are
 given."""

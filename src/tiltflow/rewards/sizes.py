@@ -18,14 +18,14 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.core.sentences import first_sentence
 from tiltflow.rewards.base import BUILTIN
 from tiltflow.rewards.fitted import fitted_folder, is_fitted
-from tiltflow.rewards.packaged import CLIP_WEIGHTS, VIT_L_14
+from tiltflow.rewards.packaged import CLIP_WEIGHTS, PICKSCORE, VIT_L_14
 from tiltflow.rewards.remote.address import ELSEWHERE, JUDGE
 from tiltflow.rewards.weights import DTYPES, scoring_mlp
 from tiltflow.rewards.zoo.geneval import MASK2FORMER
 from tiltflow.rewards.zoo.geneval2 import QWEN3_VL
 from tiltflow.rewards.zoo.hpsv3 import QWEN2_VL, reward_head
 from tiltflow.rewards.zoo.image_reward import BlipScorer
-from tiltflow.rewards.zoo.preference import PICKSCORE, VIT_H_14
+from tiltflow.rewards.zoo.preference import VIT_H_14
 from tiltflow.rewards.zoo.votes import read_facts
 
 _VIT_L: dict[str, Any] = {

@@ -14,10 +14,9 @@ from tiltflow.core.paths import resolve_path
 from tiltflow.models.pipelines.fingerprint import files_fingerprint
 from tiltflow.rewards.base import BUILTIN, PUBLISHED, published_reward, target_of
 from tiltflow.rewards.fitted import fitted_folder, is_fitted
-from tiltflow.rewards.packaged import CLIP_WEIGHTS
+from tiltflow.rewards.packaged import CLIP_WEIGHTS, PICKSCORE
 from tiltflow.rewards.remote.address import JUDGE, REMOTE
 from tiltflow.rewards.remote.asking import AWAY, judge_settings
-from tiltflow.rewards.zoo.preference import PICKSCORE
 
 NOT_OF_THE_SCORE = ("at_once", "device", "differentiable", "domain", "elsewhere")
 """What a reward is made with that changes no score of an image."""

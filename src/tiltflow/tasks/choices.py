@@ -17,7 +17,6 @@ from tiltflow.models.pipelines.directory import INDEX, Pipeline, Pipelines
 from tiltflow.models.pipelines.fingerprint import pipeline_fingerprint
 from tiltflow.models.pipelines.limits import is_number, is_whole
 from tiltflow.models.switch import FEW_STEP, TILT
-from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.tasks.levels import own_levels
 
 Dtype = Literal["fp32", "bf16"]
@@ -138,6 +137,8 @@ def _of_scheduler(model: Pipeline) -> dict[str, Any]:
     file = "scheduler/scheduler_config.json"
     if not model.has(INDEX) or not model.has(file):
         return {}  # what is missing is said when it is loaded
+    from tiltflow.scheduler import CPSFlowMatchScheduler
+
     config = model.json(file)
     if config.get("_class_name") != CPSFlowMatchScheduler.__name__:
         return {}

@@ -6,9 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import diffusers
+from typing import TYPE_CHECKING, Any
 
 from tiltflow.config.load import RunConfig, load_config
 from tiltflow.core.checkpoint import Checkpoint, load_checkpoint
@@ -58,10 +56,12 @@ from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.pipelines.resized import resized
 from tiltflow.models.switch import TILT
-from tiltflow.scheduler import CPSFlowMatchScheduler
 from tiltflow.setup.build import DTYPES
 from tiltflow.setup.run_directory import check_run
 from tiltflow.tasks.callbacks import SILENT, Callbacks
+
+if TYPE_CHECKING:
+    from tiltflow.scheduler import CPSFlowMatchScheduler
 
 
 def export_run(
@@ -296,6 +296,8 @@ class Source:
     @classmethod
     def of(cls, pipelines: Pipelines) -> Source:
         family = check_directory(pipelines.model)
+        import diffusers
+
         kind = getattr(diffusers, str(family.pipeline))
         return cls(pipelines.model, pipelines.base, family, kind)
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from tiltflow.core.randomness import Randomness
@@ -21,7 +20,6 @@ from tiltflow.models.backbone import Backbone, Conditioning
 from tiltflow.models.lora_files import adapter_keys, count_pairs
 from tiltflow.models.roles import Role
 from tiltflow.models.switch import FEW_STEP, TILT, AdapterSwitch, stack_tilt
-from tiltflow.scheduler import CPSFlowMatchScheduler
 
 TEACHER = "teacher"
 """The system that others are measured against: the teacher with all its steps."""
@@ -61,6 +59,8 @@ def load_students(
     Raises:
         ValueError: if a folder holds no LoRA, or one of another model.
     """
+    from tiltflow.scheduler import CPSFlowMatchScheduler
+
     made = partial(Role, autocast=autocast, guidance=guidance)
     if isinstance(backbone.pipe.scheduler, CPSFlowMatchScheduler):  # type: ignore[attr-defined]
         if few_step is not None:
@@ -92,6 +92,8 @@ def load_adapter(backbone: Backbone, name: str, folder: Path) -> None:
     Raises:
         ValueError: if the folder holds no LoRA, or one of another model.
     """
+    from peft import get_peft_model_state_dict
+
     pipe = backbone.pipe  # type: ignore[attr-defined]
     # klein's LoRAs belong to its second base, which the pipeline does not hold
     teacher, student = pipe.transformer, backbone.student_base

@@ -17,7 +17,6 @@ from tiltflow.models.medium import Features
 from tiltflow.models.roles import Role
 from tiltflow.rewards.combine import RewardMixture
 from tiltflow.rewards.frames import for_medium
-from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.setup.assemble import build_rewards
 from tiltflow.setup.build import Build
 from tiltflow.setup.watch_facts import reward_facts, series_digests
@@ -94,6 +93,8 @@ def _features(
     medium = build.backbone.medium
     if cfg.watch.clip is not None and medium.features is None:
         clip = RewardConfig(weight=0, path=cfg.watch.clip)
+        from tiltflow.rewards.zoo.clip_family import CLIPScore
+
         seen = for_medium(CLIPScore(cfg.watch.clip, device=build.backbone.device), medium)
         return seen.image_features, reward_facts("clipscore", clip)  # type: ignore[attr-defined]
     rewards = [item.reward for item in (*trained.rewards, *held_out.rewards)]

@@ -10,18 +10,17 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import scipy
 import torch
 from torch import Tensor, nn
 
-from tiltflow.flow import broadcast, interpolate, raw_levels, shift_sigma
+from tiltflow.flow import broadcast, raw_levels, shift_sigma
 from tiltflow.models.backbone import Conditioning
+from tiltflow.models.families.mixture_student import FIT_STEPS, StudentNetwork, fitted_student
 from tiltflow.models.medium import POINTS, Medium
 
 SHIFT = 3.0
-FIT_STEPS, FIT_BATCH, FIT_LR = 1500, 256, 1e-2
 
 
 class GaussianMixture:
@@ -205,97 +204,17 @@ class TeacherNetwork(nn.Module):
         return self.mixture.velocity(x, sigma)
 
 
-class StudentNetwork(nn.Module):
-    """An MLP of `x` (B, D) and Fourier features of σ (B,) that predicts the velocity (B, D).
-
-    With S = (1−σ)² scale² + σ², the MLP F sees x/√S and v = (σ − (1−σ) scale²)/S · x +
-    scale/√S · F: the first term is the exact velocity of N(0, scale² I) data, the second factor
-    the std of ε − x₀ given x_σ for it. So what F takes and gives is of order one at every σ.
-    """
-
-    def __init__(
-        self,
-        dimensions: int,
-        scale: float,
-        seed: int,
-        width: int = 128,
-        depth: int = 3,
-        frequencies: int = 8,
-    ) -> None:
-        super().__init__()
-        self.dimensions, self.scale, self.frequencies = dimensions, scale, frequencies
-        widths = [dimensions + 1 + 2 * frequencies] + [width] * depth
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.out = nn.Linear(width, dimensions)
-        self._initialise(seed)
-
-    def _initialise(self, seed: int) -> None:
-        """He-normal weights from `seed` alone, whatever the global generator's state."""
-        generator = torch.Generator().manual_seed(seed)
-        for layer in self.hidden:
-            assert isinstance(layer, nn.Linear)
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def _features(self, level: Tensor) -> Tensor:
-        """σ and its sines and cosines at 1/4, 2/4, ... of a cycle: (B, 1 + 2 · frequencies)."""
-        counts = torch.arange(1, self.frequencies + 1, device=level.device, dtype=level.dtype)
-        phase = level * counts * (math.pi / 2)
-        return torch.cat([level, phase.sin(), phase.cos()], dim=1)
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        level = broadcast(sigma, x).expand(x.shape[0], 1)
-        variance = ((1 - level) * self.scale) ** 2 + level**2
-        root = variance.sqrt()
-        h = torch.cat([x / root, self._features(level)], dim=1)
-        for layer in self.hidden:
-            h = nn.functional.silu(layer(h))
-        slope = (level - (1 - level) * self.scale**2) / variance
-        return slope * x + self.scale / root * self.out(h)
-
-
-def _fit_batch(
-    mixture: GaussianMixture, n: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Points (n, D) and levels (n,): half of them uniform in σ, half shifted towards noise."""
-    x0 = mixture.sample(n, generator)
-    noise = torch.randn(x0.shape, generator=generator)
-    u = torch.rand(n, generator=generator)
-    sigma = torch.where(torch.arange(n) % 2 == 0, u, shift_sigma(u, SHIFT))
-    return interpolate(x0, noise, sigma), sigma
-
-
 @functools.lru_cache(maxsize=16)
-def _fitted_student(
+def _student(
     means: tuple[tuple[float, ...], ...],
     std: tuple[float, ...],
     weights: tuple[float, ...],
     seed: int,
     steps: int,
 ) -> StudentNetwork:
-    """The student fitted to the mixture's velocity; always on the CPU, so alike on any device.
-
-    Kept for the life of the process: do not change the returned network, copy it.
-    """
+    """Kept for the life of the process: do not change the returned network, copy it."""
     mixture = GaussianMixture(torch.tensor(means), torch.tensor(std), torch.tensor(weights))
-    network = StudentNetwork(mixture.dimensions, mixture.rms(), seed)
-    generator = torch.Generator().manual_seed(seed)
-    adam = torch.optim.Adam(network.parameters(), lr=FIT_LR, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, FIT_LR, max(steps, 2), pct_start=0.05)
-    with torch.enable_grad():
-        for _ in range(steps):
-            x, sigma = _fit_batch(mixture, FIT_BATCH, generator)
-            # The same weight that makes the inner MLP's target of order one.
-            level = sigma[:, None]
-            weight = ((1 - level) * network.scale) ** 2 + level**2
-            error = network(x, sigma) - mixture.velocity(x, sigma)
-            adam.zero_grad()
-            (weight * error**2).mean().backward()
-            adam.step()
-            schedule.step()
-    return network
+    return fitted_student(mixture, seed, steps, SHIFT)
 
 
 class MixtureBackbone:
@@ -303,7 +222,7 @@ class MixtureBackbone:
 
     It has no prompts (every one conditions on nothing) and no guidance; generator and fake score
     are separate networks that start from an MLP fitted to the teacher, not adapters. A student
-    is fitted once a process and seed, in about three seconds on one core.
+    is fitted once a seed and machine, in about three seconds on one core, and kept.
     """
 
     family, guidance = "mixture", 1.0
@@ -336,7 +255,7 @@ class MixtureBackbone:
         on_cpu = self.mixture.to(torch.device("cpu"))
         means = tuple(tuple(row) for row in on_cpu.means.tolist())
         std, weights = tuple(on_cpu.std.tolist()), tuple(on_cpu.weights.tolist())
-        fitted = _fitted_student(means, std, weights, seed, self.fit_steps)
+        fitted = _student(means, std, weights, seed, self.fit_steps)
         return copy.deepcopy(fitted).to(self.device)
 
     def new_copy(self, of: str, seed: int) -> nn.Module:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -331,9 +330,12 @@ class PipelineBackbone(ABC):
         """Equal raw levels 1, ..., 1/K through the pipeline's own scheduler, then 0 (METHOD §1)."""
         own, wanted = self.scheduler, self.record.few_step_config(self.scheduler.config)
         if wanted != dict(own.config):
-            euler = diffusers.FlowMatchEulerDiscreteScheduler
-            known = inspect.signature(euler.__init__).parameters
-            own = euler(**{key: value for key, value in wanted.items() if key in known})
+            from diffusers import FlowMatchEulerDiscreteScheduler
+
+            known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+            own = FlowMatchEulerDiscreteScheduler(
+                **{key: value for key, value in wanted.items() if key in known}
+            )
         return self._schedule(own, steps, raw=True, student=True)
 
     def teacher_sigmas(self, steps: int) -> Tensor:

@@ -6,12 +6,8 @@ import importlib
 from functools import partial
 from typing import Any
 
-import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from tiltflow.core.sentences import first_sentence
 from tiltflow.models.backbone import Loading
@@ -22,6 +18,9 @@ from tiltflow.models.pipelines.words import check_text_packages, processors_of, 
 
 def no_bars() -> None:
     """Has the libraries draw no bars of their own: what a command says of its work is its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
 
@@ -37,6 +36,8 @@ def load_pipeline(pipeline: Pipeline, loading: Loading) -> Any:
         ValueError: if a part cannot be loaded, or its files do not hold its weights and no others,
             all of them finite; or as `check_text_packages`.
     """
+    import diffusers
+
     parts, dtype = loading.parts, loading.dtype
     no_bars()
     family, given = pipeline.family, dict[str, Any](pipeline.absent)
@@ -144,6 +145,8 @@ def _kept_in(exact: set[str], place: str, dtype: torch.dtype, name: str) -> torc
 
 
 def _without_weights(pipeline: Pipeline, part: str) -> nn.Module:
+    from accelerate import init_empty_weights
+
     with init_empty_weights():
         network: nn.Module = _class_of(pipeline, part).from_config(dict(pipeline.config(part)))
     return network

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
@@ -17,8 +16,6 @@ from tiltflow.models.family import Family, family_of_class, published
 from tiltflow.models.pipelines.backbone import PipelineBackbone
 from tiltflow.models.pipelines.directory import Pipeline, is_part, none_of
 from tiltflow.models.pipelines.weights import META, meta_model
-from tiltflow.models.pipelines.words import Silent, TextProcessor
-from tiltflow.scheduler import CPSFlowMatchScheduler
 
 
 def pipeline_configs(place: str | Path | Pipeline) -> Mapping[str, Any]:
@@ -101,6 +98,11 @@ def _family(pipeline: Pipeline, kind: str) -> Family:
 
 def meta_pipeline(configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
     """The pipeline with its transformer, autoencoder and scheduler, and no text encoder."""
+    import diffusers
+
+    from tiltflow.models.pipelines.processor import Silent, TextProcessor
+    from tiltflow.scheduler import CPSFlowMatchScheduler
+
     kind = getattr(diffusers, str(configs["_class_name"]))
     named = configs["scheduler"].get("_class_name", "FlowMatchEulerDiscreteScheduler")
     merged = named == CPSFlowMatchScheduler.__name__

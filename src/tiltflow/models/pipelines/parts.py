@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import diffusers
-
 from tiltflow.models.family import Family
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.limits import shown
@@ -15,6 +13,8 @@ from tiltflow.models.pipelines.weights import check_weights
 
 def part_config(family: Family, pipeline: Pipeline, part: str) -> dict[str, Any]:
     """The configuration of a diffusers network: its config.json over its class's defaults."""
+    import diffusers
+
     kind = getattr(diffusers, family.classes(part)[0])
     parameters = inspect.signature(kind.__init__).parameters.items()
     return {**{name: p.default for name, p in parameters}, **pipeline.config(part)}

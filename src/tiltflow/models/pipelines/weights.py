@@ -15,9 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from tiltflow.core.sentences import first_sentence
@@ -42,6 +40,9 @@ language model without its head; and of one beside an eye, by the version that s
 
 def meta_model(config: Mapping[str, Any]) -> nn.Module:
     """A model of diffusers or transformers by its `_class_name`, in fp32, in shape only."""
+    import diffusers
+    import transformers
+
     values = {k: v for k, v in config.items() if not k.startswith("_")}
     name = str(config["_class_name"])
     kind = getattr(diffusers, name, None)

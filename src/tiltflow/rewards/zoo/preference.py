@@ -13,12 +13,12 @@ from transformers import CLIPConfig
 
 from tiltflow.core.paths import resolve_path
 from tiltflow.rewards.base import Metadata
+from tiltflow.rewards.packaged import PICKSCORE
 from tiltflow.rewards.packages import require_packages
 from tiltflow.rewards.weights import absent, read_state_dict, weights_file
 from tiltflow.rewards.zoo.clip_family import CLIPScore
 from tiltflow.rewards.zoo.open_clip import clip_from_open_clip
 
-PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_NORM = 26.0  # what Flow-GRPO's pickscore_scorer.py divides by, to reach about [0, 1]
 HPSV2 = "xswu/HPSv2"
 HPSV2_FILE = "HPS_v2.1_compressed.pt"  # hpsv2/utils.py of tgxs002/HPSv2, version v2.1
