@@ -15,7 +15,7 @@ from tiltflow.tasks import loop
 from tiltflow.tasks.demo import train_stage
 from tiltflow.tasks.run import Run
 
-SMALL = loop.Size(votes=(80, 60), weights=(0.6, 0.2), steps=(2, 3), batch=8, held_out=8)
+SMALL = loop.Size(votes=(56, 34), weights=(0.6, 0.2), steps=(2, 3), batch=8, held_out=8)
 
 
 @pytest.mark.long
@@ -35,15 +35,15 @@ def test_the_second_round_asks_about_the_first_tilt(
     monkeypatch.setattr(loop, "NOISE", 0.0)
     console = Console(quiet=True)
     found = loop.run_loop(tmp_path, console, SMALL)
-    assert trained == ["cold_start", "tilt", "tilt"] and found["votes"] == 140
+    assert trained == ["cold_start", "tilt", "tilt"] and found["votes"] == 90
     place = tmp_path / "loop"
     assert json.loads((place / "loop.json").read_text()) == found
     first, second = (load_preferences(folder / loop.VOTES) for folder in (place / "first", place))
-    assert (len(first), len(second)) == (80, 60)
+    assert (len(first), len(second)) == (56, 34)
     facts = [
         json.loads((p / "taste" / "reward.json").read_text()) for p in (place / "first", place)
     ]
-    assert [about["choices"] for about in facts] == [80, 140]
+    assert [about["choices"] for about in facts] == [56, 90]
     runs = [Run(place / "first" / "tilt"), Run(place / "tilt")]
     assert [run.step for run in runs] == [2, 3]
     assert [(run.path / "watch.jsonl").is_file() for run in runs] == [False, True]

@@ -102,21 +102,21 @@ def test_a_base_in_8_bits_and_embeddings_from_the_cache(
 def test_an_iteration_over_sizes_is_that_of_a_run_over_its_size(
     tiny_pipeline: Tiny, tmp_path: Path, family: str
 ) -> None:
-    """Figures and the weights after it, bit for bit, in both stages; of two sizes, whose levels
-    differ where they go by the size."""
+    """Figures and the weights after it, bit for bit; of two sizes, whose levels differ where they
+    go by the size. Stage 2 has stage 1's term in it, which two families are run on by itself."""
     sizes, below = "data.buckets=[[64, 96], 64]", [f"model.few_step={tmp_path / 'cold'}"]
     run("cold_start", family, tiny_pipeline, tmp_path / "cold", "train.steps=1")
-    for stage in ("cold_start", "tilt"):
+    for stage in ("cold_start", "tilt") if family in ("sd3", "flux") else ("tilt",):
 
         def built(*more: str, stage: str = stage) -> Build:
             own = below if stage == "tilt" else []
             return build_stage(recipe(stage, family, tiny_pipeline, tmp_path / "x", *own, *more))
 
-        first = built(sizes).running
-        assert isinstance(first, Bucketed) and first.names == ("64x96", "64")
-        steps = {first.drawn(step): step for step in range(20, -1, -1)}
         for which, size in enumerate(("[64, 96]", "64")):
             mixed, alone = built(sizes), built(f"model.resolution={size}")
+            over = mixed.running
+            assert isinstance(over, Bucketed) and over.names == ("64x96", "64")
+            steps = {over.drawn(step): step for step in range(20, -1, -1)}
             found, expected = (each.running.iteration(steps[which]) for each in (mixed, alone))
             assert all(torch.equal(found[name], value) for name, value in expected.items())
             for role in ("generator", "fake_score"):
