@@ -30,6 +30,16 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(60)
+def test_a_run_that_is_given_by_two_paths_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No length of the paths tells them apart, and the page's name was looked for without end."""
+    monkeypatch.chdir(tmp_path)
+    page = report._place([Path("a"), tmp_path / "a", Path("b")])
+    assert page == tmp_path / "report_a_b.html"
+
+
 def test_a_report_of_two_runs_leaves_their_own_alone(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, seed, False) for seed, name in enumerate(("a", "b"))]
     own = {write_run_report([run], None): run for run in runs}

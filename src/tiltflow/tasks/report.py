@@ -59,7 +59,8 @@ def _place(runs: Sequence[Path]) -> Path:
     """Where a page goes that was given no place: no run's own is overwritten by that of several."""
     if len(runs) == 1:
         return runs[0]
-    names = re.sub(r"[^\w.-]+", "_", "_".join(run_names(list(dict.fromkeys(runs))).values()))
+    apart = {run.absolute(): run for run in runs}  # one run may be given by two paths
+    names = re.sub(r"[^\w.-]+", "_", "_".join(run_names(list(apart.values())).values()))
     called = names if len(names) <= 100 else f"of_{len(runs)}_runs"
     return runs[0].absolute().parent / f"report_{called}.html"
 
@@ -236,7 +237,8 @@ def _groups(kind: str, tables: Mapping[Path, Mapping[str, Any]]) -> dict[Path, M
 
 
 def run_names(runs: Sequence[Path]) -> dict[Path, str]:
-    """A run's name: its folder's, with as many of the parents' as tell it from the others."""
+    """A run's name: its folder's, with as many of the parents' as tell it from the others, which
+    are other folders."""
 
     def last(run: Path, parts: int) -> str:
         return "/".join(run.absolute().parts[-parts:])
