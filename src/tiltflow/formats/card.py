@@ -185,6 +185,8 @@ def _scores(card: Card) -> str:
     other = strength is not None and any(each not in (None, strength) for each in merged)
     if "rtdmd" in systems and (strength not in (None, 1) or other):
         first += f" `rtdmd` has the tilt at {strength:g}."
+    if "merged" in systems and asked.get("merged") is not None:
+        first += f" `merged` has the tilt at {asked['merged']:g}."
     sentences = [first, *_otherwise(asked, card.contract)]
     return "\n".join(["## Scores", "", " ".join(sentences), "", *head, *rows])
 

@@ -40,8 +40,9 @@ class Choices:
     """Settled for one command. None in `resolution`, `max_sequence_length` and `guidance` (the
     student's) is the model's own. `notes` are lines for the user; `adapters` the fingerprints of
     the student's adapters by name, `weights` that of a full copy, as far as its contract has
-    them; `levels` the noise levels that the student was trained at by the size's name, where the
-    pipeline's scheduler gives others."""
+    them; `tilt` the strength of the tilt in what holds both adapters (a baked LoRA, a merged
+    pipeline), None where they are apart; `levels` the noise levels that the student was trained at
+    by the size's name, where the pipeline's scheduler gives others."""
 
     steps: int
     eta: float
@@ -54,6 +55,7 @@ class Choices:
     notes: tuple[str, ...] = ()
     adapters: Mapping[str, str] = field(default_factory=dict)
     weights: str | None = None
+    tilt: float | None = None
     levels: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -109,6 +111,7 @@ def settle(
         notes=tuple(f"warning: {note}" for note in notes),
         adapters={n: mark for n, mark in contract.hashes.items() if mark} if contract else {},
         weights=contract.weights if contract else None,
+        tilt=contract.tilt if contract else None,
         levels=levels,
     )
 

@@ -41,6 +41,7 @@ def asked(request: Request) -> dict[str, Any]:
     return {
         **{name: getattr(request, name) for name in plain},
         **{name: getattr(chosen, name) for name in settled},
+        **({} if chosen.tilt is None else {"tilt" if request.few_step else "merged": chosen.tilt}),
         **({"vae_dtype": chosen.vae_dtype} if chosen.vae_dtype else {}),
         **({"sizes": sizes} if sizes else {}),
         **({"levels": dict(chosen.levels)} if chosen.levels else {}),
