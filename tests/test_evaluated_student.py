@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,17 @@ def test_a_merged_pipelines_strength_is_said(
     assert list(found["systems"]) == ["merged"]
     assert _explained(found)["merged"].endswith("(4 steps), at the strength 0.5")
     assert "`merged` has the tilt at 0.5." in card(made, found, tmp_path / "out")
+
+
+def test_the_adapters_are_those_at_hand(
+    made: Student, evaluate: Callable[[Request], dict[str, Any]], tmp_path: Path
+) -> None:
+    """By the contract of the tilt, figures on another few-step adapter passed for this one's."""
+    tensors = dict(made.checkpoint.tensors)
+    tensors["few_step"] = {name: 2 * w for name, w in tensors["few_step"].items()}
+    export_checkpoint(made.config, replace(made.checkpoint, tensors=tensors), tmp_path / "other")
+    other = evaluate(asked(made, few_step=tmp_path / "other" / "few_step"))
+    assert "Not evaluated" in card(made, other, tmp_path / "out")
+    own = evaluate(asked(made))
+    assert own["adapters"] == dict(asked(made).settled.adapters) != other["adapters"]
+    assert "| rtdmd | 4 |" in card(made, own, tmp_path / "out")
