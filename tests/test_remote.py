@@ -388,7 +388,13 @@ def test_a_server_serves_images_by_name_only() -> None:
     from tiltflow.rewards.remote.server import Scorer, is_loopback
 
     points = FunctionReward(lambda x, p, m: x[:, 0], "points", domain="points")
-    for rewards, message in (([points], "points"), ([], "one or more"), ([Mean(), Mean()], "dif")):
+    videos = FunctionReward(lambda x, p, m: x[:, 0], "motion", domain="videos")
+    for rewards, message in (
+        ([points], "'points' scores points; only images"),
+        ([videos], "'motion' scores videos; only images"),
+        ([], "one or more"),
+        ([Mean(), Mean()], "dif"),
+    ):
         with pytest.raises(ValueError, match=message):
             Scorer(rewards, "cpu", 2)
     assert [is_loopback(h) for h in ("localhost", "127.0.0.2", "::1")] == [True] * 3
