@@ -252,7 +252,14 @@ def test_figures_of_an_earlier_student_are_said_to_be(
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | evaluated))
     if exported is not None:
         (run / "export" / "few_step").mkdir(parents=True)
-    contract = SimpleNamespace(hashes={"few_step": exported}, weights=None)
+    recipe = {"iterations": 20}
+    contract = SimpleNamespace(hashes={"few_step": exported}, weights=None, recipe=recipe)
     monkeypatch.setattr(report, "read_contract", lambda place: contract)
     page = write_run_report([run], None).read_text()
     assert ("is of other weights than its export has now" in page) == said
+    # nor has one that goes on been exported again: its curves and samples are of later
+    for step in (20, 30):
+        (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        later = bool(evaluated) and exported == "a" and step == 30
+        notice = report._notice(run)
+        assert ("is of iteration 20, and the run has gone on to 30: evaluate it" in notice) == later
