@@ -242,9 +242,11 @@ def _roles(
         raise ValueError(f"--tilt-lora is {tilt_lora}, which holds a few-step adapter and no tilt")
     trained = above.hashes if above else {}
     notes = []
-    if trained.get(FEW_STEP) not in (None, first):
+    # of other programs' names the fingerprint is another one, and what the file says is taken
+    said = below.hashes.get(FEW_STEP) if below else None
+    here = said if adapter_keys(few_step) is None else first
+    if None not in (here, trained.get(FEW_STEP)) and here != trained.get(FEW_STEP):
         notes.append(f"the tilt was trained on another few-step adapter than the one in {few_step}")
-    # of other programs' names the fingerprint is another one
     if trained.get(TILT) not in (None, second) and adapter_keys(tilt_lora) is not None:
         notes.append(f"the weights in {tilt_lora} are not those of the tilt in its contract")
     return notes
