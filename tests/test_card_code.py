@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from students import RESOLUTION, TOKENS, random_like, request, sampled, student
 
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import Checkpoint
 from tiltflow.data.prompts import Prompt
-from tiltflow.formats.contract import Licence, base_facts, licence_of
+from tiltflow.formats.card import call_of
+from tiltflow.formats.contract import Licence, base_facts, licence_of, read_contract
+from tiltflow.formats.wanted import Wanted
 from tiltflow.models.families import load_backbone
+from tiltflow.models.pipelines.directory import Pipelines
 from tiltflow.models.roles import AdapterSettings, adapter_roles
 from tiltflow.tasks.export import export_checkpoint
 
@@ -194,3 +198,36 @@ def test_settings_of_a_call_are_the_contracts(tiny_pipeline: Tiny, tmp_path: Pat
     assert "FluxPipeline.from_pretrained(BASE, dtype=torch.bfloat16)" in code
     assert code.startswith("import torch\n")
     shutil.rmtree(tmp_path / "b")
+
+
+@pytest.mark.long
+def test_the_code_decodes_as_in_training(tiny_pipeline: Tiny, tmp_path: Path) -> None:
+    """Where the pipeline takes an autoencoder in a type of its own; else the card says so."""
+    for name, takes in (("z_image", True), ("sd3m", False)):
+        made, out = student(tiny_pipeline, name, tmp_path / name), tmp_path / f"{name} mixed"
+        model = made.config.model.model_copy(update={"dtype": "bf16", "vae_dtype": "fp32"})
+        config = made.config.model_copy(update={"model": model})
+        export_checkpoint(config, made.checkpoint, out, Wanted(("diffusers", "merged")))
+        text = (out / "README.md").read_text()
+        codes = code_of(out)
+        for code in codes:
+            assert ('"default": torch.bfloat16, "vae": torch.float32' in code) is takes
+        assert ("its autoencoder in fp32, as in training" in text) is takes
+        assert ("does not take beside bf16" in text) is not takes
+        seen = "\nassert pipe.vae.dtype == torch.float32 != pipe.transformer.dtype\n" * takes
+        (images,) = run_code(out, codes[-1] + seen)
+        assert images.shape == (1, RESOLUTION, RESOLUTION, 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen_image", "qwen_image_21", "wan21_1b", "sana", "krea2"])
+def test_other_pipelines_that_take_an_autoencoder_in_another_type(
+    tiny_pipeline: Tiny, tmp_path: Path, name: str
+) -> None:
+    made = student(tiny_pipeline, name, tmp_path)
+    contract, family = read_contract(made.export / "tilt"), Pipelines(str(made.model)).model.family
+    assert contract is not None and family.own_vae_dtype
+    kinds = {"default": torch.bfloat16, "vae": torch.float32}
+    pipe: Any = DiffusionPipeline.from_pretrained(made.base, dtype=kinds)
+    pipe(prompt=["a cat"], **call_of(contract, family))
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == tuple(kinds.values())

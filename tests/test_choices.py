@@ -158,6 +158,25 @@ def test_a_tilt_that_was_changed_is_said(made: Student, tmp_path: Path) -> None:
     assert note.endswith("are not those of the tilt in its contract")
 
 
+@pytest.mark.long
+def test_a_few_step_lora_in_other_programs_names_is_the_same(
+    tiny_pipeline: Tiny, tmp_path: Path
+) -> None:
+    """Its hash is another one, and so it passed for another adapter than the tilt's."""
+    made = student(tiny_pipeline, "qwen_image", tmp_path, formats=("diffusers", "comfyui"))
+    below = tmp_path / "below"
+    below.mkdir()
+    file = Path(shutil.copy(made.export / "comfyui" / "few_step.safetensors", below))
+    assert request(made, few_step=below).settled.notes == ()
+    with safe_open(file, framework="pt") as opened:
+        header = dict(opened.metadata())
+    facts = json.loads(header["tiltflow"])
+    facts["adapters"]["few_step"]["hash"] = "another"
+    save_file(load_file(file), file, header | {"tiltflow": json.dumps(facts)})
+    (note,) = request(made, few_step=below).settled.notes
+    assert "trained on another few-step adapter than the one in" in note
+
+
 def test_a_merged_pipeline_without_a_contract_keeps_to_its_scheduler(
     made: Student, tmp_path: Path
 ) -> None:

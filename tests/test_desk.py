@@ -150,6 +150,22 @@ def test_a_log_is_read_as_it_grows_and_anew_when_it_was_cut(tmp_path):
     assert log.curves["held_out/shapes"].points == [(0, 0.0)] and log.notes == []
 
 
+def test_a_log_in_the_place_of_a_removed_one_is_read_from_its_beginning(tmp_path):
+    """File systems give a file's number again as soon as it is free, so it tells nothing."""
+    run = tmp_path / "run"
+    log = Log(run / "metrics.jsonl")
+    for value in (1, 2):
+        run.mkdir()
+        rows = [{"step": step, "loss": value, f"run {value}": 0} for step in range(10 * value)]
+        log.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        log.refresh()
+        assert log.curves["loss"].drawn() == [(step, value) for step in range(10 * value)]
+        assert set(log.curves) == {"loss", f"run {value}"}
+        shutil.rmtree(run)
+    log.refresh()
+    assert log.curves == {} and log.step == 0  # of a run that has logged nothing yet
+
+
 def test_a_curve_of_any_length_is_short_and_keeps_the_mean():
     curve = Curve()
     values = np.random.default_rng(0).normal(size=64 * POINTS)

@@ -13,6 +13,7 @@ from desk_data import TOKEN, make_tilts, served
 
 from tiltflow.config.load import load_config
 from tiltflow.desk.app import Desk
+from tiltflow.desk.dial import view
 from tiltflow.tasks import dial_grid
 from tiltflow.tasks.dial import Student, load_student
 from tiltflow.tasks.dial_grid import FILE, Grid, compute_dial, packed, picture_file, read_grid
@@ -97,6 +98,15 @@ def test_a_dials_rewards_are_known_by_their_files(
         seen.append(dial_grid._content(cfg))
     assert list(seen[0]) == ["watch"] and seen[0] == seen[2] != seen[1]
     assert dial_grid._content(load_config("demo_tilt", given[:1])) == {}  # of the package's own
+
+
+@pytest.mark.parametrize("side", [64, (64, 96)])
+def test_a_dial_is_read_as_it_was_written(tmp_path: Path, side: int | tuple[int, int]) -> None:
+    """Of pictures that are not square it was refused: JSON has lists where there were tuples."""
+    grid = Grid(tilt="t", digest="0", steps=4, side=side, strengths=[0.0], prompts=["a"], seeds=[0])
+    (tmp_path / FILE).write_text(grid.model_dump_json())
+    assert read_grid(tmp_path) == grid
+    assert view(tmp_path)["side"] == side
 
 
 def scored_by_ones_own(run: Path, place: Path) -> tuple[Path, Path]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from desk_data import make_tilts
 
 from tiltflow.config.load import RunConfig, load_config
@@ -170,3 +171,25 @@ def test_runs_of_another_eta_are_refused_and_make_their_own_picture_alone(
     expected = sampler.few_step(loaded.students["rtdmd"], [0])[0]
     made = load_student(runs[2:], None, "cpu").image([1.0], TEXT, 5, 4)
     torch.testing.assert_close(made, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.long
+def test_two_rewards_that_call_themselves_alike_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On held-out prompts of their own, the figures of one stood in the place of the other's."""
+    monkeypatch.chdir(tmp_path)
+    runs = make_tilts(tmp_path, 2)
+    for number, run in enumerate(runs):
+        (tmp_path / f"warm_{number}.py").write_text(
+            "class Warm:\n    name, differentiable = 'warm', False\n"
+            "    def __init__(self, device):\n        pass\n"
+            "    def __call__(self, images, prompts, metadata):\n"
+            f"        return {number} + images[:, 0].mean((1, 2))\n"
+        )
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["rewards"] = {f"warm_{number}:Warm": 1.0}
+        config["run"]["seed"] = number
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="rewards of these runs call themselves 'warm': dial them"):
+        load_student(runs, None, "cpu")

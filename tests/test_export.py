@@ -208,6 +208,10 @@ def test_the_card_says_how_strong_the_merged_tilt_is(
         assert "transformer in fp32, with the tilt at 0.7, in the layout" in text
     else:
         assert "pipelines `merged_0/` (tilt 0) and `merged_1/` (tilt 1)" in text
+        assert "`workflow_0.json` and `workflow_1.json` beside `transformer_…" in text
+        assert {"workflow_0.json", "workflow_1.json"} < {
+            file.name for file in (made.export / "original").iterdir()
+        }
         assert "with the tilt at 0 and 1, in the layout" in text
     assert "`rtdmd` has the tilt at 1." in text
     assert "LoRA folder" not in text

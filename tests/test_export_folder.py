@@ -145,8 +145,9 @@ def test_a_full_disk_leaves_the_old_export_whole(
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def copied(*args: Any, **kwargs: Any) -> None:  # quick, in the place of a merged pipeline
+    def copied(*args: Any, **kwargs: Any) -> float:  # quick, in the place of a merged pipeline
         shutil.copytree(made.export / "merged", args[-1])
+        return 1.0
 
     if name != "save_merged":
         monkeypatch.setattr(command, "save_merged", copied)

@@ -78,12 +78,13 @@ def test_a_push_takes_the_place_of_an_earlier_one(there: Hub, run: Path, tmp_pat
     later = Path(shutil.copytree(run, tmp_path / "run"))
     Image.new("RGB", (8, 8), "green").save(later / "samples" / "step-000004.png")
     there.files |= {"notes.md": b"mine", "comfyui/mine.json": b"mine", "tilt/own.txt": b"mine"}
+    there.files["LICENSE.md"] = b"mine, or of an earlier base"
     push_run(later, "me/student", Wanted(("diffusers", "comfyui"), (0.5,)))
     assert {"comfyui/tilt.safetensors", "baked_0.5/contract.json"} <= set(there.files)
     assert there.files["samples.png"] == (run / "samples" / "step-000003.png").read_bytes()
     shutil.rmtree(later / "samples")
     push_run(later, "me/student")
-    mine = {"notes.md", "comfyui/mine.json", "tilt/own.txt", ".gitattributes"}
+    mine = {"notes.md", "comfyui/mine.json", "tilt/own.txt", ".gitattributes", "LICENSE.md"}
     assert set(there.files) - mine == SENT - {"samples.png"} and len(mine - set(there.files)) <= 1
     assert "samples.png" not in there.files["README.md"].decode() and there.commits == 2
 

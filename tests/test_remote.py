@@ -387,8 +387,9 @@ def test_an_open_host_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_serves_images_by_name_only() -> None:
     from tiltflow.rewards.remote.server import Scorer, is_loopback
 
-    points = FunctionReward(lambda x, p, m: x[:, 0], "points", domain="points")
-    for rewards, message in (([points], "points"), ([], "one or more"), ([Mean(), Mean()], "dif")):
+    mine = [FunctionReward(lambda x, p, m: x, "mine", domain=d) for d in ("points", "videos")]
+    wrong = [([one], f"'mine' scores {one.domain}; only") for one in mine]
+    for rewards, message in (*wrong, ([], "one or more"), ([Mean(), Mean()], "dif")):
         with pytest.raises(ValueError, match=message):
             Scorer(rewards, "cpu", 2)
     assert [is_loopback(h) for h in ("localhost", "127.0.0.2", "::1")] == [True] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from reward_servers import free_port, http, says, server
+from rich.console import Console
 from torch import Tensor
 
 from tiltflow.data.prompts import Prompt
 from tiltflow.rewards import FunctionReward, RewardMixture, Weighted, checked
 from tiltflow.rewards.remote import wire
+from tiltflow.rewards.remote.address import Address
 from tiltflow.rewards.remote.client import RemoteReward, lasting_of
 from tiltflow.rewards.remote.limits import Limits
 from tiltflow.rewards.remote.server import Scorer
@@ -182,3 +185,35 @@ def test_an_upgraded_server_is_the_same_reward_to_an_evaluation() -> None:
     assert first not in (lasting_of(said | {"files": {}}), lasting_of(said | {"revision": 2}))
     other = {"contents": "c0"}  # another program's
     assert (lasting_of(other), lasting_of({})) == ("c0", None)
+
+
+def test_a_reward_with_a_name_of_its_own_is_known_by_its_files_and_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module's digest was looked for under the reward's name, and not found: with edited code
+    the server was the same. The printed address was of the module, or of a folder's last part."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made: list[Scorer] = []
+
+    class Nothing:
+        def run(self, sockets: object) -> None:
+            pass
+
+    def app(scorer: Scorer, *_: object) -> None:
+        made.append(scorer)
+
+    monkeypatch.setattr("tiltflow.rewards.remote.server.make_app", app)
+    monkeypatch.setattr("tiltflow.rewards.remote.gate.make_server", lambda *_: Nothing())
+    said = io.StringIO()
+    for limit in (".5", ".2"):
+        (tmp_path / "mine_named.py").write_text(
+            "class Warm:\n    name, differentiable = 'a/warm one', False\n"
+            "    def __init__(self, device):\n        pass\n"
+            f"    def __call__(self, images, prompts, metadata):\n        return {limit}\n"
+        )
+        given = ({"mine_named:Warm": None}, "127.0.0.1", free_port(), "cpu", 1, Limits())
+        reward_server.serve(*given, Console(file=said))
+    one, other = (scorer.facts["a/warm one"] | scorer.made_of for scorer in made)
+    assert one["contents"] != other["contents"] and lasting_of(one) != lasting_of(other)
+    assert Address.of(said.getvalue().split()[0]).name == "a/warm one"

@@ -30,6 +30,16 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(60)
+def test_a_run_that_is_given_by_two_paths_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No length of the paths tells them apart, and the page's name was looked for without end."""
+    monkeypatch.chdir(tmp_path)
+    page = report._place([Path("a"), tmp_path / "a", Path("b")])
+    assert page == tmp_path / "report_a_b.html"
+
+
 def test_a_report_of_two_runs_leaves_their_own_alone(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, seed, False) for seed, name in enumerate(("a", "b"))]
     own = {write_run_report([run], None): run for run in runs}
@@ -242,7 +252,14 @@ def test_figures_of_an_earlier_student_are_said_to_be(
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | evaluated))
     if exported is not None:
         (run / "export" / "few_step").mkdir(parents=True)
-    contract = SimpleNamespace(hashes={"few_step": exported}, weights=None)
+    recipe = {"iterations": 20}
+    contract = SimpleNamespace(hashes={"few_step": exported}, weights=None, recipe=recipe)
     monkeypatch.setattr(report, "read_contract", lambda place: contract)
     page = write_run_report([run], None).read_text()
     assert ("is of other weights than its export has now" in page) == said
+    # nor has one that goes on been exported again: its curves and samples are of later
+    for step in (20, 30):
+        (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        later = bool(evaluated) and exported == "a" and step == 30
+        notice = report._notice(run)
+        assert ("is of iteration 20, and the run has gone on to 30: evaluate it" in notice) == later

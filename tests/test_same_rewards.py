@@ -179,6 +179,9 @@ def test_other_noise_is_said(two: list[Path]) -> None:
         "the images were made from different noise (seeds 0 and 7): the scores are paired by "
         "prompt alone\n"
     ) in told(two, "b,a", None)
+    for path, size in zip(two, (64, [64, 96]), strict=True):
+        says(path, plain, asked=asked(plain) | {"resolution": size})
+    assert "from different noise (sizes 64 and 64x96): the scores" in told(two, "b,a", None)
 
 
 @pytest.mark.long

@@ -78,29 +78,29 @@ class Log:
         self._forget()
 
     def _forget(self) -> None:
-        self._read, self._file = 0, (0, 0)
+        self._read, self._line = 0, b""
         self.step = 0
         self.curves: dict[str, Curve] = {}
         self.notes: list[tuple[int, str, str]] = []
         """(step, name, sentence): alarms, and what was changed when the run went on."""
 
     def refresh(self) -> None:
-        """Begins anew where the file is another one or has become shorter: a run that went on
-        from a checkpoint drops the lines after it."""
+        """Begins anew where the line that was read last is not there any more: a run that went on
+        from a checkpoint drops the lines after it, and another run may have taken its place. (A
+        file's number on the disk does not tell: it is given again as soon as it is free.)"""
         if not self.path.is_file():
-            return
+            return self._forget()
         with self.path.open("rb") as file:
-            about = os.fstat(file.fileno())
-            if (about.st_dev, about.st_ino) != self._file or about.st_size < self._read:
+            file.seek(self._read - len(self._line))
+            if file.read(len(self._line)) != self._line:
                 self._forget()
-                self._file = (about.st_dev, about.st_ino)
             file.seek(self._read)
             rest = b""
             while piece := file.read(PIECE):
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in lines:
                     self._take(line)
-                    self._read += len(line) + 1
+                    self._read, self._line = self._read + len(line) + 1, line + b"\n"
 
     def _take(self, line: bytes) -> None:
         row = _row(line)

@@ -67,6 +67,7 @@ class _Asked(_Part):
     steps: int | None = None
     teacher_steps: int | None = None
     tilt: float | None = None
+    merged: float | None = None
     seed: int | None = None
     eta: float | None = None
     student_guidance: float | None = None

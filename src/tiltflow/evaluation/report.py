@@ -176,7 +176,7 @@ def _explained(evaluation: Mapping[str, Any]) -> dict[str, str]:
         name = re.sub(r"teacher_\d+_step", "teacher_N_step", system.partition(", ")[0])
         if name in SYSTEMS:
             steps = asked.get("teacher_steps" if name == "teacher" else "steps")
-            strength = asked.get("tilt") if name == "rtdmd" else None
+            strength = asked.get({"rtdmd": "tilt", "merged": "merged"}.get(name, ""))
             found[system] = SYSTEMS[name]
             found[system] += "" if steps is None else f" ({steps} steps)"
             found[system] += "" if strength in (None, 1) else f", at the strength {strength:g}"

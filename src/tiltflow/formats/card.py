@@ -61,7 +61,7 @@ def usage_of(contract: Contract, family: Family, absent: Sequence[str]) -> Usage
     """The code of a student's card; `absent` are the parts that its base was saved without."""
     video = frames_of(contract.resolution) > 1
     made = "videos = {call}.frames" if video else f"images = {family.result}"
-    return Usage(contract, call_of(contract, family), made, absent)
+    return Usage(contract, call_of(contract, family), made, absent, family.own_vae_dtype)
 
 
 def model_card(card: Card) -> str:
@@ -146,7 +146,7 @@ def _usage(card: Card) -> str:
         if card.folders:
             blocks.append("The merged pipeline by itself:")
         blocks.append(card.usage.of_merged(next(iter(card.merged))))
-    said = ["The base is in bf16, as in training."] if card.contract.dtype == "bf16" else []
+    said = [_precision(card)] if set(card.contract.kept_in.values()) != {"fp32"} else []
     if card.folders:
         said.append(
             "In fp32 the LoRA folders give what `tiltflow sample --seed 0 --dtype fp32` gives."
@@ -158,6 +158,19 @@ def _usage(card: Card) -> str:
             "Without `seed`, the `generator` of the call decides the image by itself.",
             *([card.caution] if card.caution else []),
         ]
+    )
+
+
+def _precision(card: Card) -> str:
+    """In which types the code loads the base, and where that is not as in training."""
+    base, vae = card.contract.kept_in.values()
+    if base == vae:
+        return f"The base is in {base}, as in training."
+    if card.usage.own_vae:
+        return f"The base is in {base} and its autoencoder in {vae}, as in training."
+    return (
+        f"The base is in {base}, as in training. Its autoencoder was in {vae} there, which this "
+        f"pipeline's call does not take beside {base}; `tiltflow sample` decodes as in training."
     )
 
 
@@ -185,6 +198,8 @@ def _scores(card: Card) -> str:
     other = strength is not None and any(each not in (None, strength) for each in merged)
     if "rtdmd" in systems and (strength not in (None, 1) or other):
         first += f" `rtdmd` has the tilt at {strength:g}."
+    if "merged" in systems and asked.get("merged") is not None:
+        first += f" `merged` has the tilt at {asked['merged']:g}."
     sentences = [first, *_otherwise(asked, card.contract)]
     return "\n".join(["## Scores", "", " ".join(sentences), "", *head, *rows])
 

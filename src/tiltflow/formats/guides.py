@@ -45,8 +45,8 @@ def guides(wanted: Wanted, loras: Sequence[str], usage: Usage) -> list[str]:
             "makers, for programs that load a "
             "transformer from one file"
             + (
-                "; `workflow.json` beside it is ComfyUI's, which finds the file in "
-                f"`models/diffusion_models`.{_without_t5(contract)}"
+                f"; {_graphs(wanted)} ComfyUI's, which finds the file in `models/diffusion_models`."
+                + _without_t5(contract)
                 if no_workflow(contract) is None
                 else "."
             )
@@ -57,6 +57,14 @@ def guides(wanted: Wanted, loras: Sequence[str], usage: Usage) -> list[str]:
             )
         )
     return parts
+
+
+def _graphs(wanted: Wanted) -> str:
+    """The workflows of merged transformers: one each where there are several strengths."""
+    if len(wanted.strengths) < 2:
+        return "`workflow.json` beside it is"
+    named = listed([f"`workflow_{strength:g}.json`" for strength in wanted.strengths])
+    return f"{named} beside `transformer_….safetensors` are"
 
 
 def _merged_tilt(wanted: Wanted, loras: Sequence[str]) -> str:

@@ -54,12 +54,13 @@ def loras_of(
 Adapter = tuple[Mapping[str, Tensor], AdapterSettings]
 
 
-def both(few_step: Adapter, tilt: Adapter, strength: float) -> Adapter:
-    """B₁A₁ + strength · B₂A₂ as one LoRA with α = rank; both have α = rank. At 0 it is the first.
+def both(few_step: Adapter, tilt: Adapter | None, strength: float) -> Adapter:
+    """B₁A₁ + strength · B₂A₂ as one LoRA with α = rank; both have α = rank. At 0, or without the
+    second, it is the first.
 
     A module that only one of them has is filled up with zeros to the common rank.
     """
-    if strength == 0:
+    if tilt is None or strength == 0:
         return few_step
     (below, first), (above, second) = few_step, tilt
     modules = list(dict.fromkeys(n.rsplit(".lora_", 1)[0] for n in (*below, *above)))

@@ -10,17 +10,31 @@ from typing import Any
 from tiltflow.formats.contract import BaseModelFacts, Contract
 from tiltflow.models.switch import TILT, stack_tilt
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
 
 @dataclass(frozen=True)
 class Usage:
     """What the code is made of: `call` are the arguments of the pipeline's call, `made` the line
     that keeps what `{call}` gives, `absent` the parts that the base was saved without and has to be
-    loaded without."""
+    loaded without. `own_vae` is whether the call takes an autoencoder in a type of its own."""
 
     contract: Contract
     call: Mapping[str, Any]
     made: str
     absent: Sequence[str] = ()
+    own_vae: bool = False
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The types that the pipeline is loaded in, by part; `default` is that of all others."""
+        kept = self.contract.kept_in
+        kinds = {"default": kept["default"]} | ({"vae": kept["vae"]} if self.own_vae else {})
+        return {
+            part: kind
+            for part, kind in kinds.items()
+            if part == "default" or kind != kept["default"]
+        }
 
     def of_folders(self, folders: Sequence[str]) -> str:
         """Code that loads LoRA folders through diffusers; those of baked strengths stay aside."""
@@ -56,7 +70,12 @@ class Usage:
         return self._code(imports, "", [*base, *adapters, scheduler])
 
     def _loaded(self, source: str) -> str:
-        options = ["dtype=torch.bfloat16"] if self.contract.dtype == "bf16" else []
+        kinds = {part: f"torch.{DTYPES[kind]}" for part, kind in self.dtypes.items()}
+        options = []
+        if len(kinds) > 1:
+            options = ["dtype={" + ", ".join(f'"{p}": {kind}' for p, kind in kinds.items()) + "}"]
+        elif self.contract.dtype == "bf16":
+            options = [f"dtype={kinds['default']}"]
         options += [f"{part}=None" for part in self.absent]
         return f"{self.contract.pipeline}.from_pretrained({', '.join([source, *options])})"
 
@@ -64,7 +83,7 @@ class Usage:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.call.items())
         call = f"pipe(prompt=prompts, generator=noise, {arguments})"
         code = [
-            *(["import torch"] if self.contract.dtype == "bf16" else []),
+            *(["import torch"] if "torch." in " ".join(loading) else []),
             f"from diffusers import {self.contract.pipeline}",
             *imports,
             f"from tiltflow.scheduler import CPSFlowMatchScheduler{naming}",

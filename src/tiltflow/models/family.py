@@ -119,6 +119,8 @@ class Family:
     """How much less the pipeline's argument is than a guidance scale of 1 = one pass."""
     takes_length: bool = True
     """Whether the pipeline's call takes `max_sequence_length`."""
+    own_vae_dtype: bool = False
+    """Whether the pipeline's call takes an autoencoder in another type than the transformer's."""
     call: Mapping[str, object] = field(default_factory=dict)
     """Further arguments that the pipeline's call needs to give what was trained."""
     guided_call: Mapping[str, object] = field(default_factory=dict)

@@ -39,8 +39,9 @@ class Choices:
     """Settled for one command. None in `resolution`, `max_sequence_length` and `guidance` (the
     student's) is the model's own. `notes` are lines for the user; `adapters` the fingerprints of
     the student's adapters by name, `weights` that of a full copy, as far as its contract has
-    them; `levels` the noise levels that the student was trained at by the size's name, where the
-    pipeline's scheduler gives others."""
+    them; `tilt` the strength of the tilt in what holds both adapters (a baked LoRA, a merged
+    pipeline), None where they are apart; `levels` the noise levels that the student was trained at
+    by the size's name, where the pipeline's scheduler gives others."""
 
     steps: int
     eta: float
@@ -53,6 +54,7 @@ class Choices:
     notes: tuple[str, ...] = ()
     adapters: Mapping[str, str] = field(default_factory=dict)
     weights: str | None = None
+    tilt: float | None = None
     levels: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -108,6 +110,7 @@ def settle(
         notes=tuple(f"warning: {note}" for note in notes),
         adapters={n: mark for n, mark in contract.hashes.items() if mark} if contract else {},
         weights=contract.weights if contract else None,
+        tilt=contract.tilt if contract else None,
         levels=levels,
     )
 
@@ -240,9 +243,11 @@ def _roles(
         raise ValueError(f"--tilt-lora is {tilt_lora}, which holds a few-step adapter and no tilt")
     trained = above.hashes if above else {}
     notes = []
-    if trained.get(FEW_STEP) not in (None, first):
+    # of other programs' names the fingerprint is another one, and what the file says is taken
+    said = below.hashes.get(FEW_STEP) if below else None
+    here = said if adapter_keys(few_step) is None else first
+    if None not in (here, trained.get(FEW_STEP)) and here != trained.get(FEW_STEP):
         notes.append(f"the tilt was trained on another few-step adapter than the one in {few_step}")
-    # of other programs' names the fingerprint is another one
     if trained.get(TILT) not in (None, second) and adapter_keys(tilt_lora) is not None:
         notes.append(f"the weights in {tilt_lora} are not those of the tilt in its contract")
     return notes

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from tiltflow.core.paths import nearest
-from tiltflow.core.sizes import parse_size, said
+from tiltflow.core.sizes import parse_size, said, same_as
 from tiltflow.evaluation.chunks import lasting
 from tiltflow.evaluation.files import (
     evaluation_path,
@@ -288,12 +288,19 @@ def noise_of(summary: Mapping[str, Any]) -> dict[str, Any] | None:
 def other_noise(evaluations: Sequence[Path]) -> str | None:
     """The sentence that says that two evaluations started from different noise."""
     asked = [read_evaluation(path).get("asked") or {} for path in evaluations]
-    seeds = [of.get("seed") for of in asked]
-    if len(seeds) != 2 or None in seeds or seeds[0] == seeds[1]:
+    sizes = [of.get("resolution") for of in asked if "sizes" not in of]  # several are named
+    apart = []
+    for what, found in (
+        ("seeds", [of.get("seed") for of in asked]),
+        ("sizes", [said(same_as(size)) for size in sizes if size is not None]),
+    ):
+        if len(found) == 2 and None not in found and found[0] != found[1]:
+            apart.append(f"{what} {found[0]} and {found[1]}")
+    if not apart:
         return None
     return (
-        f"the images were made from different noise (seeds {seeds[0]} and {seeds[1]}): the scores "
-        "are paired by prompt alone"
+        f"the images were made from different noise ({'; '.join(apart)}): the scores are paired by "
+        "prompt alone"
     )
 
 

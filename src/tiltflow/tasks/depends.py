@@ -14,7 +14,9 @@ from typing import Any
 from tiltflow.core.paths import resolve_path
 from tiltflow.core.sizes import said
 from tiltflow.evaluation.chunks import place_of
+from tiltflow.models.lora_files import adapter_keys, lora_mark
 from tiltflow.models.pipelines.fingerprint import LIBRARIES, family_facts
+from tiltflow.models.switch import FEW_STEP, TILT
 from tiltflow.rewards.files import files_beside, files_of, revisions
 from tiltflow.rewards.packages import NEEDS
 from tiltflow.setup.build import device_of
@@ -41,6 +43,7 @@ def asked(request: Request) -> dict[str, Any]:
     return {
         **{name: getattr(request, name) for name in plain},
         **{name: getattr(chosen, name) for name in settled},
+        **({} if chosen.tilt is None else {"tilt" if request.few_step else "merged": chosen.tilt}),
         **({"vae_dtype": chosen.vae_dtype} if chosen.vae_dtype else {}),
         **({"sizes": sizes} if sizes else {}),
         **({"levels": dict(chosen.levels)} if chosen.levels else {}),
@@ -81,6 +84,17 @@ def content_of(request: Request) -> dict[str, Any]:
         "prompts": prompts_fingerprint(request.prompts),
         "rewards": rewards_fingerprints(request.rewards),
     }
+
+
+def adapters_of(request: Request) -> dict[str, str]:
+    """The fingerprints of the student's adapters by name: of the LoRAs at hand, whatever a contract
+    says of them; of what holds both adapters, those in its contract."""
+    found = dict(request.settled.adapters)
+    if request.has_files and request.settled.tilt is None:
+        for name, folder in ((FEW_STEP, request.few_step), (TILT, request.tilt_lora)):
+            if folder is not None and adapter_keys(folder) is not None:
+                found[name] = lora_mark(folder)
+    return found
 
 
 def digest(what: Mapping[str, Any]) -> str:

@@ -217,6 +217,7 @@ def _load(cfgs: Sequence[RunConfig], requests: Sequence[Request], exams: Sequenc
         "dial", backbone, base, (FEW_STEP, *dials), switch, autocast=mixed, guidance=guidance
     )
     scorers = tuple(_scorer(exam, backbone) for exam in exams)
+    _check_names(scorers)
     return Student(
         role,
         switch,
@@ -236,6 +237,21 @@ def _scorer(exam: Exam, backbone: Backbone) -> Scorer:
         build_rewards(exam.trained, backbone) if exam.trained else None,
         build_rewards(exam.held_out, backbone) if exam.held_out else None,
     )
+
+
+def _check_names(scorers: Sequence[Scorer]) -> None:
+    """That rewards of several runs have names of their own: by these their figures are known.
+
+    Raises:
+        ValueError: if two of those that were trained on, or two that were held out, have one.
+    """
+    for group in ("trained", "held_out"):
+        names = [name for each in scorers for name in _names(getattr(each, group))]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"two rewards of these runs call themselves {name!r}: dial them one by one"
+                )
 
 
 def _trained_by(

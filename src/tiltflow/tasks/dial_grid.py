@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from torch import Tensor
 
 from tiltflow.config.load import RunConfig
+from tiltflow.config.schema import as_tuple
 from tiltflow.core.disk import parse_json, write_whole, writing
 from tiltflow.core.limits import check_tilt
 from tiltflow.core.settings import misfit
@@ -53,7 +61,7 @@ class Grid(_Part):
     tilt: str
     digest: str
     steps: Annotated[int, Field(ge=1)]
-    side: Annotated[int, Field(ge=1)] | tuple[int, int]
+    side: Annotated[int, Field(ge=1)] | Annotated[tuple[int, int], BeforeValidator(as_tuple)]
     strengths: Annotated[list[float], Field(min_length=1)]
     prompts: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]

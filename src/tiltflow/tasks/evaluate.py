@@ -37,7 +37,7 @@ from tiltflow.rewards.frames import for_medium
 from tiltflow.setup.build import device_of
 from tiltflow.setup.manifest import rewards_fingerprints
 from tiltflow.tasks.callbacks import SILENT, Callbacks
-from tiltflow.tasks.depends import asked, content_of, digest
+from tiltflow.tasks.depends import adapters_of, asked, content_of, digest
 from tiltflow.tasks.progress import Terminal
 from tiltflow.tasks.request import Request, prepare, say_guided, say_settled, say_unused
 from tiltflow.tasks.sized import at_sizes
@@ -261,6 +261,7 @@ def evaluated(
     check_target(path)
     what, folder = asked(request), path.with_suffix(".images")
     content = content_of(request)  # before anything loads: it may be edited while this runs
+    adapters: dict[str, str] = {}
     with ranks_of_job(device_of(request.device)) as ranks:
         callbacks = callbacks if ranks.main else SILENT
         say_settled(request, callbacks)
@@ -271,6 +272,7 @@ def evaluated(
             """What servers score by is known when they are asked: others begin anew."""
             chunks.also(of_servers(rewards, "contents"))
             content["rewards"] |= of_servers(rewards, "lasting")
+            adapters.update(adapters_of(request))
             if len(chunks):
                 before = counted(len(chunks), "batch", "batches")
                 callbacks.notice(f"going on with {before} of an earlier run")
@@ -279,8 +281,8 @@ def evaluated(
         kept = None if keep_images else KEPT_IMAGES
         result = evaluate(request, callbacks, ranks, chunks.take, made, kept=kept, begin=begin)
         result.summary.update(asked=what, content=content)
-        if request.settled.adapters:
-            result.summary["adapters"] = dict(request.settled.adapters)
+        if adapters:
+            result.summary["adapters"] = adapters
         if request.settled.weights:
             result.summary["weights"] = request.settled.weights
         if ranks.main:

@@ -27,7 +27,7 @@ from tiltflow.formats.contract import (
 from tiltflow.formats.folder import check_export_folder, replacing
 from tiltflow.formats.guides import guides
 from tiltflow.formats.keys import has_layout, layout_of
-from tiltflow.formats.loras import SINGLE, Lora, loras_of
+from tiltflow.formats.loras import SINGLE, Lora, both, loras_of
 from tiltflow.formats.programs import (
     Shapes,
     check_fit,
@@ -40,11 +40,13 @@ from tiltflow.formats.programs import (
 from tiltflow.formats.wanted import Wanted
 from tiltflow.formats.workflow import no_workflow, workflow, write_workflow
 from tiltflow.formats.writing import (
+    LEAST_KEPT,
     FullWeights,
     LoraWeights,
     baked,
     exported_adapters,
     few_step_scheduler,
+    rounded_away,
     save_adapter,
     save_merged,
 )
@@ -55,7 +57,7 @@ from tiltflow.models.pipelines.files import check_directory
 from tiltflow.models.pipelines.fingerprint import adapter_fingerprint, pipeline_fingerprint
 from tiltflow.models.pipelines.meta import meta_backbone
 from tiltflow.models.pipelines.resized import resized
-from tiltflow.models.switch import TILT
+from tiltflow.models.switch import FEW_STEP, TILT
 from tiltflow.setup.build import DTYPES
 from tiltflow.setup.run_directory import check_run
 from tiltflow.tasks.callbacks import SILENT, Callbacks
@@ -115,7 +117,7 @@ def export_checkpoint(
             scheduler.save_pretrained(part / "scheduler")
             paths.append(part / "scheduler")
         if "merged" in wanted.formats:
-            paths += _write_merged(wanted, loras, checkpoint, contract, source, part)
+            paths += _write_merged(wanted, loras, checkpoint, contract, source, part, callbacks)
         _write(part, contract)
         folders = [one.name for one in loras if "diffusers" in wanted.formats]
         usage = usage_of(contract, source.family, _absent(source))
@@ -233,6 +235,7 @@ def _write_merged(
     contract: Contract,
     source: Source,
     part: Path,
+    callbacks: Callbacks,
 ) -> list[Path]:
     """For each strength the merged pipeline, and its transformer as one file where the original
     names of its family are known."""
@@ -246,7 +249,9 @@ def _write_merged(
         dtypes = {part: DTYPES[kind] for part, kind in contract.kept_in.items()}
         with TemporaryDirectory() as place:
             student = _student(loras, checkpoint, strength, source, Path(place))
-            save_merged(source.pipeline, source.base, student, scheduler, dtypes, folder)
+            kept = save_merged(source.pipeline, source.base, student, scheduler, dtypes, folder)
+        if kept < LEAST_KEPT:
+            callbacks.notice(rounded_away(folder.name, kept, contract.dtype))
         _write(folder, own)
         paths.append(folder)
         if has_layout(family):
@@ -261,15 +266,12 @@ def _write_merged(
 def _student(
     loras: list[Lora], checkpoint: Checkpoint, strength: float, source: Source, place: Path
 ) -> LoraWeights | FullWeights:
-    """What is merged: the adapters, as folders in `place`, or a whole transformer."""
+    """What is merged: the adapters as one, a folder at `place`, or a whole transformer."""
     if not loras:
         return FullWeights(checkpoint.tensors["ema"])
-    folders = {}
-    for one in loras:
-        if one.name in SINGLE:
-            save_adapter(source.pipeline, one.weights, one.settings, place / one.name)
-            folders[one.name] = (place / one.name, strength if one.name == TILT else 1.0)
-    return LoraWeights(folders)
+    single = {one.name: (one.weights, one.settings) for one in loras if one.name in SINGLE}
+    save_adapter(source.pipeline, *both(single[FEW_STEP], single.get(TILT), strength), place)
+    return LoraWeights(place)
 
 
 def _absent(source: Source) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tiltflow.config.recipe_source import read_recipe, recipe_text
+from tiltflow.core.checkpoint import latest_step
 from tiltflow.core.metrics import read_metrics
 from tiltflow.evaluation.files import is_of, read_evaluation
 from tiltflow.evaluation.pictures import Sheet, pixels_of
@@ -59,7 +60,8 @@ def _place(runs: Sequence[Path]) -> Path:
     """Where a page goes that was given no place: no run's own is overwritten by that of several."""
     if len(runs) == 1:
         return runs[0]
-    names = re.sub(r"[^\w.-]+", "_", "_".join(run_names(list(dict.fromkeys(runs))).values()))
+    apart = {run.absolute(): run for run in runs}  # one run may be given by two paths
+    names = re.sub(r"[^\w.-]+", "_", "_".join(run_names(list(apart.values())).values()))
     called = names if len(names) <= 100 else f"of_{len(runs)}_runs"
     return runs[0].absolute().parent / f"report_{called}.html"
 
@@ -99,22 +101,24 @@ def _notice(folder: Path) -> str:
     for place in (folder, folder.absolute().parent):
         if (place / NOTICE).is_file():
             return (place / NOTICE).read_text(encoding="utf-8").strip()
-    if _evaluated(folder) and _is_of_another(folder):
-        return (
-            f"The evaluation in {folder.name} is of other weights than its export has now: "
-            "evaluate it again."
-        )
-    return ""
+    of = _of_another(folder) if _evaluated(folder) else None
+    return "" if of is None else f"The evaluation in {folder.name} is of {of}: evaluate it again."
 
 
-def _is_of_another(run: Path) -> bool:
-    """Whether a run's evaluation says that it is of another student than the one exported last."""
+def _of_another(run: Path) -> str | None:
+    """What a run's evaluation is of, where it says that it is of another student than the one
+    exported last, or the run has gone on since; else None."""
     places = [run / "export" / name for name in ("tilt", "few_step", "merged")]
     found = (read_contract(place) for place in places if place.is_dir())
     contract, summary = next(filter(None, found), None), read_evaluation(run)
     if contract is None or not (summary.get("adapters") or summary.get("weights")):
-        return False
-    return not is_of(summary, contract.hashes, contract.weights)
+        return None
+    if not is_of(summary, contract.hashes, contract.weights):
+        return "other weights than its export has now"
+    step, now = contract.recipe.get("iterations"), latest_step(run)
+    if isinstance(step, int) and now is not None and now > step:
+        return f"iteration {step}, and the run has gone on to {now}"
+    return None
 
 
 def _tops(folders: Sequence[Path]) -> list[Path]:
@@ -236,7 +240,8 @@ def _groups(kind: str, tables: Mapping[Path, Mapping[str, Any]]) -> dict[Path, M
 
 
 def run_names(runs: Sequence[Path]) -> dict[Path, str]:
-    """A run's name: its folder's, with as many of the parents' as tell it from the others."""
+    """A run's name: its folder's, with as many of the parents' as tell it from the others, which
+    are other folders."""
 
     def last(run: Path, parts: int) -> str:
         return "/".join(run.absolute().parts[-parts:])

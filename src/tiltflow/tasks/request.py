@@ -154,9 +154,8 @@ def prepare(request: Request, ranks: Ranks = ALONE) -> tuple[Loaded, Sampler]:
     backbone.thaw()  # type: ignore[attr-defined]
     mixed = autocast_dtype(request.autocast, backbone.device)
     chosen = request.settled
-    loaded = load_students(
-        backbone, request.few_step, request.tilt_lora, request.tilt, mixed, chosen.guidance
-    )
+    folders, baked = (request.few_step, request.tilt_lora), bool(chosen.tilt)
+    loaded = load_students(backbone, *folders, request.tilt, mixed, chosen.guidance, baked)
     return loaded, _sampler(request, backbone, encoded)
 
 

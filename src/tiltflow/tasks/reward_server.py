@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from urllib.parse import quote
 
 from rich.console import Console
 
@@ -40,12 +41,15 @@ def serve(
         ) from error
     token = token_for(host)
     sockets = bound(host, port)
-    files = {name: rewards_fingerprints({name: path}) for name, path in rewards.items()}
-    scorer = Scorer(load_rewards(rewards, device), device_of(device), batch, limits, files)
+    digests = [rewards_fingerprints({name: path}) for name, path in rewards.items()]
+    loaded = load_rewards(rewards, device)  # one of one's own may have another name than its place
+    files = {reward.name: of for reward, of in zip(loaded, digests, strict=True)}
+    scorer = Scorer(loaded, device_of(device), batch, limits, files)
     server = make_server(make_app(scorer, token, limits), limits)
     place = f"[{host}]" if ":" in host else host
-    for name in rewards:
-        console.print(f"remote:http://{place}:{port}/{name}", highlight=False, markup=False)
+    for name in scorer.rewards:
+        address = f"remote:http://{place}:{port}/{quote(name, safe=':')}"
+        console.print(address, highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{'with' if token else 'no'} token, at most {limits.body // 2**20} MiB a request and "
         f"{limits.image_pixels // 2**20} megapixels an image; stop with Ctrl-C"

@@ -48,13 +48,14 @@ def load_students(
     strength: float = 1.0,
     autocast: torch.dtype | None = None,
     guidance: float | None = None,
+    baked: bool = False,
 ) -> Loaded:
     """Loads LoRA folders through the pipeline's own loader.
 
     The students are `ac_dmd` (the few-step adapter) and `rtdmd` (the tilt adapter on top, at
-    `strength` in [0, 1.5]); of a merged pipeline, whose scheduler is the students', itself:
-    `merged`. Every network runs under `autocast`, if given; the students with `guidance`, None
-    being what the model's own expect.
+    `strength` in [0, 1.5]), of a LoRA in which both are `baked` the latter; of a merged pipeline,
+    whose scheduler is the students', itself: `merged`. Every network runs under `autocast`, if
+    given; the students with `guidance`, None being what the model's own expect.
 
     Raises:
         ValueError: if a folder holds no LoRA, or one of another model.
@@ -78,7 +79,8 @@ def load_students(
         switch.scale(TILT, strength)
     students: dict[str, Role] = {}
     if few_step is not None:
-        students["ac_dmd"] = made("ac_dmd", backbone, student, (FEW_STEP,), switch)
+        name = "rtdmd" if baked else "ac_dmd"
+        students[name] = made(name, backbone, student, (FEW_STEP,), switch)
     if tilt is not None:
         students["rtdmd"] = made("rtdmd", backbone, student, stack_tilt(), switch)
     base = backbone.teacher_base

@@ -47,6 +47,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.krea2:Krea2Backbone",
     pipeline="Krea2Pipeline",
     title="Krea 2",
+    own_vae_dtype=True,
     keeps_states=("text_encoder",),
     networks={
         "transformer": "Krea2Transformer2DModel",

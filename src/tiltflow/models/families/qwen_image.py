@@ -54,6 +54,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.qwen_image:QwenImageBackbone",
     pipeline="QwenImagePipeline",
     title="Qwen-Image",
+    own_vae_dtype=True,
     keeps_states=("text_encoder",),
     networks={
         "transformer": "QwenImageTransformer2DModel",

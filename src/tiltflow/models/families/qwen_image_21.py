@@ -55,6 +55,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.qwen_image_21:QwenImage21Backbone",
     pipeline="QwenImage21Pipeline",
     title="Qwen-Image-2.1",
+    own_vae_dtype=True,
     keeps_states=("text_encoder",),
     networks={
         "transformer": "QwenImage21Transformer2DModel",

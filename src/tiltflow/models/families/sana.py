@@ -59,6 +59,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.sana:SanaBackbone",
     pipeline="SanaPipeline",
     title="SANA",
+    own_vae_dtype=True,
     networks={
         "transformer": "SanaTransformer2DModel",
         "vae": "AutoencoderDC",

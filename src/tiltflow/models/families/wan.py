@@ -44,6 +44,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.wan:WanBackbone",
     pipeline="WanPipeline",
     title="Wan 2.1",
+    own_vae_dtype=True,
     networks={
         "transformer": "WanTransformer3DModel",
         "vae": "AutoencoderKLWan",

@@ -42,6 +42,7 @@ FAMILY = Family(
     backbone="tiltflow.models.families.z_image:ZImageBackbone",
     pipeline="ZImagePipeline",
     title="Z-Image",
+    own_vae_dtype=True,
     keeps_states=("text_encoder",),
     networks={
         "transformer": "ZImageTransformer2DModel",

@@ -32,7 +32,8 @@ import torch
 from tiltflow.core.background import Background
 from tiltflow.core.paths import nearest
 from tiltflow.core.sentences import printable
-from tiltflow.rewards.base import Reward, RewardFailed, checked
+from tiltflow.models.medium import IMAGES
+from tiltflow.rewards.base import Reward, RewardFailed, checked, medium_of
 from tiltflow.rewards.files import revisions
 from tiltflow.rewards.purity import Examined
 from tiltflow.rewards.remote.limits import IMAGE_PIXELS, Limits
@@ -75,8 +76,10 @@ class Scorer:
         if not rewards or len(self.rewards) < len(rewards):
             raise ValueError("a reward server needs one or more rewards of different names")
         for reward in rewards:
-            if getattr(reward, "domain", "images") != "images":
-                raise ValueError(f"reward {reward.name!r} scores points; only images can be served")
+            if (scored := medium_of(reward).name) != IMAGES.name:
+                raise ValueError(
+                    f"reward {reward.name!r} scores {scored}; only images can be served"
+                )
         if batch < 1:
             raise ValueError(f"the batch of a reward server must be 1 or more, got {batch}")
         self.device, self.batch = device, batch
