@@ -4,6 +4,7 @@ converters give the weights that were trained (`program_readers`)."""
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,39 @@ def write(made: Student, dtype: Any, file: Path) -> Path:
     contract = read_contract(made.export / "few_step")
     assert contract is not None
     layout = layout_of(contract.family)
-    return write_original(made.base / "transformer", layout, dtype, file, contract)
+    assert write_original(made.base / "transformer", layout, dtype, file, contract) == []
+    return file
+
+
+def test_values_too_small_for_8_bits_are_told(made: Student, tmp_path: Path) -> None:
+    folder, name = tmp_path / "base" / "transformer", matrix_of_a_block(made)
+    shutil.copytree(made.base, folder.parent)
+    state = DiffusionPipeline.from_pretrained(made.base).transformer.state_dict()
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    state[name] = state[name] / state[name].abs().max() / 512
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    contract = read_contract(made.export / "few_step")
+    assert contract is not None
+    layout, out = layout_of(contract.family), tmp_path / "out.safetensors"
+    (line,) = write_original(folder, layout, "fp8", out, contract)
+    assert re.fullmatch(
+        rf"out\.safetensors in fp8 takes \d\d% of {name}, .* 8 bits: take --dtype bf16", line
+    )
+    assert write_original(folder, layout, "bf16", out, contract) == []
+
+
+def matrix_of_a_block(made: Student) -> str:
+    """The name of one that goes to 8 bits."""
+    state = DiffusionPipeline.from_pretrained(made.base).transformer.state_dict()
+    end = re.compile(r".*\.(attn1?|attention)\.to_q\.weight")
+    return next(name for name in state if in_block(name) and end.fullmatch(name))
 
 
 def test_a_value_beyond_8_bits_is_refused(made: Student, tmp_path: Path) -> None:
-    folder = tmp_path / "transformer"
+    folder, name = tmp_path / "transformer", matrix_of_a_block(made)
     folder.mkdir()
     state = DiffusionPipeline.from_pretrained(made.base).transformer.state_dict()
-    end = re.compile(r".*\.(attn1?|attention)\.to_q\.weight")
-    name = next(name for name in state if in_block(name) and end.fullmatch(name))
     state[name] = state[name].clone()
     state[name][0, 0] = 449.0
     save_file(state, folder / "diffusion_pytorch_model.safetensors")

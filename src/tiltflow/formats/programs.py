@@ -26,7 +26,7 @@ from tiltflow.formats.wanted import FileType
 from tiltflow.formats.writing import lora_metadata
 from tiltflow.models.pipelines.directory import Pipeline
 from tiltflow.models.pipelines.meta import pipeline_configs
-from tiltflow.models.pipelines.storage import FP8
+from tiltflow.models.pipelines.storage import FP8, lost_in_fp8, taken
 from tiltflow.models.pipelines.weights import largest, meta_model
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -113,8 +113,9 @@ def write_peft(lora: Lora, folder: Path) -> Path:
 
 def write_original(
     transformer: Path, layout: Layout, dtype: FileType | None, file: Path, contract: Contract
-) -> Path:
-    """A pipeline's transformer (its folder) as one file in the original layout.
+) -> list[str]:
+    """A pipeline's transformer (its folder) as one file in the original layout; a line where that
+    is another model.
 
     In fp8 (1 + 4 + 3 bits, without scales) are the matrices of the blocks; the rest is in bf16.
 
@@ -122,17 +123,20 @@ def write_original(
         ValueError: if a tensor has no original name, or a value is beyond what 8 bits hold.
     """
     state: dict[str, Tensor] = {}
+    lost: dict[str, float] = {}
     pipeline = Pipeline(transformer.parent)
     for name in pipeline.weight_files(transformer.name):
         state |= load_file(transformer / name)
     if dtype is not None:
         for name in list(state):
             eight = dtype == "fp8" and _matrix(name, state[name]) and in_block(name)
+            lost |= {name: lost_in_fp8(state[name])} if eight else {}
             state[name] = _rounded(name, state[name], FP8 if eight else torch.bfloat16)
     kind = next(iter(state.values())).dtype if dtype is None else torch.bfloat16
     dropped = layout.dropped(pipeline.config(transformer.name))
     made = {name: torch.zeros(shape, dtype=kind) for name, shape in dropped.items()}
-    return _save(made | original_state(state, layout), file, contract)
+    _save(made | original_state(state, layout), file, contract)
+    return [f"{file.name} in fp8 {what}: take --dtype bf16" for what in taken(lost)]
 
 
 def _matrix(name: str, value: Tensor) -> bool:

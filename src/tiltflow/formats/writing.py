@@ -212,12 +212,14 @@ def save_merged(
     return kept
 
 
-def rounded_away(name: str, kept: float, dtype: str) -> str:
+def rounded_away(name: str, kept: float, dtype: str) -> list[str]:
     """The line about a merged pipeline that keeps less than `LEAST_KEPT`."""
-    return (
+    if kept >= LEAST_KEPT:
+        return []
+    return [
         f"{name} keeps {kept:.0%} of what the adapters change: the rest is too small beside "
         f"weights in {dtype}, and is whole in the LoRA files (--for diffusers, peft, comfyui)"
-    )
+    ]
 
 
 def _kept(transformer: nn.Module) -> float:

@@ -40,7 +40,6 @@ from tiltflow.formats.programs import (
 from tiltflow.formats.wanted import Wanted
 from tiltflow.formats.workflow import no_workflow, workflow, write_workflow
 from tiltflow.formats.writing import (
-    LEAST_KEPT,
     FullWeights,
     LoraWeights,
     baked,
@@ -119,19 +118,17 @@ def export_checkpoint(
         if "merged" in wanted.formats:
             paths += _write_merged(wanted, loras, checkpoint, contract, source, part, callbacks)
         _write(part, contract)
-        folders = [one.name for one in loras if "diffusers" in wanted.formats]
         usage = usage_of(contract, source.family, _absent(source))
         card = Card(
             usage=usage,
             caution=source.family.caution,
-            folders=folders,
+            folders=[one.name for one in loras if "diffusers" in wanted.formats],
             merged=merged_tilts(paths),
             evaluation=_figures(evaluation, contract, callbacks),
             others=guides(wanted, [one.name for one in loras], usage),
         )
         (part / "README.md").write_text(model_card(card), encoding="utf-8")
-        licence = licence_file(source.base.root)
-        if licence is not None:
+        if (licence := licence_file(source.base.root)) is not None:
             shutil.copyfile(licence, part / licence.name)
         paths.append(part / "README.md")
     for line in _notices(wanted, loras, contract, checkpoint.step):
@@ -163,8 +160,7 @@ def _notices(wanted: Wanted, loras: list[Lora], contract: Contract, step: int) -
         if one.name in SINGLE
         and not any(bool(w.any()) for name, w in one.weights.items() if ".lora_B." in name)
     ]
-    reason = no_workflow(contract) if "comfyui" in wanted.formats else None
-    if reason is not None:
+    if "comfyui" in wanted.formats and (reason := no_workflow(contract)) is not None:
         lines.append(f"{reason}: README.md says at which levels the student samples")
     return lines
 
@@ -250,16 +246,18 @@ def _write_merged(
         with TemporaryDirectory() as place:
             student = _student(loras, checkpoint, strength, source, Path(place))
             kept = save_merged(source.pipeline, source.base, student, scheduler, dtypes, folder)
-        if kept < LEAST_KEPT:
-            callbacks.notice(rounded_away(folder.name, kept, contract.dtype))
+        lines = rounded_away(folder.name, kept, contract.dtype)
         _write(folder, own)
         paths.append(folder)
         if has_layout(family):
-            write_original(folder / "transformer", layout_of(family), wanted.dtype, file, own)
+            layout = layout_of(family)
+            lines += write_original(folder / "transformer", layout, wanted.dtype, file, own)
             paths.append(file)
             if no_workflow(own) is None:
                 graph = workflow(own, transformer=file.name)
                 paths.append(write_workflow(graph, file.parent, f"workflow{end}.json"))
+        for line in lines:
+            callbacks.notice(line)
     return paths
 
 

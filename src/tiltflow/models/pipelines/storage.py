@@ -33,7 +33,7 @@ def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> dict[str,
     """
     there = {n: p for n, p in network.named_parameters() if not p.is_meta}
     before = {n: largest(p) for n, p in there.items()}
-    lost = {n: _lost(p) for n, p in there.items() if p.ndim == 2}
+    lost = {n: lost_in_fp8(p) for n, p in there.items() if p.ndim == 2}
     network.enable_layerwise_casting(  # type: ignore[operator]
         storage_dtype=FP8, compute_dtype=dtype, skip_modules_classes=(nn.Conv2d,)
     )
@@ -49,7 +49,7 @@ def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> dict[str,
 
 
 @torch.no_grad()
-def _lost(matrix: Tensor) -> float:
+def lost_in_fp8(matrix: Tensor) -> float:
     """The norm of what rounding to 8 bits takes away, as a share of the norm."""
     some = matrix[:: -(-len(matrix) // ROWS)].float()
     norm = float(some.norm())
@@ -58,14 +58,20 @@ def _lost(matrix: Tensor) -> float:
 
 def lost_notices(lost: Mapping[str, float]) -> list[str]:
     """A line where matrices are no longer what they were in 8 bits."""
-    if not lost:
-        return []
-    worst = max(lost, key=lambda name: lost[name])
-    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     return [
-        f"model.base_storage=fp8 takes {lost[worst]:.0%} of {worst}{more}, whose values are too "
-        "small for 8 bits: the teacher is another model (leave it unset)"
+        f"model.base_storage=fp8 {what}: the teacher is another model (leave it unset)"
+        for what in taken(lost)
     ]
+
+
+def taken(lost: Mapping[str, float]) -> list[str]:
+    """What 8 bits do to these matrices, in words, if they take more than `LOST` of any."""
+    much = {name: share for name, share in lost.items() if share > LOST}
+    if not much:
+        return []
+    worst = max(much, key=lambda name: much[name])
+    more = f" and {len(much) - 1} more" if len(much) > 1 else ""
+    return [f"takes {much[worst]:.0%} of {worst}{more}, whose values are too small for 8 bits"]
 
 
 def input_dtype(network: nn.Module, module: str = "context_embedder") -> torch.dtype:
