@@ -258,6 +258,14 @@ def _claim(device: torch.device, size: int) -> None:
     torch.accelerator.set_device_index(local)
 
 
+def shared(network: nn.Module) -> bool:
+    """Whether the ranks share a network (`shard`), so that all of them must call it equally often:
+    each call waits for the others'."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(network, FSDPModule)
+
+
 def shard(network: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """FSDP2 over the frozen weights of a network: each of its blocks, then the rest.
 
