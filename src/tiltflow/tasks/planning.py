@@ -17,7 +17,7 @@ from tiltflow.config.schema import AUTO, CHECKPOINTED
 from tiltflow.core.disk import write_whole
 from tiltflow.core.distributed import Ranks
 from tiltflow.setup.planner import GIB, Plan
-from tiltflow.tasks.plans import Plans
+from tiltflow.tasks.plans import Plans, differentiated
 
 FILE = "plan.json"
 USED = 0.95
@@ -101,8 +101,11 @@ def _recomputed(cfg: RunConfig) -> dict[str, float]:
     """
     if cfg.stage == "cold_start":
         return {"fake_score": 3.0, "generator": 1 / cfg.cold_start.generator_every}
-    steps = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
-    return {"decoder": 0.5, "generator": steps, "fake_score": 3.0 * cfg.tilt.fake_score_updates}
+    return {
+        "decoder": 0.5,
+        "generator": differentiated(cfg),
+        "fake_score": 3.0 * cfg.tilt.fake_score_updates,
+    }
 
 
 def _passes(cfg: RunConfig) -> float:
@@ -112,8 +115,7 @@ def _passes(cfg: RunConfig) -> float:
     steps = cfg.sampler.boundaries / len(cfg.sampler.grids)
     if cfg.stage == "cold_start":
         return (steps + 1) / 2 + 6 + 5 / cfg.cold_start.generator_every
-    trained = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
-    return steps + 6 * cfg.tilt.fake_score_updates + 3 + 2 * trained
+    return steps + 6 * cfg.tilt.fake_score_updates + 3 + 2 * differentiated(cfg)
 
 
 FILL = 1.0
