@@ -89,6 +89,7 @@ CASES = [
     pytest.param("sd35m", "cold_start", "keep_graph", "false", marks=pytest.mark.long),
     pytest.param("sd35m", "cold_start", "keep_graph", "[fake_score]", marks=pytest.mark.long),
     pytest.param("sd35m", "cold_start", "lora", "[generator]", marks=pytest.mark.long),
+    pytest.param("sd35m", "cold_start", "one sample", "false", marks=pytest.mark.long),
     pytest.param("sd35m", "tilt", "keep_graph", "false", marks=pytest.mark.long),
     pytest.param("sd35m", "tilt", "keep_graph everywhere", "false", marks=pytest.mark.long),
     pytest.param("flux1_dev", "cold_start", "fp8", "true", marks=pytest.mark.long),
@@ -110,6 +111,8 @@ def test_plan_is_within_15_percent_of_what_is_measured(
     if kind.startswith("keep_graph"):
         kind, more = "lora", [*more, f"{stage}.keep_graph=true"]
         more += ["cold_start.fresh_boundary=false"] if stage == "cold_start" else []
+    if kind == "one sample":
+        kind, more = "lora", [*more, "cold_start.consistency_form=one_sample"]
     if kind == "copies":
         more.append("adapters.init_std=null")
         more += ["tilt.fake_score_start=continued"] if stage == "tilt" else []

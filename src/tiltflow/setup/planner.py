@@ -45,16 +45,17 @@ OVERHEAD = 1.5 * GIB
 class Job:
     """What a run does, as far as its memory goes; the names are the recipe's.
 
-    `tilt` None is stage 1; `boundaries` None is one fake score for all of them. `fused` says
-    whether attention is a fused kernel (GPUs) or the plain one that training takes on a CPU, and
-    `negatives` whether each prompt has a negative one of its own.
+    `tilt` None is stage 1; `boundaries` None is one fake score for all of them. `consistency` is
+    that regulariser's form, None without it. `fused` says whether attention is a fused kernel
+    (GPUs) or the plain one that training takes on a CPU, and `negatives` whether each prompt has a
+    negative one of its own.
     """
 
     batch: int
     micro: int
     steps: int
     guidance: float
-    consistency: bool
+    consistency: str | None
     adapters: AdapterSettings | None
     checkpointing: frozenset[str] = frozenset()
     tilt: TiltJob | None = None
@@ -300,6 +301,7 @@ def _fake_score(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
         FakeScoreDraws(level, x, level, (x, x)),
         0.01 if job.consistency else 0.0,
         0.5,
+        job.consistency or "two_sample",
     )
     losses.sum().backward()
     return kept

@@ -74,7 +74,7 @@ class Plans:
             micro=cfg.train.micro,
             steps=cfg.sampler.most,
             guidance=self._backbone.guidance if model.guidance is None else model.guidance,
-            consistency=chosen.consistency > 0,
+            consistency=chosen.consistency_form if chosen.consistency > 0 else None,
             adapters=settings,
             checkpointing=model.checkpointed,
             tilt=_tilt_job(cfg, settings) if cfg.stage == "tilt" else None,
