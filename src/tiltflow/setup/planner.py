@@ -375,7 +375,7 @@ def _conditioning(backbone: PipelineBackbone, rows: int) -> Conditioning:
 def _conditioning_bytes(backbone: PipelineBackbone, job: Job) -> int:
     """The global batch's conditioning, a group's prompt once; the negative is one row, unless
     prompts have negative ones of their own."""
-    prompts = job.batch // (job.tilt.group if job.tilt else 1)
+    prompts = -(-job.batch // (job.tilt.group if job.tilt else 1))
     return (prompts + (prompts if job.negatives else 1)) * sum(
         t.nbytes for t in _conditioning(backbone, 1).positive.values()
     )

@@ -229,6 +229,9 @@ def chosen(
     kept = _kept(out) if goes_on else None
     if kept is not None and _size_is_open(cfg) and "micro_batch_size" not in kept:
         kept = None  # the run began with a size that was given
+    if kept is not None and ranks.size < kept.get("ranks", 1):  # each has more of the batch now
+        needed = Plans(cfg, ranks.size)(_by(kept, cfg)).peak
+        kept = kept | {"bytes": needed, "memory": None}
     if kept is not None and not _too_large(kept, memory):
         return _by(kept, cfg)
     if kept is not None and not cfg.run.replan:
@@ -238,7 +241,7 @@ def chosen(
             f"{memory / GIB:.1f} GiB: go on where it began, or give run.replan=true, which makes "
             "another plan"
         )
-    opened, planned = cfg, Plans(cfg)
+    opened, planned = cfg, Plans(cfg, ranks.size)
     size = sized(cfg, memory, -(-cfg.train.batch_size // ranks.size), planned).train.micro
     cfg = with_micro_batch(cfg, ranks.from_main(size))
     order = list(choices(cfg))
@@ -256,7 +259,7 @@ def chosen(
         if _size_is_open(opened):
             values["micro_batch_size"] = cfg.train.micro
         values["bytes"] = made.peak if made is not None else 0
-        values["memory"] = memory
+        values |= {"memory": memory, "ranks": ranks.size}
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
     return built

@@ -27,16 +27,17 @@ OF_IMAGE = 0.21
 
 class Plans:
     """What a recipe and variants of it will hold in memory, reward models included, from
-    configurations alone. A variant has other micro-batches, or recomputes or keeps other parts:
-    what it has in common with those before is made once.
+    configurations alone: on one of `ranks` devices, which has its share of the batch and a base
+    of its own (`run.sharding` is not planned). A variant has other micro-batches, or recomputes or
+    keeps other parts: what it has in common with those before is made once.
 
     Raises:
         ValueError: if there is no directory of the pipeline and it is no published one; as
             `reward_memory`.
     """
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: RunConfig, ranks: int = 1) -> None:
+        self.cfg, self.ranks = cfg, ranks
 
     def __call__(self, cfg: RunConfig) -> Plan:
         made, (models, _) = self._planner.plan(self._job(cfg)), self.models
@@ -70,8 +71,8 @@ class Plans:
         settings = adapter_settings(cfg, self._backbone) if lora else None
         chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
         return Job(
-            batch=cfg.train.batch_size,
-            micro=cfg.train.micro,
+            batch=(rows := -(-cfg.train.batch_size // self.ranks)),
+            micro=min(cfg.train.micro, rows),
             steps=cfg.sampler.most,
             guidance=self._backbone.guidance if model.guidance is None else model.guidance,
             consistency=chosen.consistency_form if chosen.consistency > 0 else None,
