@@ -62,7 +62,7 @@ class Features:
     def __init__(self, role: Role) -> None:
         lists = [m for m in role.network.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         if not lists:
-            raise ValueError("term 'gan': the fake score's network has no list of blocks")
+            raise ValueError("the fake score's network has no list of blocks")
         blocks = max(lists, key=lambda each: (len(each), sum(p.numel() for p in each.parameters())))
         self.role, self.block = role, blocks[(len(blocks) - 1) // 2]
         self.places = getattr(role.backbone, "image_places", None)
