@@ -83,9 +83,12 @@ def compiler() -> Iterator[None]:
     """torch's compiler without what it has compiled, and with its limits, which compilation raises
     for the whole process, as they were afterwards. (monkeypatch takes them away for good.)"""
     import torch
+    import torch._functorch.config
 
     config = torch._dynamo.config
     names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
     torch._dynamo.reset()
+    buffers = torch._functorch.config.donated_buffer
     with config.patch({name: getattr(config, name) for name in names}):
         yield
+    torch._functorch.config.donated_buffer = buffers

@@ -179,6 +179,30 @@ def test_what_a_live_process_is_writing_is_left_alone(tmp_path: Path) -> None:
     assert alive.exists() and not dead.exists()
 
 
+def test_several_readers_may_tidy_up_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the ranks of a stage 2 whose stage 1 was killed in a save. Another is always first."""
+    save(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    whole = folder / "step-000001"
+    os.replace(whole, folder / ".old-999999999-step-000001")
+    (folder / ".tmp-999999999-step-000002").mkdir()
+    (folder / ".tmp-999999999-latest").touch()
+    turns = 0
+
+    def another_first(pid: int) -> bool:
+        nonlocal turns
+        turns += 1
+        if turns <= 3:
+            checkpoint._sweep(folder)
+        return False
+
+    monkeypatch.setattr(checkpoint, "at_work", another_first)
+    assert load_checkpoint(tmp_path).step == 1 and turns > 3
+    assert names(tmp_path) == ["latest", "step-000001"]
+
+
 def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

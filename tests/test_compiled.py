@@ -129,6 +129,34 @@ def test_blocks_that_ranks_share_are_compiled(name: str, tmp_path: Path) -> None
     torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-4)
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.outer(nn.functional.gelu(self.inner(self.norm(x))))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("compiler")
+def test_a_kept_graph_of_compiled_blocks_is_gone_back_through_twice() -> None:
+    """As `tilt.keep_graph` does where two terms of the loss look at one step."""
+    network = nn.Sequential(Block(), Block())
+    x, found = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)), []
+    for compiled in (False, True):
+        if compiled:
+            assert compile_blocks(network, BACKEND, ["Block"], again=True) == 2
+            network(x[0])  # of two sizes any may come, as of a batch, and it is compiled for all
+        network.zero_grad()
+        y = network(x)
+        y.sum().backward(retain_graph=True)
+        y.square().sum().backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_a_network_without_repeated_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="a Linear has no repeated blocks to compile"):
         compile_blocks(nn.Linear(2, 2))

@@ -12,6 +12,7 @@ from test_run_directory import start
 from test_run_manifest import TILT, TINY
 
 from tiltflow.config.load import load_config
+from tiltflow.core.checkpoint import save_checkpoint
 from tiltflow.setup.checks import check_run
 from tiltflow.setup.disk_room import check_disk_room, kept_checkpoints, run_bytes
 
@@ -92,3 +93,15 @@ def test_what_cannot_be_known_passes(place: Path) -> None:
     check_disk_room(mixture)
     check_disk_room(hub)
     assert kept_checkpoints(mixture) == mixture.checkpoint.keep + 1
+
+
+@pytest.mark.parametrize("stop", ["true", "false"])
+def test_a_watch_keeps_its_last_good_checkpoint_whether_or_not_it_may_end_the_run(
+    stop: str, tmp_path: Path
+) -> None:
+    more = ["model.few_step=x", "checkpoint.keep=1", "watch.rewards={linear: 1.0}"]
+    watched = load_config("mixture_tilt", [*more, f"watch.stop={stop}", "rewards={'a:b': 1.0}"])
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {}, {}, keep=watched.checkpoint.keep, good=1)
+    there = len(list((tmp_path / "checkpoints").glob("step-*")))
+    assert there == 2 and kept_checkpoints(watched) == there + 1  # and the one in writing

@@ -152,6 +152,16 @@ def test_resumed_on_another_number_of_ranks(
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [5, 10, 15, 20]
 
 
+def test_ranks_that_go_on_between_two_lines_of_the_log_have_the_same_log(run: Runner) -> None:
+    """Each with its own part of the sums, to the last bit."""
+    more = [*MIXTURE, "log.every=4", "checkpoint.every=3", "train.steps=8", "checkpoint.keep=9"]
+    out = run("between_lines", "mixture_cold_start", 3, *more)
+    whole = (out / "metrics.jsonl").read_text()
+    again = ("run.resume=true", "run.resume_from=step-000003")
+    run("between_lines", str(out / "config.yaml"), 3, *again)
+    assert (out / "metrics.jsonl").read_text() == whole
+
+
 def test_a_shared_rollout_is_the_same_on_two_ranks_and_resumed_within_its_cycle(
     mixture: Callable[..., Path], run: Runner
 ) -> None:

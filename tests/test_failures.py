@@ -209,9 +209,11 @@ def test_the_config_of_a_run_is_replaced_whole(
 ) -> None:
     from tiltflow.tasks.train import _write_config
 
-    _write_config(config("run.resume=true", "run.resume_from=step-000002"), tmp_path)
+    once = ("run.resume=true", "run.resume_from=step-000002", "run.replan=true")
+    _write_config(config(*once), tmp_path)
     before = (tmp_path / "config.yaml").read_text()
     assert "resume_from: latest" in before  # and not this checkpoint again, at the next resume
+    assert "replan: false" in before  # nor yet another plan, without a word, on a smaller device
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tiltflow.config.load import load_config
 from tiltflow.core.checkpoint import load_checkpoint
+from tiltflow.core.distributed import Ranks
 from tiltflow.flow import interpolate
 from tiltflow.method.adversarial import realism_loss, unreality_loss
 from tiltflow.setup.build import build_stage
@@ -20,6 +21,7 @@ from tiltflow.training.adversarial import Adversary
 from tiltflow.training.own_terms import Held
 from tiltflow.training.terms import Attached, Epoch, single
 from tiltflow.training.tilt import Tilt
+from tiltflow.training.updates import Share
 
 OWN = "tilt.terms={gan: {weight: 1.0, real_steps: 3, one_in: 2, lr: 0.01}}"
 ALONE = ["tilt.policy_weight=0", "tilt.matching_weight=0", "tilt.reward_weight=0"]
@@ -108,6 +110,18 @@ def test_the_head_learns_to_tell_them_apart(stage: Tilt) -> None:
     guess = 2 * math.log(2)
     assert abs(losses[0] - guess) < 0.5 * guess
     assert sum(losses[-10:]) / 10 < 0.6 * guess
+
+
+def test_ranks_that_share_the_base_ask_the_teacher_equally_often(
+    stage: Tilt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call of one rank alone would wait for the others' for ever."""
+    parts = dataclasses.replace(stage, share=Share(12, 2, Ranks(1, 2)))
+    Adversary(parts, Adversary.Settings(one_in=4))  # each has a copy of its own
+    monkeypatch.setattr("tiltflow.training.adversarial.shared", lambda network: True)
+    Adversary(parts, Adversary.Settings(one_in=3))
+    with pytest.raises(ValueError, match="one_in 4 does not divide a rank's 6 samples"):
+        Adversary(parts, Adversary.Settings(one_in=4))
 
 
 def tensors(out: Path) -> dict[str, Tensor]:

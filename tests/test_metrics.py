@@ -177,8 +177,13 @@ def test_sums_go_on_from_what_was_kept_of_them() -> None:
     second.load(json.loads(json.dumps(first.state())))
     second.add(values[2])
     assert second.means() == whole.means()
-    other.load(first.state(), main=False)
-    assert other.means() == {"a": 0.0, "b": 0.0}  # the main rank's share is the whole
+    other.load(first.state(), 1, 2)
+    assert other.means() == {"a": 0.0, "b": 0.0}  # of another number of ranks the first has all
+    kept = {"a": [0.25, 0.5, 2.0]}
+    for rank, size, mean in ((0, 2, 0.125), (1, 2, 0.25), (0, 1, 0.375), (0, 3, 0.375), (2, 3, 0)):
+        again = Accumulator()
+        again.load(kept, rank, size)
+        assert again.means() == {"a": mean}
     for bad in ({"a": 1.0}, {"a": [1.0]}, {"a": ["1", 2.0]}, {"a": [1.0, True]}):
         with pytest.raises(ValueError, match="the sum and count of metric 'a' are"):
             Accumulator().load(bad)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from tiltflow.setup.build import Build, build_stage
 from tiltflow.setup.planner import GIB, OVERHEAD, Plan
 from tiltflow.setup.tally import Tally
 from tiltflow.tasks.doctor import show_plan
-from tiltflow.tasks.plans import encoding_numbers, plan_recipe
+from tiltflow.tasks.plans import differentiated, encoding_numbers, plan_recipe
 
 Tiny = Callable[[str], Path]
 
@@ -89,7 +89,9 @@ CASES = [
     pytest.param("sd35m", "cold_start", "keep_graph", "false", marks=pytest.mark.long),
     pytest.param("sd35m", "cold_start", "keep_graph", "[fake_score]", marks=pytest.mark.long),
     pytest.param("sd35m", "cold_start", "lora", "[generator]", marks=pytest.mark.long),
+    pytest.param("sd35m", "cold_start", "one sample", "false", marks=pytest.mark.long),
     pytest.param("sd35m", "tilt", "keep_graph", "false", marks=pytest.mark.long),
+    pytest.param("sd35m", "tilt", "keep_graph everywhere", "false", marks=pytest.mark.long),
     pytest.param("flux1_dev", "cold_start", "fp8", "true", marks=pytest.mark.long),
     pytest.param("flux1_dev", "tilt", "lora", "false", marks=pytest.mark.long),
     pytest.param("sd35m", "tilt", "copies", "true", marks=pytest.mark.long),
@@ -104,9 +106,13 @@ def test_plan_is_within_15_percent_of_what_is_measured(
     more = [f"model.gradient_checkpointing={checkpointing}"]
     if kind == "fp8":  # LoRA's base in 8 bits
         kind, more = "lora", [*more, "model.base_storage=fp8", "model.dtype=bf16"]
-    if kind == "keep_graph":
+    if kind == "keep_graph everywhere":
+        more += ["tilt.match_steps=all", "tilt.policy_weight=0"]
+    if kind.startswith("keep_graph"):
         kind, more = "lora", [*more, f"{stage}.keep_graph=true"]
         more += ["cold_start.fresh_boundary=false"] if stage == "cold_start" else []
+    if kind == "one sample":
+        kind, more = "lora", [*more, "cold_start.consistency_form=one_sample"]
     if kind == "copies":
         more.append("adapters.init_std=null")
         more += ["tilt.fake_score_start=continued"] if stage == "tilt" else []
@@ -117,6 +123,27 @@ def test_plan_is_within_15_percent_of_what_is_measured(
     real = measured(build)
     print(f"PLAN {name} {stage} {kind} {checkpointing}: {made.peak / real:.3f} ({made.worst})")
     assert made.peak == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("more", "steps"),
+    [
+        ([], 3),
+        (["tilt.policy_weight=0"], 1),
+        (["tilt.match_steps=random"], 4),
+        (["tilt.match_steps=random", "tilt.policy_weight=0"], 2),
+        (["tilt.match_steps=all", "tilt.policy_weight=0"], 4),
+        (["tilt.match_steps=all", "tilt.policy_weight=0", "tilt.matching_weight=0"], 1),
+        (["tilt.reward_steps=2", "tilt.subset=1", "tilt.match_steps=random"], 4),
+        (["tilt.reward_weight=0", "tilt.match_steps=random", "tilt.subset=1"], 2),
+    ],
+)
+def test_the_steps_whose_graphs_may_be_kept_are_all_that_a_term_looks_at(
+    more: list[str], steps: int
+) -> None:
+    """A step of the policy gradient, those of the rewards, and wherever the teacher is matched."""
+    own = ["data.prompts=x", "model.few_step=y", "rewards={clipscore: 1.0}", *more]
+    assert differentiated(load_config("sd35m_tilt", own)) == steps
 
 
 @pytest.mark.parametrize("name", ["krea2", "z_image", "klein", "sd3m"])

@@ -124,6 +124,63 @@ def test_a_run_that_began_though_nothing_fitted_goes_on_there(
         at(2.9 * GIB, True)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["cold_start", "tilt"])
+def test_a_rank_is_planned_with_its_share_of_the_batch(stage: str, tiny_pipeline: Tiny) -> None:
+    """It was planned with the batch of all: graphs that are kept would not fit, where they do."""
+
+    def tiny(batch: int, micro: int) -> RunConfig:
+        keep = f"{stage}.keep_graph=true"
+        more = (
+            ["cold_start.fresh_boundary=false"] if stage == "cold_start" else ["tilt.group_size=4"]
+        )
+        return config(
+            f"model.path={tiny_pipeline('sd35m')}", "model.resolution=64", "watch.rewards={}",
+            "model.gradient_checkpointing=false", f"train.batch_size={batch}", keep, *more,
+            f"train.micro_batch_size={micro}", stage=stage,
+        )  # fmt: skip
+
+    whole, share = tiny(32, 4), tiny(8, 4)
+    assert Plans(whole, 4)(whole) == Plans(share)(share)
+    assert Plans(whole, 4)(whole).peak < Plans(whole)(whole).peak
+    uneven = Plans(tiny(32, 4), 5)(tiny(32, 4))  # of 32 the largest share is 7, of three prompts
+    assert Plans(share)(share).peak == pytest.approx(uneven.peak, rel=0.05)
+
+
+class First(Ranks):
+    """The first of ranks that are all alike."""
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def least(self, value: float) -> float:
+        return value
+
+
+class Shares(Plans):
+    """8 GiB of the batch, which ranks share, and 1 beside it."""
+
+    def __call__(self, cfg: RunConfig) -> Plan:
+        return Plan({"latents": 8 * GIB // self.ranks}, {"rollout": GIB}, 0)
+
+
+def test_a_run_goes_on_on_fewer_ranks_where_what_each_then_has_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "Plans", Shares)
+
+    def at(gib: float, ranks: Ranks, goes_on: bool = True) -> None:
+        chosen(config(), tmp_path, goes_on, memory(gib), ranks, lambda line: None)
+
+    at(3, First(0, 8), goes_on=False)
+    assert json.loads((tmp_path / "plan.json").read_text())["bytes"] == 2 * GIB
+    at(3, First(0, 8))
+    at(5, First(0, 2))
+    with pytest.raises(ValueError, match=r"needs 9\.0 GiB and this device has"):
+        at(3, ALONE)
+    at(12, ALONE)
+
+
 class Beside(Ranks):
     """A rank whose job is threads of this process."""
 

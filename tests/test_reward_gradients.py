@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.method.reward_backprop import reward_gradient
-from tiltflow.rewards.base import checked, load_reward
+from tiltflow.rewards.base import FunctionReward, checked, load_reward
 from tiltflow.rewards.combine import RewardMixture, Weighted
 
 PROMPTS = ["a red circle on black", "a blue square on black", "a green circle on black"]
@@ -118,3 +118,24 @@ def test_scores_that_do_not_depend_on_the_image_are_refused() -> None:
 
     with pytest.raises(ValueError, match="reward 'apart' says that it is differentiable, but its"):
         checked(Apart(), images(), PROMPTS, [{}] * 3)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_reward_may_write_into_its_images(at_once: int) -> None:
+    """They are its own copies, with a gradient as without one (docs/rewards.md)."""
+
+    def plain(images: Tensor, prompts: object, metadata: object) -> Tensor:
+        return (images * 2 - 1).square().mean((1, 2, 3))
+
+    def inside(images: Tensor, prompts: object, metadata: object) -> Tensor:
+        return images.mul_(2).sub_(1).square().mean((1, 2, 3))
+
+    found = []
+    for function in (plain, inside):
+        reward, given = FunctionReward(function, "own", True, at_once=at_once), images()
+        before = given.detach().clone()
+        scores = checked(reward, given, PROMPTS, [{}] * 3)
+        scores.sum().backward()
+        assert given.grad is not None and torch.equal(given, before)
+        found.append((scores, given.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])

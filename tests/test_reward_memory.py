@@ -102,6 +102,11 @@ def test_a_plan_counts_them_and_room_to_compute_with_the_largest(
     assert one is not None and one == made.held["reward hpsv2"] == made.held["reward pickscore"]
     assert made.phases["scoring"] == bare.phases["scoring"] + one
     assert made.worst == "scoring" and sum(made.held.values()) == sum(bare.held.values()) + 2 * one
+    own = ["watch.rewards={shapes: 1.0}", "watch.clip=openai/clip-vit-large-patch14"]
+    watched = plan_recipe(load_config("sd35m_tilt", [*values, *own, "rewards={ocr: 1.0}"]))
+    clip = reward_memory({"clipscore": Named("openai/clip-vit-large-patch14")})["clipscore"]
+    assert watched.held["watch.clip clipscore"] == clip
+    assert watched.phases["scoring"] == bare.phases["scoring"] + clip
     many = "rewards={hpsv2: {weight: 1.0, options: {at_once: 16}}, pickscore: 1.0}"
     larger = plan_recipe(load_config("sd35m_tilt", [*values, many]))  # 16 graphs of .21 of it
     assert larger.phases["scoring"] == pytest.approx(bare.phases["scoring"] + 16 * 0.21 * one)

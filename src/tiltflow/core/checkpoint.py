@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,18 +234,20 @@ def _retain(folder: Path, keep: int, good: int | None) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what a killed save left behind, and nothing that a live process is writing."""
+    """Removes what a killed save left behind, and nothing that a live process is writing. Others
+    who read the run may do so at the same time: the ranks of stage 2, two commands."""
     leftovers = [path for path in folder.iterdir() if _LEFTOVER.match(path.name)]
     for path in leftovers:
         kind, owner, name = path.name.split("-", 2)
         if at_work(int(owner)):
             continue
         if path.is_symlink() or not path.is_dir():
-            path.unlink()
+            path.unlink(missing_ok=True)
         elif kind == ".old" and not (folder / name).exists():
-            os.replace(path, folder / name)
+            with suppress(FileNotFoundError):
+                os.replace(path, folder / name)
         else:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _alternative(folder: Path, broken: Path) -> str:

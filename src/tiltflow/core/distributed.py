@@ -91,6 +91,14 @@ class Ranks:
         self._all_reduce(sums)
         return list(sums.tolist())
 
+    def each(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's plain numbers, of which all have as many, in rank order."""
+        n = len(values)
+        mine = [0.0] * (n * self.size)
+        mine[n * self.rank : n * (self.rank + 1)] = values
+        whole = self.total(mine)
+        return [whole[n * rank : n * (rank + 1)] for rank in range(self.size)]
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return self.total([float(flag)])[0] > 0
@@ -256,6 +264,14 @@ def _claim(device: torch.device, size: int) -> None:
             f"give torchrun --nproc-per-node {found}"
         )
     torch.accelerator.set_device_index(local)
+
+
+def shared(network: nn.Module) -> bool:
+    """Whether the ranks share a network (`shard`), so that all of them must call it equally often:
+    each call waits for the others'."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(network, FSDPModule)
 
 
 def shard(network: nn.Module, device: torch.device, ranks: Ranks) -> None:

@@ -16,6 +16,8 @@ from tiltflow.core.disk import parse_json, write_whole
 
 Total = Callable[[Sequence[float]], Sequence[float]]
 """Adds up numbers over the ranks."""
+Each = Callable[[Sequence[float]], Sequence[Sequence[float]]]
+"""Every rank's numbers."""
 Values = Mapping[str, Tensor | float]
 ANEW = "watch/anew"
 """The text of a log that names the metrics, with commas between, which from its step on are
@@ -84,30 +86,33 @@ class Accumulator:
             found |= dict(zip(names, zip(sums, counts, strict=True), strict=True))
         return {name: found[name] for name in self._sums}
 
-    def state(self, total: Total = lambda values: values) -> dict[str, list[float]]:
-        """What has been added since the last reset, for `load`: sum over the ranks and count of
-        each metric.
+    def state(self, each: Each = lambda values: [values]) -> dict[str, list[float]]:
+        """What has been added since the last reset, for `load`: of each metric every rank's sum,
+        and the count. (The sum of these would round otherwise than a run in one piece.)
 
         Raises:
             FloatingPointError: naming the first metric that is NaN or infinite.
         """
         found = self._read()
-        sums = total([value for value, _ in found.values()])
+        sums = zip(*each([value for value, _ in found.values()]), strict=True)
         pairs = zip(found.items(), sums, strict=True)
-        return {name: [_finite(name, whole), count] for (name, (_, count)), whole in pairs}
+        return {name: [*(_finite(name, s) for s in of), count] for (name, (_, count)), of in pairs}
 
-    def load(self, state: Mapping[str, Sequence[float]], main: bool = True) -> None:
-        """Goes on from another's `state`. Its sums are the `main` rank's share; the others know of
-        them, so that all have the same metrics.
+    def load(self, state: Mapping[str, Sequence[float]], rank: int = 0, size: int = 1) -> None:
+        """Goes on from a `state`, as rank `rank` of `size`: with its own sums if they are of as
+        many ranks, else the first has all, and the others know of them, so that all have the same
+        metrics.
 
         Raises:
             ValueError: if that is no such state.
         """
-        for name, pair in state.items():
-            if not isinstance(pair, Sequence) or [type(x) for x in pair] != [float, float]:
-                raise ValueError(f"the sum and count of metric {name!r} are {pair!r}")
-            self._sums[name] = torch.tensor(pair[0] if main else 0.0)
-            self._counts[name] = pair[1]
+        for name, kept in state.items():
+            if not isinstance(kept, Sequence) or len(kept) < 2 or {*map(type, kept)} != {float}:
+                raise ValueError(f"the sum and count of metric {name!r} are {kept!r}")
+            *sums, count = kept
+            whole = sum(sums) if rank == 0 else 0.0
+            self._sums[name] = torch.tensor(sums[rank] if len(sums) == size else whole)
+            self._counts[name] = count
 
     def reset(self) -> None:
         """Forgets everything added so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 VARIANTS = 32
@@ -14,11 +15,16 @@ for each of 4 boundaries, 15 in stage 2."""
 
 
 def compile_blocks(
-    network: nn.Module, backend: str = "inductor", repeated: Sequence[str] = ()
+    network: nn.Module,
+    backend: str = "inductor",
+    repeated: Sequence[str] = (),
+    again: bool = False,
 ) -> int:
     """Compiles every repeated block of a diffusers transformer in place; how many there were.
 
     `repeated` are the blocks' classes, where diffusers' own list has none (`Family.blocks`).
+    `again`: a pass's graph may be gone back through more than once (`tilt.keep_graph`), so that no
+    backward pass may write over what it was given.
 
     To be called when all adapters are on it. One compilation serves all blocks of a kind under all
     roles with as many adapters. torch's limit on recompilations, which counts for the whole
@@ -38,6 +44,8 @@ def compile_blocks(
     config.recompile_limit += VARIANTS
     config.accumulated_recompile_limit += 4 * VARIANTS
     config.fail_on_recompile_limit_hit = True
+    if again:
+        torch._functorch.config.donated_buffer = False
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)

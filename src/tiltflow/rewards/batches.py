@@ -85,7 +85,7 @@ class _Graded(torch.autograd.Function):
     ) -> Tensor:
         leaf = images.detach().requires_grad_(True)
         with torch.enable_grad():
-            scores = function(leaf)
+            scores = function(leaf.clone())  # which it may write into, as into no leaf
             (gradient,) = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)
         if gradient is None:  # of something else, such as its own weights
             raise ValueError(no_gradient(name))

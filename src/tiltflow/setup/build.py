@@ -357,4 +357,5 @@ def _place(cfg: RunConfig, backbone: Backbone, roles: Roles, ranks: Ranks) -> No
         singles = [one for role in every if role for one in role.singles]
         for network in {id(role.network): role.network for role in singles}.values():
             blocks = backbone.record.blocks if isinstance(backbone, PipelineBackbone) else ()
-            compile_blocks(network, repeated=blocks)
+            again = cfg.stage == "tilt" and cfg.tilt.keep_graph is True
+            compile_blocks(network, repeated=blocks, again=again)

@@ -62,7 +62,8 @@ def run_bytes(cfg: RunConfig, pipelines: Pipelines | None = None) -> int:
 
 def kept_checkpoints(cfg: RunConfig) -> int:
     """`checkpoint.keep`, the last good one of a watch, and the one that is being written."""
-    return cfg.checkpoint.keep + 1 + (1 if cfg.watch.stop else 0)
+    watched = cfg.stage == "tilt" and bool(cfg.watch.rewards)
+    return cfg.checkpoint.keep + 1 + (1 if watched else 0)
 
 
 def trained_numbers(cfg: RunConfig, shapes: dict[str, tuple[int, ...]]) -> int:

@@ -45,16 +45,17 @@ OVERHEAD = 1.5 * GIB
 class Job:
     """What a run does, as far as its memory goes; the names are the recipe's.
 
-    `tilt` None is stage 1; `boundaries` None is one fake score for all of them. `fused` says
-    whether attention is a fused kernel (GPUs) or the plain one that training takes on a CPU, and
-    `negatives` whether each prompt has a negative one of its own.
+    `tilt` None is stage 1; `boundaries` None is one fake score for all of them. `consistency` is
+    that regulariser's form, None without it. `fused` says whether attention is a fused kernel
+    (GPUs) or the plain one that training takes on a CPU, and `negatives` whether each prompt has a
+    negative one of its own.
     """
 
     batch: int
     micro: int
     steps: int
     guidance: float
-    consistency: bool
+    consistency: str | None
     adapters: AdapterSettings | None
     checkpointing: frozenset[str] = frozenset()
     tilt: TiltJob | None = None
@@ -300,6 +301,7 @@ def _fake_score(roles: Roles, backbone: PipelineBackbone, job: Job) -> object:
         FakeScoreDraws(level, x, level, (x, x)),
         0.01 if job.consistency else 0.0,
         0.5,
+        job.consistency or "two_sample",
     )
     losses.sum().backward()
     return kept
@@ -373,7 +375,7 @@ def _conditioning(backbone: PipelineBackbone, rows: int) -> Conditioning:
 def _conditioning_bytes(backbone: PipelineBackbone, job: Job) -> int:
     """The global batch's conditioning, a group's prompt once; the negative is one row, unless
     prompts have negative ones of their own."""
-    prompts = job.batch // (job.tilt.group if job.tilt else 1)
+    prompts = -(-job.batch // (job.tilt.group if job.tilt else 1))
     return (prompts + (prompts if job.negatives else 1)) * sum(
         t.nbytes for t in _conditioning(backbone, 1).positive.values()
     )

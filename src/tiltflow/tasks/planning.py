@@ -17,7 +17,7 @@ from tiltflow.config.schema import AUTO, CHECKPOINTED
 from tiltflow.core.disk import write_whole
 from tiltflow.core.distributed import Ranks
 from tiltflow.setup.planner import GIB, Plan
-from tiltflow.tasks.plans import Plans
+from tiltflow.tasks.plans import Plans, differentiated
 
 FILE = "plan.json"
 USED = 0.95
@@ -101,8 +101,11 @@ def _recomputed(cfg: RunConfig) -> dict[str, float]:
     """
     if cfg.stage == "cold_start":
         return {"fake_score": 3.0, "generator": 1 / cfg.cold_start.generator_every}
-    steps = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
-    return {"decoder": 0.5, "generator": steps, "fake_score": 3.0 * cfg.tilt.fake_score_updates}
+    return {
+        "decoder": 0.5,
+        "generator": differentiated(cfg),
+        "fake_score": 3.0 * cfg.tilt.fake_score_updates,
+    }
 
 
 def _passes(cfg: RunConfig) -> float:
@@ -112,8 +115,7 @@ def _passes(cfg: RunConfig) -> float:
     steps = cfg.sampler.boundaries / len(cfg.sampler.grids)
     if cfg.stage == "cold_start":
         return (steps + 1) / 2 + 6 + 5 / cfg.cold_start.generator_every
-    trained = cfg.tilt.subset + max(cfg.tilt.reward_steps, 1)
-    return steps + 6 * cfg.tilt.fake_score_updates + 3 + 2 * trained
+    return steps + 6 * cfg.tilt.fake_score_updates + 3 + 2 * differentiated(cfg)
 
 
 FILL = 1.0
@@ -227,6 +229,9 @@ def chosen(
     kept = _kept(out) if goes_on else None
     if kept is not None and _size_is_open(cfg) and "micro_batch_size" not in kept:
         kept = None  # the run began with a size that was given
+    if kept is not None and ranks.size < kept.get("ranks", 1):  # each has more of the batch now
+        needed = Plans(cfg, ranks.size)(_by(kept, cfg)).peak
+        kept = kept | {"bytes": needed, "memory": None}
     if kept is not None and not _too_large(kept, memory):
         return _by(kept, cfg)
     if kept is not None and not cfg.run.replan:
@@ -236,7 +241,7 @@ def chosen(
             f"{memory / GIB:.1f} GiB: go on where it began, or give run.replan=true, which makes "
             "another plan"
         )
-    opened, planned = cfg, Plans(cfg)
+    opened, planned = cfg, Plans(cfg, ranks.size)
     size = sized(cfg, memory, -(-cfg.train.batch_size // ranks.size), planned).train.micro
     cfg = with_micro_batch(cfg, ranks.from_main(size))
     order = list(choices(cfg))
@@ -254,7 +259,7 @@ def chosen(
         if _size_is_open(opened):
             values["micro_batch_size"] = cfg.train.micro
         values["bytes"] = made.peak if made is not None else 0
-        values["memory"] = memory
+        values |= {"memory": memory, "ranks": ranks.size}
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FILE, json.dumps(values, indent=1) + "\n")
     return built

@@ -27,16 +27,17 @@ OF_IMAGE = 0.21
 
 class Plans:
     """What a recipe and variants of it will hold in memory, reward models included, from
-    configurations alone. A variant has other micro-batches, or recomputes or keeps other parts:
-    what it has in common with those before is made once.
+    configurations alone: on one of `ranks` devices, which has its share of the batch and a base
+    of its own (`run.sharding` is not planned). A variant has other micro-batches, or recomputes or
+    keeps other parts: what it has in common with those before is made once.
 
     Raises:
         ValueError: if there is no directory of the pipeline and it is no published one; as
             `reward_memory`.
     """
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: RunConfig, ranks: int = 1) -> None:
+        self.cfg, self.ranks = cfg, ranks
 
     def __call__(self, cfg: RunConfig) -> Plan:
         made, (models, _) = self._planner.plan(self._job(cfg)), self.models
@@ -70,11 +71,11 @@ class Plans:
         settings = adapter_settings(cfg, self._backbone) if lora else None
         chosen = cfg.tilt if cfg.stage == "tilt" else cfg.cold_start
         return Job(
-            batch=cfg.train.batch_size,
-            micro=cfg.train.micro,
+            batch=(rows := -(-cfg.train.batch_size // self.ranks)),
+            micro=min(cfg.train.micro, rows),
             steps=cfg.sampler.most,
             guidance=self._backbone.guidance if model.guidance is None else model.guidance,
-            consistency=chosen.consistency > 0,
+            consistency=chosen.consistency_form if chosen.consistency > 0 else None,
             adapters=settings,
             checkpointing=model.checkpointed,
             tilt=_tilt_job(cfg, settings) if cfg.stage == "tilt" else None,
@@ -85,14 +86,27 @@ class Plans:
         )
 
 
-def _tilt_job(cfg: RunConfig, settings: AdapterSettings | None) -> TiltJob:
+def _pulled(cfg: RunConfig) -> int:
+    """Through how many of stage 2's last steps rewards are back-propagated."""
     backprop = cfg.tilt.reward_weight > 0 and any(r.backprop for r in cfg.rewards.values())
+    return cfg.tilt.reward_steps if backprop else 0
+
+
+def differentiated(cfg: RunConfig) -> int:
+    """Through how many sampler steps stage 2's update of the generator goes at most: those that the
+    policy gradient trains, that rewards go back through, and where the teacher is matched."""
+    tilt, steps = cfg.tilt, cfg.sampler.most
+    trained, pulled = tilt.subset if tilt.policy_weight else 0, _pulled(cfg)
+    where = tilt.match_steps if tilt.matching_weight else "last"
+    found = {"last": max(pulled, 1), "random": pulled + 1, "all": steps}[where]
+    return min(trained + found, steps)
+
+
+def _tilt_job(cfg: RunConfig, settings: AdapterSettings | None) -> TiltJob:
     chunk = cfg.tilt.decode_chunk or cfg.train.micro
-    steps = cfg.tilt.reward_steps if backprop else 0
-    fresh = cfg.tilt.fake_score_start == "fresh"
-    graphs = (cfg.tilt.subset if cfg.tilt.policy_weight else 0) + max(steps, 1)
+    fresh, graphs = cfg.tilt.fake_score_start == "fresh", differentiated(cfg)
     own = most_passes(cfg.tilt.terms, cfg.sampler.most)
-    return TiltJob(cfg.tilt.group_size, chunk, steps, settings, fresh, graphs, own)
+    return TiltJob(cfg.tilt.group_size, chunk, _pulled(cfg), settings, fresh, graphs, own)
 
 
 def plan_recipe(cfg: RunConfig) -> Plan:
@@ -137,8 +151,13 @@ def reward_models(cfg: RunConfig) -> tuple[dict[str, int], list[str]]:
 
 
 def _tables(cfg: RunConfig) -> dict[str, dict[str, RewardConfig]]:
-    """The rewards that a run loads, by what they are for."""
-    return {"reward": cfg.rewards, "watched reward": cfg.watch.rewards}
+    """The rewards that a run loads, by what they are for, and the CLIP that diversity is measured
+    in, where it is one of its own."""
+    watch = cfg.watch
+    tables = {"reward": cfg.rewards, "watched reward": watch.rewards}
+    if watch.rewards and cfg.stage == "tilt" and watch.clip is not None:
+        tables["watch.clip"] = {"clipscore": RewardConfig(weight=0, path=watch.clip)}
+    return tables
 
 
 def _working(cfg: RunConfig, models: Mapping[str, int]) -> int:

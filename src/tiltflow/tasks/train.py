@@ -232,10 +232,11 @@ def _saying_target(
 def _write_config(cfg: RunConfig, out: Path) -> None:
     """`config.yaml` in one step: a full disk or a kill leaves the old one whole.
 
-    Going on, and the checkpoint to go on from, are not asked for again by who starts from this
-    file; and its paths mean the same from every directory.
+    Going on, the checkpoint to go on from, and another plan are not asked for again by who starts
+    from this file; and its paths mean the same from every directory.
     """
-    run = cfg.run.model_copy(update={"resume": False, "resume_from": "latest"})
+    asked = {"resume": False, "resume_from": "latest", "replan": False}
+    run = cfg.run.model_copy(update=asked)
     resolved = with_absolute_paths(cfg).model_copy(update={"run": run})
     write_whole(out / "config.yaml", dump_config(resolved))
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from tiltflow.core.distributed import shared
 from tiltflow.core.randomness import Randomness
 from tiltflow.core.settings import Rate, Section, Steps, Weight
 from tiltflow.core.transfer import to_device
@@ -61,7 +62,7 @@ class Features:
     def __init__(self, role: Role) -> None:
         lists = [m for m in role.network.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
         if not lists:
-            raise ValueError("term 'gan': the fake score's network has no list of blocks")
+            raise ValueError("the fake score's network has no list of blocks")
         blocks = max(lists, key=lambda each: (len(each), sum(p.numel() for p in each.parameters())))
         self.role, self.block = role, blocks[(len(blocks) - 1) // 2]
         self.places = getattr(role.backbone, "image_places", None)
@@ -82,7 +83,11 @@ class Features:
 
 
 class Adversary(Term):
-    """weight · −log D at the rollout's end, D's update before it (DMD2, arXiv 2405.14867)."""
+    """weight · −log D at the rollout's end, D's update before it (DMD2, arXiv 2405.14867).
+
+    Raises:
+        ValueError: as `Features`, or if ranks that share the base would call it unequally often.
+    """
 
     name = "the adversarial loss"
 
@@ -97,6 +102,13 @@ class Adversary(Term):
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
         self.parts, self.settings = parts, settings
+        mine, every = len(parts.share), settings.one_in
+        if mine % every and shared(parts.roles.teacher.network):
+            raise ValueError(
+                f"one_in {every} does not divide a rank's {mine} samples, so that some "
+                "ranks would ask the teacher more often than others, which run.sharding=fsdp2 does "
+                "not allow: give another one_in or train.batch_size"
+            )
         backbone = parts.roles.generator.backbone
         self.features = Features(parts.roles.fake_score.at(parts.steps))
         self.sigmas = to_device(backbone.teacher_sigmas(settings.real_steps), backbone.device)

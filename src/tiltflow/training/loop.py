@@ -275,7 +275,7 @@ def save(
 
     The last good one is kept.
     """
-    since_log = accumulator.state(ranks.total)
+    since_log = accumulator.state(ranks.each)
     if not ranks.main:
         return
     hooks.before_save()
@@ -343,7 +343,7 @@ def go_on(accumulator: Accumulator, checkpoint: Checkpoint, ranks: Ranks) -> Non
     try:
         if not isinstance(kept, Mapping):
             raise ValueError(f"its since_log is {kept!r}")
-        accumulator.load(kept, ranks.main)
+        accumulator.load(kept, ranks.rank, ranks.size)
     except ValueError as error:
         raise _foreign(checkpoint, str(error)) from error
 
