@@ -155,6 +155,28 @@ def test_a_vote_says_nothing_of_the_sides_until_one_asks(page, tmp_path):
     assert len(read_votes(tmp_path / "votes.jsonl")) == 2
 
 
+def test_an_evaluation_that_cannot_be_read_is_said_and_the_pair_stays(browser, run, tmp_path):
+    other = make_run(tmp_path / "other")
+    make_evaluation(other / "evaluation.json", {"a": scores(3), "b": scores(7)}, PROMPTS, seed=1)
+    with (
+        served(Desk([run, other], tmp_path / "votes.jsonl")) as client,
+        opened(browser, SIZE) as (page, _),
+    ):
+        page.goto(f"{client.address}/?token={TOKEN}#vote")
+        wait_for_pair(page)
+        chosen = page.locator("[data-control=set] select")
+        before, pair = chosen.input_value(), page.locator(".sides img").first.get_attribute("src")
+        page.route("**/api/set/*", lambda route: route.abort())
+        chosen.select_option(index=1)
+        shown(page, "#said", "choose again when it does")
+        assert page.locator(".sides img").first.get_attribute("src") == pair
+        assert page.locator("[data-control=set] select").input_value() == before
+        page.unroute("**/api/set/*")
+        page.locator("[data-control=set] select").select_option(index=1)
+        page.wait_for_function("() => !said.innerText.includes('choose again')")
+        assert page.locator("[data-control=a] select").input_value() in ("a", "b")
+
+
 def test_an_image_that_did_not_come_is_asked_for_again_and_not_voted_on(browser, run, tmp_path):
     with (
         served(Desk([run], tmp_path / "votes.jsonl")) as client,

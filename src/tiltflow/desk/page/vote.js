@@ -43,10 +43,16 @@ async function open(id) {
 
 function toolbar() {
   const change = async (name, value) => {
-    if (name === "set") await open(value);
-    else match[name] = value;
+    let failed = "";
+    try {
+      if (name === "set") await open(value);
+      else match[name] = value;
+    } catch (error) { // the pair stays, and the list goes back to the evaluation that it is of
+      failed = error instanceof TypeError ? "the desk does not answer: choose again when it does" : error.message;
+    }
     home.querySelector(".toolbar").replaceWith(toolbar());
     home.querySelector(`[data-control="${name}"] select`)?.focus();
+    if (failed) return say(failed);
     await next();
   };
   const control = (name, text, options) => {
