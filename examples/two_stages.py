@@ -1,6 +1,6 @@
 """Both stages of RTDMD on one page: eight Gaussians, an exact teacher, no config, no adapters.
 
-    python examples/two_stages.py  (half a minute on one core)
+    python examples/two_stages.py  (two minutes on one core)
 
 With eight Gaussians as the data the teacher's velocity is known in closed form, and so is the
 distribution that stage 2 should reach: p(x) exp(β x₁) / Z. Sections (§) are docs/method.md's.
