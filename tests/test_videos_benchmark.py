@@ -110,7 +110,7 @@ def test_the_short_form_runs_and_goes_on(
     assert set(cells["start"]) == {"teacher", "teacher_4_step", "ac_dmd"}
     assert "| tilted: both |" in tables and "| both, seed 0 |" in tables
     (scores,) = cells["both, seed 0"]
-    assert {len(values) for values in scores.values()} == {18}
+    assert {len(values) for values in scores.values()} == {8}
     assert cells["watch of both, seed 0"][0]["means"]["motion"] > 0
     with Image.open(figure) as picture:
         assert picture.n_frames == 9

@@ -33,6 +33,8 @@ GROUND = 0.5
 """The grey behind."""
 RADII, SPEEDS, MARGIN = (3.5, 5.0), (0.6, 1.6), 5.5
 """In pixels: of a circle of the shape's area, a frame's way, and from an edge to a centre."""
+MIDDLE = (FRAMES - 1) * sum(SPEEDS) / 2
+"""Pixels of a clip at the middle speed."""
 COLOURED, SMALLEST = 0.25, 8
 """What spread of a pixel's channels is a colour, and how many such pixels are a shape."""
 MOVED = 3.0
@@ -193,14 +195,19 @@ def steered(videos: Tensor, prompts: Sequence[str], metadata: object) -> Tensor:
     middle speed of this world. Not differentiable here: the policy gradient is what can follow."""
     seen = look(videos)
     along, across = _along(seen, prompts)
-    middle = (FRAMES - 1) * sum(SPEEDS) / 2
-    return torch.where(seen.there, ((along - across) / middle).clamp(-1, 1), -1.0)
+    return torch.where(seen.there, ((along - across) / MIDDLE).clamp(-1, 1), -1.0)
 
 
 def travel(videos: Tensor, prompts: object, metadata: object) -> Tensor:
     """Pixels from the shape's first place to its last; 0 where there is none."""
     seen = look(videos)
     return torch.where(seen.there, seen.moved.norm(dim=1), 0.0)
+
+
+def going(videos: Tensor, prompts: object, metadata: object) -> Tensor:
+    """`travel` as a reward: 1 is the middle speed of this world. Differentiable."""
+    seen = look(videos)
+    return torch.where(seen.there, seen.moved.norm(dim=1) / MIDDLE, 0.0)
 
 
 def motion(videos: Tensor, prompts: object, metadata: object) -> Tensor:
@@ -217,9 +224,9 @@ def poster(images: Tensor, prompts: object, metadata: object) -> Tensor:
     return (spread(images, 1) * middle).sum((1, 2)) / 50
 
 
-for of_videos in (colour_right, shape_right, direction_right, steered, travel, motion):
+for of_videos in (colour_right, shape_right, direction_right, steered, travel, going, motion):
     of_videos.domain = "videos"  # type: ignore[attr-defined]
-poster.differentiable = True  # type: ignore[attr-defined]
+poster.differentiable = going.differentiable = True  # type: ignore[attr-defined]
 
 
 def scored(measure: Any, videos: Tensor, texts: Sequence[str]) -> Tensor:

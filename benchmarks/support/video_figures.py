@@ -18,8 +18,9 @@ from tiltflow.models.medium import VIDEOS
 from tiltflow.tasks.request import prepare
 
 Scores = Mapping[str, Sequence[float]]
-SHARES = ("colour_right", "shape_right", "direction_right")
-SHOWN = (*SHARES, "poster", "steered", "travel")
+HELD_OUT = "direction_right, held out"
+"""The same of the captions that no training had."""
+SHOWN = ("colour_right", "direction_right", HELD_OUT, "poster", "steered", "travel")
 TITLES = {"teacher": "teacher", "teacher_4_step": "teacher, 4 steps", "ac_dmd": "stage 1"}
 ENLARGED, GAP, LEFT, TOP = 2, 4, 92, 16
 """Of the picture: a pixel's side, the space between clips, and room for words."""
@@ -34,27 +35,36 @@ def of_arm(cells: Mapping[str, Any], arm: str, seeds: Sequence[int]) -> dict[str
     }
 
 
+def column(scores: Scores, name: str, texts: Sequence[str]) -> tuple[list[float], list[str]]:
+    """A measure of every video, and the captions."""
+    values = scores["direction_right" if name == HELD_OUT else name]
+    asked = {each.text for each in world.scenes(True)} if name == HELD_OUT else set(texts)
+    kept = [(v, text) for v, text in zip(values, texts, strict=True) if text in asked]
+    return [v for v, _ in kept], [text for _, text in kept]
+
+
 def table(
     cells: Mapping[str, Any], texts: Sequence[str], arms: Sequence[str], seeds: Sequence[int]
 ) -> str:
     """The measures of each system, then of each tilted one less stage 1, each with its interval
     over captions; then of every run alone."""
     start: dict[str, Scores] = cells["start"]
-    systems = {TITLES[name]: scores for name, scores in start.items()}
+    systems = {"drawn, through the autoencoder": cells["copies"]}
+    systems |= {TITLES[name]: scores for name, scores in start.items()}
     tilted = {f"tilted: {arm}": of_arm(cells, arm, seeds) for arm in arms}
     teacher, below = start["teacher"]["motion"], start["ac_dmd"]
     rows = [
-        [name, *(spoken(score_ci(each[m], clusters=texts)) for m in SHOWN),
+        [name, *(alone(each, m, texts) for m in SHOWN),
          factor(each["motion"], teacher, texts)]
         for name, each in (systems | tilted).items()
     ]  # fmt: skip
     less = [
-        [name, *(difference(each[m], below[m], texts) for m in SHOWN),
+        [name, *(difference(each, below, m, texts) for m in SHOWN),
          factor(each["motion"], below["motion"], texts)]
         for name, each in tilted.items()
     ]  # fmt: skip
     single = [
-        [f"{arm}, seed {seed}", *(f"{np.mean(run[m]):.3f}" for m in SHOWN),
+        [f"{arm}, seed {seed}", *(f"{np.mean(column(run, m, texts)[0]):.3f}" for m in SHOWN),
          f"{np.exp(np.mean(run['motion']) - np.mean(teacher)):.2f}"]
         for arm in arms for seed in seeds for run in cells[f"{arm}, seed {seed}"]
     ]  # fmt: skip
@@ -71,8 +81,14 @@ def spoken(found: Sequence[float], sign: str = "") -> str:
     return "{0:{s}.3f} [{1:{s}.3f}, {2:{s}.3f}]".format(*found, s=sign)
 
 
-def difference(a: Sequence[float], b: Sequence[float], texts: Sequence[str]) -> str:
-    found = paired_comparison(a, b, texts)
+def alone(scores: Scores, name: str, texts: Sequence[str]) -> str:
+    values, asked = column(scores, name, texts)
+    return spoken(score_ci(values, clusters=asked))
+
+
+def difference(a: Scores, b: Scores, name: str, texts: Sequence[str]) -> str:
+    (first, asked), (second, _) = column(a, name, texts), column(b, name, texts)
+    found = paired_comparison(first, second, asked)
     return spoken((found.difference, *found.ci95), "+")
 
 
