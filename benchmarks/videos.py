@@ -73,7 +73,7 @@ class Form:
     teacher_steps: int = 25
 
 
-SHORT = Form(Scale(2, 2, 2, 2, 4, 8), 2, 2, 4, 4, 2, 8, 8, 2)
+SHORT = Form(Scale(2, 2, 2, 2, 4, 8), 2, 2, 4, 4, 2, 4, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,9 @@ def evaluated(bench: Bench, cells: Cells, seeds: Iterable[int]) -> None:
     assert set(started) == {"teacher", "teacher_4_step", "ac_dmd"}
     for seed in seeds:
         for arm in ARMS:
+            if latest_step(bench.tilted(arm, seed)) != bench.form.tilt_steps:
+                print(f"{arm}, seed {seed}: the run has not ended, and is left out", flush=True)
+                continue
             (found,) = cells.cell(
                 f"{arm}, seed {seed}",
                 lambda arm=arm, seed=seed: list(bench.scores(True, arm=arm, seed=seed).values()),

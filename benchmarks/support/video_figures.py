@@ -22,13 +22,13 @@ HELD_OUT = "direction_right, held out"
 """The same of the captions that no training had."""
 SHOWN = ("colour_right", "direction_right", HELD_OUT, "poster", "steered", "travel")
 TITLES = {"teacher": "teacher", "teacher_4_step": "teacher, 4 steps", "ac_dmd": "stage 1"}
-ENLARGED, GAP, LEFT, TOP = 2, 4, 92, 16
+ENLARGED, GAP, LEFT, TOP = 2, 4, 92, 26
 """Of the picture: a pixel's side, the space between clips, and room for words."""
 
 
 def of_arm(cells: Mapping[str, Any], arm: str, seeds: Sequence[int]) -> dict[str, list[float]]:
     """Every measure of every prompt, its mean over the runs."""
-    runs = [cells[f"{arm}, seed {seed}"][0] for seed in seeds]
+    runs = [cells[f"{arm}, seed {seed}"][0] for seed in seeds if f"{arm}, seed {seed}" in cells]
     return {
         name: [sum(each) / len(each) for each in zip(*(run[name] for run in runs), strict=True)]
         for name in runs[0]
@@ -66,7 +66,7 @@ def table(
     single = [
         [f"{arm}, seed {seed}", *(f"{np.mean(column(run, m, texts)[0]):.3f}" for m in SHOWN),
          f"{np.exp(np.mean(run['motion']) - np.mean(teacher)):.2f}"]
-        for arm in arms for seed in seeds for run in cells[f"{arm}, seed {seed}"]
+        for arm in arms for seed in seeds for run in cells.get(f"{arm}, seed {seed}", [])
     ]  # fmt: skip
     return "\n\n".join(
         [
@@ -133,7 +133,8 @@ def picture(bench: Any, arms: Sequence[str], file: Path) -> None:
             words.text((2, TOP + row * step + 10), lines, "black", ImageFont.load_default(10))
         for column, (title, videos) in enumerate(made.items()):
             left = LEFT + column * step
-            words.text((left, 2), title.replace("tilted: ", ""), "black", ImageFont.load_default(9))
+            heading = title.replace("tilted: ", "").replace(" and", "\nand").replace(", ", "\n")
+            words.text((left, 2), heading, "black", ImageFont.load_default(9))
             for row, video in enumerate(videos):
                 clip = Image.fromarray(video[at]).resize([step - GAP] * 2, Image.Resampling.NEAREST)
                 page.paste(clip, (left, TOP + row * step))
@@ -142,5 +143,5 @@ def picture(bench: Any, arms: Sequence[str], file: Path) -> None:
     # the last frame stays a while, so that one sees where a clip begins
     shown = [110] * (len(frames) - 1) + [700]
     frames[0].save(
-        file, save_all=True, append_images=frames[1:], duration=shown, loop=0, lossless=True
+        file, save_all=True, append_images=frames[1:], duration=shown, loop=0, quality=55, method=6
     )

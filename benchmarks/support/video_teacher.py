@@ -168,7 +168,7 @@ def train_vae(work: Path, scale: Scale, seed: int = 11) -> float:
         optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0)
         fit(name, {"vae": vae}, [optimizer], of, steps, work, seed, every=50)
     vae.eval()
-    x = clips(64, torch.Generator().manual_seed(seed + 1))
+    x = clips(min(64, scale.videos), torch.Generator().manual_seed(seed + 1))
     with torch.no_grad():
         z = torch.cat([vae.encode(x[s]).latent_dist.mean for s in chunks(len(x), 16)])
         made = torch.cat([vae.decode(z[s]).sample for s in chunks(len(x), 16)])
