@@ -1,11 +1,11 @@
 """RTDMD on videos: a small Wan pipeline is trained on moving shapes, distilled to four steps, and
-tilted to a taste in frames, to a reward of motion, and to both.
+tilted to a taste in frames, to that and motion, and to the direction that a caption asks for.
 
 Stages: vae, teacher, cold_start, tilt, evaluate. Each is seeded and goes on where it was stopped;
-without --stage they run one after the other, about an hour and a half on one CPU core. The figures
+without --stage they run one after the other, about an hour on one CPU core. The figures
 go to docs/data/videos.json and the picture to docs/figures/videos.webp; the weights stay in --work.
 
-    python benchmarks/videos.py [--work runs/videos] [--stage NAME] [--seeds 2]
+    python benchmarks/videos.py [--work runs/videos] [--stage NAME] [--seeds 1]
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--work", type=Path, default=Path("runs/videos"))
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each arm of stage 2")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each arm of stage 2")
     parser.add_argument("--short", action="store_true", help="a few steps: that it runs at all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/data/videos.json"))
