@@ -127,6 +127,8 @@ class Bench:
         cfg = load_config(recipe, [*self.settings(out), *own])
         if latest_step(out) != cfg.train.steps:
             run_training(cfg, self.console)
+        if latest_step(out) != cfg.train.steps:
+            raise SystemExit(f"{out} was stopped: the same command goes on")
 
     def cold_start(self) -> None:
         own = [
