@@ -16,7 +16,9 @@ from contextlib import redirect_stderr
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+import diffusers.pipelines.pipeline_utils
 import numpy as np
+import peft
 import torch
 from rich.console import Console
 
@@ -31,6 +33,8 @@ from tiltflow.rewards.base import FunctionReward
 from tiltflow.tasks.train import run_training
 
 PREFIT = "TILTFLOW_TEST_PREFIT"
+LIBRARIES = (diffusers.pipelines.pipeline_utils, peft)
+"""What tiltflow imports where a pipeline is read, which would be in each rank."""
 
 
 def fork_server() -> ForkServerContext:
