@@ -43,8 +43,7 @@ def resolve_path(path: str) -> str:
 def embedding_cache(setting: str | None) -> Path | None:
     """Where `data.cache` puts embeddings: a directory, the user's own (None), or nowhere ("off").
 
-    The user's own is `embeddings` in `$TILTFLOW_CACHE`, else in `$XDG_CACHE_HOME/tiltflow`, else
-    in `~/.cache/tiltflow`.
+    The user's own is `embeddings` in `user_cache`.
     """
     if setting == "off":
         return None

@@ -130,7 +130,7 @@ def write_original(
     if dtype is not None:
         for name in list(state):
             eight = dtype == "fp8" and _matrix(name, state[name]) and in_block(name)
-            lost |= {name: lost_in_fp8(state[name])} if eight else {}
+            lost |= lost_in_fp8({name: state[name]}) if eight else {}
             state[name] = _rounded(name, state[name], FP8 if eight else torch.bfloat16)
     kind = next(iter(state.values())).dtype if dtype is None else torch.bfloat16
     dropped = layout.dropped(pipeline.config(transformer.name))

@@ -26,15 +26,11 @@ class Usage:
     own_vae: bool = False
 
     @property
-    def dtypes(self) -> dict[str, str]:
+    def dtypes(self) -> Mapping[str, str]:
         """The types that the pipeline is loaded in, by part; `default` is that of all others."""
         kept = self.contract.kept_in
-        kinds = {"default": kept["default"]} | ({"vae": kept["vae"]} if self.own_vae else {})
-        return {
-            part: kind
-            for part, kind in kinds.items()
-            if part == "default" or kind != kept["default"]
-        }
+        own = self.own_vae and kept["vae"] != kept["default"]
+        return kept if own else {"default": kept["default"]}
 
     def of_folders(self, folders: Sequence[str]) -> str:
         """Code that loads LoRA folders through diffusers; those of baked strengths stay aside."""

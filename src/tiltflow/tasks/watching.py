@@ -92,9 +92,9 @@ def _features(
     """
     medium = build.backbone.medium
     if cfg.watch.clip is not None and medium.features is None:
-        clip = RewardConfig(weight=0, path=cfg.watch.clip)
         from tiltflow.rewards.zoo.clip_family import CLIPScore
 
+        clip = RewardConfig(weight=0, path=cfg.watch.clip)
         seen = for_medium(CLIPScore(cfg.watch.clip, device=build.backbone.device), medium)
         return seen.image_features, reward_facts("clipscore", clip)  # type: ignore[attr-defined]
     rewards = [item.reward for item in (*trained.rewards, *held_out.rewards)]

@@ -90,6 +90,8 @@ def fitted_student(mixture: GaussianMixture, seed: int, steps: int, shift: float
     left there; a file that cannot be read is made anew, and where none can be written none is.
     """
     network = StudentNetwork(mixture.dimensions, mixture.rms(), seed)
+    if not steps:  # a stand-in whose passes are counted: there is nothing to keep
+        return network
     kept = _place(mixture, network, seed, steps, shift)
     try:
         network.load_state_dict(load_file(kept))

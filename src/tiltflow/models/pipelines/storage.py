@@ -33,7 +33,7 @@ def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> dict[str,
     """
     there = {n: p for n, p in network.named_parameters() if not p.is_meta}
     before = {n: largest(p) for n, p in there.items()}
-    lost = {n: lost_in_fp8(p) for n, p in there.items() if p.ndim == 2}
+    lost = lost_in_fp8({n: p for n, p in there.items() if p.ndim == 2})
     network.enable_layerwise_casting(  # type: ignore[operator]
         storage_dtype=FP8, compute_dtype=dtype, skip_modules_classes=(nn.Conv2d,)
     )
@@ -45,11 +45,17 @@ def keep_in_fp8(network: nn.Module, dtype: torch.dtype, where: str) -> dict[str,
                 f"bits reach to {most:g}: leave model.base_storage unset"
             )
     kept = {n for n, p in network.named_parameters() if p.dtype == FP8}
-    return {n: share for n, share in lost.items() if n in kept and share > LOST}
+    return {n: share for n, share in lost.items() if n in kept}
+
+
+def lost_in_fp8(matrices: Mapping[str, Tensor]) -> dict[str, float]:
+    """Those of which rounding to 8 bits takes more than `LOST`, with the share of their norm."""
+    shares = {name: _lost(matrix) for name, matrix in matrices.items()}
+    return {name: share for name, share in shares.items() if share > LOST}
 
 
 @torch.no_grad()
-def lost_in_fp8(matrix: Tensor) -> float:
+def _lost(matrix: Tensor) -> float:
     """The norm of what rounding to 8 bits takes away, as a share of the norm."""
     some = matrix[:: -(-len(matrix) // ROWS)].float()
     norm = float(some.norm())
@@ -65,13 +71,12 @@ def lost_notices(lost: Mapping[str, float]) -> list[str]:
 
 
 def taken(lost: Mapping[str, float]) -> list[str]:
-    """What 8 bits do to these matrices, in words, if they take more than `LOST` of any."""
-    much = {name: share for name, share in lost.items() if share > LOST}
-    if not much:
+    """What `lost_in_fp8` found, in words, if it found anything."""
+    if not lost:
         return []
-    worst = max(much, key=lambda name: much[name])
-    more = f" and {len(much) - 1} more" if len(much) > 1 else ""
-    return [f"takes {much[worst]:.0%} of {worst}{more}, whose values are too small for 8 bits"]
+    worst = max(lost, key=lambda name: lost[name])
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return [f"takes {lost[worst]:.0%} of {worst}{more}, whose values are too small for 8 bits"]
 
 
 def input_dtype(network: nn.Module, module: str = "context_embedder") -> torch.dtype:
